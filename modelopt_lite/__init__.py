@@ -1,0 +1,88 @@
+"""Pluggable attention sparsity for PyTorch models.
+
+Names are loaded when they are first used, so that importing the package needs neither Transformers nor Triton.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .checkpoint import from_pretrained
+    from .config import SPARSE_SOFTMAX_DEFAULT, SparsityConfig
+    from .conversion import (
+        disable_sparse_attention,
+        disabled,
+        enable_sparse_attention,
+        sparsify,
+        summary,
+        unsparsify,
+    )
+    from .errors import ConfigError, UnsupportedError
+    from .kernels import attention
+    from .methods import SparseAttentionMethod, SparseSoftmax
+    from .module import SparseAttentionModule
+    from .plan import AttentionPlan
+    from .registry import get_sparse_method, list_sparse_methods, register_sparse_method
+    from .stats import collect_statistics
+
+_MODULE_OF = {
+    "SPARSE_SOFTMAX_DEFAULT": "config",
+    "AttentionPlan": "plan",
+    "ConfigError": "errors",
+    "SparseAttentionMethod": "methods",
+    "SparseAttentionModule": "module",
+    "SparseSoftmax": "methods",
+    "SparsityConfig": "config",
+    "UnsupportedError": "errors",
+    "attention": "kernels",
+    "collect_statistics": "stats",
+    "disable_sparse_attention": "conversion",
+    "disabled": "conversion",
+    "enable_sparse_attention": "conversion",
+    "from_pretrained": "checkpoint",
+    "get_sparse_method": "registry",
+    "list_sparse_methods": "registry",
+    "register_sparse_method": "registry",
+    "sparsify": "conversion",
+    "summary": "conversion",
+    "unsparsify": "conversion",
+}
+
+__version__ = "0.1.0"
+__all__ = [
+    "SPARSE_SOFTMAX_DEFAULT",
+    "AttentionPlan",
+    "ConfigError",
+    "SparseAttentionMethod",
+    "SparseAttentionModule",
+    "SparseSoftmax",
+    "SparsityConfig",
+    "UnsupportedError",
+    "__version__",
+    "attention",
+    "collect_statistics",
+    "disable_sparse_attention",
+    "disabled",
+    "enable_sparse_attention",
+    "from_pretrained",
+    "get_sparse_method",
+    "list_sparse_methods",
+    "register_sparse_method",
+    "sparsify",
+    "summary",
+    "unsparsify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,188 @@
+"""Sparsity configurations: which attention modules get which method."""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import json
+import operator
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias
+
+import yaml
+from pydantic import Field, GetJsonSchemaHandler, PlainValidator, SerializeAsAny, TypeAdapter, ValidationError
+from pydantic_core import CoreSchema
+
+from .errors import ConfigError
+from .methods import SparseAttentionMethod, SparseSoftmax
+from .registry import get_sparse_method, list_sparse_methods
+from .schema import ConfigModel, describe_errors, field_errors
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+DEFAULT_PATTERN = "default"
+
+
+class Disabled(ConfigModel):
+    """An entry that leaves the modules it matches as they are."""
+
+    enable: Literal[False] = Field(description="always false")
+
+
+def _validate_entry(value: object) -> SparseAttentionMethod | Disabled:
+    if isinstance(value, SparseAttentionMethod | Disabled):
+        return value
+    if not isinstance(value, dict):
+        raise ValueError("Input should be a mapping with 'method', or {'enable': false}")
+    if "method" not in value:
+        if value == {"enable": False}:
+            return Disabled.model_validate(value)
+        raise ValueError(f"Input should have a method, {_one_of_the_methods()}, or be just {{'enable': false}}")
+    name = value["method"]
+    try:
+        cls = get_sparse_method(name)
+    except ConfigError:
+        raise field_errors("entry", {"method": (name, f"Input should be {_one_of_the_methods()}")}) from None
+    return cls.model_validate(value)
+
+
+def _one_of_the_methods() -> str:
+    return f"one of those installed: {', '.join(list_sparse_methods())}"
+
+
+class _EntrySchema:
+    """Describes an entry in JSON schema as one of the methods registered at that moment."""
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        methods = functools.reduce(operator.or_, list_sparse_methods().values())
+        by_name = Annotated[methods, Field(discriminator="method")]  # type: ignore[valid-type]
+        return handler(TypeAdapter(by_name | Disabled).core_schema)
+
+
+Entry: TypeAlias = Annotated[
+    SerializeAsAny[SparseAttentionMethod] | Disabled, PlainValidator(_validate_entry), _EntrySchema
+]
+
+
+class SparsityConfig(ConfigModel):
+    """Which attention modules of a model get which sparsity method.
+
+    ``sparse_cfg`` maps patterns to entries. A pattern (``fnmatch``: ``*``, ``?``, ``[seq]``) is matched against the
+    dotted names of the model's attention modules, case-sensitively. The entry ``"default"``, if any, is applied first;
+    then the others in order, and the last that matches a module decides for it alone: nothing is merged. An
+    entry is a method's configuration, or ``{"enable": False}`` to leave modules as they are. Modules that nothing
+    matches stay as they are.
+    """
+
+    sparse_cfg: dict[str, Entry] = Field(description="pattern of attention module names: the method they get")
+
+    @classmethod
+    def load(cls, source: SparsityConfig | dict[str, Any] | str | os.PathLike[str]) -> SparsityConfig:
+        """Return a configuration from an object, a mapping, or the path of a YAML, JSON or TOML file.
+
+        Raises:
+            ConfigError: if the file or the configuration cannot be used; one line per problem.
+        """
+        if isinstance(source, cls):
+            return source
+        where = ""
+        if isinstance(source, str | os.PathLike):
+            where = f"{os.fspath(source)}: "
+            source = read_config_file(source)
+        try:
+            return cls.model_validate(source)
+        except ValidationError as error:
+            raise ConfigError(describe_errors(error, where)) from None
+
+    def assign(self, names: Iterable[str]) -> dict[str, SparseAttentionMethod]:
+        """Return the method of each module by name; modules without one are left out.
+
+        Args:
+            names: dotted names of the model's attention modules.
+
+        Raises:
+            ConfigError: if a pattern matches none of them.
+        """
+        names = list(names)
+        chosen: dict[str, SparseAttentionMethod | Disabled] = {}
+        if DEFAULT_PATTERN in self.sparse_cfg:
+            chosen.update(dict.fromkeys(names, self.sparse_cfg[DEFAULT_PATTERN]))
+        for pattern, entry in self.sparse_cfg.items():
+            if pattern == DEFAULT_PATTERN:
+                continue
+            matched = match_names(names, pattern)
+            if not matched:
+                raise ConfigError(f"sparse_cfg.{pattern}: matches no attention module; there are {abbreviate(names)}")
+            chosen.update(dict.fromkeys(matched, entry))
+        return {name: entry for name, entry in chosen.items() if isinstance(entry, SparseAttentionMethod)}
+
+
+def match_names(names: Iterable[str], pattern: str) -> list[str]:
+    """Return the dotted names that a pattern matches, in their order."""
+    return [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+
+
+def abbreviate(names: Iterable[str]) -> str:
+    """List names for an error message, leaving out the middle of a long list."""
+    names = list(names)
+    return ", ".join(names if len(names) <= 4 else [*names[:2], "...", names[-1]]) or "none"
+
+
+def read_config_file(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a mapping from a YAML (``.yaml``, ``.yml``), JSON (``.json``) or TOML (``.toml``) file.
+
+    Raises:
+        ConfigError: if the file is missing, of another kind, does not parse, names a key twice, or holds no mapping.
+    """
+    path = Path(path)
+    try:
+        read = _READERS[path.suffix.lower()]
+    except KeyError:
+        raise ConfigError(f"{path}: suffix {path.suffix!r} is not allowed; one of {', '.join(_READERS)}") from None
+    try:
+        content = read(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, ValueError) as error:  # tomllib's and json's errors are ValueErrors
+        raise ConfigError(f"{path}: does not parse: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: holds {type(content).__name__}; must hold a mapping")
+    return content
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Safe YAML that refuses a mapping with the same key twice, where YAML's loader would drop the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        _refuse_repeated(keys)
+        return super().construct_mapping(node, deep=deep)
+
+
+def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    _refuse_repeated([key for key, _ in pairs])
+    return dict(pairs)
+
+
+def _refuse_repeated(keys: list[Any]) -> None:
+    repeated = [key for i, key in enumerate(keys) if key in keys[:i]]
+    if repeated:
+        raise ValueError(f"the key {repeated[0]!r} stands twice in one mapping")
+
+
+_READERS = {
+    ".yaml": lambda text: yaml.load(text, Loader=_UniqueKeyLoader),  # noqa: S506 - a SafeLoader
+    ".yml": lambda text: yaml.load(text, Loader=_UniqueKeyLoader),  # noqa: S506
+    ".json": lambda text: json.loads(text, object_pairs_hook=_unique_pairs),
+    ".toml": tomllib.loads,
+}
+
+SPARSE_SOFTMAX_DEFAULT = SparsityConfig(sparse_cfg={"*": SparseSoftmax()})
+"""2:4 sparse softmax in every attention layer: dense window of 64 tokens, no sink tokens."""

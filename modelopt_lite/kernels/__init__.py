@@ -1,0 +1,287 @@
+"""Attention kernels: tensors in, tensors out; nothing here knows a model or a configuration file."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+
+from ..errors import UnsupportedError
+from ..plan import AttentionPlan
+from .blocked import AttentionStatistics, attention_blocked, statistics_blocked
+from .problem import AttentionProblem
+from .top_n import top_n_plan
+
+__all__ = ["AttentionStatistics", "Backend", "attention", "attention_statistics"]
+
+Backend: TypeAlias = Literal["auto", "triton", "torch"]
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+NO_PLAN_NUMBERS = {"sparsity_n": 0, "sparsity_m": 4, "num_sink_tokens": 0, "dense_window_size": 64}
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    b_start_loc: Tensor,
+    b_seq_len: Tensor,
+    max_input_len: int,
+    is_causal: bool = True,
+    softmax_scale: float | None = None,
+    b_start_loc_k: Tensor | None = None,
+    b_seq_len_k: Tensor | None = None,
+    max_input_len_k: int | None = None,
+    *,
+    sparsity_n: int = 0,
+    sparsity_m: int = 4,
+    num_sink_tokens: int = 0,
+    dense_window_size: int = 64,
+    plan: AttentionPlan | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    backend: Backend = "auto",
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Compute (sparse) softmax attention over packed sequences; differentiable in ``q``, ``k``, ``v`` and ``s_aux``.
+
+    Sequence ``b`` owns rows ``b_start_loc[b] : b_start_loc[b] + b_seq_len[b]`` of ``q``, and likewise of ``k`` and
+    ``v``. With more keys than queries (chunked prefill, decode) the queries are the sequence's last tokens. Without
+    the three ``_k`` arguments, keys have the layout of the queries.
+
+    Args:
+        q: queries, ``[total_q, query_heads, head_dim]``; FP16, BF16, FP32 or FP64.
+        k: keys, ``[total_k, kv_heads, head_dim]``; ``query_heads`` is a multiple of ``kv_heads``.
+        v: values, ``[total_k, kv_heads, value_dim]``.
+        b_start_loc: first row of each sequence in ``q``, ``[batch]``, integers.
+        b_seq_len: number of queries of each sequence, ``[batch]``, integers; 0 is allowed.
+        max_input_len: an upper bound of ``b_seq_len``.
+        is_causal: whether a query sees only keys at its own position and before.
+        softmax_scale: factor on the scores, > 0; by default ``head_dim ** -0.5``.
+        b_start_loc_k: first row of each sequence in ``k`` and ``v``, ``[batch]``.
+        b_seq_len_k: number of keys of each sequence, ``[batch]``; if causal, at least its number of queries.
+        max_input_len_k: an upper bound of ``b_seq_len_k``.
+        sparsity_n: short for a plan of N:M sparse softmax: keys kept of each group; 0 is dense.
+        sparsity_m: keys in a group, 2, 4, 8 or 16.
+        num_sink_tokens: leading keys of each sequence that are always kept.
+        dense_window_size: most recent keys of each query that are always kept, itself included.
+        plan: any other sparsity, instead of the four numbers before.
+        sliding_window: a query sees only its ``sliding_window`` most recent keys, itself included; >= 1, causal only.
+        softcap: scores become ``softcap * tanh(scores / softcap)``; > 0.
+        s_aux: a further logit per query head in every softmax, without a value (a learnable sink),
+            ``[query_heads]``.
+        backend: ``"torch"``, ``"triton"``, or ``"auto"``: triton for CUDA tensors, torch for all others.
+        return_lse: also return the logarithm of each row's softmax denominator, without gradient.
+
+    Returns:
+        The output ``[total_q, query_heads, value_dim]`` in the type of ``q``, and if ``return_lse`` the logarithms
+        ``[total_q, query_heads]`` in FP32 (FP64 for FP64 inputs). A row with no visible key, or in no sequence, is 0
+        with -inf.
+
+    Raises:
+        ValueError: if an argument is wrong; the message names it. Starts and lengths are checked value by value on
+            the CPU and by the torch backend; on a GPU the caller vouches for them, as a check would stall it.
+        UnsupportedError: if the backend asked for cannot run these arguments.
+    """
+    problem = _checked_problem(
+        q,
+        k,
+        v,
+        (b_start_loc, b_seq_len, max_input_len),
+        (b_start_loc_k, b_seq_len_k, max_input_len_k),
+        is_causal,
+        softmax_scale,
+        {
+            "sparsity_n": sparsity_n,
+            "sparsity_m": sparsity_m,
+            "num_sink_tokens": num_sink_tokens,
+            "dense_window_size": dense_window_size,
+        },
+        plan,
+        sliding_window,
+        softcap,
+    )
+    if s_aux is not None:
+        _check(
+            s_aux.shape == q.shape[1:2] and s_aux.is_floating_point() and s_aux.device == q.device,
+            f"s_aux: {_describe(s_aux)}; must be floating-point [query_heads = {q.shape[1]}] on {q.device}",
+        )
+    if _choose_backend(backend, q) == "triton":
+        raise UnsupportedError("backend: 'triton' is not available yet; use 'torch' or 'auto'")
+    _check_values(problem, q.shape[0], k.shape[0])
+    output, lse = attention_blocked(q, k, v, s_aux, problem)
+    return (output, lse) if return_lse else output
+
+
+def attention_statistics(
+    q: Tensor,
+    k: Tensor,
+    b_start_loc: Tensor,
+    b_seq_len: Tensor,
+    max_input_len: int,
+    is_causal: bool = True,
+    softmax_scale: float | None = None,
+    b_start_loc_k: Tensor | None = None,
+    b_seq_len_k: Tensor | None = None,
+    max_input_len_k: int | None = None,
+    *,
+    plan: AttentionPlan,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+) -> AttentionStatistics:
+    """Measure what a plan keeps, without computing the attention; arguments as in :func:`attention`.
+
+    Runs on any device, at about the cost of half a forward pass of the torch backend, and waits for the result.
+
+    Raises:
+        ValueError: if an argument is wrong; the message names it.
+    """
+    problem = _checked_problem(
+        q,
+        k,
+        k,
+        (b_start_loc, b_seq_len, max_input_len),
+        (b_start_loc_k, b_seq_len_k, max_input_len_k),
+        is_causal,
+        softmax_scale,
+        NO_PLAN_NUMBERS,
+        plan,
+        sliding_window,
+        softcap,
+    )
+    _check_values(problem, q.shape[0], k.shape[0])
+    return statistics_blocked(q, k, problem)
+
+
+def _checked_problem(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    packing_q: tuple[Tensor, Tensor, int],
+    packing_k: tuple[Tensor | None, Tensor | None, int | None],
+    is_causal: bool,
+    softmax_scale: float | None,
+    plan_numbers: dict[str, int],
+    plan: AttentionPlan | None,
+    sliding_window: int | None,
+    softcap: float | None,
+) -> AttentionProblem:
+    """Check every argument but the values of starts and lengths."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _check(
+            isinstance(x, Tensor) and x.dim() == 3 and x.dtype in DTYPES,
+            f"{name}: {_describe(x)}; must be [tokens, heads, dim] in FP16, BF16, FP32 or FP64",
+        )
+        _check(
+            x.dtype == q.dtype and x.device == q.device,
+            f"{name}: {_describe(x)}; must have the type and device of q, {_describe(q)}",
+        )
+        _check(x.shape[1] > 0 and x.shape[2] > 0, f"{name}: {_describe(x)}; needs at least one head and one dimension")
+    _check(q.shape[2] == k.shape[2], f"k: head_dim is {k.shape[2]}; must be that of q, {q.shape[2]}")
+    _check(k.shape[:2] == v.shape[:2], f"v: {_describe(v)}; must have the tokens and heads of k, {_describe(k)}")
+    _check(
+        q.shape[1] % k.shape[1] == 0,
+        f"q: {q.shape[1]} query heads are not allowed; a multiple of the {k.shape[1]} key/value heads",
+    )
+    if all(x is None for x in packing_k):
+        _check(q.shape[0] == k.shape[0], f"k: {k.shape[0]} rows, q has {q.shape[0]}; then b_start_loc_k is needed")
+        packing_k = packing_q
+    starts_q, lengths_q, max_q = _checked_packing("", packing_q, q)
+    starts_k, lengths_k, max_k = _checked_packing("_k", packing_k, q)
+    _check(
+        starts_q.shape == starts_k.shape, f"b_start_loc_k: {starts_k.shape[0]} sequences; must be {starts_q.shape[0]}"
+    )
+    _check(isinstance(is_causal, bool), f"is_causal: {is_causal!r} is not allowed; True or False")
+    scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
+    _check(_is_positive(scale), f"softmax_scale: {softmax_scale!r} is not allowed; a finite number > 0")
+    if sliding_window is not None:
+        _check(_is_count(sliding_window, 1), f"sliding_window: {sliding_window!r} is not allowed; an integer >= 1")
+        _check(is_causal, f"sliding_window: {sliding_window!r} is not allowed; None unless is_causal")
+    _check(softcap is None or _is_positive(softcap), f"softcap: {softcap!r} is not allowed; a finite number > 0")
+    if plan is None:
+        for name, number in plan_numbers.items():
+            _check(_is_count(number, 0), f"{name}: {number!r} is not allowed; an integer >= 0")
+        plan = top_n_plan(*plan_numbers.values())
+    else:
+        _check(isinstance(plan, AttentionPlan), f"plan: {plan!r} is not allowed; an AttentionPlan")
+        given = [name for name, number in plan_numbers.items() if number != NO_PLAN_NUMBERS[name]]
+        _check(not given, f"{', '.join(given)}: not allowed together with plan; the plan says it all")
+    return AttentionProblem(
+        starts_q, lengths_q, max_q, starts_k, lengths_k, max_k, is_causal, scale, sliding_window, softcap, plan
+    )
+
+
+def _checked_packing(
+    suffix: str, packing: tuple[Tensor | None, Tensor | None, int | None], q: Tensor
+) -> tuple[Tensor, Tensor, int]:
+    starts, lengths, longest = packing
+    if starts is None or lengths is None or longest is None:
+        raise ValueError("b_start_loc_k, b_seq_len_k, max_input_len_k: some are missing; give all three or none")
+    for name, x in (("b_start_loc", starts), ("b_seq_len", lengths)):
+        _check(
+            isinstance(x, Tensor) and x.dim() == 1 and x.dtype in (torch.int32, torch.int64) and x.device == q.device,
+            f"{name}{suffix}: {_describe(x)}; must be int32 or int64 [batch] on {q.device}",
+        )
+    _check(
+        starts.shape == lengths.shape,
+        f"b_seq_len{suffix}: {lengths.shape[0]} sequences; b_start_loc{suffix} has {starts.shape[0]}",
+    )
+    _check(_is_count(longest, 0), f"max_input_len{suffix}: {longest!r} is not allowed; an integer >= 0")
+    return starts, lengths, longest
+
+
+def _check_values(problem: AttentionProblem, total_q: int, total_k: int) -> None:
+    """Check starts and lengths of every sequence; waits for the device that holds them."""
+    occupied: list[tuple[int, int]] = []
+    for b, (queries, keys) in enumerate(problem.sequences()):
+        for suffix, rows, longest, total in (
+            ("", queries, problem.max_q, total_q),
+            ("_k", keys, problem.max_k, total_k),
+        ):
+            length = rows.stop - rows.start
+            _check(
+                0 <= length <= longest,
+                f"b_seq_len{suffix}[{b}]: {length} is not allowed; 0 to max_input_len{suffix} = {longest}",
+            )
+            _check(
+                rows.start >= 0 and rows.stop <= total,
+                f"b_start_loc{suffix}[{b}]: rows {rows.start} to {rows.stop} are not allowed; there are {total} rows",
+            )
+        len_q, len_k = queries.stop - queries.start, keys.stop - keys.start
+        _check(
+            not problem.is_causal or len_q <= len_k,
+            f"b_seq_len_k[{b}]: {len_k} is not allowed; causal attention needs a key for each of the {len_q} queries",
+        )
+        if len_q:
+            occupied.append((queries.start, queries.stop))
+    occupied.sort()
+    for (_, stop), (start, _) in pairwise(occupied):
+        _check(stop <= start, f"b_start_loc: row {start} belongs to two sequences; each query row belongs to one")
+
+
+def _choose_backend(backend: Backend, q: Tensor) -> Backend:
+    _check(backend in get_args(Backend), f"backend: {backend!r} is not allowed; one of {get_args(Backend)}")
+    return "torch" if backend == "auto" else backend
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _is_count(x: object, least: int) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool) and x >= least
+
+
+def _is_positive(x: object) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) and x > 0
+
+
+def _describe(x: object) -> str:
+    if not isinstance(x, Tensor):
+        return repr(x)
+    return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)} on {x.device}"

@@ -1,0 +1,285 @@
+"""The torch backend: the oracle's mathematics in tiles, for any device PyTorch runs on.
+
+Flash attention (https://arxiv.org/abs/2205.14135) in PyTorch operations: an online softmax over key blocks, FP32
+accumulation, and a backward pass that computes the tiles again. Memory beyond the inputs is one tile and a few copies
+of the inputs, never length times length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
+
+from ..plan import GROUP_SIZES
+from .problem import AttentionProblem
+
+QUERY_BLOCK = 128
+# Scores in one tile over all heads: a few of these must fit into a core's cache.
+TILE_SCORES = 1 << 18
+
+
+class AttentionStatistics(NamedTuple):
+    """What a plan keeps of one computation, counted over all query heads.
+
+    Attributes:
+        rows: rows (query and head) that see any key.
+        visible: scores at visible keys.
+        kept: scores that take part in the softmax.
+        mass: sum over the rows of the share of the dense softmax that lies on kept keys.
+    """
+
+    rows: int
+    visible: int
+    kept: int
+    mass: float
+
+
+@dataclass
+class _Tile:
+    """The scores of one block of queries against one block of keys.
+
+    Within a block the keys are deinterleaved, column ``r * groups + i`` being key ``r`` of group ``i``, so that the
+    members of a group are whole, contiguous runs and rules over groups become element-wise operations.
+
+    Attributes:
+        scores: ``[kv_heads, repeat * queries, keys]``, scaled and capped, ``-inf`` where not visible.
+        kept: booleans like ``scores``, or None if all visible keys are kept.
+        block: which block of keys.
+    """
+
+    scores: Tensor
+    kept: Tensor | None
+    block: int
+
+    def kept_scores(self) -> Tensor:
+        """Return the scores with ``-inf`` for every key that is not kept; overwrites them."""
+        return self.scores if self.kept is None else self.scores.masked_fill_(~self.kept, -torch.inf)
+
+
+class _Sequence:
+    """One sequence's tensors in the layout the tiles are computed in.
+
+    Attributes:
+        q: ``[kv_heads, repeat, len_q, head_dim]``.
+        k: ``[blocks, kv_heads, block, head_dim]``, deinterleaved, zeros behind the last key.
+        v: the same with ``value_dim``.
+    """
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem) -> None:
+        self.problem = problem
+        self.len_q, self.len_k = q.shape[0], k.shape[0]
+        self.kv_heads, self.repeat = k.shape[1], q.shape[1] // k.shape[1]
+        self.plan = problem.plan_for(self.len_q)
+        self.group = self.plan.group
+        self.dtype = torch.promote_types(q.dtype, torch.float32)
+        rows = max(1, min(self.len_q, QUERY_BLOCK)) * q.shape[1]
+        alignment = max(GROUP_SIZES)
+        self.block = max(alignment, min(TILE_SCORES // rows, self.len_k + alignment - 1) // alignment * alignment)
+        self.q = self.heads_first(q)
+        self.k, self.v = self.deinterleave(k), self.deinterleave(v)
+
+    def heads_first(self, x: Tensor) -> Tensor:
+        """``[len_q, query_heads, dim]`` to ``[kv_heads, repeat, len_q, dim]`` in the accumulation type."""
+        return x.to(self.dtype).unflatten(1, (self.kv_heads, self.repeat)).permute(1, 2, 0, 3)
+
+    def heads_last(self, x: Tensor) -> Tensor:
+        """Undo :meth:`heads_first`, but for the type."""
+        return x.permute(2, 0, 1, 3).flatten(1, 2)
+
+    def deinterleave(self, x: Tensor) -> Tensor:
+        """``[len_k, kv_heads, dim]`` to ``[blocks, kv_heads, block, dim]`` in the accumulation type."""
+        x = pad(x.to(self.dtype), (0, 0, 0, 0, 0, -self.len_k % self.block))
+        x = x.unflatten(0, (-1, self.block // self.group, self.group))  # [blocks, groups, group, kv_heads, dim]
+        return x.permute(0, 3, 2, 1, 4).flatten(2, 3)
+
+    def interleave(self, x: Tensor) -> Tensor:
+        """Undo :meth:`deinterleave`, but for the type."""
+        x = x.unflatten(2, (self.group, -1)).permute(0, 3, 2, 1, 4)
+        return x.flatten(0, 2)[: self.len_k]
+
+    def query_blocks(self) -> Iterator[slice]:
+        for start in range(0, self.len_q, QUERY_BLOCK):
+            yield slice(start, min(start + QUERY_BLOCK, self.len_q))
+
+    def rows(self, x: Tensor, queries: slice) -> Tensor:
+        """Take a block of queries out of ``[kv_heads, repeat, len_q, dim]``: ``[kv_heads, repeat * queries, dim]``."""
+        return x[:, :, queries].flatten(1, 2)
+
+    def tiles(self, queries: slice) -> Iterator[_Tile]:
+        """Compute the tiles of a block of queries in which any key is visible."""
+        problem, device = self.problem, self.q.device
+        q = self.rows(self.q, queries)
+        first = self.len_k - self.len_q + queries.start  # position of the first query
+        last = self.len_k - self.len_q + queries.stop - 1
+        q_pos = torch.arange(first, last + 1, device=device)[:, None, None]
+        end = min(self.len_k, last + 1) if problem.is_causal else self.len_k
+        begin = 0 if problem.sliding_window is None else max(0, first - problem.sliding_window + 1)
+        for block in range(begin // self.block, -(-end // self.block)):
+            low, high = block * self.block, (block + 1) * self.block  # the block's keys: low <= j < high
+            scores = torch.bmm(q, self.k[block].mT).mul_(problem.softmax_scale)
+            if problem.softcap is not None:
+                scores.div_(problem.softcap).tanh_().mul_(problem.softcap)
+            # The same memory as [kv_heads, repeat, queries, groups, group], and the positions stored alike.
+            grouped = scores.unflatten(1, (self.repeat, -1)).unflatten(3, (self.group, -1)).mT
+            k_pos = torch.arange(low, high, device=device).unflatten(0, (-1, self.group)).mT.contiguous().mT
+            behind = q_pos - k_pos
+
+            hidden = k_pos >= self.len_k if high > self.len_k else None
+            if problem.is_causal and high - 1 > first:
+                hidden = _union(hidden, behind < 0)
+            if problem.sliding_window is not None and last - low >= problem.sliding_window:
+                hidden = _union(hidden, behind >= problem.sliding_window)
+            if hidden is not None:
+                grouped.masked_fill_(hidden, -torch.inf)
+
+            kept = None
+            window, sinks = self.plan.dense_window_size, self.plan.num_sink_tokens
+            all_recent = last - low < window and (problem.is_causal or high - 1 <= first)
+            if self.plan.keep is not None and not all_recent and high > sinks:
+                kept = self.plan.keep(grouped, q_pos, k_pos)
+                if low < sinks:
+                    kept = kept | (k_pos < sinks)
+                if low <= last and first - (high - 1) < window:
+                    kept = kept | ((behind >= 0) & (behind < window))
+                kept = kept.mT.flatten(3, 4).flatten(1, 2)
+            yield _Tile(scores, kept, block)
+
+
+def _union(a: Tensor | None, b: Tensor) -> Tensor:
+    return b if a is None else a | b
+
+
+def _start_of_softmax(sequence: _Sequence, queries: slice, s_aux: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return running maximum and sum, ``[kv_heads, repeat * queries]``, before any key."""
+    shape = (sequence.kv_heads, sequence.repeat, queries.stop - queries.start)
+    if s_aux is None:
+        highest = sequence.q.new_full(shape, -torch.inf)
+        return highest.flatten(1), torch.zeros_like(highest).flatten(1)
+    highest = s_aux.to(sequence.dtype).view(shape[0], shape[1], 1).expand(shape).flatten(1)
+    return highest, torch.ones_like(highest)
+
+
+def _add_to_softmax(highest: Tensor, total: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Take a tile into the running maximum and sum; turns ``scores`` into weights relative to the new maximum.
+
+    Returns:
+        The new maximum, the new sum, and the factor by which what was accumulated so far shrinks.
+    """
+    new = torch.maximum(highest, scores.amax(-1))
+    reference = new.masked_fill(new == -torch.inf, 0.0)  # exp(-inf - -inf) would be NaN
+    scores.sub_(reference[..., None]).exp_()
+    shrink = torch.exp(highest - reference)
+    return new, total * shrink + scores.sum(-1), shrink
+
+
+class _BlockedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, s_aux: Tensor | None, problem: AttentionProblem
+    ) -> tuple[Tensor, Tensor]:
+        accumulated = torch.promote_types(q.dtype, torch.float32)
+        output = q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
+        lse = q.new_full(q.shape[:2], -torch.inf, dtype=accumulated)
+        for in_q, in_k in problem.sequences():
+            sequence = _Sequence(q[in_q], k[in_k], v[in_k], problem)
+            for queries in sequence.query_blocks():
+                highest, total = _start_of_softmax(sequence, queries, s_aux)
+                value = sequence.q.new_zeros(*highest.shape, v.shape[2])
+                for tile in sequence.tiles(queries):
+                    scores = tile.kept_scores()
+                    highest, total, shrink = _add_to_softmax(highest, total, scores)
+                    value.mul_(shrink[..., None]).baddbmm_(scores, sequence.v[tile.block])
+                value /= total.masked_fill(total == 0, 1.0)[..., None]
+                rows = slice(in_q.start + queries.start, in_q.start + queries.stop)
+                output[rows] = sequence.heads_last(value.unflatten(1, (sequence.repeat, -1))).to(q.dtype)
+                lse[rows] = (highest + total.log()).unflatten(1, (sequence.repeat, -1)).permute(2, 0, 1).flatten(1)
+        ctx.save_for_backward(q, k, v, s_aux, output, lse)
+        ctx.problem = problem
+        ctx.mark_non_differentiable(lse)
+        return output, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, s_aux, output, lse = ctx.saved_tensors
+        problem: AttentionProblem = ctx.problem
+        accumulated = lse.dtype
+        grad_q, grad_k, grad_v = (torch.zeros_like(x, dtype=accumulated) for x in (q, k, v))
+        # Rows without a key have lse -inf; with 0 instead their weights come out as exp(-inf) = 0.
+        lse = lse.masked_fill(lse == -torch.inf, 0.0)
+        delta = (grad.to(accumulated) * output.to(accumulated)).sum(-1)
+        for in_q, in_k in problem.sequences():
+            sequence = _Sequence(q[in_q], k[in_k], v[in_k], problem)
+            grads = sequence.heads_first(grad[in_q])
+            lses = sequence.heads_first(lse[in_q, :, None])
+            deltas = sequence.heads_first(delta[in_q, :, None])
+            grad_q_heads = torch.zeros_like(sequence.q)
+            grad_k_blocks, grad_v_blocks = torch.zeros_like(sequence.k), torch.zeros_like(sequence.v)
+            for queries in sequence.query_blocks():
+                row_q, row_grad = sequence.rows(sequence.q, queries), sequence.rows(grads, queries)
+                row_lse, row_delta = sequence.rows(lses, queries), sequence.rows(deltas, queries)
+                row_grad_q = torch.zeros_like(row_q)
+                for tile in sequence.tiles(queries):
+                    scores = tile.kept_scores()
+                    weights = torch.exp(scores - row_lse)
+                    grad_scores = torch.bmm(row_grad, sequence.v[tile.block].mT).sub_(row_delta).mul_(weights)
+                    if problem.softcap is not None:
+                        # d/ds of cap * tanh(s / cap); dropped scores are -inf and have weight 0
+                        slope = 1 - (scores.masked_fill(scores == -torch.inf, 0.0) / problem.softcap).square()
+                        grad_scores.mul_(slope)
+                    grad_scores.mul_(problem.softmax_scale)
+                    row_grad_q.baddbmm_(grad_scores, sequence.k[tile.block])
+                    grad_k_blocks[tile.block].baddbmm_(grad_scores.mT, row_q)
+                    grad_v_blocks[tile.block].baddbmm_(weights.mT, row_grad)
+                grad_q_heads[:, :, queries] = row_grad_q.unflatten(1, (sequence.repeat, -1))
+            grad_q[in_q] = sequence.heads_last(grad_q_heads)
+            # Sequences may share keys, so their gradients add up.
+            grad_k[in_k] += sequence.interleave(grad_k_blocks)
+            grad_v[in_k] += sequence.interleave(grad_v_blocks)
+        grad_s_aux = None
+        if s_aux is not None:
+            # Rows of no sequence have delta 0.
+            grad_s_aux = -(torch.exp(s_aux.to(accumulated) - lse) * delta).sum(0).to(s_aux.dtype)
+        return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), grad_s_aux, None
+
+
+def attention_blocked(
+    q: Tensor, k: Tensor, v: Tensor, s_aux: Tensor | None, problem: AttentionProblem
+) -> tuple[Tensor, Tensor]:
+    """Compute attention in tiles, with gradients; arguments and results as in the oracle, but for the types.
+
+    Returns:
+        The output in the type of ``q`` and the logarithms of the softmax denominators in FP32 (FP64 for FP64 inputs),
+        which have no gradient.
+    """
+    output, lse = _BlockedAttention.apply(q, k, v, s_aux, problem)
+    return output, lse
+
+
+@torch.no_grad()
+def statistics_blocked(q: Tensor, k: Tensor, problem: AttentionProblem) -> AttentionStatistics:
+    """Count what a plan keeps of a computation."""
+    rows = visible = kept = 0
+    mass = 0.0
+    for in_q, in_k in problem.sequences():
+        sequence = _Sequence(q[in_q], k[in_k], k[in_k], problem)
+        for queries in sequence.query_blocks():
+            all_highest, all_total = _start_of_softmax(sequence, queries, None)
+            kept_highest, kept_total = all_highest, all_total
+            for tile in sequence.tiles(queries):
+                visible += int((tile.scores != -torch.inf).sum())
+                all_highest, all_total, _ = _add_to_softmax(all_highest, all_total, tile.scores.clone())
+                scores = tile.kept_scores()
+                kept += int((scores != -torch.inf).sum())
+                kept_highest, kept_total, _ = _add_to_softmax(kept_highest, kept_total, scores)
+            share = torch.exp(kept_highest + kept_total.log() - all_highest - all_total.log())
+            share = share[all_total > 0].double()
+            rows += share.numel()
+            mass += float(share.sum())
+    return AttentionStatistics(rows, visible, kept, mass)

@@ -1,0 +1,73 @@
+"""What every sparsity method has in common."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from pydantic import AliasChoices, Field, field_validator
+from torch import Tensor
+
+from ..kernels import Backend
+from ..plan import AttentionPlan
+from ..registry import method_names
+from ..schema import ConfigModel
+
+
+class SparseAttentionMethod(ConfigModel):
+    """A way to thin out attention: its configuration, its rule, and what it asks of the kernels.
+
+    A subclass is one file. It annotates ``method`` with its name (``Literal["my_method"]``), adds its fields, writes
+    its rule as :meth:`reference`, and is registered with
+    :func:`~modelopt_lite.registry.register_sparse_method`. A rule that decides over several keys at once sets
+    ``group_size``; one with a fused form overrides :meth:`plan`. Instances are immutable; unknown fields and values
+    of another type are refused.
+    """
+
+    group_size: ClassVar[int] = 1
+
+    method: str = Field(description="the method's registered name")
+    num_sink_tokens: int = Field(
+        default=0,
+        ge=0,
+        validation_alias=AliasChoices("num_sink_tokens", "dense_sink_tokens"),
+        description="first tokens of each sequence that stay visible to every query",
+    )
+    dense_window_size: int = Field(
+        default=64,
+        ge=0,
+        validation_alias=AliasChoices("dense_window_size", "dense_recent_tokens"),
+        description="most recent tokens of each query, itself included, that stay visible to it",
+    )
+    backend: Backend = Field(default="auto", description="kernel to run; auto is triton on a GPU, torch elsewhere")
+    enable: bool = Field(default=True, description="false: the layers are prepared, and dense until switched on")
+
+    @field_validator("method", mode="after", check_fields=False)
+    @classmethod
+    def _canonical_name(cls, _: str) -> str:
+        return method_names(cls)[0]
+
+    def reference(self, scores: Tensor, q_pos: Tensor, k_pos: Tensor) -> Tensor:
+        """Say which scores are kept: the method's rule, without sinks and dense window, in plain PyTorch.
+
+        Args:
+            scores: ``[..., queries, groups, group_size]``, FP32 or FP64, scaled; ``-inf`` where the key is not visible.
+            q_pos: ``[queries, 1, 1]``, the queries' positions in their sequence, from 0.
+            k_pos: ``[groups, group_size]``, the keys' positions.
+
+        Returns:
+            Booleans of the shape of ``scores``; those at keys that are not visible are ignored.
+        """
+        raise NotImplementedError(f"{type(self).__name__} defines neither reference() nor plan()")
+
+    def plan(self) -> AttentionPlan:
+        """Return what the kernels run for a prefill."""
+        return AttentionPlan(
+            keep=self.reference,
+            group=self.group_size,
+            num_sink_tokens=self.num_sink_tokens,
+            dense_window_size=self.dense_window_size,
+        )
+
+    def settings(self) -> dict[str, Any]:
+        """Return the fields that tune the method, for tables: all but its name and the on/off switch."""
+        return self.model_dump(exclude={"method", "enable"})

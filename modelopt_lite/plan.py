@@ -1,0 +1,77 @@
+"""What a sparsity method asks of the attention kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+KeepRule: TypeAlias = "Callable[[Tensor, Tensor, Tensor], Tensor]"
+"""``keep(scores, q_pos, k_pos) -> bool tensor``, see :class:`AttentionPlan`."""
+
+GROUP_SIZES = (1, 2, 4, 8, 16)
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """One attention computation's sparsity: which visible keys take part in the softmax.
+
+    A plan holds no tensors, is hashable, and means the same to every backend. A key that is visible to a
+    query (inside the sequence, causal, inside the layer's sliding window) is kept if the method's rule keeps
+    it, if it is one of the first ``num_sink_tokens`` keys of the sequence, or if it lies fewer than
+    ``dense_window_size`` positions behind the query.
+
+    Attributes:
+        keep: the rule in PyTorch, for the reference and the CPU; ``None`` keeps every visible key (dense).
+            Called as ``keep(scores, q_pos, k_pos)``: ``scores`` is ``[..., queries, groups, group]`` in FP32 or
+            FP64, scaled, ``-inf`` where the key is not visible; ``q_pos`` (``[queries, 1, 1]``) and ``k_pos``
+            (``[groups, group]``) are positions counted from the sequence's first token. It returns booleans of
+            the shape of ``scores``. It sees one tile at a time, so a decision may depend only on the scores of
+            the same query and group.
+        group: how many consecutive keys one decision looks at, one of 1, 2, 4, 8, 16. Groups are aligned: key
+            ``j`` belongs to group ``j // group``.
+        num_sink_tokens: leading keys of each sequence that are always kept, >= 0.
+        dense_window_size: most recent keys of each query, its own included, that are always kept, >= 0.
+        sparse_decode: whether a sequence with a single query is sparse too; by default decode is dense.
+        score_hook: the same rule as a ``@triton.jit`` function, for the fused kernels; ``None`` if the method
+            has only a PyTorch rule. Called as ``score_hook(scores, q_pos, k_pos, args)`` with a tuple of
+            ``group`` score tiles (tile ``r`` holds key ``group * i + r`` of group ``i``), returns a tuple of
+            ``group`` boolean tiles.
+        hook_constants: integers that ``score_hook`` needs at compile time; they come first in its ``args``.
+        hook_args: numbers that ``score_hook`` needs at run time; they follow in its ``args``.
+        keeps_group_max: a promise that the largest visible score of every group is kept, which saves the fused
+            kernels the row maximum over what is left.
+
+    Raises:
+        ValueError: if a field is out of its range or a hook comes without its PyTorch rule.
+    """
+
+    keep: KeepRule | None = None
+    group: int = 1
+    num_sink_tokens: int = 0
+    dense_window_size: int = 0
+    sparse_decode: bool = False
+    score_hook: Any | None = None
+    hook_constants: tuple[int, ...] = ()
+    hook_args: tuple[float, ...] = ()
+    keeps_group_max: bool = False
+
+    def __post_init__(self) -> None:
+        if self.group not in GROUP_SIZES:
+            raise ValueError(f"plan.group: {self.group!r} is not allowed; one of {GROUP_SIZES}")
+        for name in ("num_sink_tokens", "dense_window_size"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"plan.{name}: {getattr(self, name)!r} is not allowed; an integer >= 0")
+        if self.score_hook is not None and self.keep is None:
+            raise ValueError("plan.score_hook: a fused rule needs its PyTorch twin in plan.keep")
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether every visible key is kept."""
+        return self.keep is None
+
+
+DENSE = AttentionPlan()

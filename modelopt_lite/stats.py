@@ -1,0 +1,90 @@
+"""What sparsity keeps, measured on real forward passes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from .kernels import AttentionStatistics
+from .module import sparse_modules
+
+
+@dataclass
+class LayerStatistics:
+    """Counts of one layer, or of several together, over all prefills seen.
+
+    Attributes:
+        rows: query rows over all heads that see any key.
+        visible: scores at visible keys.
+        kept: scores that took part in the softmax.
+        mass: sum over the rows of the share of the dense attention that lies on kept keys.
+    """
+
+    rows: int = 0
+    visible: int = 0
+    kept: int = 0
+    mass: float = 0.0
+
+    def add(self, counts: AttentionStatistics | LayerStatistics) -> None:
+        """Add the counts of another computation."""
+        self.rows += counts.rows
+        self.visible += counts.visible
+        self.kept += counts.kept
+        self.mass += counts.mass
+
+    @property
+    def sparsity(self) -> float:
+        """Share of visible scores that were dropped; 0 before anything was counted."""
+        return 1 - self.kept / self.visible if self.visible else 0.0
+
+    @property
+    def mass_kept(self) -> float:
+        """Mean share of the dense attention on kept keys, from 0 to 1; 1 before anything was counted."""
+        return self.mass / self.rows if self.rows else 1.0
+
+
+@dataclass
+class ModelStatistics:
+    """Statistics of a model by layer name.
+
+    Attributes:
+        layers: the counters of every sparse layer, in the model's order.
+    """
+
+    layers: dict[str, LayerStatistics] = field(default_factory=dict)
+
+    @property
+    def total(self) -> LayerStatistics:
+        """All layers together."""
+        total = LayerStatistics()
+        for layer in self.layers.values():
+            total.add(layer)
+        return total
+
+
+@contextmanager
+def collect_statistics(model: nn.Module) -> Iterator[ModelStatistics]:
+    """Count what the sparse layers of a model keep, over every prefill inside the ``with`` block.
+
+    Each prefill then computes its scores once more, about half the cost of its attention, on the torch backend.
+    Layers that are switched off, and decode steps, are not counted.
+
+    Args:
+        model: a model after :func:`~modelopt_lite.conversion.sparsify`; one without sparse layers counts nothing.
+
+    Yields:
+        The statistics, which grow with every prefill.
+    """
+    modules = sparse_modules(model)
+    statistics = ModelStatistics({name: LayerStatistics() for name in modules})
+    before = {name: module.sparse_attention.statistics for name, module in modules.items()}
+    for name, module in modules.items():
+        module.sparse_attention.statistics = statistics.layers[name]
+    try:
+        yield statistics
+    finally:
+        for name, module in modules.items():
+            module.sparse_attention.statistics = before[name]
