@@ -6,7 +6,6 @@ import inspect
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +19,7 @@ from rich.panel import Panel
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from . import __version__
 from .config import SparsityConfig
 from .errors import ConfigError, UnsupportedError
 from .experiment import AssetError, ExperimentConfig, ExperimentResult, VariantResult, run_experiment
@@ -44,7 +44,7 @@ def _user_errors() -> Iterator[None]:
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(metadata.version("modelopt-lite"))
+        typer.echo(__version__)
         raise typer.Exit
 
 

@@ -41,8 +41,8 @@ def _validate_entry(value: object) -> SparseAttentionMethod | Disabled:
     if not isinstance(value, dict):
         raise ValueError("Input should be a mapping with 'method', or {'enable': false}")
     if "method" not in value:
-        if value == {"enable": False}:
-            return Disabled.model_validate(value)
+        if value.keys() == {"enable"} and value["enable"] is False:  # not 0, which equals False
+            return Disabled(enable=False)
         raise ValueError(f"Input should have a method, {_one_of_the_methods()}, or be just {{'enable': false}}")
     name = value["method"]
     try:

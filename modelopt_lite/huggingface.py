@@ -232,7 +232,9 @@ def _unsupported(module: nn.Module) -> str | None:
         return "does not go through Transformers' attention interface"
     if getattr(module, "is_causal", None) is not True:
         return "attention that is not causal is not supported"
-    window = getattr(module, "sliding_window", None)
+    # Some models keep the window on the layer, as layers differ, and others only in their config.
+    holder = module if hasattr(module, "sliding_window") else getattr(module, "config", None)
+    window = getattr(holder, "sliding_window", None)
     if window is not None:
         return f"a sliding window ({window}) is not supported"
     kind = getattr(module, "layer_type", None) or getattr(module, "attention_type", None)

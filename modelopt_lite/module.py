@@ -48,10 +48,6 @@ class SparseAttentionModule(nn.Module):
 
     sparse_attention: SparseAttentionFlags
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle by the original class, as the generated one has no importable name."""
-        return _rebuild, (original_class(self),), self.__dict__
-
     def extra_repr(self) -> str:
         """Add the method to what ``print(model)`` shows."""
         flags = self.sparse_attention
@@ -68,11 +64,6 @@ def _sparse_class(cls: Any) -> type[SparseAttentionModule]:
 def original_class(module: SparseAttentionModule) -> type[nn.Module]:
     """Return the model's own class of a sparse attention module."""
     return type(module).__mro__[2]  # behind the generated class and the mixin
-
-
-def _rebuild(cls: Any) -> nn.Module:
-    sparse = _sparse_class(cls)
-    return sparse.__new__(sparse)
 
 
 def convert(module: nn.Module, flags: SparseAttentionFlags) -> None:

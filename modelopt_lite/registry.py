@@ -63,12 +63,13 @@ def _load_installed_methods() -> None:
     for entry_point in entry_points(group=ENTRY_POINT_GROUP):
         try:
             entry_point.load()
-        except Exception:  # a plug-in may fail in any way; the other methods must still be usable
-            logger.exception(
-                "the plug-in %r (%s) in the entry-point group %s failed to load; its methods are not available",
+        except Exception as error:  # a plug-in may fail in any way; the other methods must still be usable
+            logger.warning(
+                "the plug-in %r (%s) of the entry-point group %s is not available: %r",
                 entry_point.name,
                 entry_point.value,
                 ENTRY_POINT_GROUP,
+                error,
             )
 
 

@@ -15,7 +15,7 @@ def keep_top_n(scores: Tensor, q_pos: Tensor, k_pos: Tensor, *, n: int) -> Tenso
     """Keep the ``n`` largest scores of each group, equal scores going to the lower key.
 
     Args:
-        scores: ``[..., group]``, one group along the last dimension, ``-inf`` where a key is not visible.
+        scores: ``[..., groups, group]``, one group along the last dimension, ``-inf`` where a key is not visible.
         q_pos: unused; positions do not matter to this rule.
         k_pos: unused.
         n: how many to keep, ``0 <= n <= group``.

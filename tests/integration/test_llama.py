@@ -1,0 +1,425 @@
+"""A tiny random Llama, sparsified: padding, chunks, caches, switches, and the way back."""
+
+import copy
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertModel,
+    BloomConfig,
+    BloomForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+import modelopt_lite as mtsa
+from modelopt_lite import huggingface
+from modelopt_lite.huggingface import ATTENTION_NAME
+
+# Sparsity that bites on short inputs.
+CONFIG = {
+    "sparse_cfg": {"*": {"method": "sparse_softmax", "sparsity_n": 1, "dense_window_size": 3, "num_sink_tokens": 1}}
+}
+LAYERS = [f"model.layers.{i}.self_attn" for i in range(3)]
+LENGTH = 37
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # FP32 logits of order 10 through three layers
+
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 101,
+    "max_position_embeddings": 256,
+}
+
+
+def tiny(cls=LlamaForCausalLM, config_cls=LlamaConfig, **settings):
+    """Make a model whose attention is far from uniform, so that dropping keys changes the logits."""
+    torch.manual_seed(0)
+    model = cls(config_cls(**SIZES, **settings)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "proj" in name and parameter.dim() == 2:
+                parameter.mul_(6)
+    return model
+
+
+@pytest.fixture
+def model():
+    return tiny()
+
+
+@pytest.fixture
+def sparse():
+    return mtsa.sparsify(tiny(), CONFIG)
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(0, SIZES["vocab_size"], (2, LENGTH), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def logits(model, ids, **kwargs):
+    return model(ids, **kwargs).logits
+
+
+def test_in_place_and_the_model_runs_on_it(model, ids, monkeypatch):
+    dense = logits(model, ids)
+    calls = []
+    original = huggingface.attention
+    monkeypatch.setattr(
+        huggingface, "attention", lambda *args, **kwargs: calls.append(kwargs) or original(*args, **kwargs)
+    )
+    assert mtsa.sparsify(model, mtsa.SPARSE_SOFTMAX_DEFAULT) is model
+    assert model.config._attn_implementation == ATTENTION_NAME
+    # The default's dense window covers this prompt, so the result is dense attention by this package's kernels.
+    torch.testing.assert_close(logits(model, ids), dense, **CLOSE)
+    assert len(calls) == 3
+    mtsa.sparsify(model, CONFIG)
+    assert (logits(model, ids) - dense).abs().max() > 0.1
+    assert [call["plan"].num_sink_tokens for call in calls[3:]] == [1, 1, 1]
+
+
+def test_parameters_names_and_classes_stay(model):
+    before = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+    classes = [type(module) for module in model.modules()]
+    mtsa.sparsify(model, CONFIG)
+    assert {name: parameter.data_ptr() for name, parameter in model.named_parameters()} == before
+    assert all(isinstance(module, cls) for module, cls in zip(model.modules(), classes, strict=True))
+    module = model.model.layers[0].self_attn
+    assert isinstance(module, mtsa.SparseAttentionModule)
+    assert "sparse_softmax" in repr(module)
+    assert "sparsity_n=1" in repr(module)
+
+
+def padded(ids, lengths, side):
+    """Return a batch of the rows' last ``lengths`` tokens with padding on one side (or around), mask and positions."""
+    batch = torch.full_like(ids, 7)
+    mask = torch.zeros_like(ids)
+    for row, length in enumerate(lengths):
+        start = {"left": LENGTH - length, "right": 0, "both": (LENGTH - length) // 2}[side]
+        batch[row, start : start + length] = ids[row, LENGTH - length :]
+        mask[row, start : start + length] = 1
+    return {"input_ids": batch, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+
+
+@pytest.mark.parametrize("lengths", [(37, 37), (37, 20), (5, 30), (1, 2)])
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+def test_padding_side_and_batch_mates_do_not_matter(sparse, ids, side, lengths):
+    inputs = padded(ids, lengths, side)
+    with torch.no_grad():
+        together = sparse(**inputs).logits
+    assert torch.isfinite(together).all()
+    for row, length in enumerate(lengths):
+        alone = logits(sparse, ids[row : row + 1, LENGTH - length :])
+        torch.testing.assert_close(together[row, inputs["attention_mask"][row].bool()], alone[0], **CLOSE)
+
+
+@pytest.mark.parametrize("cuts", [(13,), (2, 4, 35), (16, 32), (33,)])
+@pytest.mark.parametrize("side", ["none", "left"])
+def test_chunked_prefill_equals_one_prefill(sparse, ids, cuts, side):
+    inputs = {"input_ids": ids} if side == "none" else padded(ids, (LENGTH, 21), "left")
+    mask = inputs.get("attention_mask")
+    with torch.no_grad():
+        whole = sparse(**inputs).logits
+        chunks, cache = [], None
+        edges = (0, *cuts, LENGTH)
+        for start, stop in pairwise(edges):
+            part = {name: x[:, start:stop] for name, x in inputs.items() if name != "attention_mask"}
+            if mask is not None:
+                part["attention_mask"] = mask[:, :stop]
+            result = sparse(**part, past_key_values=cache, use_cache=True)
+            cache = result.past_key_values
+            chunks.append(result.logits)
+    chunked = torch.cat(chunks, dim=1)
+    real = slice(None) if mask is None else mask.bool()
+    torch.testing.assert_close(chunked[real], whole[real], **CLOSE)
+
+
+def test_decode_is_dense(sparse, model, ids):
+    """Over the same cache, a sparse and a dense model take the same decode step."""
+    prompt, token = ids[:, :-1], ids[:, -1:]
+    with torch.no_grad():
+        caches = [model(prompt, use_cache=True).past_key_values for _ in range(2)]
+        dense = model(token, past_key_values=caches[0]).logits
+        torch.testing.assert_close(sparse(token, past_key_values=caches[1]).logits, dense, **CLOSE)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generation(sparse, ids, cache):
+    """Greedy generation by hand, one sequence at a time without padding, equals generate on a padded batch."""
+    lengths, new = (LENGTH, 21), 6
+    inputs = padded(ids, lengths, "left")
+    generated = sparse.generate(
+        inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        max_new_tokens=new,
+        min_new_tokens=new,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=None,
+        cache_implementation=None if cache == "dynamic" else cache,
+    )
+    for row, length in enumerate(lengths):
+        with torch.no_grad():
+            result = sparse(ids[row : row + 1, LENGTH - length :], use_cache=True)
+            tokens = [result.logits[:, -1:].argmax(-1)]
+            for _ in range(new - 1):
+                result = sparse(tokens[-1], past_key_values=result.past_key_values)
+                tokens.append(result.logits[:, -1:].argmax(-1))
+        assert generated[row, LENGTH:].tolist() == torch.cat(tokens, dim=1)[0].tolist()
+
+
+def test_gradients_reach_the_parameters(sparse, ids):
+    sparse(ids, labels=ids).loss.backward()
+    assert all(parameter.grad is not None for parameter in sparse.parameters())
+    assert all(torch.isfinite(parameter.grad).all() for parameter in sparse.parameters())
+
+
+def test_sparsify_again_replaces(sparse, ids):
+    mtsa.sparsify(sparse, {"sparse_cfg": {"*.1.*": {"method": "sparse_softmax", "sparsity_m": 8}}})
+    rows = mtsa.summary(sparse)
+    assert [row.method for row in rows] == [None, "sparse_softmax", None]
+    assert rows[1].settings["sparsity_m"] == 8
+    assert [type(layer.self_attn).__name__ for layer in sparse.model.layers][::2] == ["LlamaAttention"] * 2
+    fresh = mtsa.sparsify(tiny(), {"sparse_cfg": {"*.1.*": {"method": "sparse_softmax", "sparsity_m": 8}}})
+    torch.testing.assert_close(logits(sparse, ids), logits(fresh, ids), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_unsparsify_restores_everything(ids, implementation):
+    model = tiny(attn_implementation=implementation)
+    dense, config = logits(model, ids), copy.deepcopy(model.config)
+    classes, attributes = [type(module) for module in model.modules()], set(vars(model))
+    mtsa.sparsify(mtsa.sparsify(model, CONFIG), mtsa.SPARSE_SOFTMAX_DEFAULT)
+    assert mtsa.unsparsify(model) is model
+    assert [type(module) for module in model.modules()] == classes
+    assert model.config.to_dict() == config.to_dict()
+    assert vars(model.config).keys() == vars(config).keys()
+    assert model.config._attn_implementation == implementation
+    assert set(vars(model)) == attributes
+    assert not any(hasattr(module, "sparse_attention") for module in model.modules())
+    torch.testing.assert_close(logits(model, ids), dense, rtol=0, atol=0)
+    assert mtsa.unsparsify(model) is model
+
+
+def test_disabled_is_dense_and_comes_back(sparse, model, ids):
+    mtsa.disable_sparse_attention(sparse, "*.0.*")
+    before = logits(sparse, ids)
+    with mtsa.disabled(sparse) as inside:
+        assert inside is sparse
+        torch.testing.assert_close(logits(sparse, ids), logits(model, ids), **CLOSE)
+        assert not any(row.enabled for row in mtsa.summary(sparse))
+    assert [row.enabled for row in mtsa.summary(sparse)] == [False, True, True]
+    torch.testing.assert_close(logits(sparse, ids), before, rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match="boom"), mtsa.disabled(sparse):
+        raise RuntimeError("boom")
+    assert [row.enabled for row in mtsa.summary(sparse)] == [False, True, True]
+
+
+def test_switching_layers(sparse, ids):
+    all_on = logits(sparse, ids)
+    mtsa.disable_sparse_attention(sparse, "*.[01].*")
+    only_last = mtsa.sparsify(tiny(), {"sparse_cfg": {"*.2.*": CONFIG["sparse_cfg"]["*"]}})
+    torch.testing.assert_close(logits(sparse, ids), logits(only_last, ids), **CLOSE)
+    mtsa.enable_sparse_attention(sparse)
+    torch.testing.assert_close(logits(sparse, ids), all_on, rtol=0, atol=0)
+    with pytest.raises(mtsa.ConfigError, match=r"pattern: 'x\*' matches no sparse attention module"):
+        mtsa.disable_sparse_attention(sparse, "x*")
+
+
+def test_prepared_but_off(model, ids):
+    entry = {**CONFIG["sparse_cfg"]["*"], "enable": False}
+    dense = logits(model, ids)
+    mtsa.sparsify(model, {"sparse_cfg": {"*": entry}})
+    assert [row.enabled for row in mtsa.summary(model)] == [False] * 3
+    torch.testing.assert_close(logits(model, ids), dense, **CLOSE)
+    mtsa.enable_sparse_attention(model)
+    torch.testing.assert_close(logits(model, ids), logits(mtsa.sparsify(tiny(), CONFIG), ids), rtol=0, atol=0)
+
+
+def test_summary_is_a_table(sparse):
+    text = str(mtsa.summary(sparse))
+    for word in (*LAYERS, "LlamaAttention", "sparse_softmax", "sparsity_n=1", "dense_window_size=3", "on"):
+        assert word in text
+
+
+def test_copies_are_sparse_and_independent(sparse, ids):
+    twin = copy.deepcopy(sparse)
+    torch.testing.assert_close(logits(twin, ids), logits(sparse, ids), rtol=0, atol=0)
+    mtsa.disable_sparse_attention(twin)
+    assert all(row.enabled for row in mtsa.summary(sparse))
+    mtsa.unsparsify(twin)
+    assert sparse.config._attn_implementation == ATTENTION_NAME
+
+
+def test_statistics(sparse, ids):
+    with mtsa.collect_statistics(sparse) as statistics:
+        logits(sparse, ids)
+    assert list(statistics.layers) == LAYERS
+    # Rows, visible and kept scores do not depend on the model: N:M keeps min(n, visible), plus sinks and window.
+    kept = 0
+    for p in range(LENGTH):
+        groups = [[j for j in range(g, g + 4) if j <= p] for g in range(0, p + 1, 4)]
+        exempt = {j for j in range(p + 1) if j < 1 or p - j < 3}
+        least = len(exempt) + sum(not exempt & set(group) for group in groups)  # at best, the best key is exempt
+        kept += least
+    for layer in statistics.layers.values():
+        assert layer.rows == 2 * 4 * LENGTH
+        assert layer.visible == 2 * 4 * LENGTH * (LENGTH + 1) // 2
+        assert 2 * 4 * kept <= layer.kept < layer.visible
+        assert 0 < layer.mass_kept < 1
+    assert statistics.total.visible == 3 * layer.visible
+    with mtsa.collect_statistics(sparse) as nothing, mtsa.disabled(sparse):
+        logits(sparse, ids)
+    assert (nothing.total.visible, nothing.total.sparsity, nothing.total.mass_kept) == (0, 0.0, 1.0)
+    assert all(
+        module.sparse_attention.statistics is None for module in sparse.modules() if hasattr(module, "sparse_attention")
+    )
+
+
+def test_save_and_restore(sparse, model, ids, tmp_path):
+    sparse.save_pretrained(tmp_path)
+    assert [path.suffix for path in tmp_path.iterdir() if path.name.startswith("model")] == [".safetensors"]
+    restored = mtsa.from_pretrained(tmp_path).eval()
+    assert mtsa.summary(restored) == mtsa.summary(sparse)
+    torch.testing.assert_close(logits(restored, ids), logits(sparse, ids), rtol=0, atol=0)
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert dense.config._attn_implementation == "sdpa"
+    torch.testing.assert_close(logits(dense, ids), logits(model, ids), rtol=0, atol=0)
+    # Saved once more by way of the restored model, nothing is lost.
+    restored.save_pretrained(tmp_path / "again")
+    assert mtsa.summary(mtsa.from_pretrained(tmp_path / "again")) == mtsa.summary(sparse)
+
+
+def test_order_of_patterns_survives_saving(model, tmp_path):
+    method = CONFIG["sparse_cfg"]["*"]
+    mtsa.sparsify(
+        model, {"sparse_cfg": {"model*": method, "*.1.*": {"enable": False}, "default": {**method, "sparsity_n": 2}}}
+    )
+    assert [row.method for row in mtsa.summary(model)] == ["sparse_softmax", None, "sparse_softmax"]
+    model.save_pretrained(tmp_path)  # alphabetically "*.1.*" would come first
+    assert mtsa.summary(mtsa.from_pretrained(tmp_path)) == mtsa.summary(model)
+
+
+def test_restoring_what_is_not_sparse_is_refused(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    with pytest.raises(mtsa.ConfigError, match=r"config.json holds no sparse_attention_config"):
+        mtsa.from_pretrained(tmp_path)
+    model.config.sparse_attention_config = {"version": 99, "sparse_cfg": []}
+    model.save_pretrained(tmp_path)
+    with pytest.raises(mtsa.ConfigError, match=r"sparse_attention_config.version: 99 is not allowed; 1"):
+        mtsa.from_pretrained(tmp_path)
+
+
+def test_a_dense_reload_made_sparse_and_back_keeps_its_saved_config(sparse, tmp_path):
+    sparse.save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    saved = copy.deepcopy(model.config.sparse_attention_config)
+    mtsa.unsparsify(mtsa.sparsify(model, mtsa.SPARSE_SOFTMAX_DEFAULT))
+    assert model.config.sparse_attention_config == saved
+
+
+def untouched(model):
+    return (
+        model.config._attn_implementation,
+        model.config.to_dict(),
+        [type(module) for module in model.modules()],
+        sorted(vars(model)),
+    )
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"sparse_cfg": {"*": {"method": "nope"}}},
+        {"sparse_cfg": {"*": {"method": "sparse_softmax"}, "*.7.*": {"enable": False}}},
+        "missing.yaml",
+        {},
+    ],
+)
+def test_a_bad_config_leaves_the_model_untouched(model, config):
+    before = untouched(model)
+    with pytest.raises(mtsa.ConfigError):
+        mtsa.sparsify(model, config)
+    assert untouched(model) == before
+
+
+class Custom(nn.Module):
+    pass
+
+
+UNSUPPORTED = {
+    "not Transformers": (Custom, "Custom is not supported; a Transformers PreTrainedModel is"),
+    "sliding window": (
+        lambda: tiny(MistralForCausalLM, MistralConfig, sliding_window=8),
+        r"model.layers.0.self_attn \(MistralAttention\): a sliding window \(8\) is not supported",
+    ),
+    "some layers slide": (
+        lambda: tiny(Qwen2ForCausalLM, Qwen2Config, use_sliding_window=True, sliding_window=8, max_window_layers=2),
+        r"model.layers.2.self_attn \(Qwen2Attention\): a sliding window \(8\) is not supported",
+    ),
+    "attention of its own": (
+        lambda: BloomForCausalLM(BloomConfig(hidden_size=32, n_layer=1, n_head=2, vocab_size=101)),
+        r"transformer.h.0.self_attention \(BloomAttention\): does not go through Transformers' attention interface",
+    ),
+    "not causal": (
+        lambda: BertModel(BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)),
+        r"encoder.layer.0.attention.self \(BertSelfAttention\): attention that is not causal is not supported",
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), UNSUPPORTED.values(), ids=UNSUPPORTED.keys())
+def test_unsupported_models_are_refused_by_layer(make, message):
+    model = make()
+    before = untouched(model) if hasattr(model, "config") else None
+    with pytest.raises(mtsa.UnsupportedError, match=message):
+        mtsa.sparsify(model, mtsa.SPARSE_SOFTMAX_DEFAULT)
+    assert before is None or untouched(model) == before
+
+
+@pytest.mark.parametrize(("cls", "config_cls"), [(MistralForCausalLM, MistralConfig), (Qwen2ForCausalLM, Qwen2Config)])
+def test_relatives_without_a_window_work(cls, config_cls, ids):
+    model = tiny(cls, config_cls, sliding_window=None)
+    dense = logits(model, ids)
+    mtsa.sparsify(model, CONFIG)
+    inputs = padded(ids, (LENGTH, 21), "left")
+    with torch.no_grad():
+        together = model(**inputs).logits
+    torch.testing.assert_close(together[1, LENGTH - 21 :], logits(model, ids[1:, LENGTH - 21 :])[0], **CLOSE)
+    with mtsa.disabled(model):
+        torch.testing.assert_close(logits(model, ids), dense, **CLOSE)
+
+
+def test_calls_outside_the_envelope_are_refused_by_layer(sparse, ids):
+    first = rf"{LAYERS[0]} \(SparseLlamaAttention\): "
+    with pytest.raises(mtsa.UnsupportedError, match=first + "output_attentions is not supported"):
+        sparse(ids, output_attentions=True)
+    with pytest.raises(mtsa.UnsupportedError, match=first + "an attention mask with 4 dimensions"):
+        sparse(ids, attention_mask=torch.zeros(2, 1, LENGTH, LENGTH))
+    with pytest.raises(mtsa.UnsupportedError, match=r"not plain causal.*packed"):
+        sparse(ids[:1], position_ids=torch.tensor([[*range(20), *range(17)]]), use_cache=False)
+    with pytest.raises(mtsa.UnsupportedError, match=first + "the argument cu_seq_lens_q=Tensor"):
+        sparse(ids[:1], cu_seq_lens_q=torch.tensor([0, 20, 37]))
+    with pytest.raises(mtsa.UnsupportedError, match="attention_mask: 10 columns are not enough; 37 tokens"):
+        sparse(ids, attention_mask=torch.ones(2, 10, dtype=torch.int64), past_key_values=None, use_cache=True)
+
+
+def test_attention_dropout_in_training_is_refused(ids):
+    model = mtsa.sparsify(tiny(attention_dropout=0.1), CONFIG)
+    logits(model, ids)
+    model.train()
+    with pytest.raises(mtsa.UnsupportedError, match=r"attention dropout \(0.1\) is not supported"):
+        model(ids)

@@ -1,0 +1,238 @@
+"""The contract of ``docs/design.md``, point by point: brute force = oracle = torch backend."""
+
+import dataclasses
+from itertools import pairwise
+
+import pytest
+import torch
+from brute_force import attention_brute_force
+from cases import SCALE, Case, cases
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from modelopt_lite.kernels import attention, attention_statistics, blocked
+from modelopt_lite.kernels.reference import attention_reference
+from modelopt_lite.kernels.top_n import keep_top_n, top_n_plan
+from modelopt_lite.plan import DENSE, AttentionPlan
+
+# FP32 rounding of exponentials, sums and products of numbers of order 1 over at most 80 keys.
+FP32 = {"rtol": 1e-5, "atol": 1e-5}
+
+many_cases = settings(max_examples=100, deadline=None)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def tiles_smaller_than_sequences():
+    """Let short sequences cross block borders."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocked, "QUERY_BLOCK", 16)
+        patch.setattr(blocked, "TILE_SCORES", 1024)
+        yield
+
+
+def run(case: Case, **overrides):
+    return attention(case.q, case.k, case.v, **{**case.arguments(), "plan": case.problem.plan, **overrides})
+
+
+@given(cases(longest=24, batch=1))
+@many_cases
+def test_oracle_is_the_contract(case):
+    output, _ = attention_reference(case.q, case.k, case.v, case.s_aux, case.problem)
+    (queries, keys) = next(case.problem.sequences())
+    expected, counts = attention_brute_force(
+        case.q[queries],
+        case.k[keys],
+        case.v[keys],
+        scale=SCALE,
+        softcap=case.problem.softcap,
+        s_aux=case.s_aux,
+        **case.selection(),
+    )
+    torch.testing.assert_close(output[queries], expected, rtol=1e-12, atol=1e-12)
+    statistics = attention_statistics(
+        case.q,
+        case.k,
+        **{name: x for name, x in case.arguments().items() if name != "s_aux"},
+        plan=case.problem.plan,
+    )
+    assert statistics.kept == counts.sum()
+
+
+@given(cases())
+@many_cases
+def test_torch_backend_equals_oracle(case):
+    output, lse = run(case, return_lse=True)
+    expected, expected_lse = attention_reference(case.q, case.k, case.v, case.s_aux, case.problem)
+    torch.testing.assert_close(output, expected.float(), **FP32)
+    torch.testing.assert_close(lse, expected_lse.float(), **FP32)
+
+
+@given(cases())
+@many_cases
+def test_gradients_equal_oracle(case):
+    inputs = [x.requires_grad_() for x in (case.q, case.k, case.v, case.s_aux) if x is not None]
+    output = run(case)
+    expected, _ = attention_reference(case.q, case.k, case.v, case.s_aux, case.problem)
+    direction = torch.randn(output.shape, generator=torch.Generator().manual_seed(0))
+    found = torch.autograd.grad(output, inputs, direction)
+    wanted = torch.autograd.grad(expected, inputs, direction.double())
+    for x, y in zip(found, wanted, strict=True):
+        # Rows of no sequence have no gradient, although the oracle's zero rows carry NaN inputs.
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
+
+
+def test_gradcheck():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(11, heads, 4, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
+    s_aux = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    starts, lengths = torch.tensor([0, 5]), torch.tensor([5, 6])
+
+    def function(q, k, v, s_aux):
+        return attention(
+            q, k, v, starts, lengths, 6, sparsity_n=2, dense_window_size=2, num_sink_tokens=1, softcap=3.0, s_aux=s_aux
+        )
+
+    assert torch.autograd.gradcheck(function, (q, k, v, s_aux))
+
+
+@given(st.integers(0, 16), st.sampled_from([2, 4, 8, 16]), st.data())
+def test_exactly_n_of_visible_ties_to_the_lower(n, m, data):
+    n = min(n, m)
+    group = data.draw(st.lists(st.sampled_from([-torch.inf, -1.0, 0.0, 0.5, 2.0]), min_size=m, max_size=m))
+    kept = keep_top_n(torch.tensor([group]), torch.tensor(0), torch.arange(m)[None], n=n)[0]
+    expected = set(sorted(range(m), key=lambda j: (-group[j], j))[:n])
+    assert {j for j in range(m) if kept[j]} == expected
+    visible = [j for j in range(m) if group[j] > -torch.inf]
+    assert sum(bool(kept[j]) for j in visible) == min(n, len(visible))
+
+
+@given(cases(batch=1), st.data())
+@many_cases
+def test_chunked_prefill_equals_one_prefill(case, data):
+    problem = case.problem
+    _, keys = next(problem.sequences())
+    len_k = keys.stop - keys.start
+    q = torch.randint(-2, 3, (len_k, *case.q.shape[1:])) / 2
+    k, v = case.k[keys], case.v[keys]
+    zero = torch.zeros(1, dtype=torch.int64)
+
+    def prefill(start, stop):
+        return attention(
+            q[start:stop],
+            k[:stop],
+            v[:stop],
+            zero,
+            torch.tensor([stop - start]),
+            stop - start,
+            True,
+            SCALE,
+            zero,
+            torch.tensor([stop]),
+            stop,
+            plan=dataclasses.replace(problem.plan, sparse_decode=True),  # or a chunk of one token would be decode
+            sliding_window=problem.sliding_window,
+            softcap=problem.softcap,
+            s_aux=case.s_aux,
+        )
+
+    cuts = sorted({0, len_k, *data.draw(st.lists(st.integers(0, len_k), max_size=4))})
+    chunks = [prefill(start, stop) for start, stop in pairwise(cuts)]
+    if chunks:
+        torch.testing.assert_close(torch.cat(chunks), prefill(0, len_k), **FP32)
+
+
+@given(cases(batch=3))
+@many_cases
+def test_batch_mates_do_not_matter(case):
+    together, lse = run(case, return_lse=True)
+    problem = case.problem
+    for b, (queries, _) in enumerate(problem.sequences()):
+        alone = {
+            name: x[b : b + 1] if isinstance(x, torch.Tensor) and name.startswith("b_") else x
+            for name, x in case.arguments().items()
+        }
+        output, lse_alone = attention(case.q, case.k, case.v, **alone, plan=problem.plan, return_lse=True)
+        torch.testing.assert_close(output[queries], together[queries], **FP32)
+        torch.testing.assert_close(lse_alone[queries], lse[queries], **FP32)
+
+
+@given(cases(), st.sampled_from([1, 7, 64]), st.sampled_from([16, 512, 1 << 16]))
+@many_cases
+def test_tile_size_does_not_matter(case, query_block, tile_scores):
+    expected = run(case)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocked, "QUERY_BLOCK", query_block)
+        patch.setattr(blocked, "TILE_SCORES", tile_scores)
+        torch.testing.assert_close(run(case), expected, **FP32)
+
+
+@given(cases())
+@many_cases
+def test_n_equal_to_m_and_a_huge_window_are_dense(case):
+    dense = run(case, plan=DENSE)
+    torch.testing.assert_close(run(case, plan=top_n_plan(case.m, case.m, 0, 0)), dense, **FP32)
+    if case.problem.is_causal:
+        torch.testing.assert_close(run(case, plan=top_n_plan(1, case.m, 0, 1000)), dense, **FP32)
+    torch.testing.assert_close(run(case, plan=top_n_plan(1, case.m, 1000, 0)), dense, **FP32)
+
+
+def decode_inputs():
+    torch.manual_seed(1)
+    q, k, v = torch.randn(1, 2, 8), torch.randn(40, 2, 8), torch.randn(40, 2, 8)
+    zero, one = torch.zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.int64)
+    return (q, k, v, zero, one, 1, True, None, zero, 40 * one, 40)
+
+
+def test_decode_is_dense_unless_the_plan_says_otherwise():
+    arguments = decode_inputs()
+    plan = top_n_plan(1, 4, 0, 0)
+    dense = attention(*arguments)
+    torch.testing.assert_close(attention(*arguments, plan=plan), dense, rtol=0, atol=0)
+    sparse = attention(*arguments, plan=dataclasses.replace(plan, sparse_decode=True))
+    # The last row of a longer prefill.
+    q = torch.cat([torch.zeros(1, 2, 8), arguments[0]])
+    selection = {"n": 1, "m": 4, "sinks": 0, "window": 0, "causal": True, "sliding_window": None}
+    rows, _ = attention_brute_force(q, *arguments[1:3], scale=8**-0.5, **selection)
+    torch.testing.assert_close(sparse, rows[1:].float(), **FP32)
+
+
+def test_an_equal_mix_keeps_half_of_the_dense_mass():
+    """Equal scores: 2:4 keeps half of the mass in full groups, and the statistics say so."""
+    length = 64
+    q, k = torch.zeros(length, 1, 4), torch.zeros(length, 1, 4)
+    starts, lengths = torch.tensor([0]), torch.tensor([length])
+    statistics = attention_statistics(q, k, starts, lengths, length, plan=top_n_plan(2, 4, 0, 0))
+    visible = length * (length + 1) // 2
+    kept = sum(2 * (p // 4) + min(2, p % 4) for p in range(1, length + 1))
+    mass = sum((2 * (p // 4) + min(2, p % 4)) / p for p in range(1, length + 1))
+    assert statistics[:3] == (length, visible, kept)
+    assert statistics.mass == pytest.approx(mass, rel=1e-6)
+
+
+def test_a_rule_of_ones_own():
+    """A plan may hold any rule over one group; here every other key, whatever its score."""
+
+    def even(scores, q_pos, k_pos):
+        return (k_pos % 2 == 0).expand_as(scores)
+
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(50, 2, 8) for _ in range(3))
+    starts, lengths = torch.tensor([0]), torch.tensor([50])
+    output = attention(q, k, v, starts, lengths, 50, False, plan=AttentionPlan(keep=even))
+    dense = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(0, 1) for x in (q, k[::2], v[::2])))
+    torch.testing.assert_close(output, dense.transpose(0, 1), **FP32)
+
+
+def test_half_precision_is_no_worse_than_twice_pytorch():
+    torch.manual_seed(0)
+    length = 300
+    starts, lengths = torch.tensor([0]), torch.tensor([length])
+    for dtype in (torch.float16, torch.bfloat16):
+        q, k, v = (torch.randn(length, heads, 64).to(dtype) for heads in (4, 2, 2))
+        heads_first = [x.transpose(0, 1) for x in (q, k, v)]
+        exact = torch.nn.functional.scaled_dot_product_attention(
+            *(x.double() for x in heads_first), is_causal=True, enable_gqa=True
+        )
+        theirs = torch.nn.functional.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True)
+        ours = attention(q, k, v, starts, lengths, length).transpose(0, 1)
+        assert (ours - exact).abs().max() <= 2 * (theirs - exact).abs().max()
