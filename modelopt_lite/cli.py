@@ -104,7 +104,9 @@ class _Display:
     def table(self) -> Table:
         cells = {result.variant: table_row(result) for result in self._results}
         table = Table(
-            box=box.SIMPLE_HEAD, title=f"{escape(self._config.model)}: {self._config.window_length}-token windows"
+            box=box.SIMPLE_HEAD,
+            pad_edge=False,
+            title=f"{escape(self._config.model)}: {self._config.window_length}-token windows",
         )
         for column in COLUMNS:
             table.add_column(column, justify="left" if column == COLUMNS[0] else "right", no_wrap=True)
@@ -134,15 +136,13 @@ def schema() -> None:
 
 @app.command()
 def methods() -> None:
-    """List the sparsity methods that are installed, with their fields."""
-    console = Console()
+    """List the sparsity methods that are installed, with the type, the default and the meaning of their fields."""
     for name, cls in list_sparse_methods().items():
-        summary = (cls.__doc__ or "").strip().partition("\n")[0]
-        table = Table(box=box.SIMPLE_HEAD, title=f"{escape(name)}: {escape(summary)}", title_justify="left")
-        for column in ("field", "type", "default", "description"):
-            table.add_column(column, no_wrap=column == "field")
+        typer.echo(f"{name}: {inspect.getdoc(cls)}\n")
         for field, info in cls.model_fields.items():
             kind = ", ".join([inspect.formatannotation(info.annotation), *map(str, info.metadata)])
-            default = "required" if info.is_required() else repr(info.get_default(call_default_factory=True))
-            table.add_row(*map(escape, (field, kind, default, info.description or "")))
-        console.print(table)
+            default = "" if info.is_required() else f" = {info.get_default(call_default_factory=True)!r}"
+            typer.echo(f"  {field}: {kind}{default}")
+            if info.description:
+                typer.echo(f"      {info.description}")
+        typer.echo()

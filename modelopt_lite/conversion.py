@@ -57,6 +57,7 @@ def sparsify(model: ModelT, config: SparsityConfig | dict[str, Any] | str | os.P
     transformer = check_model(model)
     modules = attention_modules(model)
     methods = config.assign(modules)
+    plans = {name: method.plan() for name, method in methods.items()}
 
     if not hasattr(model, _BEFORE_ATTRIBUTE):
         config_entry = getattr(transformer.config, CONFIG_ATTRIBUTE, None)
@@ -65,7 +66,8 @@ def sparsify(model: ModelT, config: SparsityConfig | dict[str, Any] | str | os.P
         setattr(model, _BEFORE_ATTRIBUTE, before)
     for name, module in modules.items():
         if name in methods:
-            convert(module, SparseAttentionFlags(name, methods[name], enabled=methods[name].enable))
+            method = methods[name]
+            convert(module, SparseAttentionFlags(name, method, plans[name], enabled=method.enable))
         elif isinstance(module, SparseAttentionModule):
             revert(module)
     # JSON readers and writers may reorder a mapping, and the order of patterns counts: so pairs.

@@ -178,7 +178,9 @@ def attention_mask_2d(
             f"attention_mask: {attention_mask.shape[1]} columns are not enough; {used} tokens, cached ones included"
         )
     attention_mask = attention_mask[:, :used]
-    return None if used == kv_length and bool(attention_mask.all()) else attention_mask
+    # While a graph is traced, what the mask holds is not known.
+    all_real = used == kv_length and not torch.compiler.is_compiling() and bool(attention_mask.all())
+    return None if all_real else attention_mask
 
 
 def layer_name(module: nn.Module) -> str:

@@ -22,19 +22,21 @@ class SparseAttentionFlags:
     Attributes:
         name: the module's dotted name in its model.
         method: its sparsity method.
+        sparse_plan: the method's plan.
         enabled: whether the method applies; if not, the module is dense.
         statistics: counters to fill during prefill, or None.
     """
 
     name: str
     method: SparseAttentionMethod
+    sparse_plan: AttentionPlan
     enabled: bool
     statistics: LayerStatistics | None = None
 
     @property
     def plan(self) -> AttentionPlan:
         """What the kernels run for this module now."""
-        return self.method.plan() if self.enabled else DENSE
+        return self.sparse_plan if self.enabled else DENSE
 
 
 class SparseAttentionModule(nn.Module):

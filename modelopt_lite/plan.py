@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, TypeAlias
+from weakref import WeakValueDictionary
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -13,6 +15,9 @@ KeepRule: TypeAlias = "Callable[[Tensor, Tensor, Tensor], Tensor]"
 """``keep(scores, q_pos, k_pos) -> bool tensor``, see :class:`AttentionPlan`."""
 
 GROUP_SIZES = (1, 2, 4, 8, 16)
+
+_keys = itertools.count()
+_living: WeakValueDictionary[int, AttentionPlan] = WeakValueDictionary()
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,9 @@ class AttentionPlan:
         hook_args: numbers that ``score_hook`` needs at run time; they follow in its ``args``.
         keeps_group_max: a promise that the largest visible score of every group is kept, which saves the fused
             kernels the row maximum over what is left.
+        scale_free: a promise that the rule decides alike if all scores are multiplied by one positive number, which
+            saves the fused kernels a multiplication.
+        key: identifies the plan in this process; not an argument.
 
     Raises:
         ValueError: if a field is out of its range or a hook comes without its PyTorch rule.
@@ -58,6 +66,8 @@ class AttentionPlan:
     hook_constants: tuple[int, ...] = ()
     hook_args: tuple[float, ...] = ()
     keeps_group_max: bool = False
+    scale_free: bool = False
+    key: int = field(init=False, compare=False, repr=False, default_factory=_keys.__next__)
 
     def __post_init__(self) -> None:
         if self.group not in GROUP_SIZES:
@@ -67,11 +77,21 @@ class AttentionPlan:
                 raise ValueError(f"plan.{name}: {getattr(self, name)!r} is not allowed; an integer >= 0")
         if self.score_hook is not None and self.keep is None:
             raise ValueError("plan.score_hook: a fused rule needs its PyTorch twin in plan.keep")
+        _living[self.key] = self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy by making a new plan, which gets a key of its own."""
+        return type(self), tuple(getattr(self, item.name) for item in fields(self) if item.init)
 
     @property
     def is_dense(self) -> bool:
         """Whether every visible key is kept."""
         return self.keep is None
+
+
+def plan_by_key(key: int) -> AttentionPlan:
+    """Return the living plan with a key; PyTorch's custom operators take numbers, but no objects."""
+    return _living[key]
 
 
 DENSE = AttentionPlan()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 from typing import Literal, TypeAlias, get_args
 
 import torch
@@ -11,7 +10,8 @@ from torch import Tensor
 
 from ..errors import UnsupportedError
 from ..plan import AttentionPlan
-from .blocked import AttentionStatistics, attention_blocked, statistics_blocked
+from .blocked import AttentionStatistics, statistics_blocked
+from .operator import attention_operator
 from .problem import AttentionProblem
 from .top_n import top_n_plan
 
@@ -105,15 +105,14 @@ def attention(
         sliding_window,
         softcap,
     )
-    if s_aux is not None:
-        _check(
-            s_aux.shape == q.shape[1:2] and s_aux.is_floating_point() and s_aux.device == q.device,
-            f"s_aux: {_describe(s_aux)}; must be floating-point [query_heads = {q.shape[1]}] on {q.device}",
+    fits = s_aux is None or (s_aux.shape == q.shape[1:2] and s_aux.is_floating_point() and s_aux.device == q.device)
+    if not fits:
+        raise ValueError(
+            f"s_aux: {_describe(s_aux)}; must be floating-point [query_heads = {q.shape[1]}] on {q.device}"
         )
     if _choose_backend(backend, q) == "triton":
         raise UnsupportedError("backend: 'triton' is not available yet; use 'torch' or 'auto'")
-    _check_values(problem, q.shape[0], k.shape[0])
-    output, lse = attention_blocked(q, k, v, s_aux, problem)
+    output, lse = attention_operator(q, k, v, s_aux, problem)
     return (output, lse) if return_lse else output
 
 
@@ -153,7 +152,7 @@ def attention_statistics(
         sliding_window,
         softcap,
     )
-    _check_values(problem, q.shape[0], k.shape[0])
+    problem.check_values(q.shape[0], k.shape[0])
     return statistics_blocked(q, k, problem)
 
 
@@ -172,46 +171,51 @@ def _checked_problem(
 ) -> AttentionProblem:
     """Check every argument but the values of starts and lengths."""
     for name, x in (("q", q), ("k", k), ("v", v)):
-        _check(
-            isinstance(x, Tensor) and x.dim() == 3 and x.dtype in DTYPES,
-            f"{name}: {_describe(x)}; must be [tokens, heads, dim] in FP16, BF16, FP32 or FP64",
-        )
-        _check(
-            x.dtype == q.dtype and x.device == q.device,
-            f"{name}: {_describe(x)}; must have the type and device of q, {_describe(q)}",
-        )
-        _check(x.shape[1] > 0 and x.shape[2] > 0, f"{name}: {_describe(x)}; needs at least one head and one dimension")
-    _check(q.shape[2] == k.shape[2], f"k: head_dim is {k.shape[2]}; must be that of q, {q.shape[2]}")
-    _check(k.shape[:2] == v.shape[:2], f"v: {_describe(v)}; must have the tokens and heads of k, {_describe(k)}")
-    _check(
-        q.shape[1] % k.shape[1] == 0,
-        f"q: {q.shape[1]} query heads are not allowed; a multiple of the {k.shape[1]} key/value heads",
-    )
+        if not (isinstance(x, Tensor) and x.dim() == 3 and x.dtype in DTYPES):
+            raise ValueError(f"{name}: {_describe(x)}; must be [tokens, heads, dim] in FP16, BF16, FP32 or FP64")
+        if x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(f"{name}: {_describe(x)}; must have the type and device of q, {_describe(q)}")
+        if 0 in x.shape[1:]:
+            raise ValueError(f"{name}: {_describe(x)}; needs at least one head and one dimension")
+    if q.shape[2] != k.shape[2]:
+        raise ValueError(f"k: head_dim is {k.shape[2]}; must be that of q, {q.shape[2]}")
+    if k.shape[:2] != v.shape[:2]:
+        raise ValueError(f"v: {_describe(v)}; must have the tokens and heads of k, {_describe(k)}")
+    if q.shape[1] % k.shape[1] != 0:
+        raise ValueError(f"q: {q.shape[1]} query heads are not allowed; a multiple of the {k.shape[1]} key/value heads")
     if all(x is None for x in packing_k):
-        _check(q.shape[0] == k.shape[0], f"k: {k.shape[0]} rows, q has {q.shape[0]}; then b_start_loc_k is needed")
+        if q.shape[0] != k.shape[0]:
+            raise ValueError(f"k: {k.shape[0]} rows, q has {q.shape[0]}; then b_start_loc_k is needed")
         packing_k = packing_q
     starts_q, lengths_q, max_q = _checked_packing("", packing_q, q)
     starts_k, lengths_k, max_k = _checked_packing("_k", packing_k, q)
-    _check(
-        starts_q.shape == starts_k.shape, f"b_start_loc_k: {starts_k.shape[0]} sequences; must be {starts_q.shape[0]}"
-    )
-    _check(isinstance(is_causal, bool), f"is_causal: {is_causal!r} is not allowed; True or False")
+    if starts_q.shape != starts_k.shape:
+        raise ValueError(f"b_start_loc_k: {starts_k.shape[0]} sequences; must be {starts_q.shape[0]}")
+    if not isinstance(is_causal, bool):
+        raise ValueError(f"is_causal: {is_causal!r} is not allowed; True or False")
     scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
-    _check(_is_positive(scale), f"softmax_scale: {softmax_scale!r} is not allowed; a finite number > 0")
+    if not _is_positive(scale):
+        raise ValueError(f"softmax_scale: {softmax_scale!r} is not allowed; a finite number > 0")
     if sliding_window is not None:
-        _check(_is_count(sliding_window, 1), f"sliding_window: {sliding_window!r} is not allowed; an integer >= 1")
-        _check(is_causal, f"sliding_window: {sliding_window!r} is not allowed; None unless is_causal")
-    _check(softcap is None or _is_positive(softcap), f"softcap: {softcap!r} is not allowed; a finite number > 0")
+        if not _is_count(sliding_window, 1):
+            raise ValueError(f"sliding_window: {sliding_window!r} is not allowed; an integer >= 1")
+        if not is_causal:
+            raise ValueError(f"sliding_window: {sliding_window!r} is not allowed; None unless is_causal")
+    if softcap is not None and not _is_positive(softcap):
+        raise ValueError(f"softcap: {softcap!r} is not allowed; a finite number > 0")
     if plan is None:
         for name, number in plan_numbers.items():
-            _check(_is_count(number, 0), f"{name}: {number!r} is not allowed; an integer >= 0")
+            if not _is_count(number, 0):
+                raise ValueError(f"{name}: {number!r} is not allowed; an integer >= 0")
         plan = top_n_plan(*plan_numbers.values())
     else:
-        _check(isinstance(plan, AttentionPlan), f"plan: {plan!r} is not allowed; an AttentionPlan")
+        if not isinstance(plan, AttentionPlan):
+            raise ValueError(f"plan: {plan!r} is not allowed; an AttentionPlan")
         given = [name for name, number in plan_numbers.items() if number != NO_PLAN_NUMBERS[name]]
-        _check(not given, f"{', '.join(given)}: not allowed together with plan; the plan says it all")
+        if given:
+            raise ValueError(f"{', '.join(given)}: not allowed together with plan; the plan says it all")
     return AttentionProblem(
-        starts_q, lengths_q, max_q, starts_k, lengths_k, max_k, is_causal, scale, sliding_window, softcap, plan
+        starts_q, lengths_q, max_q, starts_k, lengths_k, max_k, is_causal, float(scale), sliding_window, softcap, plan
     )
 
 
@@ -222,55 +226,21 @@ def _checked_packing(
     if starts is None or lengths is None or longest is None:
         raise ValueError("b_start_loc_k, b_seq_len_k, max_input_len_k: some are missing; give all three or none")
     for name, x in (("b_start_loc", starts), ("b_seq_len", lengths)):
-        _check(
-            isinstance(x, Tensor) and x.dim() == 1 and x.dtype in (torch.int32, torch.int64) and x.device == q.device,
-            f"{name}{suffix}: {_describe(x)}; must be int32 or int64 [batch] on {q.device}",
-        )
-    _check(
-        starts.shape == lengths.shape,
-        f"b_seq_len{suffix}: {lengths.shape[0]} sequences; b_start_loc{suffix} has {starts.shape[0]}",
-    )
-    _check(_is_count(longest, 0), f"max_input_len{suffix}: {longest!r} is not allowed; an integer >= 0")
+        if not (
+            isinstance(x, Tensor) and x.dim() == 1 and x.dtype in (torch.int32, torch.int64) and x.device == q.device
+        ):
+            raise ValueError(f"{name}{suffix}: {_describe(x)}; must be int32 or int64 [batch] on {q.device}")
+    if starts.shape != lengths.shape:
+        raise ValueError(f"b_seq_len{suffix}: {lengths.shape[0]} sequences; b_start_loc{suffix} has {starts.shape[0]}")
+    if not _is_count(longest, 0):
+        raise ValueError(f"max_input_len{suffix}: {longest!r} is not allowed; an integer >= 0")
     return starts, lengths, longest
 
 
-def _check_values(problem: AttentionProblem, total_q: int, total_k: int) -> None:
-    """Check starts and lengths of every sequence; waits for the device that holds them."""
-    occupied: list[tuple[int, int]] = []
-    for b, (queries, keys) in enumerate(problem.sequences()):
-        for suffix, rows, longest, total in (
-            ("", queries, problem.max_q, total_q),
-            ("_k", keys, problem.max_k, total_k),
-        ):
-            length = rows.stop - rows.start
-            _check(
-                0 <= length <= longest,
-                f"b_seq_len{suffix}[{b}]: {length} is not allowed; 0 to max_input_len{suffix} = {longest}",
-            )
-            _check(
-                rows.start >= 0 and rows.stop <= total,
-                f"b_start_loc{suffix}[{b}]: rows {rows.start} to {rows.stop} are not allowed; there are {total} rows",
-            )
-        len_q, len_k = queries.stop - queries.start, keys.stop - keys.start
-        _check(
-            not problem.is_causal or len_q <= len_k,
-            f"b_seq_len_k[{b}]: {len_k} is not allowed; causal attention needs a key for each of the {len_q} queries",
-        )
-        if len_q:
-            occupied.append((queries.start, queries.stop))
-    occupied.sort()
-    for (_, stop), (start, _) in pairwise(occupied):
-        _check(stop <= start, f"b_start_loc: row {start} belongs to two sequences; each query row belongs to one")
-
-
 def _choose_backend(backend: Backend, q: Tensor) -> Backend:
-    _check(backend in get_args(Backend), f"backend: {backend!r} is not allowed; one of {get_args(Backend)}")
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend: {backend!r} is not allowed; one of {get_args(Backend)}")
     return "torch" if backend == "auto" else backend
-
-
-def _check(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
 
 
 def _is_count(x: object, least: int) -> bool:

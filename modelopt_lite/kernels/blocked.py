@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from ..plan import GROUP_SIZES
@@ -179,88 +178,85 @@ def _add_to_softmax(highest: Tensor, total: Tensor, scores: Tensor) -> tuple[Ten
     return new, total * shrink + scores.sum(-1), shrink
 
 
-class _BlockedAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, s_aux: Tensor | None, problem: AttentionProblem
-    ) -> tuple[Tensor, Tensor]:
-        accumulated = torch.promote_types(q.dtype, torch.float32)
-        output = q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
-        lse = q.new_full(q.shape[:2], -torch.inf, dtype=accumulated)
-        for in_q, in_k in problem.sequences():
-            sequence = _Sequence(q[in_q], k[in_k], v[in_k], problem)
-            for queries in sequence.query_blocks():
-                highest, total = _start_of_softmax(sequence, queries, s_aux)
-                value = sequence.q.new_zeros(*highest.shape, v.shape[2])
-                for tile in sequence.tiles(queries):
-                    scores = tile.kept_scores()
-                    highest, total, shrink = _add_to_softmax(highest, total, scores)
-                    value.mul_(shrink[..., None]).baddbmm_(scores, sequence.v[tile.block])
-                value /= total.masked_fill(total == 0, 1.0)[..., None]
-                rows = slice(in_q.start + queries.start, in_q.start + queries.stop)
-                output[rows] = sequence.heads_last(value.unflatten(1, (sequence.repeat, -1))).to(q.dtype)
-                lse[rows] = (highest + total.log()).unflatten(1, (sequence.repeat, -1)).permute(2, 0, 1).flatten(1)
-        ctx.save_for_backward(q, k, v, s_aux, output, lse)
-        ctx.problem = problem
-        ctx.mark_non_differentiable(lse)
-        return output, lse
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, s_aux, output, lse = ctx.saved_tensors
-        problem: AttentionProblem = ctx.problem
-        accumulated = lse.dtype
-        grad_q, grad_k, grad_v = (torch.zeros_like(x, dtype=accumulated) for x in (q, k, v))
-        # Rows without a key have lse -inf; with 0 instead their weights come out as exp(-inf) = 0.
-        lse = lse.masked_fill(lse == -torch.inf, 0.0)
-        delta = (grad.to(accumulated) * output.to(accumulated)).sum(-1)
-        for in_q, in_k in problem.sequences():
-            sequence = _Sequence(q[in_q], k[in_k], v[in_k], problem)
-            grads = sequence.heads_first(grad[in_q])
-            lses = sequence.heads_first(lse[in_q, :, None])
-            deltas = sequence.heads_first(delta[in_q, :, None])
-            grad_q_heads = torch.zeros_like(sequence.q)
-            grad_k_blocks, grad_v_blocks = torch.zeros_like(sequence.k), torch.zeros_like(sequence.v)
-            for queries in sequence.query_blocks():
-                row_q, row_grad = sequence.rows(sequence.q, queries), sequence.rows(grads, queries)
-                row_lse, row_delta = sequence.rows(lses, queries), sequence.rows(deltas, queries)
-                row_grad_q = torch.zeros_like(row_q)
-                for tile in sequence.tiles(queries):
-                    scores = tile.kept_scores()
-                    weights = torch.exp(scores - row_lse)
-                    grad_scores = torch.bmm(row_grad, sequence.v[tile.block].mT).sub_(row_delta).mul_(weights)
-                    if problem.softcap is not None:
-                        # d/ds of cap * tanh(s / cap); dropped scores are -inf and have weight 0
-                        slope = 1 - (scores.masked_fill(scores == -torch.inf, 0.0) / problem.softcap).square()
-                        grad_scores.mul_(slope)
-                    grad_scores.mul_(problem.softmax_scale)
-                    row_grad_q.baddbmm_(grad_scores, sequence.k[tile.block])
-                    grad_k_blocks[tile.block].baddbmm_(grad_scores.mT, row_q)
-                    grad_v_blocks[tile.block].baddbmm_(weights.mT, row_grad)
-                grad_q_heads[:, :, queries] = row_grad_q.unflatten(1, (sequence.repeat, -1))
-            grad_q[in_q] = sequence.heads_last(grad_q_heads)
-            # Sequences may share keys, so their gradients add up.
-            grad_k[in_k] += sequence.interleave(grad_k_blocks)
-            grad_v[in_k] += sequence.interleave(grad_v_blocks)
-        grad_s_aux = None
-        if s_aux is not None:
-            # Rows of no sequence have delta 0.
-            grad_s_aux = -(torch.exp(s_aux.to(accumulated) - lse) * delta).sum(0).to(s_aux.dtype)
-        return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), grad_s_aux, None
-
-
-def attention_blocked(
+def forward_blocked(
     q: Tensor, k: Tensor, v: Tensor, s_aux: Tensor | None, problem: AttentionProblem
 ) -> tuple[Tensor, Tensor]:
-    """Compute attention in tiles, with gradients; arguments and results as in the oracle, but for the types.
+    """Compute attention in tiles; arguments and results as of the oracle, but for the types.
 
     Returns:
-        The output in the type of ``q`` and the logarithms of the softmax denominators in FP32 (FP64 for FP64 inputs),
-        which have no gradient.
+        The output in the type of ``q``, and the logarithms of the softmax denominators in FP32 (FP64 for FP64 inputs).
     """
-    output, lse = _BlockedAttention.apply(q, k, v, s_aux, problem)  # type: ignore[no-untyped-call]
+    accumulated = torch.promote_types(q.dtype, torch.float32)
+    output = q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
+    lse = q.new_full(q.shape[:2], -torch.inf, dtype=accumulated)
+    for in_q, in_k in problem.sequences():
+        sequence = _Sequence(q[in_q], k[in_k], v[in_k], problem)
+        for queries in sequence.query_blocks():
+            highest, total = _start_of_softmax(sequence, queries, s_aux)
+            value = sequence.q.new_zeros(*highest.shape, v.shape[2])
+            for tile in sequence.tiles(queries):
+                scores = tile.kept_scores()
+                highest, total, shrink = _add_to_softmax(highest, total, scores)
+                value.mul_(shrink[..., None]).baddbmm_(scores, sequence.v[tile.block])
+            value /= total.masked_fill(total == 0, 1.0)[..., None]
+            rows = slice(in_q.start + queries.start, in_q.start + queries.stop)
+            output[rows] = sequence.heads_last(value.unflatten(1, (sequence.repeat, -1))).to(q.dtype)
+            lse[rows] = (highest + total.log()).unflatten(1, (sequence.repeat, -1)).permute(2, 0, 1).flatten(1)
     return output, lse
+
+
+def backward_blocked(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    s_aux: Tensor | None,
+    output: Tensor,
+    lse: Tensor,
+    problem: AttentionProblem,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Return the gradients of ``q``, ``k``, ``v`` and ``s_aux`` from that of the output, computing the tiles again.
+
+    Which keys are kept is taken as given: the selection has no gradient of its own.
+    """
+    accumulated = lse.dtype
+    grad_q, grad_k, grad_v = (x.new_zeros(x.shape, dtype=accumulated) for x in (q, k, v))
+    # Rows without a key have lse -inf; with 0 instead their weights come out as exp(-inf) = 0.
+    lse = lse.masked_fill(lse == -torch.inf, 0.0)
+    delta = (grad.to(accumulated) * output.to(accumulated)).sum(-1)
+    for in_q, in_k in problem.sequences():
+        sequence = _Sequence(q[in_q], k[in_k], v[in_k], problem)
+        grads = sequence.heads_first(grad[in_q])
+        lses = sequence.heads_first(lse[in_q, :, None])
+        deltas = sequence.heads_first(delta[in_q, :, None])
+        grad_q_heads = torch.zeros_like(sequence.q)
+        grad_k_blocks, grad_v_blocks = torch.zeros_like(sequence.k), torch.zeros_like(sequence.v)
+        for queries in sequence.query_blocks():
+            row_q, row_grad = sequence.rows(sequence.q, queries), sequence.rows(grads, queries)
+            row_lse, row_delta = sequence.rows(lses, queries), sequence.rows(deltas, queries)
+            row_grad_q = torch.zeros_like(row_q)
+            for tile in sequence.tiles(queries):
+                scores = tile.kept_scores()
+                weights = torch.exp(scores - row_lse)
+                grad_scores = torch.bmm(row_grad, sequence.v[tile.block].mT).sub_(row_delta).mul_(weights)
+                if problem.softcap is not None:
+                    # d/ds of cap * tanh(s / cap); dropped scores are -inf and have weight 0
+                    slope = 1 - (scores.masked_fill(scores == -torch.inf, 0.0) / problem.softcap).square()
+                    grad_scores.mul_(slope)
+                grad_scores.mul_(problem.softmax_scale)
+                row_grad_q.baddbmm_(grad_scores, sequence.k[tile.block])
+                grad_k_blocks[tile.block].baddbmm_(grad_scores.mT, row_q)
+                grad_v_blocks[tile.block].baddbmm_(weights.mT, row_grad)
+            grad_q_heads[:, :, queries] = row_grad_q.unflatten(1, (sequence.repeat, -1))
+        grad_q[in_q] = sequence.heads_last(grad_q_heads)
+        # Sequences may share keys, so their gradients add up.
+        grad_k[in_k] += sequence.interleave(grad_k_blocks)
+        grad_v[in_k] += sequence.interleave(grad_v_blocks)
+    grad_s_aux = None
+    if s_aux is not None:
+        # Rows of no sequence have delta 0.
+        grad_s_aux = -(torch.exp(s_aux.to(accumulated) - lse) * delta).sum(0).to(s_aux.dtype)
+    return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), grad_s_aux
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -35,3 +36,34 @@ class AttentionProblem:
     def plan_for(self, len_q: int) -> AttentionPlan:
         """Return the plan of a sequence with ``len_q`` queries: a single query is decode, dense by default."""
         return DENSE if len_q == 1 and not self.plan.sparse_decode else self.plan
+
+    def check_values(self, total_q: int, total_k: int) -> None:
+        """Check starts and lengths of every sequence against the rows there are; waits for their device.
+
+        Raises:
+            ValueError: naming the sequence.
+        """
+        occupied: list[tuple[int, int]] = []
+        for b, (queries, keys) in enumerate(self.sequences()):
+            for suffix, rows, longest, total in (
+                ("", queries, self.max_q, total_q),
+                ("_k", keys, self.max_k, total_k),
+            ):
+                length = rows.stop - rows.start
+                if not (0 <= length <= longest):
+                    raise ValueError(
+                        f"b_seq_len{suffix}[{b}]: {length} is not allowed; 0 to max_input_len{suffix} = {longest}"
+                    )
+                if not (rows.start >= 0 and rows.stop <= total):
+                    raise ValueError(
+                        f"b_start_loc{suffix}[{b}]: rows {rows.start} to {rows.stop} are not allowed; there are {total}"
+                    )
+            len_q, len_k = queries.stop - queries.start, keys.stop - keys.start
+            if self.is_causal and len_q > len_k:
+                raise ValueError(f"b_seq_len_k[{b}]: {len_k} is not allowed; if causal, at least the {len_q} queries")
+            if len_q:
+                occupied.append((queries.start, queries.stop))
+        occupied.sort()
+        for (_, stop), (start, _) in pairwise(occupied):
+            if stop > start:
+                raise ValueError(f"b_start_loc: row {start} belongs to two sequences; each query row belongs to one")

@@ -59,4 +59,5 @@ def top_n_plan(n: int, m: int, num_sink_tokens: int, dense_window_size: int) -> 
         num_sink_tokens=num_sink_tokens,
         dense_window_size=dense_window_size,
         keeps_group_max=True,
+        scale_free=True,
     )

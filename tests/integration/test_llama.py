@@ -187,6 +187,21 @@ def test_gradients_reach_the_parameters(sparse, ids):
     assert all(torch.isfinite(parameter.grad).all() for parameter in sparse.parameters())
 
 
+def test_compiles_without_graph_breaks(sparse, ids):
+    """To PyTorch's compiler each layer's attention is one operator, forward and backward."""
+    compiled = torch.compile(sparse, fullgraph=True, backend="aot_eager")
+    inputs = {name: x for name, x in padded(ids, (LENGTH, 21), "left").items() if name != "position_ids"}
+    result = compiled(**inputs, labels=ids, use_cache=False)
+    eager = sparse(**inputs, labels=ids)
+    torch.testing.assert_close(result.logits, eager.logits, **CLOSE)
+    result.loss.backward()
+    found = [parameter.grad.clone() for parameter in sparse.parameters()]
+    sparse.zero_grad()
+    eager.loss.backward()
+    for gradient, parameter in zip(found, sparse.parameters(), strict=True):
+        torch.testing.assert_close(gradient, parameter.grad, **CLOSE)
+
+
 def test_sparsify_again_replaces(sparse, ids):
     mtsa.sparsify(sparse, {"sparse_cfg": {"*.1.*": {"method": "sparse_softmax", "sparsity_m": 8}}})
     rows = mtsa.summary(sparse)

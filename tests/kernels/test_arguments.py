@@ -67,7 +67,7 @@ BAD = {
     ),
     "fewer keys": (
         {**KEYS, "b_seq_len_k": torch.tensor([3, 6])},
-        "b_seq_len_k[0]: 3 is not allowed; causal attention needs a key for each of the 4 queries",
+        "b_seq_len_k[0]: 3 is not allowed; if causal, at least the 4 queries",
     ),
     "is_causal": ({"is_causal": 1}, "is_causal: 1 is not allowed"),
     "scale": ({"softmax_scale": 0.0}, "softmax_scale: 0.0 is not allowed; a finite number > 0"),

@@ -95,6 +95,20 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(function, (q, k, v, s_aux))
 
 
+def test_operator_is_well_formed():
+    """PyTorch's own checks: schema, fake shapes, autograd registration, tracing."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(11, heads, dim, requires_grad=True) for heads, dim in ((4, 8), (2, 8), (2, 6)))
+    starts, lengths = torch.tensor([0, 5]), torch.tensor([5, 6])
+    s_aux = torch.randn(4, requires_grad=True)
+    plan = top_n_plan(2, 4, 1, 2)
+    for extra in (None, s_aux):
+        packing = (starts, lengths, 6, starts, lengths, 6)
+        torch.library.opcheck(
+            torch.ops.modelopt_lite.attention.default, (q, k, v, extra, *packing, True, 0.5, None, 3.0, plan.key)
+        )
+
+
 @given(st.integers(0, 16), st.sampled_from([2, 4, 8, 16]), st.data())
 def test_exactly_n_of_visible_ties_to_the_lower(n, m, data):
     n = min(n, m)

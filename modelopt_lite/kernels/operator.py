@@ -1,0 +1,114 @@
+"""Attention as a PyTorch operator: its gradients, and its shapes for ``torch.compile``, which does not look inside.
+
+Operators take tensors and numbers only, so an :class:`AttentionProblem` passes as its fields, and its plan by key.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..plan import plan_by_key
+from .blocked import backward_blocked, forward_blocked
+from .problem import AttentionProblem
+
+
+def attention_operator(
+    q: Tensor, k: Tensor, v: Tensor, s_aux: Tensor | None, problem: AttentionProblem
+) -> tuple[Tensor, Tensor]:
+    """Run a checked problem; arguments and results as of :func:`~modelopt_lite.kernels.blocked.forward_blocked`."""
+    p = problem
+    packing = (p.starts_q, p.lengths_q, p.max_q, p.starts_k, p.lengths_k, p.max_k)
+    output, lse = _forward(
+        q, k, v, s_aux, *packing, p.is_causal, p.softmax_scale, p.sliding_window, p.softcap, p.plan.key
+    )
+    return output, lse.detach()
+
+
+@torch.library.custom_op("modelopt_lite::attention", mutates_args=())
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    s_aux: Tensor | None,
+    starts_q: Tensor,
+    lengths_q: Tensor,
+    max_q: int,
+    starts_k: Tensor,
+    lengths_k: Tensor,
+    max_k: int,
+    is_causal: bool,
+    softmax_scale: float,
+    sliding_window: int | None,
+    softcap: float | None,
+    plan_key: int,
+) -> tuple[Tensor, Tensor]:
+    packing = (starts_q, lengths_q, max_q, starts_k, lengths_k, max_k)
+    plan = plan_by_key(plan_key)
+    problem = AttentionProblem(*packing, is_causal, softmax_scale, sliding_window, softcap, plan)
+    problem.check_values(q.shape[0], k.shape[0])
+    return forward_blocked(q, k, v, s_aux, problem)
+
+
+@_forward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    accumulated = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(q.shape[0], q.shape[1], v.shape[2]), q.new_empty(q.shape[:2], dtype=accumulated)
+
+
+@torch.library.custom_op("modelopt_lite::attention_backward", mutates_args=())
+def _backward(
+    grad: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    s_aux: Tensor | None,
+    starts_q: Tensor,
+    lengths_q: Tensor,
+    max_q: int,
+    starts_k: Tensor,
+    lengths_k: Tensor,
+    max_k: int,
+    is_causal: bool,
+    softmax_scale: float,
+    sliding_window: int | None,
+    softcap: float | None,
+    plan_key: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    packing = (starts_q, lengths_q, max_q, starts_k, lengths_k, max_k)
+    plan = plan_by_key(plan_key)
+    problem = AttentionProblem(*packing, is_causal, softmax_scale, sliding_window, softcap, plan)
+    grad_q, grad_k, grad_v, grad_s_aux = backward_blocked(grad, q, k, v, s_aux, output, lse, problem)
+    # An operator returns tensors, so no gradient is an empty one.
+    return grad_q, grad_k, grad_v, q.new_empty(0) if grad_s_aux is None else grad_s_aux
+
+
+@_backward.register_fake
+def _(
+    grad: Tensor, output: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, s_aux: Tensor | None, *_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_s_aux = q.new_empty(0) if s_aux is None else s_aux.new_empty(s_aux.shape)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), grad_s_aux
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, s_aux, starts_q, lengths_q, max_q, starts_k, lengths_k, max_k, *options = inputs
+    ctx.save_for_backward(*output, q, k, v, s_aux, starts_q, lengths_q, starts_k, lengths_k)
+    ctx.numbers = max_q, max_k, options
+    ctx.plan = plan_by_key(options[-1])  # kept alive until then
+
+
+def _backward_of_forward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    output, lse, q, k, v, s_aux, starts_q, lengths_q, starts_k, lengths_k = ctx.saved_tensors
+    max_q, max_k, options = ctx.numbers
+    *grads, grad_s_aux = _backward(
+        grad, output, lse, q, k, v, s_aux, starts_q, lengths_q, max_q, starts_k, lengths_k, max_k, *options
+    )
+    return (*grads, None if s_aux is None else grad_s_aux, *(None for _ in range(6 + len(options))))
+
+
+_forward.register_autograd(_backward_of_forward, setup_context=_save_for_backward)
