@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 from rich.console import Console
 from rich.table import Table
@@ -15,10 +15,21 @@ from torch import nn
 
 from .config import SparsityConfig, abbreviate, match_names
 from .errors import ConfigError
-from .huggingface import ATTENTION_NAME, attention_modules, check_model
+from .huggingface import (
+    attention_modules,
+    check_modules,
+    implementations,
+    pretrained_models,
+    set_implementations,
+    switch_on,
+    uses_interface,
+)
+from .interception import InterceptedAttentionModule
 from .module import SparseAttentionFlags, SparseAttentionModule, convert, original_class, revert, sparse_modules
+from .stats import ModelStatistics
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
+AttentionChoice: TypeAlias = "str | type[nn.Module] | tuple[type[nn.Module], ...]"
 
 CONFIG_ATTRIBUTE = "sparse_attention_config"
 CONFIG_VERSION = 1
@@ -27,53 +38,81 @@ _BEFORE_ATTRIBUTE = "_before_sparsify"
 
 @dataclass
 class _Before:
-    """What :func:`unsparsify` restores, kept on the model."""
+    """What :func:`unsparsify` restores, kept on each Transformers model."""
 
-    attn_implementation: str
+    implementations: dict[str, str]
     config_entry: Any
 
 
-def sparsify(model: ModelT, config: SparsityConfig | dict[str, Any] | str | os.PathLike[str]) -> ModelT:
+def sparsify(
+    model: ModelT,
+    config: SparsityConfig | dict[str, Any] | str | os.PathLike[str],
+    *,
+    attention: AttentionChoice | None = None,
+) -> ModelT:
     """Make a model's attention sparse during prefill, in place; decode stays dense.
+
+    Two kinds of attention modules are found by themselves: those of Transformers models that go through Transformers'
+    attention interface, and any whose forward calls ``torch.nn.functional.scaled_dot_product_attention``. A module
+    inside which something else makes that call has to be pointed out with ``attention``.
 
     Calling it again replaces the configuration. ``model.save_pretrained`` then writes the configuration into the
     model's ``config.json``, from where :func:`~modelopt_lite.checkpoint.from_pretrained` takes it.
 
     Args:
-        model: a Transformers model whose attention layers are causal and go through Transformers' attention
-            interface, as those of the Llama family do.
+        model: a Transformers model, a model that holds or wraps one, or any module.
         config: a :class:`~modelopt_lite.config.SparsityConfig`, the like as a mapping, or the path of a YAML, JSON or
             TOML file that holds it.
+        attention: further attention modules, by class or by a pattern of dotted names; their calls of
+            ``scaled_dot_product_attention`` are intercepted.
 
     Returns:
         The model.
 
     Raises:
-        ConfigError: if the configuration is wrong, or one of its patterns matches no attention module.
+        ConfigError: if the configuration is wrong, or one of its patterns or ``attention`` matches no module.
         UnsupportedError: if the model has a layer that is not supported; names it.
         In both cases the model is untouched.
     """
     config = SparsityConfig.load(config)
-    transformer = check_model(model)
-    modules = attention_modules(model)
+    chosen = _chosen_modules(model, attention)
+    modules = attention_modules(model, chosen)
+    check_modules(model, modules, chosen)
     methods = config.assign(modules)
     plans = {name: method.plan() for name, method in methods.items()}
 
-    if not hasattr(model, _BEFORE_ATTRIBUTE):
-        config_entry = getattr(transformer.config, CONFIG_ATTRIBUTE, None)
-        before = _Before(transformer.config._attn_implementation, config_entry)
-        transformer.set_attn_implementation(ATTENTION_NAME)
-        setattr(model, _BEFORE_ATTRIBUTE, before)
+    transformers = pretrained_models(model)
+    for transformer in transformers.values():
+        if _BEFORE_ATTRIBUTE not in vars(transformer):
+            before = _Before(implementations(transformer), getattr(transformer.config, CONFIG_ATTRIBUTE, None))
+            switch_on(transformer)
+            setattr(transformer, _BEFORE_ATTRIBUTE, before)
     for name, module in modules.items():
         if name in methods:
             method = methods[name]
-            convert(module, SparseAttentionFlags(name, method, plans[name], enabled=method.enable))
+            flags = SparseAttentionFlags(name, method, plans[name], enabled=method.enable)
+            convert(module, flags, SparseAttentionModule if uses_interface(module) else InterceptedAttentionModule)
         elif isinstance(module, SparseAttentionModule):
             revert(module)
-    # JSON readers and writers may reorder a mapping, and the order of patterns counts: so pairs.
-    entries = [list(entry) for entry in config.model_dump(mode="json")["sparse_cfg"].items()]
-    setattr(transformer.config, CONFIG_ATTRIBUTE, {"version": CONFIG_VERSION, "sparse_cfg": entries})
+    if "" in transformers:
+        # JSON readers and writers may reorder a mapping, and the order of patterns counts: so pairs.
+        entries = [list(entry) for entry in config.model_dump(mode="json")["sparse_cfg"].items()]
+        setattr(transformers[""].config, CONFIG_ATTRIBUTE, {"version": CONFIG_VERSION, "sparse_cfg": entries})
     return model
+
+
+def _chosen_modules(model: nn.Module, attention: AttentionChoice | None) -> set[str]:
+    """Return the names of the modules that ``attention`` points out."""
+    if attention is None:
+        return set()
+    modules = dict(model.named_modules())
+    if isinstance(attention, str):
+        names = set(match_names(modules, attention))
+    else:
+        names = {name for name, module in modules.items() if isinstance(module, attention)}
+    if not names:
+        raise ConfigError(f"attention: {attention!r} matches no module; there are {abbreviate(filter(None, modules))}")
+    return names
 
 
 def unsparsify(model: ModelT) -> ModelT:
@@ -85,18 +124,18 @@ def unsparsify(model: ModelT) -> ModelT:
     Returns:
         The model.
     """
-    if not hasattr(model, _BEFORE_ATTRIBUTE):
-        return model
-    before = cast(_Before, getattr(model, _BEFORE_ATTRIBUTE))
-    transformer = cast(Any, model)
     for module in sparse_modules(model).values():
         revert(module)
-    transformer.set_attn_implementation(before.attn_implementation)
-    if before.config_entry is None:
-        delattr(transformer.config, CONFIG_ATTRIBUTE)
-    else:
-        setattr(transformer.config, CONFIG_ATTRIBUTE, before.config_entry)
-    delattr(model, _BEFORE_ATTRIBUTE)
+    for transformer in pretrained_models(model).values():
+        before = cast("_Before | None", vars(transformer).get(_BEFORE_ATTRIBUTE))
+        if before is None:
+            continue
+        set_implementations(transformer, before.implementations)
+        if before.config_entry is not None:
+            setattr(transformer.config, CONFIG_ATTRIBUTE, before.config_entry)
+        elif hasattr(transformer.config, CONFIG_ATTRIBUTE):
+            delattr(transformer.config, CONFIG_ATTRIBUTE)
+        delattr(transformer, _BEFORE_ATTRIBUTE)
     return model
 
 
@@ -164,6 +203,8 @@ class LayerSummary:
         method: name of the sparsity method, or None if the module was left as it is.
         settings: the method's fields.
         enabled: whether the module is sparse now.
+        sparsity: share of its visible scores that were dropped, if measured.
+        mass_kept: mean share of the dense attention on kept keys, if measured.
     """
 
     name: str
@@ -171,6 +212,8 @@ class LayerSummary:
     method: str | None
     settings: dict[str, Any]
     enabled: bool
+    sparsity: float | None = None
+    mass_kept: float | None = None
 
 
 class Summary(list[LayerSummary]):
@@ -178,30 +221,42 @@ class Summary(list[LayerSummary]):
 
     def __str__(self) -> str:
         """Return the table as plain text."""
-        table = Table("module", "class", "method", "settings", "on")
+        measured = any(layer.sparsity is not None for layer in self)
+        table = Table("module", "class", "method", "settings", "on", *(["dropped", "mass kept"] if measured else []))
         for layer in self:
             settings = " ".join(f"{key}={value}" for key, value in layer.settings.items())
-            table.add_row(layer.name, layer.class_name, layer.method or "-", settings, "on" if layer.enabled else "off")
+            shares = ["-" if x is None else f"{x:.1%}" for x in (layer.sparsity, layer.mass_kept)] if measured else []
+            on = "on" if layer.enabled else "off"
+            table.add_row(layer.name, layer.class_name, layer.method or "-", settings, on, *shares)
         console = Console(file=io.StringIO(), width=200, color_system=None)
         console.print(table)
         return cast(io.StringIO, console.file).getvalue()
 
 
-def summary(model: nn.Module) -> Summary:
+def summary(model: nn.Module, statistics: ModelStatistics | None = None) -> Summary:
     """Say what each attention module of a model does.
 
     Args:
         model: a model, sparse or not.
+        statistics: what :func:`~modelopt_lite.stats.collect_statistics` measured on it; adds the achieved sparsity.
 
     Returns:
         A list of :class:`LayerSummary` whose ``str()`` is a table.
     """
     rows = Summary()
-    for name, module in attention_modules(model).items():
-        if isinstance(module, SparseAttentionModule):
-            flags = module.sparse_attention
-            class_name = original_class(module).__name__
-            rows.append(LayerSummary(name, class_name, flags.method.method, flags.method.settings(), flags.enabled))
-        else:
-            rows.append(LayerSummary(name, type(module).__name__, None, {}, False))
+    modules: dict[str, nn.Module] = {**attention_modules(model), **sparse_modules(model)}
+    for name, _ in model.named_modules():
+        if name not in modules:
+            continue
+        module = modules[name]
+        class_name = original_class(module).__name__
+        if not isinstance(module, SparseAttentionModule):
+            rows.append(LayerSummary(name, class_name, None, {}, False))
+            continue
+        flags = module.sparse_attention
+        measured = None if statistics is None else statistics.layers.get(name)
+        shares = (None, None) if measured is None or not measured.rows else (measured.sparsity, measured.mass_kept)
+        rows.append(
+            LayerSummary(name, class_name, flags.method.method, flags.method.settings(), flags.enabled, *shares)
+        )
     return rows

@@ -1,31 +1,34 @@
 """The side of this package that Transformers sees: its attention function, its mask function, a model's layers.
 
 Both functions are registered with Transformers under one name. With an attention function alone, Transformers builds
-no mask for it, and padding would be ignored without a word.
+no mask for it, and padding would be ignored without a word. The mask function hands a :class:`~.layout.Layout` to the
+attention function in the place of a mask, which models pass on untouched.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Callable, Collection, Iterable, Iterator
+from types import CodeType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
+from torch.nn.functional import pad
+from transformers import AttentionInterface, PreTrainedModel, masking_utils
+from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function, causal_mask_function
 
 from .errors import UnsupportedError
-from .kernels import Backend, attention, attention_statistics
-from .module import SparseAttentionModule
-from .plan import DENSE
+from .layout import Layout, attend, layer_name, packed_layout, padded_layout, whole_layout
+from .module import original_class
 
 ATTENTION_NAME = "modelopt_lite"
 
-# What models pass on to every layer and what does not bear on a causal softmax over cached keys.
+# What models pass on to every layer and what does not bear on the result, or is in the layout already.
 IRRELEVANT_ARGUMENTS = frozenset(
     {
         "cache_position",
+        "deterministic",
         "logits_to_keep",
         "num_items_in_batch",
         "output_hidden_states",
@@ -35,6 +38,13 @@ IRRELEVANT_ARGUMENTS = frozenset(
         "use_cache",
     }
 )
+# What some models hand to their attention function beside queries and keys, and what no layout can say.
+UNSUPPORTED_ARGUMENTS = {
+    "position_bias": "adds a position bias to its scores",
+    "indices": "chooses its own keys",
+    "block_indices": "chooses its own keys",
+}
+SUPPORTED_LAYERS = (None, "full_attention", "sliding_attention")
 
 
 def attention_forward(
@@ -42,11 +52,17 @@ def attention_forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Layout | Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    max_length_q: int | None = None,
+    max_length_k: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention in the form Transformers calls it; reads the module's flags.
@@ -56,12 +72,17 @@ def attention_forward(
         query: ``[batch, query_heads, len_q, head_dim]``.
         key: ``[batch, kv_heads, slots, head_dim]``, cached keys first.
         value: ``[batch, kv_heads, slots, value_dim]``.
-        attention_mask: which of the first slots hold real tokens, ``[batch, used slots]``, as made by
-            :func:`attention_mask_2d`; None if all do.
+        attention_mask: what :func:`attention_mask` made, or None if the model asked for none.
         scaling: factor on the scores.
         dropout: must be 0.
         softcap: bound of the scores, if the model has one.
         s_aux: learnable sink logits ``[query_heads]``, if the model has them.
+        is_causal: whether the attention is causal where there is no mask; by default what the module says, else true.
+        sliding_window: not needed beside a mask, which holds it.
+        cu_seq_lens_q: cumulative lengths of packed sequences, ``[sequences + 1]``.
+        cu_seq_lens_k: must come along, and equal the former.
+        max_length_q: the longest of them.
+        max_length_k: the same.
         kwargs: whatever else the model passes on; anything that would change the result is refused.
 
     Returns:
@@ -70,58 +91,28 @@ def attention_forward(
     Raises:
         UnsupportedError: if the call asks for something this attention cannot do; names the layer.
     """
-    refusal = _refused_argument(module, attention_mask, dropout, kwargs)
+    refusal = _refused_argument(attention_mask, dropout, kwargs)
     if refusal:
         raise UnsupportedError(f"{layer_name(module)}: {refusal}")
-    flags = module.sparse_attention if isinstance(module, SparseAttentionModule) else None
-    plan = DENSE if flags is None else flags.plan
-    batch, _, len_q, _ = query.shape
-    len_k = key.shape[2] if attention_mask is None else attention_mask.shape[1]
-
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # [batch, tokens, heads, dim]
-    sequences = torch.arange(batch, device=query.device)
-    if attention_mask is None:
-        lengths_q, lengths_k = torch.full_like(sequences, len_q), torch.full_like(sequences, len_k)
+    if isinstance(attention_mask, Layout):
+        layout = attention_mask
     else:
-        # Pack each sequence's real tokens at the front of its slots, in order: no length has to leave the device,
-        # and padding may be anywhere.
-        rows = sequences[:, None]
-        real_q, real_k = attention_mask[:, len_k - len_q :], attention_mask
-        lengths_q, lengths_k = real_q.sum(-1), real_k.sum(-1)
-        order_q, order_k = (real.int().argsort(dim=-1, descending=True, stable=True) for real in (real_q, real_k))
-        query, key, value = query[rows, order_q], key[rows, order_k], value[rows, order_k]
-
-    query, key, value = (x.flatten(0, 1) for x in (query, key, value))
-    arguments: dict[str, Any] = {
-        "b_start_loc": sequences * len_q,
-        "b_seq_len": lengths_q,
-        "max_input_len": len_q,
-        "b_start_loc_k": sequences * len_k,
-        "b_seq_len_k": lengths_k,
-        "max_input_len_k": len_k,
-        "softmax_scale": scaling,
-        "softcap": softcap,
-        "plan": plan,
-    }
-    if flags is not None and flags.statistics is not None and flags.enabled and len_q > 1:
-        flags.statistics.add(attention_statistics(query, key, **arguments))
-    backend: Backend = "auto" if flags is None else flags.method.backend
-    output = cast(Tensor, attention(query, key, value, **arguments, s_aux=s_aux, backend=backend))
-    output = output.unflatten(0, (batch, len_q))
-    if attention_mask is not None:
-        output = output[rows, order_q.argsort(dim=-1)]
-    return output, None
+        if is_causal is None:
+            is_causal = getattr(module, "is_causal", True)
+        layout = _layout_without_mask(module, query, key, is_causal, sliding_window)
+    if cu_seq_lens_q is not None:
+        layout = _layout_of_lengths(module, layout, cu_seq_lens_q, cu_seq_lens_k, max_length_q)
+    return attend(module, query, key, value, layout, scaling=scaling, softcap=softcap, s_aux=s_aux), None
 
 
-def _refused_argument(
-    module: nn.Module, attention_mask: Tensor | None, dropout: float, kwargs: dict[str, Any]
-) -> str | None:
-    if attention_mask is not None and attention_mask.dim() != 2:
-        return f"an attention mask with {attention_mask.dim()} dimensions is not supported; pass the 2-D padding mask"
+def _refused_argument(mask: Layout | Tensor | None, dropout: float, kwargs: dict[str, Any]) -> str | None:
+    if isinstance(mask, Tensor):
+        return (
+            f"an attention mask with {mask.dim()} dimensions of one's own is not supported; pass the 2-D padding mask "
+            "to the model"
+        )
     if dropout:
         return f"attention dropout ({dropout}) is not supported; set the model's attention_dropout to 0 or call eval()"
-    if kwargs.pop("is_causal", None) is False or getattr(module, "is_causal", True) is False:
-        return "attention that is not causal is not supported"
     if kwargs.pop("output_attentions", False):
         return "output_attentions is not supported; unsparsify the model and use attn_implementation='eager'"
     for name, value in kwargs.items():
@@ -130,120 +121,374 @@ def _refused_argument(
     return None
 
 
-def attention_mask_2d(
+def _layout_without_mask(
+    module: nn.Module, query: Tensor, key: Tensor, is_causal: bool, sliding_window: int | None
+) -> Layout:
+    """Lay out a call for which the model asked for no mask, as some do where nothing is masked but the future."""
+    batch, len_q, slots = query.shape[0], query.shape[2], key.shape[2]
+    if is_causal and 1 < len_q != slots:
+        raise UnsupportedError(f"{layer_name(module)}: {len_q} queries, {slots} keys and no mask is not supported")
+    if sliding_window is not None and sliding_window < slots:
+        raise UnsupportedError(
+            f"{layer_name(module)}: a sliding window ({sliding_window}) without a mask is not supported"
+        )
+    first_q = None if is_causal or len_q == slots else 0
+    return whole_layout(batch, len_q, slots, query.device, is_causal=is_causal, first_q=first_q)
+
+
+def _layout_of_lengths(
+    module: nn.Module, layout: Layout, lengths_q: Tensor, lengths_k: Tensor | None, longest: int | Tensor | None
+) -> Layout:
+    """Lay out packed sequences that are given by their cumulative lengths over the flattened batch."""
+    refusal = None
+    if not layout.unpadded or layout.len_q != layout.slots:
+        refusal = "cu_seq_lens_q together with padding or a cache is not supported"
+    elif not isinstance(lengths_k, Tensor) or lengths_k.shape != lengths_q.shape:
+        refusal = "cu_seq_lens_k is missing or does not match cu_seq_lens_q; packed sequences need both, and equal ones"
+    if refusal:
+        raise UnsupportedError(f"{layer_name(module)}: {refusal}")
+    starts, lengths = lengths_q[:-1], lengths_q.diff()
+    packing = (starts, lengths, longest if isinstance(longest, int) else layout.batch * layout.len_q)
+    return layout._replace(
+        starts_q=starts,
+        lengths_q=lengths,
+        max_q=packing[2],
+        starts_k=starts,
+        lengths_k=lengths,
+        max_k=packing[2],
+    )
+
+
+def attention_mask(
     batch_size: int,
     q_length: int | None = None,
     kv_length: int = 0,
     q_offset: int | Tensor = 0,
     kv_offset: int = 0,
     mask_function: Callable[..., Any] = causal_mask_function,
-    attention_mask: Tensor | None = None,
+    attention_mask: Tensor | Layout | None = None,
     cache_position: Tensor | None = None,
-    **kwargs: Any,
-) -> Tensor | None:
-    """Mask in the form Transformers asks for it: which slots of the cache hold real tokens.
+    **hints: Any,
+) -> Layout:
+    """Mask in the form Transformers asks for it: what a query sees, and which slots hold real tokens.
 
     Args:
         batch_size: number of sequences.
         q_length: number of queries; Transformers before 5.2 passes ``cache_position`` instead.
-        kv_length: number of slots in the cache, used or not.
-        q_offset: slot of the first query.
-        kv_offset: tokens the cache has dropped at its front.
+        kv_length: number of key slots that the attention will get, used or not.
+        q_offset: slot of the first query, counting slots that the cache has dropped.
+        kv_offset: slots the cache has dropped at its front.
         mask_function: the model's mask pattern.
-        attention_mask: the padding mask ``[batch, used slots]``, booleans, or None if there is no padding.
+        attention_mask: the padding mask ``[batch, used slots]``, booleans, or None if there is no padding; or what
+            this function made before.
         cache_position: the queries' slots.
-        kwargs: hints for other masks.
+        hints: what Transformers offers to other masks.
 
     Returns:
-        Booleans ``[batch, q_offset + q_length]``, or None if every slot holds a real token.
+        The layout.
 
     Raises:
-        UnsupportedError: if the pattern is not plain causal, or the cache has dropped tokens.
+        UnsupportedError: if the pattern is anything but causal, bidirectional, either with a sliding window, or packed
+            sequences of these.
     """
-    if mask_function is not causal_mask_function or kv_offset:
-        raise UnsupportedError(
-            "this model's or this call's attention mask is not plain causal, but has a sliding window, chunks, packed "
-            "sequences, or is bidirectional or custom; that is not supported"
-        )
+    if isinstance(attention_mask, Layout):
+        return attention_mask
     if cache_position is not None:
         q_length, q_offset = cache_position.shape[0], cache_position[0]
     assert q_length is not None
-    used = int(q_offset) + q_length
+    device = hints.get("device")
+    if device is None:
+        device = next((x.device for x in (attention_mask, cache_position) if x is not None), "cpu")
+    pattern = _recognise(mask_function, hints)
+    options: dict[str, Any] = {"is_causal": pattern.is_causal, "sliding_window": pattern.sliding_window}
+    if attention_mask is None and q_length == kv_length and pattern.may_be_packed:
+        is_first = pattern.first_tokens(mask_function, batch_size, q_length, device)
+        return packed_layout(is_first, **options)
     if attention_mask is None:
-        return (
-            None if used == kv_length else torch.ones(batch_size, used, dtype=torch.bool, device=kwargs.get("device"))
-        )
-    if attention_mask.shape[1] < used:
+        if pattern.is_causal:
+            return whole_layout(
+                batch_size,
+                q_length,
+                kv_length,
+                device,
+                used=q_offset - kv_offset + q_length,
+                dropped=kv_offset,
+                **options,
+            )
+        first_q = None if q_length == kv_length else q_offset
+        return whole_layout(batch_size, q_length, kv_length, device, dropped=kv_offset, first_q=first_q, **options)
+
+    if isinstance(q_offset, Tensor) and not torch.compiler.is_compiling():
+        q_offset = int(q_offset)
+    columns = attention_mask.shape[1]
+    total = kv_offset + kv_length
+    if isinstance(q_offset, int) and pattern.is_causal and columns < q_offset + q_length:
         raise UnsupportedError(
-            f"attention_mask: {attention_mask.shape[1]} columns are not enough; {used} tokens, cached ones included"
+            f"attention_mask: {columns} columns are not enough; {q_offset + q_length} tokens, cached ones included"
         )
-    attention_mask = attention_mask[:, :used]
-    # While a graph is traced, what the mask holds is not known.
-    all_real = used == kv_length and not torch.compiler.is_compiling() and bool(attention_mask.all())
-    return None if all_real else attention_mask
+    real = pad(attention_mask, (0, max(0, total - columns)))[:, :total]
+    if pattern.is_causal:
+        real = real & (torch.arange(total, device=real.device) < q_offset + q_length)
+    return padded_layout(real, q_length, q_offset, dropped=kv_offset, **options)
 
 
-def layer_name(module: nn.Module) -> str:
-    """Name an attention module for an error message, as well as it can be known."""
-    if isinstance(module, SparseAttentionModule):
-        return f"{module.sparse_attention.name} ({type(module).__name__})"
-    return f"layer {getattr(module, 'layer_idx', '?')} ({type(module).__name__})"
+class _Pattern(NamedTuple):
+    """What a mask function of Transformers says.
+
+    Attributes:
+        is_causal: whether a query sees only keys up to its own position.
+        sliding_window: a query sees only keys fewer positions away; None: all.
+        sequence_ids: for packed sequences, a number for each token's sequence, ``[batch, length]``.
+        may_be_packed: whether there may be packed sequences.
+    """
+
+    is_causal: bool
+    sliding_window: int | None = None
+    sequence_ids: Tensor | None = None
+    may_be_packed: bool = False
+
+    def first_tokens(self, mask_function: Callable[..., Any], batch: int, length: int, device: Any) -> Tensor:
+        """Return where sequences begin, ``[batch, length]``."""
+        slots = torch.arange(length, device=device)
+        if self.sequence_ids is None:
+            # In a traced graph: a token begins a sequence if it does not see the one before it.
+            rows = torch.arange(batch, device=device)[:, None]
+            sees: Tensor = mask_function(rows, torch.zeros_like(rows), slots[None], (slots[None] - 1).clamp(min=0))
+            return ~sees.expand(batch, length)
+        ids = self.sequence_ids.expand(batch, length)
+        return ids.ne(ids.roll(1, dims=1))
 
 
-def _uses_interface(module: nn.Module) -> bool:
-    forward = inspect.unwrap(type(module).forward)
-    return "ALL_ATTENTION_FUNCTIONS" in getattr(forward, "__code__", forward).co_names
+def _code_of(factory_name: str, *arguments: Any) -> CodeType | None:
+    """Return the code of the functions that a factory of Transformers makes, None if this version has none such."""
+    factory = getattr(masking_utils, factory_name, None)
+    code: CodeType | None = None if factory is None else factory(*arguments).__code__
+    return code
 
 
-def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return a model's attention modules by dotted name: those that do the attention, not what wraps them."""
+_AND = _code_of("and_masks", causal_mask_function)
+_SLIDING = _code_of("sliding_window_overlay", 1)
+_SLIDING_BOTH_WAYS = _code_of("sliding_window_bidirectional_overlay", 1)
+_PACKED = _code_of("packed_sequence_mask_function", torch.zeros(1, 1))
+_REMAPPED = _code_of("remap_positions_for_packed_sequence", causal_mask_function, torch.zeros(1, 1))
+
+_UNKNOWN_PATTERN = (
+    "this model's or this call's attention mask is not supported: it is neither causal nor bidirectional, with or "
+    "without a sliding window, but has chunks, blocks or a pattern of its own"
+)
+
+
+def _recognise(mask_function: Callable[..., Any], hints: dict[str, Any]) -> _Pattern:
+    """Return what a mask function says, or refuse it.
+
+    Transformers composes mask functions of a few of its own, so they are told by the code they run and read by the
+    variables they close over. PyTorch's compiler cannot look at the latter; there the hints decide.
+    """
+    if mask_function is causal_mask_function:
+        return _Pattern(True)
+    if mask_function is bidirectional_mask_function:
+        return _Pattern(False)
+    if torch.compiler.is_compiling():
+        return _recognise_while_tracing(mask_function, hints)
+    is_causal = is_bidirectional = False
+    window = window_both_ways = ids = None
+    for part in _parts(mask_function):
+        if part is causal_mask_function:
+            is_causal = True
+        elif part is bidirectional_mask_function:
+            is_bidirectional = True
+        elif part.__code__ is _SLIDING and window is None:
+            window = _closed_over(part, "sliding_window")
+        elif part.__code__ is _SLIDING_BOTH_WAYS and window_both_ways is None:
+            window_both_ways = _closed_over(part, "sliding_window")
+        elif part.__code__ is _PACKED and ids is None:
+            ids = _closed_over(part, "packed_sequence_mask")
+        else:
+            raise UnsupportedError(_UNKNOWN_PATTERN)
+    if is_causal and not is_bidirectional and window_both_ways is None:
+        return _Pattern(True, window, ids, ids is not None)
+    if is_bidirectional and not is_causal and window is None:
+        return _Pattern(False, None if window_both_ways is None else window_both_ways + 1, ids, ids is not None)
+    raise UnsupportedError(_UNKNOWN_PATTERN)
+
+
+def _parts(mask_function: Any) -> Iterator[Any]:
+    """Yield the functions whose conjunction a mask function is."""
+    code = getattr(mask_function, "__code__", None)
+    if code is None:
+        raise UnsupportedError(_UNKNOWN_PATTERN)
+    if code is _AND:
+        for part in _closed_over(mask_function, "mask_functions"):
+            yield from _parts(part)
+    elif code is _REMAPPED:
+        # The same rule by positions instead of slots; beside the packed sequences it stands with, that is the same.
+        yield from _parts(_closed_over(mask_function, "mask_function"))
+    else:
+        yield mask_function
+
+
+def _closed_over(function: Any, name: str) -> Any:
+    return function.__closure__[function.__code__.co_freevars.index(name)].cell_contents
+
+
+def _recognise_while_tracing(mask_function: Callable[..., Any], hints: dict[str, Any]) -> _Pattern:
+    chunk_size = getattr(hints.get("config"), "attention_chunk_size", None)
+    # With use_vmap the caller has mixed in functions of its own.
+    if getattr(mask_function, "__code__", None) is not _AND or hints.get("use_vmap") or chunk_size is not None:
+        raise UnsupportedError(_UNKNOWN_PATTERN)
+    window = hints.get("local_size")
+    if "allow_is_bidirectional_skip" in hints:
+        return _Pattern(False, None if window is None else window + 1)
+    return _Pattern(True, window, may_be_packed=True)
+
+
+def uses_interface(module: nn.Module) -> bool:
+    """Whether a module's forward looks up its attention function in Transformers' interface."""
+    return "ALL_ATTENTION_FUNCTIONS" in _code(module).co_names
+
+
+def calls_sdpa(module: nn.Module) -> bool:
+    """Whether a module's forward calls PyTorch's scaled_dot_product_attention itself."""
+    return "scaled_dot_product_attention" in _code(module).co_names
+
+
+def _code(module: nn.Module) -> CodeType:
+    forward = inspect.unwrap(original_class(module).forward)
+    return getattr(forward, "__code__", _code_of_nothing.__code__)
+
+
+def _code_of_nothing() -> None:
+    pass
+
+
+def pretrained_models(model: nn.Module) -> dict[str, PreTrainedModel]:
+    """Return the outermost Transformers models inside a model, or itself, by dotted name."""
+    found: dict[str, PreTrainedModel] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, PreTrainedModel) and _outer(name, found) is None:
+            found[name] = module
+    return found
+
+
+def _outer(name: str, models: Iterable[str]) -> str | None:
+    """Return the name of the one of ``models`` that a module is inside of."""
+    return next((outer for outer in models if outer in ("", name) or name.startswith(f"{outer}.")), None)
+
+
+def attention_modules(model: nn.Module, chosen: Collection[str] = ()) -> dict[str, nn.Module]:
+    """Return a model's attention modules by dotted name: those that do the attention, not what wraps them.
+
+    Args:
+        model: any model.
+        chosen: names of modules that are such although nothing shows it.
+    """
+    models = pretrained_models(model)
     named = {
         name: module
         for name, module in model.named_modules()
-        if "Attention" in type(module).__name__ or _uses_interface(module)
+        if uses_interface(module)
+        or calls_sdpa(module)
+        or name in chosen
+        or (_outer(name, models) is not None and "Attention" in original_class(module).__name__)
     }
     return {
         name: module
         for name, module in named.items()
-        if _uses_interface(module) or not any(other.startswith(f"{name}.") for other in named)
+        if uses_interface(module) or calls_sdpa(module) or not any(other.startswith(f"{name}.") for other in named)
     }
 
 
-def check_model(model: nn.Module) -> PreTrainedModel:
-    """Return the model if its every attention layer can run on this package's attention function.
+def check_modules(model: nn.Module, modules: dict[str, nn.Module], chosen: Collection[str]) -> None:
+    """Check that every attention layer can run on this package's attention.
 
-    That function serves a model as a whole, so layers that stay dense count as well.
+    In a Transformers model the attention function serves the model as a whole, so layers that stay dense count as well.
+
+    Args:
+        model: the model.
+        modules: its attention modules.
+        chosen: names of those that the user pointed out.
 
     Raises:
         UnsupportedError: naming the layer and the reason.
     """
-    if not isinstance(model, PreTrainedModel):
-        raise UnsupportedError(f"{type(model).__name__} is not supported; a Transformers PreTrainedModel is")
-    modules = attention_modules(model)
     if not modules:
-        raise UnsupportedError(f"{type(model).__name__} has no attention module")
+        raise UnsupportedError(
+            f"{type(model).__name__} has no attention module: none of its modules is a Transformers attention layer or "
+            "calls scaled_dot_product_attention itself; if something inside one does, say which with attention="
+        )
+    models = pretrained_models(model)
+    outers = {name: _outer(name, models) for name in modules}
+    switched = {outers[name] for name, module in modules.items() if uses_interface(module)}
     for name, module in modules.items():
-        reason = _unsupported(module)
+        outer = outers[name]
+        reason = _unsupported(module, None if outer is None else models[outer], name in chosen, outer in switched)
         if reason:
-            raise UnsupportedError(f"{name} ({type(module).__name__}): {reason}")
-    return model
+            raise UnsupportedError(f"{name} ({original_class(module).__name__}): {reason}")
 
 
-def _unsupported(module: nn.Module) -> str | None:
-    if not _uses_interface(module):
-        return "does not go through Transformers' attention interface"
-    if getattr(module, "is_causal", None) is not True:
-        return "attention that is not causal is not supported"
-    # Some models keep the window on the layer, as layers differ, and others only in their config.
-    holder = module if hasattr(module, "sliding_window") else getattr(module, "config", None)
-    window = getattr(holder, "sliding_window", None)
-    if window is not None:
-        return f"a sliding window ({window}) is not supported"
-    kind = getattr(module, "layer_type", None) or getattr(module, "attention_type", None)
-    if kind not in (None, "full_attention"):
-        return f"{kind} is not supported"
-    return None
+def _unsupported(module: nn.Module, model: PreTrainedModel | None, is_chosen: bool, is_switched: bool) -> str | None:
+    if isinstance(module, nn.MultiheadAttention):
+        return "its call of scaled_dot_product_attention is out of reach"
+    if not uses_interface(module):
+        if not (calls_sdpa(module) or is_chosen):
+            return "does not go through Transformers' attention interface"
+        if model is not None and (is_switched or model.config._attn_implementation != "sdpa"):
+            return (
+                "calls scaled_dot_product_attention itself, which is supported if the whole model does so with 'sdpa'"
+            )
+        return None
+    if model is None:
+        return "is a Transformers attention layer outside of a PreTrainedModel, which is not supported"
+    constants: set[Any] = set()
+    for constant in _code(module).co_consts:
+        constants.update(constant if isinstance(constant, tuple) else [constant])
+    for argument, what in UNSUPPORTED_ARGUMENTS.items():
+        if argument in constants:
+            return f"{what} ({argument}), which is not supported"
+    kind = _layer_kind(module)
+    return None if kind in SUPPORTED_LAYERS else f"{kind} is not supported"
+
+
+def _layer_kind(module: nn.Module) -> str | None:
+    for attribute in ("layer_type", "attention_type"):
+        kind = getattr(module, attribute, None)
+        if isinstance(kind, str):
+            return kind
+    kinds, index = getattr(getattr(module, "config", None), "layer_types", None), getattr(module, "layer_idx", None)
+    return kinds[index] if kinds and isinstance(index, int) and index < len(kinds) else None
+
+
+def implementations(model: PreTrainedModel) -> dict[str, str]:
+    """Return a model's attention implementation, under ``""``, and those of its parts with a config of their own."""
+    config = model.config
+    parts = {name: getattr(config, name, None) for name in config.sub_configs}
+    own = {name: part._attn_implementation for name, part in parts.items() if part is not None}
+    return {"": config._attn_implementation, **own}
+
+
+def set_implementations(model: PreTrainedModel, names: dict[str, str]) -> None:
+    """Set what :func:`implementations` returned."""
+    model.set_attn_implementation(names if len(names) > 1 else names[""])
+
+
+def switch_on(model: PreTrainedModel) -> None:
+    """Make all of a model's attention run on this package's attention function, unless none asks for one.
+
+    Raises:
+        UnsupportedError: if the model does not let itself be switched, naming the first layer; it is as before then.
+    """
+    modules = {name: module for name, module in model.named_modules() if uses_interface(module)}
+    if not modules:
+        return
+    before = implementations(model)
+    set_implementations(model, dict.fromkeys(before, ATTENTION_NAME))
+    for name, module in modules.items():
+        if getattr(module, "config", model.config)._attn_implementation != ATTENTION_NAME:
+            set_implementations(model, before)
+            raise UnsupportedError(
+                f"{name} ({original_class(module).__name__}): its model's attention implementation cannot be set"
+            )
 
 
 AttentionInterface.register(ATTENTION_NAME, attention_forward)
-AttentionMaskInterface.register(ATTENTION_NAME, attention_mask_2d)
+AttentionMaskInterface.register(ATTENTION_NAME, attention_mask)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import functools
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from .methods import SparseAttentionMethod
 from .plan import DENSE, AttentionPlan
 
 if TYPE_CHECKING:
     from .stats import LayerStatistics
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -25,6 +30,9 @@ class SparseAttentionFlags:
         sparse_plan: the method's plan.
         enabled: whether the method applies; if not, the module is dense.
         statistics: counters to fill during prefill, or None.
+        reached: whether this package's attention has been called since the module's last forward ended.
+        reported: whether a forward without such a call has been reported.
+        hook: what takes the report away again.
     """
 
     name: str
@@ -32,6 +40,9 @@ class SparseAttentionFlags:
     sparse_plan: AttentionPlan
     enabled: bool
     statistics: LayerStatistics | None = None
+    reached: bool = False
+    reported: bool = False
+    hook: RemovableHandle | None = None
 
     @property
     def plan(self) -> AttentionPlan:
@@ -59,26 +70,48 @@ class SparseAttentionModule(nn.Module):
 
 
 @functools.cache
-def _sparse_class(cls: Any) -> type[SparseAttentionModule]:
-    return type(f"Sparse{cls.__name__}", (SparseAttentionModule, cls), {"__module__": cls.__module__})
+def _sparse_class(mixin: Any, cls: Any) -> type[SparseAttentionModule]:
+    return type(f"Sparse{cls.__name__}", (mixin, cls), {"__module__": cls.__module__})
 
 
-def original_class(module: SparseAttentionModule) -> type[nn.Module]:
-    """Return the model's own class of a sparse attention module."""
-    return type(module).__mro__[2]  # behind the generated class and the mixin
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """Return the model's own class of a module, sparse or not."""
+    # The generated class has two bases, the mixin and the model's own.
+    return type(module).__bases__[1] if isinstance(module, SparseAttentionModule) else type(module)
 
 
-def convert(module: nn.Module, flags: SparseAttentionFlags) -> None:
+def convert(
+    module: nn.Module, flags: SparseAttentionFlags, mixin: type[SparseAttentionModule] = SparseAttentionModule
+) -> None:
     """Make an attention module sparse, or give one that already is new flags."""
-    if not isinstance(module, SparseAttentionModule):
-        own_class: Any = type(module)
-        module.__class__ = _sparse_class(own_class)
+    if isinstance(module, SparseAttentionModule):
+        revert(module)
+    bases: tuple[Any, Any] = (mixin, type(module))
+    module.__class__ = _sparse_class(*bases)
+    flags.hook = module.register_forward_hook(_report_bypass)
     cast(SparseAttentionModule, module).sparse_attention = flags
+
+
+def _report_bypass(module: nn.Module, _args: Any, _output: Any) -> None:
+    """Report a sparse layer that did its attention some other way: after every forward, once for each layer."""
+    if torch.compiler.is_compiling():
+        return
+    flags = cast(SparseAttentionModule, module).sparse_attention
+    if flags.enabled and not flags.reached and not flags.reported:
+        flags.reported = True
+        logger.warning(
+            "%s (%s) is matched and switched on, but its forward did not call this package's attention: it was dense",
+            flags.name,
+            original_class(module).__name__,
+        )
+    flags.reached = False
 
 
 def revert(module: SparseAttentionModule) -> None:
     """Give an attention module back its own class."""
     own_class = original_class(module)
+    if module.sparse_attention.hook is not None:
+        module.sparse_attention.hook.remove()
     del module.sparse_attention
     cast(nn.Module, module).__class__ = own_class
 

@@ -51,6 +51,8 @@ class AttentionPlan:
             kernels the row maximum over what is left.
         scale_free: a promise that the rule decides alike if all scores are multiplied by one positive number, which
             saves the fused kernels a multiplication.
+        keeps_nothing: a promise that the rule itself keeps no key at all, which saves computing those that are neither
+            sinks nor recent.
         key: identifies the plan in this process; not an argument.
 
     Raises:
@@ -67,6 +69,7 @@ class AttentionPlan:
     hook_args: tuple[float, ...] = ()
     keeps_group_max: bool = False
     scale_free: bool = False
+    keeps_nothing: bool = False
     key: int = field(init=False, compare=False, repr=False, default_factory=_keys.__next__)
 
     def __post_init__(self) -> None:

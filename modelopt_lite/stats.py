@@ -6,34 +6,49 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 
 from .kernels import AttentionStatistics
 from .module import sparse_modules
 
 
-@dataclass
 class LayerStatistics:
     """Counts of one layer, or of several together, over all prefills seen.
 
-    Attributes:
-        rows: query rows over all heads that see any key.
-        visible: scores at visible keys.
-        kept: scores that took part in the softmax.
-        mass: sum over the rows of the share of the dense attention that lies on kept keys.
+    They are added up on the layer's device; reading one of the properties waits for it.
     """
 
-    rows: int = 0
-    visible: int = 0
-    kept: int = 0
-    mass: float = 0.0
+    def __init__(self) -> None:
+        self._counts: tuple[int | float | Tensor, ...] = (0, 0, 0, 0.0)
 
-    def add(self, counts: AttentionStatistics | LayerStatistics) -> None:
+    def add(self, counts: AttentionStatistics) -> None:
         """Add the counts of another computation."""
-        self.rows += counts.rows
-        self.visible += counts.visible
-        self.kept += counts.kept
-        self.mass += counts.mass
+        self._counts = tuple(a + b for a, b in zip(self._counts, counts, strict=True))
+
+    def merge(self, other: LayerStatistics) -> None:
+        """Add the counts of another layer, which may be on another device."""
+        counts = (other.rows, other.visible, other.kept, other.mass)
+        self._counts = tuple(a + b for a, b in zip(self._counts, counts, strict=True))
+
+    @property
+    def rows(self) -> int:
+        """Query rows over all heads that see any key."""
+        return int(self._counts[0])
+
+    @property
+    def visible(self) -> int:
+        """Scores at visible keys."""
+        return int(self._counts[1])
+
+    @property
+    def kept(self) -> int:
+        """Scores that took part in the softmax."""
+        return int(self._counts[2])
+
+    @property
+    def mass(self) -> float:
+        """Sum over the rows of the share of the dense attention that lies on kept keys."""
+        return float(self._counts[3])
 
     @property
     def sparsity(self) -> float:
@@ -61,7 +76,7 @@ class ModelStatistics:
         """All layers together."""
         total = LayerStatistics()
         for layer in self.layers.values():
-            total.add(layer)
+            total.merge(layer)
         return total
 
 

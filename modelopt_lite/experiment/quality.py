@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +25,6 @@ class Measurement:
         divergence: KL(dense || variant) of the next-token distributions, nats a token.
         mass_kept: share of the dense attention mass that lies on kept keys, 0 to 1.
         sparsity: share of the visible attention scores that were dropped, 0 to 1.
-        seconds: duration of the forward pass.
     """
 
     variant: str
@@ -36,7 +35,6 @@ class Measurement:
     divergence: float
     mass_kept: float
     sparsity: float
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ class VariantResult:
         divergence: KL(dense || variant), nats a token.
         mass_kept: share of the dense attention mass that lies on kept keys, 0 to 1.
         sparsity: share of the visible attention scores that were dropped, 0 to 1.
-        seconds: duration of a forward pass, mean over the windows.
+        seconds: duration of a forward pass over one window.
     """
 
     variant: str
@@ -93,11 +91,12 @@ def compare_predictions(logits: Tensor, dense_logits: Tensor, tokens: Tensor) ->
     return cross_entropy / count, divergence / count
 
 
-def summarize(measurements: Sequence[Measurement], baseline: str) -> list[VariantResult]:
+def summarize(measurements: Sequence[Measurement], seconds: Mapping[str, float], baseline: str) -> list[VariantResult]:
     """Sum up measurements by variant, in the order in which the variants first appear.
 
     Args:
         measurements: windows of one length; a variant may lack windows that the baseline has.
+        seconds: duration of a forward pass over a window, by variant.
         baseline: the variant that changes are relative to; it has every window that another variant has.
     """
     results = []
@@ -116,7 +115,7 @@ def summarize(measurements: Sequence[Measurement], baseline: str) -> list[Varian
                 divergence=_mean([m.divergence for m in rows]),
                 mass_kept=_mean([m.mass_kept for m in rows]),
                 sparsity=_mean([m.sparsity for m in rows]),
-                seconds=_mean([m.seconds for m in rows]),
+                seconds=seconds[variant],
             )
         )
     return results

@@ -19,7 +19,6 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import __version__
-from ..config import SparsityConfig
 from ..conversion import sparsify, unsparsify
 from ..errors import ConfigError
 from ..stats import collect_statistics
@@ -84,12 +83,13 @@ def run_experiment(
     windows = _cut_windows(config, texts, model, tokenizer)
     for name in config.variants:  # one that does not fit is found before hours of work, kernels get compiled untimed
         _switch(model, config, name)
-        _timed_logits(model, windows[0].tokens[:WARM_UP])
+        _logits(model, windows[0].tokens[:WARM_UP])
     folder = _create_run_folder(config.output_dir)
     config.save(folder / "config.yaml")
     environment = _environment(config)
 
     measurements: list[Measurement] = []
+    seconds: dict[str, float] = {}
     variants: list[VariantResult] = []
     continuations: dict[str, str] = {}
     steps = itertools.count()
@@ -105,11 +105,13 @@ def run_experiment(
             for name in config.variants:
                 progress(f"{name} on {window.document}, window {window.index + 1}", next(steps), total)
                 _switch(model, config, name)
-                logits, seconds = _timed_logits(model, window.tokens)
+                if window is windows[0]:
+                    seconds[name] = _forward_seconds(model, window.tokens)
+                with collect_statistics(model) as statistics:
+                    logits = _logits(model, window.tokens)
                 dense_logits = logits if dense_logits is None else dense_logits
                 cross_entropy, divergence = compare_predictions(logits, dense_logits, window.tokens)
                 del logits
-                mass_kept, sparsity = _attention_statistics(model, window.tokens, config.variants[name])
                 measurements.append(
                     Measurement(
                         variant=name,
@@ -118,13 +120,12 @@ def run_experiment(
                         tokens=window.tokens.numel() - 1,
                         cross_entropy=cross_entropy,
                         divergence=divergence,
-                        mass_kept=mass_kept,
-                        sparsity=sparsity,
-                        seconds=seconds,
+                        mass_kept=statistics.total.mass_kept,
+                        sparsity=statistics.total.sparsity,
                     )
                 )
                 write("window", measurements[-1])
-                variants = summarize(measurements, DENSE)
+                variants = summarize(measurements, seconds, DENSE)
                 on_results(variants)
         for variant in variants:
             write("variant", variant)
@@ -189,30 +190,25 @@ def _switch(model: PreTrainedModel, config: ExperimentConfig, variant: str) -> N
         raise ConfigError(f"variants.{variant}.{error}") from error
 
 
-def _timed_logits(model: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, float]:
-    """Return the logits ``[length, vocabulary]`` of one forward pass and the seconds it took."""
+@torch.no_grad()
+def _logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    """Return the logits ``[length, vocabulary]`` of a forward pass."""
+    logits: Tensor = model(tokens[None], use_cache=False).logits[0]
+    return logits
+
+
+def _forward_seconds(model: PreTrainedModel, tokens: Tensor) -> float:
+    """Return how long a forward pass takes."""
     _wait_for(tokens.device)
     start = time.perf_counter()
-    with torch.no_grad():
-        logits: Tensor = model(tokens[None], use_cache=False).logits[0]
+    _logits(model, tokens)
     _wait_for(tokens.device)
-    return logits, time.perf_counter() - start
+    return time.perf_counter() - start
 
 
 def _wait_for(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _attention_statistics(
-    model: PreTrainedModel, tokens: Tensor, sparsity: SparsityConfig | None
-) -> tuple[float, float]:
-    """Return the share of dense attention mass that is kept and the share of scores dropped, over all sparse layers."""
-    if sparsity is None:
-        return 1.0, 0.0
-    with torch.no_grad(), collect_statistics(model) as statistics:
-        model.base_model(tokens[None], use_cache=False)
-    return statistics.total.mass_kept, statistics.total.sparsity
 
 
 def _continue(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int) -> str:

@@ -11,9 +11,13 @@ from torch import Tensor
 from ..errors import UnsupportedError
 from ..plan import AttentionPlan
 from .blocked import AttentionStatistics, statistics_blocked
+from .language import tl
 from .operator import attention_operator
 from .problem import AttentionProblem
 from .top_n import top_n_plan
+
+if tl is not None:
+    from . import launch
 
 __all__ = ["AttentionStatistics", "Backend", "attention", "attention_statistics"]
 
@@ -36,6 +40,8 @@ def attention(
     b_seq_len_k: Tensor | None = None,
     max_input_len_k: int | None = None,
     *,
+    b_first_q: Tensor | None = None,
+    b_first_k: Tensor | None = None,
     sparsity_n: int = 0,
     sparsity_m: int = 4,
     num_sink_tokens: int = 0,
@@ -70,7 +76,11 @@ def attention(
         num_sink_tokens: leading keys of each sequence that are always kept.
         dense_window_size: most recent keys of each query that are always kept, itself included.
         plan: any other sparsity, instead of the four numbers before.
-        sliding_window: a query sees only its ``sliding_window`` most recent keys, itself included; >= 1, causal only.
+        b_first_q: position of each sequence's first query, ``[batch]``; by default the queries are the last tokens.
+            Positions count from the sequence's first token.
+        b_first_k: position of each sequence's first key, ``[batch]``, for a cache that has dropped the keys before
+            it; by default 0.
+        sliding_window: a query sees only the keys fewer than ``sliding_window`` positions away from it, >= 1.
         softcap: scores become ``softcap * tanh(scores / softcap)``; > 0.
         s_aux: a further logit per query head in every softmax, without a value (a learnable sink),
             ``[query_heads]``.
@@ -104,15 +114,16 @@ def attention(
         plan,
         sliding_window,
         softcap,
+        b_first_q,
+        b_first_k,
     )
     fits = s_aux is None or (s_aux.shape == q.shape[1:2] and s_aux.is_floating_point() and s_aux.device == q.device)
     if not fits:
         raise ValueError(
             f"s_aux: {_describe(s_aux)}; must be floating-point [query_heads = {q.shape[1]}] on {q.device}"
         )
-    if _choose_backend(backend, q) == "triton":
-        raise UnsupportedError("backend: 'triton' is not available yet; use 'torch' or 'auto'")
-    output, lse = attention_operator(q, k, v, s_aux, problem)
+    use_triton = _choose_backend(backend, q, k, v, problem) == "triton"
+    output, lse = attention_operator(q, k, v, s_aux, problem, use_triton)
     return (output, lse) if return_lse else output
 
 
@@ -128,6 +139,8 @@ def attention_statistics(
     b_seq_len_k: Tensor | None = None,
     max_input_len_k: int | None = None,
     *,
+    b_first_q: Tensor | None = None,
+    b_first_k: Tensor | None = None,
     plan: AttentionPlan,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -151,6 +164,8 @@ def attention_statistics(
         plan,
         sliding_window,
         softcap,
+        b_first_q,
+        b_first_k,
     )
     problem.check_values(q.shape[0], k.shape[0])
     return statistics_blocked(q, k, problem)
@@ -168,6 +183,8 @@ def _checked_problem(
     plan: AttentionPlan | None,
     sliding_window: int | None,
     softcap: float | None,
+    first_q: Tensor | None,
+    first_k: Tensor | None,
 ) -> AttentionProblem:
     """Check every argument but the values of starts and lengths."""
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -196,11 +213,8 @@ def _checked_problem(
     scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
     if not _is_positive(scale):
         raise ValueError(f"softmax_scale: {softmax_scale!r} is not allowed; a finite number > 0")
-    if sliding_window is not None:
-        if not _is_count(sliding_window, 1):
-            raise ValueError(f"sliding_window: {sliding_window!r} is not allowed; an integer >= 1")
-        if not is_causal:
-            raise ValueError(f"sliding_window: {sliding_window!r} is not allowed; None unless is_causal")
+    if sliding_window is not None and not _is_count(sliding_window, 1):
+        raise ValueError(f"sliding_window: {sliding_window!r} is not allowed; an integer >= 1")
     if softcap is not None and not _is_positive(softcap):
         raise ValueError(f"softcap: {softcap!r} is not allowed; a finite number > 0")
     if plan is None:
@@ -214,8 +228,25 @@ def _checked_problem(
         given = [name for name, number in plan_numbers.items() if number != NO_PLAN_NUMBERS[name]]
         if given:
             raise ValueError(f"{', '.join(given)}: not allowed together with plan; the plan says it all")
+    for name, first in (("b_first_q", first_q), ("b_first_k", first_k)):
+        if first is not None:
+            _check_integers(name, first, q)
+            if first.shape != starts_q.shape:
+                raise ValueError(f"{name}: {first.shape[0]} sequences; must be {starts_q.shape[0]}")
     return AttentionProblem(
-        starts_q, lengths_q, max_q, starts_k, lengths_k, max_k, is_causal, float(scale), sliding_window, softcap, plan
+        starts_q,
+        lengths_q,
+        max_q,
+        starts_k,
+        lengths_k,
+        max_k,
+        is_causal,
+        float(scale),
+        sliding_window,
+        softcap,
+        plan,
+        first_q,
+        first_k,
     )
 
 
@@ -226,10 +257,7 @@ def _checked_packing(
     if starts is None or lengths is None or longest is None:
         raise ValueError("b_start_loc_k, b_seq_len_k, max_input_len_k: some are missing; give all three or none")
     for name, x in (("b_start_loc", starts), ("b_seq_len", lengths)):
-        if not (
-            isinstance(x, Tensor) and x.dim() == 1 and x.dtype in (torch.int32, torch.int64) and x.device == q.device
-        ):
-            raise ValueError(f"{name}{suffix}: {_describe(x)}; must be int32 or int64 [batch] on {q.device}")
+        _check_integers(f"{name}{suffix}", x, q)
     if starts.shape != lengths.shape:
         raise ValueError(f"b_seq_len{suffix}: {lengths.shape[0]} sequences; b_start_loc{suffix} has {starts.shape[0]}")
     if not _is_count(longest, 0):
@@ -237,10 +265,30 @@ def _checked_packing(
     return starts, lengths, longest
 
 
-def _choose_backend(backend: Backend, q: Tensor) -> Backend:
+def _check_integers(name: str, x: object, q: Tensor) -> None:
+    if not (isinstance(x, Tensor) and x.dim() == 1 and x.dtype in (torch.int32, torch.int64) and x.device == q.device):
+        raise ValueError(f"{name}: {_describe(x)}; must be int32 or int64 [batch] on {q.device}")
+
+
+def _choose_backend(backend: Backend, q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem) -> Backend:
     if backend not in get_args(Backend):
         raise ValueError(f"backend: {backend!r} is not allowed; one of {get_args(Backend)}")
-    return "torch" if backend == "auto" else backend
+    if backend == "torch" or (backend == "auto" and not q.is_cuda):
+        return "torch"
+    refusal: str | None
+    if tl is None:
+        refusal = "Triton is not installed"
+    elif problem.first_q is not None or problem.first_k is not None:
+        refusal = "b_first_q and b_first_k are not supported"
+    elif problem.sliding_window is not None and not problem.is_causal:
+        refusal = "a sliding window without causality is not supported"
+    else:
+        refusal = launch.refusal(q, k, v, problem.plan)
+    if refusal is None:
+        return "triton"
+    if backend == "triton":
+        raise UnsupportedError(f"backend: 'triton' cannot run this: {refusal}")
+    return "torch"
 
 
 def _is_count(x: object, least: int) -> bool:

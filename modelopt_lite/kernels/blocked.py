@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..plan import GROUP_SIZES
-from .problem import AttentionProblem
+from .problem import AttentionProblem, Sequence
 
 QUERY_BLOCK = 256
 # Scores in one tile over all heads; the fastest of the powers of two tried on a two-core CPU.
@@ -26,6 +26,8 @@ TILE_SCORES = 1 << 19
 class AttentionStatistics(NamedTuple):
     """What a plan keeps of one computation, counted over all query heads.
 
+    All are tensors without dimensions, on the device of the computation; FP64 for the mass, integers else.
+
     Attributes:
         rows: rows (query and head) that see any key.
         visible: scores at visible keys.
@@ -33,10 +35,10 @@ class AttentionStatistics(NamedTuple):
         mass: sum over the rows of the share of the dense softmax that lies on kept keys.
     """
 
-    rows: int
-    visible: int
-    kept: int
-    mass: float
+    rows: Tensor
+    visible: Tensor
+    kept: Tensor
+    mass: Tensor
 
 
 @dataclass
@@ -66,20 +68,29 @@ class _Sequence:
 
     Attributes:
         q: ``[kv_heads, repeat, len_q, head_dim]``.
-        k: ``[blocks, kv_heads, block, head_dim]``, deinterleaved, zeros behind the last key.
+        k: ``[blocks, kv_heads, block, head_dim]``, deinterleaved, zeros around the keys.
         v: the same with ``value_dim``.
+        first_q: position of the first query.
+        first_k: position of the first key.
+        origin: position of the first slot of ``k``, where the first key's group begins.
+        end_k: position behind the last key.
     """
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem) -> None:
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, sequence: Sequence, problem: AttentionProblem) -> None:
         self.problem = problem
+        q, k, v = q[sequence.queries], k[sequence.keys], v[sequence.keys]
         self.len_q, self.len_k = q.shape[0], k.shape[0]
+        self.first_q, self.first_k = sequence.first_q, sequence.first_k
+        self.end_k = self.first_k + self.len_k
         self.kv_heads, self.repeat = k.shape[1], q.shape[1] // k.shape[1]
         self.plan = problem.plan_for(self.len_q)
         self.group = self.plan.group
         self.dtype = torch.promote_types(q.dtype, torch.float32)
         rows = max(1, min(self.len_q, QUERY_BLOCK)) * q.shape[1]
         alignment = max(GROUP_SIZES)
-        self.block = max(alignment, min(TILE_SCORES // rows, self.len_k + alignment - 1) // alignment * alignment)
+        self.origin = self.first_k // alignment * alignment
+        span = self.end_k - self.origin
+        self.block = max(alignment, min(TILE_SCORES // rows, span + alignment - 1) // alignment * alignment)
         self.q = self.heads_first(q)
         self.k, self.v = self.deinterleave(k), self.deinterleave(v)
 
@@ -94,14 +105,15 @@ class _Sequence:
 
     def deinterleave(self, x: Tensor) -> Tensor:
         """``[len_k, kv_heads, dim]`` to ``[blocks, kv_heads, block, dim]`` in the accumulation type."""
-        x = pad(x.to(self.dtype), (0, 0, 0, 0, 0, -self.len_k % self.block))
+        before = self.first_k - self.origin
+        x = pad(x.to(self.dtype), (0, 0, 0, 0, before, -(before + self.len_k) % self.block))
         x = x.unflatten(0, (-1, self.block // self.group, self.group))  # [blocks, groups, group, kv_heads, dim]
         return x.permute(0, 3, 2, 1, 4).flatten(2, 3)
 
     def interleave(self, x: Tensor) -> Tensor:
         """Undo :meth:`deinterleave`, but for the type."""
         x = x.unflatten(2, (self.group, -1)).permute(0, 3, 2, 1, 4)
-        return x.flatten(0, 2)[: self.len_k]
+        return x.flatten(0, 2)[self.first_k - self.origin :][: self.len_k]
 
     def query_blocks(self) -> Iterator[slice]:
         for start in range(0, self.len_q, QUERY_BLOCK):
@@ -111,17 +123,26 @@ class _Sequence:
         """Take a block of queries out of ``[kv_heads, repeat, len_q, dim]``: ``[kv_heads, repeat * queries, dim]``."""
         return x[:, :, queries].flatten(1, 2)
 
-    def tiles(self, queries: slice) -> Iterator[_Tile]:
-        """Compute the tiles of a block of queries in which any key is visible."""
+    def tiles(self, queries: slice, skip_empty: bool = True) -> Iterator[_Tile]:
+        """Compute the tiles of a block of queries in which any key is visible, and unless told otherwise, kept."""
         problem, device = self.problem, self.q.device
         q = self.rows(self.q, queries)
-        first = self.len_k - self.len_q + queries.start  # position of the first query
-        last = self.len_k - self.len_q + queries.stop - 1
+        first, last = self.first_q + queries.start, self.first_q + queries.stop - 1
         q_pos = torch.arange(first, last + 1, device=device)[:, None, None]
-        end = min(self.len_k, last + 1) if problem.is_causal else self.len_k
-        begin = 0 if problem.sliding_window is None else max(0, first - problem.sliding_window + 1)
-        for block in range(begin // self.block, -(-end // self.block)):
-            low, high = block * self.block, (block + 1) * self.block  # the block's keys: low <= j < high
+        window = problem.sliding_window
+        begin = self.first_k if window is None else max(self.first_k, first - window + 1)
+        end = self.end_k
+        if problem.is_causal:
+            end = min(end, last + 1)
+        elif window is not None:
+            end = min(end, last + window)
+        for block in range((begin - self.origin) // self.block, -(-(end - self.origin) // self.block)):
+            low = self.origin + block * self.block
+            high = low + self.block  # the block's keys: low <= j < high
+            recent, sinks = self.plan.dense_window_size, self.plan.num_sink_tokens
+            any_recent = low <= last and first - (high - 1) < recent
+            if skip_empty and self.plan.keeps_nothing and low >= sinks and not any_recent:
+                continue
             scores = torch.bmm(q, self.k[block].mT).mul_(problem.softmax_scale)
             if problem.softcap is not None:
                 scores.div_(problem.softcap).tanh_().mul_(problem.softcap)
@@ -130,25 +151,34 @@ class _Sequence:
             k_pos = torch.arange(low, high, device=device).unflatten(0, (-1, self.group)).mT.contiguous().mT
             behind = q_pos - k_pos
 
-            hidden = k_pos >= self.len_k if high > self.len_k else None
+            hidden = k_pos >= self.end_k if high > self.end_k else None
+            if low < self.first_k:
+                hidden = _union(hidden, k_pos < self.first_k)
             if problem.is_causal and high - 1 > first:
                 hidden = _union(hidden, behind < 0)
-            if problem.sliding_window is not None and last - low >= problem.sliding_window:
-                hidden = _union(hidden, behind >= problem.sliding_window)
+            if window is not None and last - low >= window:
+                hidden = _union(hidden, behind >= window)
+            if window is not None and not problem.is_causal and high - 1 - first >= window:
+                hidden = _union(hidden, behind <= -window)
             if hidden is not None:
                 grouped.masked_fill_(hidden, -torch.inf)
 
             kept = None
-            window, sinks = self.plan.dense_window_size, self.plan.num_sink_tokens
-            all_recent = last - low < window and (problem.is_causal or high - 1 <= first)
+            all_recent = last - low < recent and (problem.is_causal or high - 1 <= first)
             if self.plan.keep is not None and not all_recent and high > sinks:
                 kept = self.plan.keep(grouped, q_pos, k_pos)
                 if low < sinks:
                     kept = kept | (k_pos < sinks)
-                if low <= last and first - (high - 1) < window:
-                    kept = kept | ((behind >= 0) & (behind < window))
+                if any_recent:
+                    kept = kept | ((behind >= 0) & (behind < recent))
                 kept = kept.mT.flatten(3, 4).flatten(1, 2)
             yield _Tile(scores, kept, block)
+
+
+def _sequences(q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem) -> Iterator[tuple[Sequence, _Sequence]]:
+    for item in problem.sequences():
+        if item.queries.stop > item.queries.start:
+            yield item, _Sequence(q, k, v, item, problem)
 
 
 def _union(a: Tensor | None, b: Tensor) -> Tensor:
@@ -189,8 +219,7 @@ def forward_blocked(
     accumulated = torch.promote_types(q.dtype, torch.float32)
     output = q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
     lse = q.new_full(q.shape[:2], -torch.inf, dtype=accumulated)
-    for in_q, in_k in problem.sequences():
-        sequence = _Sequence(q[in_q], k[in_k], v[in_k], problem)
+    for item, sequence in _sequences(q, k, v, problem):
         for queries in sequence.query_blocks():
             highest, total = _start_of_softmax(sequence, queries, s_aux)
             value = sequence.q.new_zeros(*highest.shape, v.shape[2])
@@ -199,7 +228,7 @@ def forward_blocked(
                 highest, total, shrink = _add_to_softmax(highest, total, scores)
                 value.mul_(shrink[..., None]).baddbmm_(scores, sequence.v[tile.block])
             value /= total.masked_fill(total == 0, 1.0)[..., None]
-            rows = slice(in_q.start + queries.start, in_q.start + queries.stop)
+            rows = slice(item.queries.start + queries.start, item.queries.start + queries.stop)
             output[rows] = sequence.heads_last(value.unflatten(1, (sequence.repeat, -1))).to(q.dtype)
             lse[rows] = (highest + total.log()).unflatten(1, (sequence.repeat, -1)).permute(2, 0, 1).flatten(1)
     return output, lse
@@ -224,8 +253,8 @@ def backward_blocked(
     # Rows without a key have lse -inf; with 0 instead their weights come out as exp(-inf) = 0.
     lse = lse.masked_fill(lse == -torch.inf, 0.0)
     delta = (grad.to(accumulated) * output.to(accumulated)).sum(-1)
-    for in_q, in_k in problem.sequences():
-        sequence = _Sequence(q[in_q], k[in_k], v[in_k], problem)
+    for item, sequence in _sequences(q, k, v, problem):
+        in_q, in_k = item.queries, item.keys
         grads = sequence.heads_first(grad[in_q])
         lses = sequence.heads_first(lse[in_q, :, None])
         deltas = sequence.heads_first(delta[in_q, :, None])
@@ -262,21 +291,19 @@ def backward_blocked(
 @torch.no_grad()
 def statistics_blocked(q: Tensor, k: Tensor, problem: AttentionProblem) -> AttentionStatistics:
     """Count what a plan keeps of a computation."""
-    rows = visible = kept = 0
-    mass = 0.0
-    for in_q, in_k in problem.sequences():
-        sequence = _Sequence(q[in_q], k[in_k], k[in_k], problem)
+    rows, visible, kept = (torch.zeros((), dtype=torch.int64, device=q.device) for _ in range(3))
+    mass = torch.zeros((), dtype=torch.float64, device=q.device)
+    for _, sequence in _sequences(q, k, k, problem):
         for queries in sequence.query_blocks():
-            all_highest, all_total = _start_of_softmax(sequence, queries, None)
-            kept_highest, kept_total = all_highest, all_total
-            for tile in sequence.tiles(queries):
-                visible += int((tile.scores != -torch.inf).sum())
-                all_highest, all_total, _ = _add_to_softmax(all_highest, all_total, tile.scores.clone())
-                scores = tile.kept_scores()
-                kept += int((scores != -torch.inf).sum())
-                kept_highest, kept_total, _ = _add_to_softmax(kept_highest, kept_total, scores)
-            share = torch.exp(kept_highest + kept_total.log() - all_highest - all_total.log())
-            share = share[all_total > 0].double()
-            rows += share.numel()
-            mass += float(share.sum())
+            highest, total = _start_of_softmax(sequence, queries, None)
+            kept_total = total
+            for tile in sequence.tiles(queries, skip_empty=False):
+                seen = tile.scores != -torch.inf
+                visible += seen.sum()
+                kept += (seen if tile.kept is None else seen & tile.kept).sum()
+                highest, total, shrink = _add_to_softmax(highest, total, tile.scores)
+                weights = tile.scores if tile.kept is None else tile.scores.mul_(tile.kept)
+                kept_total = kept_total * shrink + weights.sum(-1)
+            rows += (total > 0).sum()
+            mass += (kept_total / total).where(total > 0, 0.0).sum(dtype=torch.float64)
     return AttentionStatistics(rows, visible, kept, mass)

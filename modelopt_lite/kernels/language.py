@@ -6,15 +6,22 @@ function as it is; nothing can launch it there.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
 try:
+    import triton
     import triton.language as tl
-    from triton import jit
 except ImportError:  # Triton publishes no package for this platform
+    triton = None
     tl = None
 
-    def jit(fn):  # type: ignore[no-untyped-def]
-        """Return ``fn`` unchanged."""
-        return fn
+
+def jit(function: Function) -> Function:
+    """Make a hook out of a function: ``triton.jit``, or nothing without Triton."""
+    return function if triton is None else triton.jit(function)
 
 
 __all__ = ["jit", "tl"]

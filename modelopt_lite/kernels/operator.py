@@ -12,18 +12,21 @@ from torch import Tensor
 
 from ..plan import plan_by_key
 from .blocked import backward_blocked, forward_blocked
+from .language import tl
 from .problem import AttentionProblem
+
+if tl is not None:
+    from . import launch
 
 
 def attention_operator(
-    q: Tensor, k: Tensor, v: Tensor, s_aux: Tensor | None, problem: AttentionProblem
+    q: Tensor, k: Tensor, v: Tensor, s_aux: Tensor | None, problem: AttentionProblem, use_triton: bool
 ) -> tuple[Tensor, Tensor]:
     """Run a checked problem; arguments and results as of :func:`~modelopt_lite.kernels.blocked.forward_blocked`."""
     p = problem
     packing = (p.starts_q, p.lengths_q, p.max_q, p.starts_k, p.lengths_k, p.max_k)
-    output, lse = _forward(
-        q, k, v, s_aux, *packing, p.is_causal, p.softmax_scale, p.sliding_window, p.softcap, p.plan.key
-    )
+    options = (p.is_causal, p.softmax_scale, p.sliding_window, p.softcap, p.plan.key, use_triton, p.first_q, p.first_k)
+    output, lse = _forward(q, k, v, s_aux, *packing, *options)
     return output, lse.detach()
 
 
@@ -44,10 +47,26 @@ def _forward(
     sliding_window: int | None,
     softcap: float | None,
     plan_key: int,
+    use_triton: bool,
+    first_q: Tensor | None = None,
+    first_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     packing = (starts_q, lengths_q, max_q, starts_k, lengths_k, max_k)
     plan = plan_by_key(plan_key)
-    problem = AttentionProblem(*packing, is_causal, softmax_scale, sliding_window, softcap, plan)
+    if use_triton:
+        return launch.forward(
+            q,
+            k,
+            v,
+            *packing,
+            is_causal=is_causal,
+            softmax_scale=softmax_scale,
+            sliding_window=sliding_window,
+            softcap=softcap,
+            s_aux=s_aux,
+            plan=plan,
+        )
+    problem = AttentionProblem(*packing, is_causal, softmax_scale, sliding_window, softcap, plan, first_q, first_k)
     problem.check_values(q.shape[0], k.shape[0])
     return forward_blocked(q, k, v, s_aux, problem)
 
@@ -78,11 +97,31 @@ def _backward(
     sliding_window: int | None,
     softcap: float | None,
     plan_key: int,
+    use_triton: bool,
+    first_q: Tensor | None = None,
+    first_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     packing = (starts_q, lengths_q, max_q, starts_k, lengths_k, max_k)
     plan = plan_by_key(plan_key)
-    problem = AttentionProblem(*packing, is_causal, softmax_scale, sliding_window, softcap, plan)
-    grad_q, grad_k, grad_v, grad_s_aux = backward_blocked(grad, q, k, v, s_aux, output, lse, problem)
+    if use_triton:
+        grad_q, grad_k, grad_v, grad_s_aux = launch.backward(
+            grad,
+            q,
+            k,
+            v,
+            s_aux,
+            output,
+            lse,
+            *packing,
+            is_causal=is_causal,
+            softmax_scale=softmax_scale,
+            sliding_window=sliding_window,
+            softcap=softcap,
+            plan=plan,
+        )
+    else:
+        problem = AttentionProblem(*packing, is_causal, softmax_scale, sliding_window, softcap, plan, first_q, first_k)
+        grad_q, grad_k, grad_v, grad_s_aux = backward_blocked(grad, q, k, v, s_aux, output, lse, problem)
     # An operator returns tensors, so no gradient is an empty one.
     return grad_q, grad_k, grad_v, q.new_empty(0) if grad_s_aux is None else grad_s_aux
 
@@ -96,19 +135,18 @@ def _(
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, s_aux, starts_q, lengths_q, max_q, starts_k, lengths_k, max_k, *options = inputs
-    ctx.save_for_backward(*output, q, k, v, s_aux, starts_q, lengths_q, starts_k, lengths_k)
+    q, k, v, s_aux, starts_q, lengths_q, max_q, starts_k, lengths_k, max_k, *options, first_q, first_k = inputs
+    ctx.save_for_backward(*output, q, k, v, s_aux, starts_q, lengths_q, starts_k, lengths_k, first_q, first_k)
     ctx.numbers = max_q, max_k, options
-    ctx.plan = plan_by_key(options[-1])  # kept alive until then
+    ctx.plan = plan_by_key(options[-2])  # kept alive until then
 
 
 def _backward_of_forward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    output, lse, q, k, v, s_aux, starts_q, lengths_q, starts_k, lengths_k = ctx.saved_tensors
+    output, lse, q, k, v, s_aux, starts_q, lengths_q, starts_k, lengths_k, first_q, first_k = ctx.saved_tensors
     max_q, max_k, options = ctx.numbers
-    *grads, grad_s_aux = _backward(
-        grad, output, lse, q, k, v, s_aux, starts_q, lengths_q, max_q, starts_k, lengths_k, max_k, *options
-    )
-    return (*grads, None if s_aux is None else grad_s_aux, *(None for _ in range(6 + len(options))))
+    packing = (starts_q, lengths_q, max_q, starts_k, lengths_k, max_k)
+    *grads, grad_s_aux = _backward(grad, output, lse, q, k, v, s_aux, *packing, *options, first_q, first_k)
+    return (*grads, None if s_aux is None else grad_s_aux, *(None for _ in range(8 + len(options))))
 
 
 _forward.register_autograd(_backward_of_forward, setup_context=_save_for_backward)

@@ -5,10 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 from torch import Tensor
 
 from ..plan import DENSE, AttentionPlan
+
+
+class Sequence(NamedTuple):
+    """One sequence of a problem.
+
+    Attributes:
+        queries: its rows in the packed queries.
+        keys: its rows in the packed keys.
+        first_q: position of its first query, counted from the sequence's first token.
+        first_k: position of its first key.
+    """
+
+    queries: slice
+    keys: slice
+    first_q: int
+    first_k: int
 
 
 @dataclass(frozen=True)
@@ -26,12 +43,18 @@ class AttentionProblem:
     sliding_window: int | None
     softcap: float | None
     plan: AttentionPlan
+    first_q: Tensor | None = None
+    first_k: Tensor | None = None
 
-    def sequences(self) -> Iterator[tuple[slice, slice]]:
-        """Yield each sequence's rows in the packed queries and in the packed keys."""
-        columns = (self.starts_q, self.lengths_q, self.starts_k, self.lengths_k)
-        for start_q, len_q, start_k, len_k in zip(*(column.tolist() for column in columns), strict=True):
-            yield slice(start_q, start_q + len_q), slice(start_k, start_k + len_k)
+    def sequences(self) -> Iterator[Sequence]:
+        """Yield each sequence's rows and positions; waits for their device."""
+        columns = [x.tolist() for x in (self.starts_q, self.lengths_q, self.starts_k, self.lengths_k)]
+        firsts_k = [0] * len(columns[0]) if self.first_k is None else self.first_k.tolist()
+        firsts_q = [None] * len(columns[0]) if self.first_q is None else self.first_q.tolist()
+        for start_q, len_q, start_k, len_k, first_q, first_k in zip(*columns, firsts_q, firsts_k, strict=True):
+            if first_q is None:
+                first_q = first_k + len_k - len_q
+            yield Sequence(slice(start_q, start_q + len_q), slice(start_k, start_k + len_k), first_q, first_k)
 
     def plan_for(self, len_q: int) -> AttentionPlan:
         """Return the plan of a sequence with ``len_q`` queries: a single query is decode, dense by default."""
@@ -44,7 +67,7 @@ class AttentionProblem:
             ValueError: naming the sequence.
         """
         occupied: list[tuple[int, int]] = []
-        for b, (queries, keys) in enumerate(self.sequences()):
+        for b, (queries, keys, first_q, first_k) in enumerate(self.sequences()):
             for suffix, rows, longest, total in (
                 ("", queries, self.max_q, total_q),
                 ("_k", keys, self.max_k, total_k),
@@ -59,7 +82,11 @@ class AttentionProblem:
                         f"b_start_loc{suffix}[{b}]: rows {rows.start} to {rows.stop} are not allowed; there are {total}"
                     )
             len_q, len_k = queries.stop - queries.start, keys.stop - keys.start
-            if self.is_causal and len_q > len_k:
+            if first_k < 0:
+                raise ValueError(f"b_first_k[{b}]: {first_k} is not allowed; >= 0")
+            if self.first_q is not None and self.is_causal and len_q and first_q < 0:
+                raise ValueError(f"b_first_q[{b}]: {first_q} is not allowed; >= 0 if causal")
+            if self.first_q is None and self.is_causal and len_q > len_k:
                 raise ValueError(f"b_seq_len_k[{b}]: {len_k} is not allowed; if causal, at least the {len_q} queries")
             if len_q:
                 occupied.append((queries.start, queries.stop))

@@ -31,32 +31,46 @@ def attention_reference(
     q, k, v = q.double(), k.double(), v.double()
     output = q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
     lse = q.new_full(q.shape[:2], -torch.inf)
-    for queries, keys in problem.sequences():
-        output[queries], lse[queries] = _one_sequence(q[queries], k[keys], v[keys], s_aux, problem)
+    for sequence in problem.sequences():
+        rows, keys = sequence.queries, sequence.keys
+        scores = kept_scores(q[rows], k[keys], problem, sequence.first_q, sequence.first_k)
+        output[rows], lse[rows] = _softmax(scores, v[keys], s_aux)
     return output, lse
 
 
-def _one_sequence(
-    q: Tensor, k: Tensor, v: Tensor, s_aux: Tensor | None, problem: AttentionProblem
-) -> tuple[Tensor, Tensor]:
-    len_q, len_k, query_heads = q.shape[0], k.shape[0], q.shape[1]
-    plan = problem.plan_for(len_q)
-    padding = -len_k % plan.group  # to whole groups, with keys that are not visible
-    q_pos = torch.arange(len_q, device=q.device) + len_k - len_q
-    k_pos = torch.arange(len_k + padding, device=q.device)
-    behind = q_pos[:, None] - k_pos  # [len_q, len_k + padding]
+def kept_scores(
+    q: Tensor, k: Tensor, problem: AttentionProblem, first_q: int | None = None, first_k: int = 0
+) -> Tensor:
+    """Return one sequence's scores, ``-inf`` for every key that takes no part in the softmax.
 
-    visible = (k_pos < len_k).expand_as(behind)
+    Args:
+        q: ``[len_q, query_heads, head_dim]``, FP64.
+        k: ``[len_k, kv_heads, head_dim]``, FP64.
+        problem: masks, scale and plan.
+        first_q: position of the first query, counted from the sequence's first token; None if the queries are the last.
+        first_k: position of the first key.
+
+    Returns:
+        ``[query_heads, len_q, len_k]``.
+    """
+    len_q, end_k = q.shape[0], first_k + k.shape[0]
+    plan = problem.plan_for(len_q)
+    padding = (first_k % plan.group, -end_k % plan.group)  # to whole groups, with keys that are not visible
+    q_pos = torch.arange(len_q, device=q.device) + (end_k - len_q if first_q is None else first_q)
+    k_pos = torch.arange(first_k - padding[0], end_k + padding[1], device=q.device)
+    behind = q_pos[:, None] - k_pos  # [len_q, keys]
+
+    visible = ((k_pos >= first_k) & (k_pos < end_k)).expand_as(behind)
     if problem.is_causal:
         visible = visible & (behind >= 0)
     if problem.sliding_window is not None:
-        visible = visible & (behind < problem.sliding_window)
+        visible = visible & (behind.abs() < problem.sliding_window)
 
-    k, v = (x.repeat_interleave(query_heads // x.shape[1], dim=1) for x in (k, v))
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     scores = problem.softmax_scale * torch.einsum("qhd,khd->hqk", q, k)
     if problem.softcap is not None:
         scores = problem.softcap * torch.tanh(scores / problem.softcap)
-    scores = pad(scores, (0, padding)).masked_fill(~visible, -torch.inf)
+    scores = pad(scores, padding).masked_fill(~visible, -torch.inf)
 
     kept = visible
     if plan.keep is not None:
@@ -65,12 +79,15 @@ def _one_sequence(
         sink = k_pos < plan.num_sink_tokens
         recent = (behind >= 0) & (behind < plan.dense_window_size)
         kept = visible & (chosen | sink | recent)
-    scores = scores.masked_fill(~kept, -torch.inf)
+    return scores.masked_fill(~kept, -torch.inf)[..., padding[0] :][..., : k.shape[0]]
 
+
+def _softmax(scores: Tensor, v: Tensor, s_aux: Tensor | None) -> tuple[Tensor, Tensor]:
+    v = v.repeat_interleave(scores.shape[0] // v.shape[1], dim=1)
     # Softmax, with 0 for a row that keeps nothing.
-    highest = (
-        scores.detach().amax(-1).clamp(min=torch.finfo(scores.dtype).min) if len_k else q.new_zeros(scores.shape[:2])
-    )
+    highest = scores.new_full(scores.shape[:2], torch.finfo(scores.dtype).min)
+    if v.shape[0]:
+        highest = highest.maximum(scores.detach().amax(-1))
     if s_aux is not None:
         highest = highest.maximum(s_aux.detach().double()[:, None])
     weights = torch.exp(scores - highest[..., None])
@@ -78,5 +95,5 @@ def _one_sequence(
     if s_aux is not None:
         total = total + torch.exp(s_aux.double()[:, None] - highest)
     weights = weights / torch.where(total == 0, 1.0, total)[..., None]
-    output = torch.einsum("hqk,khd->qhd", weights[..., :len_k], v)
+    output = torch.einsum("hqk,khd->qhd", weights, v)
     return output, (highest + total.detach().log()).T

@@ -8,7 +8,8 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from ..plan import AttentionPlan
+from ..plan import DENSE, AttentionPlan
+from .top_n_hooks import keep_top_n_hook
 
 
 def keep_top_n(scores: Tensor, q_pos: Tensor, k_pos: Tensor, *, n: int) -> Tensor:
@@ -52,12 +53,15 @@ def top_n_plan(n: int, m: int, num_sink_tokens: int, dense_window_size: int) -> 
         raise ValueError(f"sparsity_m: {m!r} is not allowed; one of 2, 4, 8, 16")
     if not 0 <= n <= m:
         raise ValueError(f"sparsity_n: {n!r} is not allowed; an integer from 0 (dense) to sparsity_m = {m}")
-    keep = None if n in (0, m) else functools.partial(keep_top_n, n=n)
+    if n in (0, m):
+        return DENSE
     return AttentionPlan(
-        keep=keep,
+        keep=functools.partial(keep_top_n, n=n),
         group=m,
         num_sink_tokens=num_sink_tokens,
         dense_window_size=dense_window_size,
+        score_hook=keep_top_n_hook,
+        hook_constants=(n,),
         keeps_group_max=True,
         scale_free=True,
     )

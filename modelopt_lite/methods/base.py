@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, TypeAlias
 
 from pydantic import AliasChoices, Field, field_validator
 from torch import Tensor
@@ -11,6 +11,23 @@ from ..kernels import Backend
 from ..plan import AttentionPlan
 from ..registry import method_names
 from ..schema import ConfigModel
+
+SinkTokens: TypeAlias = Annotated[
+    int,
+    Field(
+        ge=0,
+        validation_alias=AliasChoices("num_sink_tokens", "dense_sink_tokens"),
+        description="first tokens of each sequence that stay visible to every query",
+    ),
+]
+WindowSize: TypeAlias = Annotated[
+    int,
+    Field(
+        ge=0,
+        validation_alias=AliasChoices("dense_window_size", "dense_recent_tokens"),
+        description="most recent tokens of each query, itself included, that stay visible to it",
+    ),
+]
 
 
 class SparseAttentionMethod(ConfigModel):
@@ -26,18 +43,8 @@ class SparseAttentionMethod(ConfigModel):
     group_size: ClassVar[int] = 1
 
     method: str = Field(description="the method's registered name")
-    num_sink_tokens: int = Field(
-        default=0,
-        ge=0,
-        validation_alias=AliasChoices("num_sink_tokens", "dense_sink_tokens"),
-        description="first tokens of each sequence that stay visible to every query",
-    )
-    dense_window_size: int = Field(
-        default=64,
-        ge=0,
-        validation_alias=AliasChoices("dense_window_size", "dense_recent_tokens"),
-        description="most recent tokens of each query, itself included, that stay visible to it",
-    )
+    num_sink_tokens: SinkTokens = 0
+    dense_window_size: WindowSize = 64
     backend: Backend = Field(default="auto", description="kernel to run; auto is triton on a GPU, torch elsewhere")
     enable: bool = Field(default=True, description="false: the layers are prepared, and dense until switched on")
 

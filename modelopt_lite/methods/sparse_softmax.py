@@ -26,7 +26,9 @@ class SparseSoftmax(SparseAttentionMethod):
     keep exactly N keys, groups never start in padding, and M may be 2 and 16 as well.
     """
 
-    method: Literal["sparse_softmax", "triton_sparse_softmax"] = "sparse_softmax"
+    method: Literal["sparse_softmax", "triton_sparse_softmax"] = Field(
+        default="sparse_softmax", description="the method's name; the second is Model-Optimizer's"
+    )
     sparsity_m: Literal[2, 4, 8, 16] = Field(default=4, description="M, the number of consecutive keys in a group")
     sparsity_n: int = Field(
         default=2, ge=0, description="N, the number of keys kept in each group, from 0 to M; 0 and M are dense"

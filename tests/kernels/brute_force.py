@@ -10,6 +10,7 @@ def kept_keys(
     scores: list[float],
     position: int,
     *,
+    first_key: int = 0,
     n: int,
     m: int,
     sinks: int,
@@ -18,18 +19,18 @@ def kept_keys(
     sliding_window: int | None,
     sparse: bool,
 ) -> list[int]:
-    """Return the keys that one query at ``position`` attends to, given its scores with all keys of the sequence."""
+    """Return the keys that one query at ``position`` attends to, given its scores with all keys there are."""
     visible = [
         j
-        for j in range(len(scores))
-        if (not causal or j <= position) and (sliding_window is None or position - j < sliding_window)
+        for j in range(first_key, first_key + len(scores))
+        if (not causal or j <= position) and (sliding_window is None or abs(position - j) < sliding_window)
     ]
     if not sparse or n in (0, m):
         return visible
     kept = []
-    for group in range(0, len(scores), m):
+    for group in range(0, first_key + len(scores), m):
         members = [j for j in visible if group <= j < group + m]
-        largest_first = sorted(members, key=lambda j: (-scores[j], j))
+        largest_first = sorted(members, key=lambda j: (-scores[j - first_key], j))
         kept += largest_first[:n]
     kept += [j for j in visible if j < sinks or 0 <= position - j < window]
     return sorted(set(kept))
@@ -43,6 +44,8 @@ def attention_brute_force(
     scale: float,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    first_query: int | None = None,
+    first_key: int = 0,
     **selection: object,
 ) -> tuple[Tensor, Tensor]:
     """Attention of one sequence, ``[tokens, heads, dim]``, FP64; also the number of keys kept, ``[queries, heads]``."""
@@ -56,7 +59,9 @@ def attention_brute_force(
             scores = (scale * (k[:, head // repeat] @ q[i, head])).tolist()
             if softcap is not None:
                 scores = [softcap * math.tanh(score / softcap) for score in scores]
-            kept = kept_keys(scores, len_k - len_q + i, sparse=len_q > 1, **selection)
+            position = i + (first_key + len_k - len_q if first_query is None else first_query)
+            kept = kept_keys(scores, position, sparse=len_q > 1, first_key=first_key, **selection)
+            kept = [j - first_key for j in kept]
             counts[i, head] = len(kept)
             extra = [] if s_aux is None else [float(s_aux[head])]
             if not kept and not extra:

@@ -41,6 +41,8 @@ class Case:
             "b_start_loc_k": p.starts_k,
             "b_seq_len_k": p.lengths_k,
             "max_input_len_k": p.max_k,
+            "b_first_q": p.first_q,
+            "b_first_k": p.first_k,
             "sliding_window": p.sliding_window,
             "softcap": p.softcap,
             "s_aux": self.s_aux,
@@ -60,8 +62,11 @@ class Case:
 
 
 @st.composite
-def cases(draw: st.DrawFn, longest: int = 80, batch: int = 3) -> Case:
-    """Draw a problem: ragged lengths with 0 and 1 among them, suffix queries, any heads, masks and N:M."""
+def cases(draw: st.DrawFn, longest: int = 80, batch: int = 3, placed: bool = False) -> Case:
+    """Draw a problem: ragged lengths with 0 and 1 among them, suffix queries, any heads, masks and N:M.
+
+    With ``placed``, also positions that are not the default, and windows without causality.
+    """
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     is_causal = draw(st.booleans())
     lengths_k = draw(st.lists(st.integers(0, longest), min_size=1, max_size=batch))
@@ -94,6 +99,8 @@ def cases(draw: st.DrawFn, longest: int = 80, batch: int = 3) -> Case:
 
     starts_q, len_q, rows_q = packed(lengths_q)
     starts_k, len_k, rows_k = packed(lengths_k)
+    first_q = draw(st.none() | st.just([draw(st.integers(0, longest)) for _ in lengths_q])) if placed else None
+    first_k = draw(st.none() | st.just([draw(st.integers(0, 40)) for _ in lengths_k])) if placed else None
     problem = AttentionProblem(
         starts_q,
         len_q,
@@ -103,9 +110,11 @@ def cases(draw: st.DrawFn, longest: int = 80, batch: int = 3) -> Case:
         max(lengths_k),
         is_causal,
         SCALE,
-        draw(st.none() | st.integers(1, longest)) if is_causal else None,
+        draw(st.none() | st.integers(1, longest)) if is_causal or placed else None,
         draw(st.none() | st.just(2.0)),
         plan,
+        None if first_q is None else torch.tensor(first_q),
+        None if first_k is None else torch.tensor(first_k),
     )
     return Case(
         q=tensor(starts_q, len_q, rows_q, kv_heads * repeat, head_dim, exact=True),

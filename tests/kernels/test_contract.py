@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from modelopt_lite.kernels import attention, attention_statistics, blocked
 from modelopt_lite.kernels.reference import attention_reference
 from modelopt_lite.kernels.top_n import keep_top_n, top_n_plan
+from modelopt_lite.methods import SinkWindow
 from modelopt_lite.plan import DENSE, AttentionPlan
 
 # FP32 rounding of exponentials, sums and products of numbers of order 1 over at most 80 keys.
@@ -34,11 +35,11 @@ def run(case: Case, **overrides):
     return attention(case.q, case.k, case.v, **{**case.arguments(), "plan": case.problem.plan, **overrides})
 
 
-@given(cases(longest=24, batch=1))
+@given(cases(longest=24, batch=1) | cases(longest=24, batch=1, placed=True))
 @many_cases
 def test_oracle_is_the_contract(case):
     output, _ = attention_reference(case.q, case.k, case.v, case.s_aux, case.problem)
-    (queries, keys) = next(case.problem.sequences())
+    queries, keys, first_query, first_key = next(case.problem.sequences())
     expected, counts = attention_brute_force(
         case.q[queries],
         case.k[keys],
@@ -46,6 +47,8 @@ def test_oracle_is_the_contract(case):
         scale=SCALE,
         softcap=case.problem.softcap,
         s_aux=case.s_aux,
+        first_query=first_query,
+        first_key=first_key,
         **case.selection(),
     )
     torch.testing.assert_close(output[queries], expected, rtol=1e-12, atol=1e-12)
@@ -58,7 +61,7 @@ def test_oracle_is_the_contract(case):
     assert statistics.kept == counts.sum()
 
 
-@given(cases())
+@given(cases() | cases(placed=True))
 @many_cases
 def test_torch_backend_equals_oracle(case):
     output, lse = run(case, return_lse=True)
@@ -67,7 +70,7 @@ def test_torch_backend_equals_oracle(case):
     torch.testing.assert_close(lse, expected_lse.float(), **FP32)
 
 
-@given(cases())
+@given(cases() | cases(placed=True))
 @many_cases
 def test_gradients_equal_oracle(case):
     inputs = [x.requires_grad_() for x in (case.q, case.k, case.v, case.s_aux) if x is not None]
@@ -105,7 +108,7 @@ def test_operator_is_well_formed():
     for extra in (None, s_aux):
         packing = (starts, lengths, 6, starts, lengths, 6)
         torch.library.opcheck(
-            torch.ops.modelopt_lite.attention.default, (q, k, v, extra, *packing, True, 0.5, None, 3.0, plan.key)
+            torch.ops.modelopt_lite.attention.default, (q, k, v, extra, *packing, True, 0.5, None, 3.0, plan.key, False)
         )
 
 
@@ -124,7 +127,7 @@ def test_exactly_n_of_visible_ties_to_the_lower(n, m, data):
 @many_cases
 def test_chunked_prefill_equals_one_prefill(case, data):
     problem = case.problem
-    _, keys = next(problem.sequences())
+    _, keys, *_ = next(problem.sequences())
     len_k = keys.stop - keys.start
     q = torch.randint(-2, 3, (len_k, *case.q.shape[1:])) / 2
     k, v = case.k[keys], case.v[keys]
@@ -160,7 +163,7 @@ def test_chunked_prefill_equals_one_prefill(case, data):
 def test_batch_mates_do_not_matter(case):
     together, lse = run(case, return_lse=True)
     problem = case.problem
-    for b, (queries, _) in enumerate(problem.sequences()):
+    for b, (queries, *_) in enumerate(problem.sequences()):
         alone = {
             name: x[b : b + 1] if isinstance(x, torch.Tensor) and name.startswith("b_") else x
             for name, x in case.arguments().items()
@@ -221,6 +224,20 @@ def test_an_equal_mix_keeps_half_of_the_dense_mass():
     mass = sum((2 * (p // 4) + min(2, p % 4)) / p for p in range(1, length + 1))
     assert statistics[:3] == (length, visible, kept)
     assert statistics.mass == pytest.approx(mass, rel=1e-6)
+
+
+@given(cases(), st.integers(0, 9), st.sampled_from([0, 1, 5, 30]))
+@many_cases
+def test_sinks_and_window_alone(case, sinks, window):
+    """A rule that keeps nothing: tiles without sinks and recent keys are skipped, and missed by nobody."""
+    plan = SinkWindow(num_sink_tokens=sinks, dense_window_size=window).plan()
+    problem = dataclasses.replace(case.problem, plan=plan)
+    expected, _ = attention_reference(case.q, case.k, case.v, case.s_aux, problem)
+    torch.testing.assert_close(run(case, plan=plan), expected.float(), **FP32)
+    arguments = {name: x for name, x in case.arguments().items() if name != "s_aux"}
+    counted = attention_statistics(case.q, case.k, **arguments, plan=plan)
+    everything = attention_statistics(case.q, case.k, **arguments, plan=DENSE)
+    assert counted.visible == everything.visible
 
 
 def test_a_rule_of_ones_own():

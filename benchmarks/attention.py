@@ -1,0 +1,258 @@
+"""Speed of the attention kernels on this GPU against cuDNN, FlashAttention-2 and -3 and FlexAttention.
+
+All kernels of one problem run in this process and take turns, after heating; each counts by the median of its CUDA
+events. TFLOP/s count the work of dense attention, also for sparse kernels. Prints a table and writes JSON.
+
+    python benchmarks/attention.py                                              # everything, about half an hour
+    python benchmarks/attention.py --seq-lens 16384 --head-dims 128 --heads 32/8 --causal yes --names dense 2:4
+    python benchmarks/attention.py --show benchmarks/results/attention-nvidia-h200.json    # the table in the docs
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import functools
+import itertools
+import json
+import platform
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+import triton
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.functional import scaled_dot_product_attention
+
+from modelopt_lite.kernels.launch import Settings, forward
+from modelopt_lite.kernels.top_n import top_n_plan
+
+try:
+    from fa3_fwd_interface import flash_attn_func as flash_attention_3
+except ImportError:  # an optional peer
+    flash_attention_3 = None
+
+Call: TypeAlias = Callable[[], object]
+
+SEQ_LENS = [2**power for power in range(10, 18)]
+NAMES = ["dense", "1:4", "2:4", "3:4", "2:8", "4:8", "8:16"]
+PEERS = ["cudnn", "fa2", "fa3", "flex"]
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+BUDGET_MS = 1500.0
+"""How long one kernel of one problem is measured, so that the longest sequences take fewer rounds."""
+
+
+def inputs(batch: int, seq_len: int, heads: tuple[int, int], head_dim: int, dtype: str) -> tuple[Tensor, ...]:
+    """Return random query, key and value, ``[batch, seq, heads, dim]``."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    return tuple(
+        torch.randn(batch, seq_len, count, head_dim, device="cuda", generator=generator).to(DTYPES[dtype])
+        for count in (heads[0], heads[1], heads[1])
+    )
+
+
+def triton_call(q: Tensor, k: Tensor, v: Tensor, causal: bool, name: str, settings: Settings | None = None) -> Call:
+    """Return a call of this project's kernel; tensors are ``[batch, seq, heads, dim]``."""
+    batch, seq_len, _, head_dim = q.shape
+    starts = torch.arange(0, batch * seq_len, seq_len, dtype=torch.int32, device=q.device)
+    packing = (starts, torch.full_like(starts, seq_len), seq_len)
+    n, m = (0, 4) if name == "dense" else map(int, name.split(":"))
+    return functools.partial(
+        forward,
+        *(x.flatten(0, 1) for x in (q, k, v)),
+        *packing,
+        *packing,
+        is_causal=causal,
+        softmax_scale=head_dim**-0.5,
+        sliding_window=None,
+        softcap=None,
+        s_aux=None,
+        plan=top_n_plan(n, m, 0, 64),
+        settings=settings,
+    )
+
+
+def sdpa_call(q: Tensor, k: Tensor, v: Tensor, causal: bool, backend: SDPBackend) -> Call:
+    """Return a call of one of PyTorch's own kernels."""
+    q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
+
+    def call() -> Tensor:
+        with sdpa_kernel(backend):
+            return scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+
+    return call
+
+
+def flex_call(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Call:
+    """Return a call of FlexAttention, compiled, with a causal block mask."""
+    q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
+    mask = None
+    if causal:
+        # Compiled, it never holds the whole mask, which would be 16 GiB of booleans at 128k.
+        make_mask = torch.compile(create_block_mask)
+        mask = make_mask(lambda b, h, i, j: i >= j, None, None, q.shape[2], k.shape[2], device=q.device)
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return functools.partial(compiled, q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def peer_call(peer: str, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Call:
+    """Return a call of one of the kernels to compare with."""
+    if peer == "cudnn":
+        return sdpa_call(q, k, v, causal, SDPBackend.CUDNN_ATTENTION)
+    if peer == "fa2":
+        return sdpa_call(q, k, v, causal, SDPBackend.FLASH_ATTENTION)
+    if peer == "fa3":
+        return functools.partial(flash_attention_3, q, k, v, causal=causal)
+    return flex_call(q, k, v, causal)
+
+
+def measure(calls: dict[Any, Call], heat: float, rounds: int) -> dict[Any, float]:
+    """Return the median time of each call in ms. A call that fails is reported and left out."""
+    usable = {}
+    for key, call in calls.items():
+        try:
+            call()
+            torch.cuda.synchronize()
+            usable[key] = call
+        except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:
+            print(f"{key}: {str(error).splitlines()[0]}", file=sys.stderr)
+    until = time.monotonic() + heat
+    while time.monotonic() < until:
+        for call in usable.values():
+            call()
+        torch.cuda.synchronize()
+    # Work ahead of each call, so that the GPU does not wait for its launch, and the caches hold nothing of it.
+    filler = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    times: dict[Any, list[float]] = {key: [] for key in usable}
+    # In another order each round: a kernel that draws little power leaves a cool GPU to the one after it.
+    order, random_order = list(usable.items()), random.Random(0)
+    for _ in range(rounds):
+        random_order.shuffle(order)
+        for key, call in order:
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            torch.mm(filler, filler)
+            start.record()
+            call()
+            end.record()
+            end.synchronize()
+            times[key].append(start.elapsed_time(end))
+        if any(sum(taken) > BUDGET_MS for taken in times.values()):
+            break
+    return {key: statistics.median(taken) for key, taken in times.items()}
+
+
+def measure_problem(
+    arguments: argparse.Namespace, seq_len: int, head_dim: int, heads: tuple[int, int], causal: bool, dtype: str
+) -> list[dict[str, Any]]:
+    """Measure all kernels on one problem."""
+    batch = arguments.batch or max(1, 8192 // seq_len if seq_len <= 1024 else 1)
+    q, k, v = inputs(batch, seq_len, heads, head_dim, dtype)
+    calls: dict[Any, Call] = {("triton", name): triton_call(q, k, v, causal, name) for name in arguments.names}
+    for peer in arguments.peers:
+        if peer != "fa3" or flash_attention_3 is not None:
+            calls[(peer, "dense")] = peer_call(peer, q, k, v, causal)
+    times = measure(calls, arguments.heat, arguments.rounds)
+    flop = 4 * batch * heads[0] * seq_len**2 * head_dim * (0.5 if causal else 1.0)
+    ratios = {peer: times.get((peer, "dense")) for peer in ("cudnn", "fa3")}
+    return [
+        {
+            "pass": "forward",
+            "kernel": kernel,
+            "name": name,
+            "seq_len": seq_len,
+            "batch": batch,
+            "query_heads": heads[0],
+            "kv_heads": heads[1],
+            "head_dim": head_dim,
+            "dtype": dtype,
+            "causal": causal,
+            "ms": round(ms, 4),
+            "tflops": round(flop / ms / 1e9, 1),
+            **{f"ratio_to_{peer}": round(other / ms, 3) if other else None for peer, other in ratios.items()},
+        }
+        for (kernel, name), ms in times.items()
+    ]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return rows as a Markdown table: a problem a line, TFLOP/s and in brackets the ratio to cuDNN."""
+    problem = ("head_dim", "query_heads", "kv_heads", "causal", "dtype", "batch", "seq_len")
+    columns = list(dict.fromkeys((row["kernel"], row["name"]) for row in rows))
+    lines = ["| D | heads | causal | type | batch | S | " + " | ".join(" ".join(column) for column in columns) + " |"]
+    lines.append("|" + "---|" * (6 + len(columns)))
+    for key, group in itertools.groupby(rows, key=lambda row: tuple(row[name] for name in problem)):
+        found = {(row["kernel"], row["name"]): row for row in group}
+        head_dim, query_heads, kv_heads, causal, dtype, batch, seq_len = key
+        cells = [head_dim, f"{query_heads}/{kv_heads}", "yes" if causal else "no", dtype, batch, seq_len]
+        for column in columns:
+            row = found.get(column)
+            ratio = "" if row is None or row["ratio_to_cudnn"] is None else f" ({row['ratio_to_cudnn']:.2f})"
+            cells.append("" if row is None else f"{row['tflops']:.0f}{ratio}")
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure what the arguments ask for, print it and write it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seq-lens", nargs="+", type=int, default=SEQ_LENS)
+    parser.add_argument("--head-dims", nargs="+", type=int, default=[64, 128])
+    parser.add_argument("--heads", nargs="+", default=["32/8", "32/32"], metavar="QUERY/KV")
+    parser.add_argument("--causal", nargs="+", default=["yes", "no"], choices=["yes", "no"])
+    parser.add_argument("--dtypes", nargs="+", default=["bf16"], choices=DTYPES)
+    parser.add_argument("--names", nargs="+", default=NAMES, help="dense or N:M, with a dense window of 64")
+    parser.add_argument("--peers", nargs="*", default=PEERS, choices=PEERS)
+    parser.add_argument("--batch", type=int, help="by default 8192 tokens up to S = 1024, else one sequence")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--heat", type=float, default=2.0, help="seconds of heating before each problem")
+    parser.add_argument("--output", type=Path, help="by default benchmarks/results/attention-<device>.json")
+    parser.add_argument("--show", type=Path, help="only print the table of a JSON file")
+    arguments = parser.parse_args()
+    if arguments.show:
+        print(table(json.loads(arguments.show.read_text())["rows"]))
+        return
+
+    torch._dynamo.config.recompile_limit = 1000
+    device = torch.cuda.get_device_name()
+    output = (
+        arguments.output or Path(__file__).parent / "results" / f"attention-{device.lower().replace(' ', '-')}.json"
+    )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
+    for dtype, head_dim, heads, causal, seq_len in itertools.product(
+        arguments.dtypes, arguments.head_dims, arguments.heads, arguments.causal, arguments.seq_lens
+    ):
+        query_heads, kv_heads = map(int, heads.split("/"))
+        rows += measure_problem(arguments, seq_len, head_dim, (query_heads, kv_heads), causal == "yes", dtype)
+        print(table(rows).splitlines()[-1], flush=True)
+        # after every problem, so that an interrupted run keeps what it measured
+        output.write_text(
+            json.dumps(
+                {
+                    "device": device,
+                    "versions": {
+                        "python": platform.python_version(),
+                        "torch": torch.__version__,
+                        "triton": triton.__version__,
+                        "cuda": torch.version.cuda,
+                        "cudnn": torch.backends.cudnn.version(),
+                    },
+                    "date": datetime.date.today().isoformat(),
+                    "rows": rows,
+                },
+                indent=1,
+            )
+            + "\n"
+        )
+    print(f"\n{table(rows)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""Attention modules that call ``torch.nn.functional.scaled_dot_product_attention`` themselves.
+
+While such a module's forward runs, a :class:`torch.overrides.TorchFunctionMode` sees PyTorch's functions before they
+run, and takes that one over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+
+from .errors import UnsupportedError
+from .layout import Layout, attend, layer_name, padded_layout, whole_layout
+from .module import SparseAttentionModule
+
+
+class InterceptedAttentionModule(SparseAttentionModule):
+    """Mixed in before an attention class that calls PyTorch's attention; takes these calls over.
+
+    Switched off, and for single queries (decode) unless the method is sparse there too, PyTorch's attention runs.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model's own forward."""
+        with _Interception(self):
+            return super().forward(*args, **kwargs)
+
+
+class _Interception(TorchFunctionMode):
+    def __init__(self, module: InterceptedAttentionModule) -> None:
+        super().__init__()
+        self.module = module
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is not scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        flags = self.module.sparse_attention
+        query: Tensor = args[0] if args else kwargs["query"]
+        flags.reached = True
+        if not flags.enabled or (query.shape[-2] == 1 and not flags.sparse_plan.sparse_decode):
+            return func(*args, **kwargs)
+        return _attention(self.module, *args, **kwargs)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Compute what ``scaled_dot_product_attention`` would, sparsely; arguments and result as of that function.
+
+    Raises:
+        UnsupportedError: if the mask is neither causal nor bidirectional with padding, or there is dropout; names the
+            layer.
+    """
+    shape = query.shape
+    refusal = None
+    if dropout_p:
+        refusal = f"attention dropout ({dropout_p}) is not supported; call eval() or set it to 0"
+    elif query.dim() not in (3, 4) or key.dim() != query.dim() or value.dim() != query.dim():
+        refusal = f"queries with {query.dim()} dimensions are not supported; [batch, heads, tokens, dim] are"
+    elif not enable_gqa and query.dim() == 4 and key.shape[1] not in (1, query.shape[1]):
+        refusal = f"{query.shape[1]} query heads and {key.shape[1]} key heads need enable_gqa"
+    if refusal is None and query.dim() == 3:  # [batch, tokens, dim]
+        query, key, value = query[:, None], key[:, None], value[:, None]
+        attn_mask = attn_mask[:, None] if attn_mask is not None and attn_mask.dim() == 3 else attn_mask
+    layout = None
+    if refusal is None:
+        layout = _layout(query, key, attn_mask, is_causal)
+    if layout is None:
+        refusal = refusal or (
+            "its attention mask is not supported; it must be boolean, or 0 and -inf, the same for all heads, and "
+            "causal or bidirectional, with padding on either side"
+        )
+        raise UnsupportedError(f"{layer_name(module)}: {refusal}")
+    output = attend(module, query, key, value, layout, scaling=scale).transpose(1, 2)
+    return output[:, 0] if len(shape) == 3 else output
+
+
+def _layout(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool) -> Layout | None:
+    """Return the layout of a call, None if there is none that says the same as its mask."""
+    batch, _, len_q, _ = query.shape
+    slots = key.shape[2]
+    if mask is None:
+        # PyTorch's causal mask counts queries and keys alike from 0, so with fewer queries the last keys go unused.
+        first_q = 0 if len_q != slots else None
+        return whole_layout(batch, len_q, slots, query.device, is_causal=is_causal, first_q=first_q)
+    if is_causal or torch.compiler.is_compiling():
+        return None
+    visible, is_plain = _visible(mask, batch, len_q, slots)
+    real = visible.any(1)
+    positions = torch.arange(slots, device=real.device)
+    count, left = real.sum(-1), real.int().argmax(-1)
+    runs = (real[:, 1:] & ~real[:, :-1]).sum(-1) + real[:, 0]
+    # Slot of the first query: where the last is that of the last key, or of the last real key.
+    offsets = torch.stack([torch.full_like(left, slots - len_q), left + count - len_q])
+    slots_q = offsets[:, :, None] + torch.arange(len_q, device=real.device)
+    causal = real[:, None] & (positions <= slots_q[..., None])  # [2, batch, len_q, slots]
+    agrees = (causal == visible).flatten(1).all(-1)
+    bidirectional = (visible == real[:, None]).all()
+    usable, both_ways, by_slots, by_tokens, at_end = torch.stack(
+        [is_plain & (runs <= 1).all(), bidirectional, *agrees, (left + count == slots).all()]
+    ).tolist()
+    if not usable:
+        return None
+    if both_ways:
+        return padded_layout(real, len_q, slots - len_q, is_causal=False)
+    if not (by_slots or by_tokens):
+        return None
+    # Queries before the first key see nothing.
+    by_slots = by_slots and not (by_tokens and len_q == 1)  # a single query is that of the last real key
+    offset = offsets[0 if by_slots else 1]
+    before = (left - offset).clamp(min=0, max=len_q)
+    rows = torch.arange(batch, device=real.device)
+    return Layout(
+        batch,
+        len_q,
+        slots,
+        True,
+        None,
+        False,
+        rows * len_q + before,
+        len_q - before,
+        len_q,
+        rows * slots + left,
+        count,
+        slots,
+        None if at_end or not by_slots else (offset - left).clamp(min=0),
+    )
+
+
+def _visible(mask: Tensor, batch: int, len_q: int, slots: int) -> tuple[Tensor, Tensor]:
+    """Return which keys a mask shows, booleans ``[batch, len_q, slots]``, and whether it says no more than that."""
+    if mask.dtype == torch.bool:
+        visible, is_plain = mask, torch.ones((), dtype=torch.bool, device=mask.device)
+    else:
+        visible = mask == 0
+        is_plain = (visible | (mask <= torch.finfo(mask.dtype).min)).all()
+    visible = visible.expand(torch.broadcast_shapes(visible.shape, (batch, 1, len_q, slots)))
+    return visible[:, 0], is_plain & (visible == visible[:, :1]).all()

@@ -1,0 +1,473 @@
+"""Launches the Triton kernels: the one place that chooses tiles, warps and how keys are loaded."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.language import constexpr
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..plan import AttentionPlan
+from .backward import gradient_of_keys, gradient_of_queries, gradient_rows
+from .forward import attention_forward
+from .tiles import LOG2E
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_HEAD_DIM = 256
+L2_SHARE = 24 * 2**20
+"""Bytes of keys and values of the heads that are computed at one time: half of the L2 cache of an A100 or H100."""
+
+
+class Options(NamedTuple):
+    """What a kernel knows at compile time beside the score hook."""
+
+    block_m: int
+    block_n: int
+    block_d: int
+    block_dv: int
+    head_dim: int
+    value_dim: int
+    group: int
+    causal: bool
+    sliding: bool
+    softcap: bool
+    prescale: bool
+    keeps_group_max: bool
+    keeps_nothing: bool
+    sparse_decode: bool
+    frozen: bool
+    hopper: bool
+
+
+class Settings(NamedTuple):
+    """How a kernel is launched; ``frozen`` is for the forward alone."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    descriptors: bool
+    frozen: bool
+
+
+class SettingsRow(NamedTuple):
+    """Settings for GPUs from ``capability`` on and everything up to the three other bounds."""
+
+    capability: int
+    itemsize: int
+    block_d: int
+    group: int
+    settings: Settings
+
+
+OLDEST = 80
+"""Compute capability from which on GPUs have what the kernel needs."""
+
+# The first row that fits. Those of capability 90 for 16-bit types up to a dimension of 128 are what
+# benchmarks/tune_forward.py found fastest on an H200 with BF16; the others fit the GPU, and have not been timed.
+# settings: block_m, block_n, num_warps, num_stages, descriptors, frozen
+SETTINGS = (
+    SettingsRow(100, 2, 128, 16, Settings(128, 64, 8, 2, True, False)),
+    SettingsRow(100, 2, 256, 16, Settings(128, 32, 8, 2, True, False)),
+    SettingsRow(90, 2, 64, 4, Settings(64, 64, 4, 3, True, True)),
+    SettingsRow(90, 2, 64, 16, Settings(64, 128, 4, 2, True, True)),
+    SettingsRow(90, 2, 128, 8, Settings(64, 64, 4, 3, True, True)),
+    SettingsRow(90, 2, 128, 16, Settings(128, 128, 8, 2, True, True)),
+    SettingsRow(90, 2, 256, 16, Settings(128, 64, 8, 2, True, False)),
+    SettingsRow(80, 2, 128, 16, Settings(128, 64, 8, 2, False, False)),
+    SettingsRow(80, 2, 256, 16, Settings(128, 32, 8, 2, False, False)),
+    SettingsRow(80, 4, 256, 16, Settings(32, 32, 8, 1, False, False)),
+)
+# The same for the two kernels of the backward; none has been timed.
+QUERY_SETTINGS = (
+    SettingsRow(90, 2, 128, 8, Settings(64, 64, 4, 2, True, False)),
+    SettingsRow(80, 4, 256, 16, Settings(32, 32, 8, 1, False, False)),
+)
+KEY_SETTINGS = (
+    SettingsRow(90, 2, 128, 8, Settings(64, 64, 4, 2, True, False)),
+    SettingsRow(80, 4, 256, 16, Settings(32, 32, 8, 1, False, False)),
+)
+BLOCK_ROWS = 64
+"""Tokens a program of ``gradient_rows``."""
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts_q: Tensor,
+    lengths_q: Tensor,
+    max_q: int,
+    starts_k: Tensor,
+    lengths_k: Tensor,
+    max_k: int,
+    *,
+    is_causal: bool,
+    softmax_scale: float,
+    sliding_window: int | None,
+    softcap: float | None,
+    s_aux: Tensor | None,
+    plan: AttentionPlan,
+    out: Tensor | None = None,
+    settings: Settings | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Compute attention on the GPU that holds the tensors, without waiting for it; :func:`refusal` has been asked.
+
+    Args:
+        q: ``[tokens, query heads, head_dim]``, FP16, BF16 or FP32; any token and head strides, as for all tensors.
+        k: ``[key tokens, kv heads, head_dim]``.
+        v: ``[key tokens, kv heads, value_dim]``.
+        starts_q: first row of each sequence in ``q``, ``[batch]``, int32 or int64, contiguous.
+        lengths_q: number of queries of each sequence.
+        max_q: an upper bound of ``lengths_q``.
+        starts_k: first row of each sequence in ``k`` and ``v``.
+        lengths_k: number of keys of each sequence, at least that of queries if causal.
+        max_k: an upper bound of ``lengths_k``.
+        is_causal: whether a query sees only keys at its own position and before.
+        softmax_scale: factor on the scores, > 0.
+        sliding_window: how many of the most recent keys a query sees, or None.
+        softcap: bound of the scores, > 0, or None.
+        s_aux: a further logit per query head in every softmax, ``[query heads]``, or None.
+        plan: which of the visible keys take part.
+        out: where to write, ``[tokens, query heads, value_dim]``; allocated if None.
+        settings: tiles and warps, instead of the table's.
+
+    Returns:
+        ``out`` and the logarithms of the softmax denominators, ``[tokens, query heads]`` in FP32. Rows without a
+        visible key and rows of no sequence are 0 and -inf.
+    """
+    total, query_heads, head_dim = q.shape
+    kv_heads, value_dim = v.shape[1:]
+    batch = starts_q.shape[0]
+    if out is None:
+        out = torch.empty(total, query_heads, value_dim, dtype=q.dtype, device=q.device)
+    lse = torch.empty(total, query_heads, dtype=torch.float32, device=q.device)
+    if total == 0:
+        return out, lse
+
+    block_d, block_dv = block_dim(head_dim), block_dim(value_dim)
+    group = 1 if plan.is_dense else plan.group
+    if settings is None:
+        capability = compute_capability(q.device)
+        settings = default_settings(capability, q.dtype, max(block_d, block_dv), group, is_causal)
+    options = _options(settings, head_dim, value_dim, is_causal, sliding_window, softcap, plan)
+    tiles = triton.cdiv(max_q, settings.block_m)
+    heads_per_wave = _heads_per_wave(max_k, k, v) * (query_heads // kv_heads)
+    programs = batch * query_heads * tiles + triton.cdiv(total, settings.block_m)
+    with torch.cuda.device_of(q):
+        attention_forward[(programs,)](
+            q,
+            k,
+            v,
+            out,
+            lse,
+            s_aux,
+            *(_descriptor(x, group, block, settings) for x, block in ((k, block_d), (v, block_dv))),
+            tuple(x.stride()[:2] for x in (q, k, v, out)),
+            (starts_q, lengths_q, starts_k, lengths_k),
+            (query_heads, query_heads // kv_heads),
+            (softmax_scale, softcap or 0.0),
+            batch,
+            total,
+            tiles,
+            min(heads_per_wave, batch * query_heads),
+            min(plan.num_sink_tokens, max_k),
+            min(plan.dense_window_size, max_k),
+            min(sliding_window or 0, max_k),
+            _hook_args(plan),
+            SCORE_HOOK=plan.score_hook,
+            OPTIONS=options,
+            num_warps=settings.num_warps,
+            num_stages=settings.num_stages,
+            enable_fp_fusion=True,
+        )
+    return out, lse
+
+
+def backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    s_aux: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    starts_q: Tensor,
+    lengths_q: Tensor,
+    max_q: int,
+    starts_k: Tensor,
+    lengths_k: Tensor,
+    max_k: int,
+    *,
+    is_causal: bool,
+    softmax_scale: float,
+    sliding_window: int | None,
+    softcap: float | None,
+    plan: AttentionPlan,
+    settings: tuple[Settings, Settings] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Compute the gradients of :func:`forward` on its GPU, without waiting for it.
+
+    Two sequences may not share keys: the gradients of shared rows would be those of one of them.
+
+    Args:
+        grad: gradient of ``out``, with its shape and type.
+        q: as in :func:`forward`, like all that is not named here.
+        k: see there.
+        v: see there.
+        s_aux: see there.
+        out: the first result of :func:`forward`.
+        lse: the second.
+        starts_q: see there.
+        lengths_q: see there.
+        max_q: see there.
+        starts_k: see there.
+        lengths_k: see there.
+        max_k: see there.
+        is_causal: see there.
+        softmax_scale: see there.
+        sliding_window: see there.
+        softcap: see there.
+        plan: see there; which keys take part is taken as given.
+        settings: tiles and warps of the gradient of queries, and of that of keys and values, instead of the tables'.
+
+    Returns:
+        The gradients of ``q``, ``k``, ``v`` and, if given, ``s_aux``, each in the type of its tensor. Rows of no
+        sequence are 0.
+    """
+    total, query_heads, head_dim = q.shape
+    kv_heads, value_dim = v.shape[1:]
+    batch, heads_per_kv = starts_q.shape[0], query_heads // kv_heads
+    grad_q, grad_k, grad_v = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    if total == 0:
+        return grad_q, grad_k, grad_v, None if s_aux is None else torch.zeros_like(s_aux)
+    if grad.stride(2) != 1 or 0 in grad.stride():
+        grad = grad.contiguous()
+
+    block_d, block_dv = block_dim(head_dim), block_dim(value_dim)
+    group = 1 if plan.is_dense else plan.group
+    if settings is None:
+        problem = (compute_capability(q.device), q.dtype, max(block_d, block_dv), group, is_causal)
+        settings = default_settings(*problem, QUERY_SETTINGS), default_settings(*problem, KEY_SETTINGS)
+    for_queries, for_keys = settings
+    shift, delta = torch.empty(2, query_heads, total, dtype=torch.float32, device=q.device)
+    sequences = (starts_q, lengths_q, starts_k, lengths_k)
+    numbers = (softmax_scale, softcap or 0.0)
+    rules = (
+        min(plan.num_sink_tokens, max_k),
+        min(plan.dense_window_size, max_k),
+        min(sliding_window or 0, max_k),
+        _hook_args(plan),
+    )
+    shape = (head_dim, value_dim, is_causal, sliding_window, softcap, plan)
+    with torch.cuda.device_of(q):
+        gradient_rows[(triton.cdiv(total, BLOCK_ROWS) * query_heads,)](
+            grad,
+            out,
+            lse,
+            shift,
+            delta,
+            tuple(x.stride()[:2] for x in (grad, out)),
+            query_heads,
+            total,
+            VALUE_DIM=value_dim,
+            BLOCK_M=BLOCK_ROWS,
+            BLOCK_DV=block_dv,
+        )
+        tiles = triton.cdiv(max_k, for_keys.block_n)
+        heads_per_wave = max(1, _heads_per_wave(max_q, q, grad) // heads_per_kv)
+        gradient_of_keys[(batch * kv_heads * tiles,)](
+            q,
+            k,
+            v,
+            grad,
+            shift,
+            delta,
+            grad_k,
+            grad_v,
+            *(_query_descriptor(x, block, for_keys) for x, block in ((q, block_d), (grad, block_dv))),
+            tuple(x.stride()[:2] for x in (q, k, v, grad, grad_k, grad_v)),
+            sequences,
+            (kv_heads, heads_per_kv),
+            numbers,
+            batch,
+            total,
+            tiles,
+            min(heads_per_wave, batch * kv_heads),
+            *rules,
+            SCORE_HOOK=plan.score_hook,
+            OPTIONS=_options(for_keys, *shape),
+            num_warps=for_keys.num_warps,
+            num_stages=for_keys.num_stages,
+            enable_fp_fusion=True,
+        )
+        tiles = triton.cdiv(max_q, for_queries.block_m)
+        heads_per_wave = _heads_per_wave(max_k, k, v) * heads_per_kv
+        gradient_of_queries[(batch * query_heads * tiles,)](
+            q,
+            k,
+            v,
+            grad,
+            shift,
+            delta,
+            grad_q,
+            *(_descriptor(x, group, block, for_queries) for x, block in ((k, block_d), (v, block_dv))),
+            tuple(x.stride()[:2] for x in (q, k, v, grad, grad_q)),
+            sequences,
+            (query_heads, heads_per_kv),
+            numbers,
+            batch,
+            total,
+            tiles,
+            min(heads_per_wave, batch * query_heads),
+            *rules,
+            SCORE_HOOK=plan.score_hook,
+            OPTIONS=_options(for_queries, *shape),
+            num_warps=for_queries.num_warps,
+            num_stages=for_queries.num_stages,
+            enable_fp_fusion=True,
+        )
+    grad_s_aux = None
+    if s_aux is not None:
+        weights = torch.exp2(s_aux.float()[:, None] * LOG2E.value - shift)
+        grad_s_aux = -(weights * delta).sum(1).to(s_aux.dtype)
+    return grad_q, grad_k, grad_v, grad_s_aux
+
+
+def refusal(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> str | None:
+    """Say why the kernel cannot run arguments that :func:`modelopt_lite.kernels.attention` takes, or None if it can."""
+    if not q.is_cuda:
+        return f"the tensors are on {q.device}, not on a CUDA GPU"
+    if compute_capability(q.device) < OLDEST:
+        return f"the GPU's compute capability is {compute_capability(q.device) / 10}, not {OLDEST / 10} or later"
+    if not plan.is_dense and plan.score_hook is None:
+        return "the method has no score_hook, only a rule in PyTorch"
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dtype not in DTYPES:
+            return f"{name} is {x.dtype}, not one of {', '.join(map(str, DTYPES))}"
+        if x.shape[2] > MAX_HEAD_DIM:
+            return f"{name} has a head_dim of {x.shape[2]}, above {MAX_HEAD_DIM}"
+        if x.stride(2) != 1:
+            return f"{name} has strides {x.stride()}; the last must be 1"
+    return None
+
+
+def block_dim(dim: int) -> int:
+    """Return the tile width for a head dimension: matrix instructions want powers of two from 16 on."""
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+@functools.cache
+def compute_capability(device: torch.device) -> int:
+    """Return a GPU's compute capability as ``10 * major + minor``."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def default_settings(
+    capability: int,
+    dtype: torch.dtype,
+    block_d: int,
+    group: int,
+    is_causal: bool,
+    table: tuple[SettingsRow, ...] = SETTINGS,
+) -> Settings:
+    """Return a table's launch settings.
+
+    Args:
+        capability: the GPU's compute capability, ``10 * major + minor``.
+        dtype: type of the tensors.
+        block_d: the larger of both head dimensions, a power of two.
+        group: keys a group.
+        is_causal: whether a query sees only keys at its own position and before.
+        table: the kernel's table.
+    """
+    row = next(
+        row
+        for row in table
+        if capability >= row.capability
+        and dtype.itemsize <= row.itemsize
+        and block_d <= row.block_d
+        and group <= row.group
+    )
+    settings = row.settings
+    if dtype != torch.bfloat16:
+        # FP16 probabilities overflow from 2^16 on.
+        settings = settings._replace(frozen=False)
+    if block_d == 256 and not is_causal:
+        # The ptxas that Triton 3.6 brings along crashes on this with descriptors.
+        settings = settings._replace(descriptors=False)
+    return settings
+
+
+def _options(
+    settings: Settings,
+    head_dim: int,
+    value_dim: int,
+    is_causal: bool,
+    sliding_window: int | None,
+    softcap: float | None,
+    plan: AttentionPlan,
+) -> Options:
+    return Options(
+        block_m=settings.block_m,
+        block_n=settings.block_n,
+        block_d=block_dim(head_dim),
+        block_dv=block_dim(value_dim),
+        head_dim=head_dim,
+        value_dim=value_dim,
+        group=1 if plan.is_dense else plan.group,
+        causal=is_causal,
+        sliding=sliding_window is not None,
+        softcap=softcap is not None,
+        prescale=not (plan.is_dense or plan.scale_free),
+        keeps_group_max=plan.is_dense or plan.keeps_group_max,
+        keeps_nothing=plan.keeps_nothing,
+        sparse_decode=plan.sparse_decode,
+        frozen=settings.frozen,
+        # From Hopper on. Before, the compiler takes a flag that becomes a number for 8-bit data and shuffles for it.
+        hopper=settings.descriptors,
+    )
+
+
+def _hook_args(plan: AttentionPlan) -> tuple[Any, ...]:
+    return (*map(constexpr, plan.hook_constants), *map(float, plan.hook_args))
+
+
+def _heads_per_wave(longest: int, x: Tensor, y: Tensor) -> int:
+    """Return of how many heads ``longest`` rows of both tensors fit into the L2 cache."""
+    return max(1, L2_SHARE // max(1, longest * (x.shape[2] + y.shape[2]) * x.element_size()))
+
+
+def _descriptor(x: Tensor, group: int, block_d: int, settings: Settings) -> Any:
+    """Describe keys or values for the tensor memory accelerator, or return None where it cannot read them.
+
+    The dimensions are ``[phase, group, head, dim]``, so that one box holds deinterleaved groups. A sequence may begin
+    anywhere, so there are twice as many phases as keys in a group: rows overlap, each has several addresses.
+    """
+    if not (settings.descriptors and _is_aligned(x)):
+        return None
+    phases = 1 if group == 1 else 2 * group
+    shape = [phases, triton.cdiv(x.shape[0], group), *x.shape[1:]]
+    strides = [x.stride(0), group * x.stride(0), x.stride(1), 1]
+    return TensorDescriptor(x, shape, strides, [group, settings.block_n // group, 1, block_d])
+
+
+def _query_descriptor(x: Tensor, block_d: int, settings: Settings) -> Any:
+    """Describe queries, or gradients laid out alike, as ``[head, token, dim]``, or return None."""
+    if not (settings.descriptors and _is_aligned(x)):
+        return None
+    shape, strides = ([x_of[1], x_of[0], x_of[2]] for x_of in (x.shape, x.stride()))
+    return TensorDescriptor(x, shape, strides, [1, settings.block_m, block_d])
+
+
+def _is_aligned(x: Tensor) -> bool:
+    return (
+        x.shape[0] > 0
+        and x.data_ptr() % 16 == 0
+        and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:2])
+    )

@@ -1,0 +1,233 @@
+"""Building blocks of the Triton kernels: key tiles, groups of scores, and which of them take part in the softmax.
+
+Keys are *deinterleaved*: with groups of ``GROUP`` keys, row ``r * (BLOCK_N // GROUP) + i`` of a key tile is key
+``GROUP * i + r``. Softmax does not mind the order, and all scores of a group come to lie in one thread.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+MAX_HALVINGS = tl.constexpr(4)
+
+
+@triton.jit
+def load_tile(
+    source,
+    first,
+    limit,
+    WIDTH: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr,
+    BOUNDED: tl.constexpr,
+):
+    """Load rows ``[first, first + BLOCK_N)`` of one head of one sequence, deinterleaved: ``[BLOCK_N, BLOCK_D]``.
+
+    Args:
+        source: ``(pointer to the head's row 0, token stride, descriptor or None, sequence's first row, head)``.
+        first: first row, a multiple of ``BLOCK_N``.
+        limit: rows of the sequence; what a ``BOUNDED`` tile has beyond them is zero.
+        WIDTH: columns that exist; the others are zero.
+        BLOCK_N: rows of the tile.
+        BLOCK_D: columns of the tile.
+        GROUP: keys a group.
+        BOUNDED: whether the tile may reach past the sequence. Such a tile is not read through the descriptor, which
+            would find the next sequence there.
+    """
+    pointer, stride, descriptor, start, head = source
+    row = start + first
+    if descriptor is not None and not BOUNDED:
+        row = row.to(tl.int32)
+        tile = descriptor.load([row % GROUP, row // GROUP, head, 0]).reshape(BLOCK_N, BLOCK_D)
+    else:
+        places = tl.arange(0, BLOCK_N)
+        offsets_n = GROUP * (places % (BLOCK_N // GROUP)) + places // (BLOCK_N // GROUP)
+        offsets_d = tl.arange(0, BLOCK_D)
+        # [BLOCK_N, BLOCK_D]
+        pointers = pointer + (row + offsets_n)[:, None] * stride + offsets_d[None, :]
+        if BOUNDED:
+            mask = (first + offsets_n < limit)[:, None] & (offsets_d < WIDTH)[None, :]
+            tile = tl.load(pointers, mask=mask, other=0.0)
+        elif WIDTH != BLOCK_D:
+            tile = tl.load(pointers, mask=(offsets_d < WIDTH)[None, :], other=0.0)
+        else:
+            tile = tl.load(pointers)
+    return tile
+
+
+@triton.jit
+def split_groups(tile, GROUP: tl.constexpr):
+    """Split scores ``[BLOCK_M, BLOCK_N]`` into ``GROUP`` tiles, one a place in the group."""
+    parts = (tile,)
+    for _ in tl.static_range(MAX_HALVINGS):
+        if len(parts) < GROUP:
+            halves = ()
+            for index in tl.static_range(len(parts)):
+                halves = halves + halve(parts[index])
+            parts = halves
+    return parts
+
+
+@triton.jit
+def join_groups(parts):
+    """Undo :func:`split_groups`."""
+    for _ in tl.static_range(MAX_HALVINGS):
+        if len(parts) > 1:
+            pairs = ()
+            for index in tl.static_range(len(parts) // 2):
+                pairs = pairs + (unite(parts[2 * index], parts[2 * index + 1]),)
+            parts = pairs
+    return parts[0]
+
+
+@triton.jit
+def halve(tile):
+    """Split a tile into its left and right half."""
+    return tile.reshape(tile.shape[0], 2, tile.shape[1] // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
+def unite(left, right):
+    """Put two tiles side by side."""
+    return tl.join(left, right).permute(0, 2, 1).reshape(left.shape[0], left.shape[1] * 2)
+
+
+@triton.jit
+def maximum_of(parts):
+    """The elementwise maximum of a tuple of tiles, in pairs, as hooks that sort compute it too."""
+    for _ in tl.static_range(MAX_HALVINGS):
+        if len(parts) > 1:
+            pairs = ()
+            for index in tl.static_range(len(parts) // 2):
+                pairs = pairs + (tl.maximum(parts[2 * index], parts[2 * index + 1]),)
+            parts = pairs
+    return parts[0]
+
+
+@triton.jit
+def tanh(x):
+    """The hyperbolic tangent, to a few units in the last place of FP32."""
+    square = x * x
+    near_zero = x * (1.0 + square * (-1.0 / 3.0 + square * (2.0 / 15.0 + square * (-17.0 / 315.0))))
+    decay = tl.math.exp2(-2.8853900817779268 * tl.abs(x))
+    far = (1.0 - decay) / (1.0 + decay)
+    return tl.where(tl.abs(x) < 0.2, near_zero, tl.where(x < 0.0, -far, far))
+
+
+@triton.jit
+def scale_scores(products, numbers, OPTIONS: tl.constexpr):
+    """Turn products of queries and keys into scores.
+
+    Returns:
+        The scores, which hooks see, and the factor that takes them to log2 space.
+    """
+    scale, softcap = numbers
+    if OPTIONS.softcap:
+        products = softcap * tanh(products * (scale / softcap))
+    elif OPTIONS.prescale:
+        products = products * scale
+    to_log2 = LOG2E if OPTIONS.softcap or OPTIONS.prescale else scale * LOG2E
+    return products, to_log2
+
+
+@triton.jit
+def select_scores(
+    scores, q_pos, groups, rules, hook_args, SCORE_HOOK: tl.constexpr, OPTIONS: tl.constexpr, MASKED: tl.constexpr
+):
+    """Decide which keys take part in the softmax.
+
+    Args:
+        scores: ``[BLOCK_M, BLOCK_N]``, or without a hook also ``[BLOCK_N, BLOCK_M]``.
+        q_pos: the queries' positions, spread over ``scores``.
+        groups: the positions of the groups' first keys, spread over ``scores``.
+        rules: ``(positions, length, num_sinks, window, sliding_window)``.
+        hook_args: constants, then numbers, for the hook.
+        SCORE_HOOK: which scores to keep, or None.
+        OPTIONS: :class:`modelopt_lite.kernels.launch.Options`.
+        MASKED: whether visibility and exemptions are checked for each key.
+
+    Returns:
+        ``GROUP`` tiles of scores, ``-inf`` where a key is not visible and, unless the plan keeps every group's
+        maximum, where it is not kept; and as many tiles that say what is kept, none without a hook.
+    """
+    GROUP: tl.constexpr = OPTIONS.group
+    _, length, num_sinks, window, sliding_window = rules
+    parts = split_groups(scores, GROUP)
+    k_pos = ()
+    for r in tl.static_range(GROUP):
+        k_pos = k_pos + (groups + r,)
+
+    if MASKED:
+        masked = ()
+        last_visible = q_pos if OPTIONS.causal else length - 1
+        for r in tl.static_range(GROUP):
+            visible = k_pos[r] <= last_visible
+            if OPTIONS.sliding:
+                visible = visible & (k_pos[r] > q_pos - sliding_window)
+            masked = masked + (tl.where(visible, parts[r], float("-inf")),)
+        parts = masked
+
+    keep = ()
+    if SCORE_HOOK is not None:
+        keep = SCORE_HOOK(parts, q_pos, k_pos, hook_args)
+        if MASKED:
+            exempted = ()
+            for r in tl.static_range(GROUP):
+                recent = k_pos[r] > q_pos - window
+                if not OPTIONS.causal:
+                    recent = recent & (k_pos[r] <= q_pos)
+                exempted = exempted + (keep[r] | recent | (k_pos[r] < num_sinks),)
+            keep = exempted
+        if not OPTIONS.keeps_group_max:
+            kept = ()
+            for r in tl.static_range(GROUP):
+                kept = kept + (tl.where(keep[r], parts[r], float("-inf")),)
+            parts = kept
+    return parts, keep
+
+
+@triton.jit
+def key_spans(first_position, last_position, rules, SPARSE: tl.constexpr, OPTIONS: tl.constexpr):
+    """Sort the keys of one program into phases; every bound is a multiple of ``BLOCK_N``, or the end of the keys.
+
+    Returns:
+        ``(keys_begin, hot_begin, band_begin, band_end, full_end, bounded_begin, keys_end)``: hot tiles lie in
+        ``[hot_begin, band_begin)`` and ``[band_end, full_end)``, masked ones in ``[keys_begin, hot_begin)`` and
+        ``[band_begin, band_end)``, the one that reaches past the sequence in ``[bounded_begin, keys_end)``.
+    """
+    BLOCK_N: tl.constexpr = OPTIONS.block_n
+    _, length, num_sinks, window, sliding_window = rules
+    keys_end = length
+    if OPTIONS.causal:
+        keys_end = last_position + 1
+    keys_begin = length * 0
+    if OPTIONS.sliding:
+        keys_begin = tl.maximum(first_position - sliding_window + 1, 0) // BLOCK_N * BLOCK_N
+    full_end = tl.minimum(tl.cdiv(keys_end, BLOCK_N), length // BLOCK_N) * BLOCK_N
+
+    hot_begin = keys_begin
+    if SPARSE:
+        hot_begin = tl.maximum(hot_begin, tl.cdiv(num_sinks, BLOCK_N) * BLOCK_N)
+    if OPTIONS.sliding:
+        hot_begin = tl.maximum(hot_begin, tl.cdiv(last_position - sliding_window + 1, BLOCK_N) * BLOCK_N)
+    if OPTIONS.frozen and not OPTIONS.causal:
+        # Here the first tile gives it something.
+        hot_begin = tl.maximum(hot_begin, keys_begin + BLOCK_N)
+    hot_begin = tl.minimum(hot_begin, full_end)
+
+    band_begin = full_end
+    band_end = full_end
+    if SPARSE or OPTIONS.causal:
+        # A query's own key belongs to it even without a window, so that a frozen reference has something to go by.
+        band_begin = first_position
+        if SPARSE:
+            band_begin -= tl.maximum(window - 1, 0)
+        band_begin = tl.maximum(band_begin, 0) // BLOCK_N * BLOCK_N
+        band_begin = tl.minimum(tl.maximum(band_begin, hot_begin), full_end)
+        if not OPTIONS.causal:
+            band_end = tl.cdiv(last_position + 1, BLOCK_N) * BLOCK_N
+            band_end = tl.minimum(tl.maximum(band_end, band_begin), full_end)
+    return keys_begin, hot_begin, band_begin, band_end, full_end, full_end, keys_end

@@ -1,0 +1,310 @@
+"""Where the sequences of one attention call lie in its tensors, and the call itself."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from .errors import UnsupportedError
+from .kernels import Backend, attention, attention_statistics
+from .module import SparseAttentionModule
+from .plan import DENSE
+
+
+class Layout(NamedTuple):
+    """What a query sees, and where the tokens of each sequence are.
+
+    Query ``i`` of row ``b`` is row ``b * len_q + i`` of the flattened batch, key slot ``j`` is row ``b * slots + j``.
+    A tuple, so that hooks which move a layer's arguments to its device find the tensors, and so that PyTorch's compiler
+    sees into it. All tensors of integers but the three orders are ``[sequences]``.
+
+    Attributes:
+        batch: rows of the batch.
+        len_q: query slots of each row.
+        slots: key slots of each row.
+        is_causal: whether a query sees only keys up to its own position.
+        sliding_window: a query sees only keys fewer positions away than this; None: all.
+        unpadded: whether every slot that is used holds a real token.
+        starts_q: row of each sequence's first query.
+        lengths_q: number of its queries.
+        max_q: an upper bound of ``lengths_q``.
+        starts_k: row of its first key.
+        lengths_k: number of its keys.
+        max_k: an upper bound of ``lengths_k``.
+        first_q: position of its first query; None if the queries are the last tokens.
+        first_k: position of its first key; None if 0.
+        order_q: slots of each row such that its real queries come first, ``[batch, len_q]``; None if they need not be
+            moved.
+        restore_q: the inverse of ``order_q``.
+        order_k: the like for the keys, ``[batch, slots]``.
+    """
+
+    batch: int
+    len_q: int
+    slots: int
+    is_causal: bool
+    sliding_window: int | None
+    unpadded: bool
+    starts_q: Tensor
+    lengths_q: Tensor
+    max_q: int
+    starts_k: Tensor
+    lengths_k: Tensor
+    max_k: int
+    first_q: Tensor | None = None
+    first_k: Tensor | None = None
+    order_q: Tensor | None = None
+    restore_q: Tensor | None = None
+    order_k: Tensor | None = None
+
+    @property
+    def ndim(self) -> int:
+        """Four, like a mask that is ready to use: Transformers builds one only from what has two dimensions."""
+        return 4
+
+    def contiguous(self) -> Layout:
+        """Return the layout, as Transformers asks of every mask."""
+        return self
+
+    def on(self, device: torch.device) -> Layout:
+        """Return the layout with its tensors on a device."""
+        if self.starts_q.device == device:
+            return self
+        moved: Any = (x.to(device) if isinstance(x, Tensor) else x for x in self)
+        return Layout(*moved)
+
+
+def whole_layout(
+    batch: int,
+    len_q: int,
+    slots: int,
+    device: torch.device | str,
+    *,
+    is_causal: bool,
+    sliding_window: int | None = None,
+    used: int | Tensor | None = None,
+    dropped: int = 0,
+    first_q: int | Tensor | None = None,
+) -> Layout:
+    """Lay out a batch without padding: each row is one sequence.
+
+    Args:
+        batch: rows of the batch.
+        len_q: queries of each row.
+        slots: key slots of each row.
+        device: where the tensors go.
+        is_causal: as in :class:`Layout`.
+        sliding_window: as in :class:`Layout`.
+        used: how many of the first slots hold keys; by default all.
+        dropped: keys before the first slot that a cache no longer holds.
+        first_q: position of the first query; by default the queries are the last tokens.
+    """
+    rows = torch.arange(batch, device=device)
+    return Layout(
+        batch,
+        len_q,
+        slots,
+        is_causal,
+        sliding_window,
+        True,
+        rows * len_q,
+        torch.full_like(rows, len_q),
+        len_q,
+        rows * slots,
+        torch.zeros_like(rows) + (slots if used is None else used),
+        slots,
+        None if first_q is None else torch.zeros_like(rows) + first_q,
+        torch.full_like(rows, dropped) if dropped else None,
+    )
+
+
+def padded_layout(
+    real: Tensor,
+    len_q: int,
+    q_offset: int | Tensor,
+    *,
+    is_causal: bool,
+    sliding_window: int | None = None,
+    dropped: int = 0,
+) -> Layout:
+    """Lay out a batch with padding: each row's real tokens are one sequence.
+
+    Waits for ``real`` unless a graph is traced: real tokens in one run stay where they are, others are gathered.
+
+    Args:
+        real: which slots hold real tokens, ``[batch, dropped + slots]``, false behind the last query.
+        len_q: query slots of each row.
+        q_offset: slot of the first query.
+        is_causal: as in :class:`Layout`. If false, all queries are computed, as keys alone are masked.
+        sliding_window: as in :class:`Layout`.
+        dropped: how many of the first slots a cache no longer holds.
+
+    Raises:
+        UnsupportedError: if the attention is not causal and a row's real tokens are not in one run.
+    """
+    batch = real.shape[0]
+    rows = torch.arange(batch, device=real.device)
+    real_k = real[:, dropped:]
+    slots = real_k.shape[1]
+    left = real.int().argmax(-1)
+    unpadded = one_run = False
+    if not torch.compiler.is_compiling():
+        used = torch.arange(real.shape[1], device=real.device) < q_offset + len_q if is_causal else True
+        starts = (real[:, 1:] & ~real[:, :-1]).sum(-1) + real[:, 0]
+        unpadded, one_run = torch.stack([(real == used).all(), (starts <= 1).all()]).tolist()
+        if not (one_run or is_causal):
+            raise UnsupportedError(
+                "attention_mask: padding between real tokens is not supported where attention is not causal"
+            )
+    order_q = restore_q = order_k = first_q = None
+    starts_q, starts_k = rows * len_q, rows * slots
+    if is_causal:
+        real_q = real.index_select(1, torch.arange(len_q, device=real.device) + q_offset)
+        lengths_q = real_q.sum(-1)
+    else:
+        lengths_q = torch.full_like(rows, len_q)
+        # Keys and queries of self-attention have the same slots.
+        is_self = isinstance(q_offset, int) and q_offset + len_q == real.shape[1]
+        if not unpadded or not is_self:
+            first_q = q_offset - left if is_self else torch.zeros_like(rows) + q_offset
+    if one_run:
+        starts_k = starts_k + real_k.int().argmax(-1)
+        if is_causal:
+            starts_q = starts_q + real_q.int().argmax(-1)
+    else:
+        order_k = _real_first(real_k)
+        if is_causal:
+            order_q = _real_first(real_q)
+            restore_q = order_q.argsort(dim=-1)
+    first_k = real[:, :dropped].sum(-1) if dropped else None
+    return Layout(
+        batch,
+        len_q,
+        slots,
+        is_causal,
+        sliding_window,
+        unpadded,
+        starts_q,
+        lengths_q,
+        len_q,
+        starts_k,
+        real_k.sum(-1),
+        slots,
+        first_q,
+        first_k,
+        order_q,
+        restore_q,
+        order_k,
+    )
+
+
+def _real_first(real: Tensor) -> Tensor:
+    return real.int().argsort(dim=-1, descending=True, stable=True)
+
+
+def packed_layout(is_first: Tensor, *, is_causal: bool, sliding_window: int | None = None) -> Layout:
+    """Lay out rows that hold several sequences one after the other, without a cache.
+
+    Waits for ``is_first`` unless a graph is traced, where there are as many sequences as tokens, most of them empty.
+
+    Args:
+        is_first: where a sequence begins, booleans ``[batch, length]``; each row begins one in any case.
+        is_causal: as in :class:`Layout`.
+        sliding_window: as in :class:`Layout`.
+    """
+    batch, length = is_first.shape
+    begins = torch.cat([torch.ones_like(is_first[:, :1]), is_first[:, 1:]], dim=1).flatten()
+    sequence = begins.cumsum(0) - 1
+    lengths = torch.zeros_like(sequence).scatter_add(0, sequence, torch.ones_like(sequence))
+    longest = length
+    if not torch.compiler.is_compiling():
+        count, longest = torch.stack([sequence[-1] + 1, lengths.max()]).tolist()
+        lengths = lengths[:count]
+    starts = lengths.cumsum(0) - lengths
+    packing = (starts, lengths, longest)
+    return Layout(batch, length, length, is_causal, sliding_window, True, *packing, *packing)
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    *,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+) -> Tensor:
+    """Compute an attention module's attention as its flags say.
+
+    Args:
+        module: the attention module; without flags it is dense.
+        query: ``[batch, query_heads, len_q, head_dim]``.
+        key: ``[batch, kv_heads, slots, head_dim]``.
+        value: ``[batch, kv_heads, slots, value_dim]``.
+        layout: where the sequences are.
+        scaling: factor on the scores.
+        softcap: bound of the scores, if the model has one.
+        s_aux: learnable sink logits ``[query_heads]``, if the model has them.
+
+    Returns:
+        ``[batch, len_q, query_heads, value_dim]``, 0 where no sequence is.
+
+    Raises:
+        UnsupportedError: if the layout is not that of the tensors, or the backend cannot do it; names the layer.
+    """
+    flags = None
+    if isinstance(module, SparseAttentionModule):
+        flags = module.sparse_attention
+        flags.reached = True
+    found = (query.shape[0], query.shape[2], key.shape[0], key.shape[2])
+    if found != (layout.batch, layout.len_q, layout.batch, layout.slots):
+        raise UnsupportedError(
+            f"{layer_name(module)}: queries {found[:2]} and keys {found[2:]} [batch, tokens] do not have the layout of "
+            f"the mask, {(layout.batch, layout.len_q)} and {(layout.batch, layout.slots)}"
+        )
+    layout = layout.on(query.device)
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # [batch, tokens, heads, dim]
+    rows = torch.arange(layout.batch, device=query.device)[:, None]
+    if layout.order_q is not None:
+        query = query[rows, layout.order_q]
+    if layout.order_k is not None:
+        key, value = key[rows, layout.order_k], value[rows, layout.order_k]
+    query, key, value = (x.flatten(0, 1) for x in (query, key, value))
+    plan = DENSE if flags is None else flags.plan
+    # Without groups and sinks only distances count, which need not know what a cache has dropped.
+    is_dense = plan.is_dense or (layout.max_q == 1 and not plan.sparse_decode)
+    arguments: dict[str, Any] = {
+        "b_start_loc": layout.starts_q,
+        "b_seq_len": layout.lengths_q,
+        "max_input_len": layout.max_q,
+        "is_causal": layout.is_causal,
+        "b_start_loc_k": layout.starts_k,
+        "b_seq_len_k": layout.lengths_k,
+        "max_input_len_k": layout.max_k,
+        "b_first_q": layout.first_q,
+        "b_first_k": None if is_dense and layout.first_q is None else layout.first_k,
+        "sliding_window": layout.sliding_window,
+        "softmax_scale": scaling,
+        "softcap": softcap,
+        "plan": plan,
+    }
+    if flags is not None and flags.statistics is not None and flags.enabled and layout.len_q > 1:
+        flags.statistics.add(attention_statistics(query, key, **arguments))
+    backend: Backend = "auto" if flags is None else flags.method.backend
+    try:
+        output = cast(Tensor, attention(query, key, value, **arguments, s_aux=s_aux, backend=backend))
+    except UnsupportedError as error:
+        raise UnsupportedError(f"{layer_name(module)}: {error}") from None
+    output = output.view(layout.batch, layout.len_q, *output.shape[1:])
+    return output if layout.restore_q is None else output[rows, layout.restore_q]
+
+
+def layer_name(module: nn.Module) -> str:
+    """Name an attention module for an error message, as well as it can be known."""
+    if isinstance(module, SparseAttentionModule):
+        return f"{module.sparse_attention.name} ({type(module).__name__})"
+    return f"layer {getattr(module, 'layer_idx', '?')} ({type(module).__name__})"

@@ -1,0 +1,624 @@
+"""One contract for every family: whatever the batch, the cache or the wrapper, the same result, or a refusal."""
+
+import copy
+import logging
+from itertools import pairwise
+
+import pytest
+import torch
+from accelerate import dispatch_model
+from families import FAMILIES, VOCABULARY, names
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from transformers import DynamicCache, GenerationConfig, LlamaConfig, StaticCache
+from transformers.masking_utils import create_causal_mask, create_chunked_causal_mask
+
+import modelopt_lite as mtsa
+from modelopt_lite.huggingface import ATTENTION_NAME
+
+LENGTH = 37
+# Logits are of order 1 and pass two layers: a few hundred roundings of FP32, 6e-8 each.
+CLOSE = {"rtol": 0, "atol": 2e-5}
+RAGGED = [(37, 20), (5, 30), (1, 12)]
+
+CAUSAL = names(lambda family: family.kind == "causal" and family.refused is None)
+ENCODERS = names(lambda family: family.kind == "encoder" and family.refused is None)
+SEQ2SEQ = names(lambda family: family.kind == "seq2seq" and family.refused is None)
+REFUSED = names(lambda family: family.refused is not None)
+
+contract = pytest.mark.contract
+
+
+def config_for(backend, n=1):
+    """Sparsity that bites on short inputs."""
+    entry = {
+        "method": "sparse_softmax",
+        "sparsity_n": n,
+        "dense_window_size": 3,
+        "num_sink_tokens": 1,
+        "backend": backend,
+    }
+    return {"sparse_cfg": {"*": entry}}
+
+
+def dense_model(family, target, implementation=None, **overrides):
+    model = FAMILIES[family].make(**overrides).to(target[1])
+    if (
+        implementation is not None
+        and implementation in ("eager", "sdpa")
+        and model.config._attn_implementation != implementation
+    ):
+        model.set_attn_implementation(implementation)
+    return model
+
+
+def sparse_model(family, target, n=1, **overrides):
+    return mtsa.sparsify(dense_model(family, target, **overrides), config_for(target[0], n))
+
+
+def tokens(target, rows=2, length=LENGTH, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCABULARY, (rows, length), generator=generator).to(target[1])
+
+
+def arguments(family, ids):
+    """The arguments of a forward of token ids."""
+    if FAMILIES[family].kind != "seq2seq":
+        return {"input_ids": ids}
+    generator = torch.Generator().manual_seed(2)
+    return {
+        "input_features": torch.randn(ids.shape[0], 8, 40, generator=generator).to(ids.device),
+        "decoder_input_ids": ids,
+    }
+
+
+@torch.no_grad()
+def logits(model, ids, **kwargs):
+    return model(input_ids=ids, **kwargs).logits
+
+
+def padded(ids, lengths, side):
+    """Return a batch of the rows' last ``lengths`` tokens with padding on one side (or around), and its mask."""
+    width = ids.shape[1]
+    batch, mask = torch.full_like(ids, 7), torch.zeros_like(ids)
+    for row, length in enumerate(lengths):
+        start = {"left": width - length, "right": 0, "both": (width - length) // 2}[side]
+        batch[row, start : start + length] = ids[row, width - length :]
+        mask[row, start : start + length] = 1
+    return batch, mask
+
+
+def positions(mask):
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def with_positions(family, mask):
+    """Position ids for a padded batch, for families that do not count them from the mask themselves."""
+    return {} if family in ("opt", "qwen2_5_vl") else {"position_ids": positions(mask)}
+
+
+def without_cache(family):
+    """The argument that keeps a decoder from caching."""
+    return {"use_cache": False} if FAMILIES[family].kind == "causal" else {}
+
+
+@contract("sparse and back")
+@pytest.mark.parametrize("family", CAUSAL + ENCODERS + SEQ2SEQ)
+def test_sparse_dense_and_back(family, target):
+    """n = m is dense, ``disabled`` is dense, undone is the same bits; and in between every layer is sparse."""
+    ids = tokens(target)
+    inputs = arguments(family, ids)
+    model = dense_model(family, target)
+    with torch.no_grad():
+        before = model(**inputs).logits
+    implementation, classes = model.config._attn_implementation, [type(module) for module in model.modules()]
+    for n in (4, 1):
+        mtsa.sparsify(model, config_for(target[0], n))
+        with torch.no_grad(), mtsa.collect_statistics(model) as statistics:
+            result = model(**inputs).logits
+        if n == 4:
+            torch.testing.assert_close(result, before, **CLOSE)
+        else:
+            assert (result - before).abs().max() > 50 * CLOSE["atol"]
+    rows = mtsa.summary(model, statistics)
+    assert all(row.enabled for row in rows)
+    active = [row for row in rows if row.sparsity is not None]
+    assert all(0.1 < row.sparsity < 0.9 for row in active)
+    assert len(active) == len([row for row in rows if "visual" not in row.name])
+    with torch.no_grad(), mtsa.disabled(model):
+        torch.testing.assert_close(model(**inputs).logits, before, **CLOSE)
+    mtsa.unsparsify(model)
+    assert model.config._attn_implementation == implementation
+    assert [type(module) for module in model.modules()] == classes
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs).logits, before, rtol=0, atol=0)
+
+
+@contract("padding")
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+@pytest.mark.parametrize("family", CAUSAL + ENCODERS)
+def test_padding(family, side, target):
+    model, ids = sparse_model(family, target), tokens(target)
+    for lengths in RAGGED:
+        batch, mask = padded(ids, lengths, side)
+        extra = with_positions(family, mask)
+        together = logits(model, batch, attention_mask=mask, **extra)
+        assert torch.isfinite(together).all()
+        for row, length in enumerate(lengths):
+            alone = logits(model, ids[row : row + 1, LENGTH - length :])
+            torch.testing.assert_close(together[row, mask[row].bool()], alone[0], **CLOSE)
+
+
+@contract("packed by {how}")
+@pytest.mark.parametrize("how", ["position_ids", "cu_seq_lens"])
+@pytest.mark.parametrize("family", CAUSAL)
+def test_packed(family, how, target):
+    skip_if(family, how)
+    model, ids = sparse_model(family, target), tokens(target)
+    cuts = [0, 9, 10, 21, LENGTH]
+    extra = {"position_ids": torch.cat([torch.arange(b - a) for a, b in pairwise(cuts)])[None].to(ids.device)}
+    if how == "cu_seq_lens":
+        cumulative = torch.tensor(cuts, dtype=torch.int32, device=ids.device)
+        extra |= {"cu_seq_lens_q": cumulative, "cu_seq_lens_k": cumulative, "max_length_q": 16, "max_length_k": 16}
+    together = logits(model, ids[:1], use_cache=False, **extra)
+    for start, stop in pairwise(cuts):
+        alone = logits(model, ids[:1, start:stop])
+        torch.testing.assert_close(together[:, start:stop], alone, **CLOSE)
+
+
+def in_chunks(model, family, ids, mask, cuts):
+    cache, parts = None, []
+    for start, stop in pairwise((0, *cuts, ids.shape[1])):
+        extra = {} if mask is None else {"attention_mask": mask[:, :stop]}
+        extra |= {} if mask is None else {k: x[:, start:stop] for k, x in with_positions(family, mask).items()}
+        with torch.no_grad():
+            result = model(input_ids=ids[:, start:stop], past_key_values=cache, use_cache=True, **extra)
+        cache = result.past_key_values
+        parts.append(result.logits)
+    return torch.cat(parts, dim=1)
+
+
+@contract("chunks")
+@pytest.mark.parametrize("cuts", [(13,), (2, 4, 35), (11, 19, 22, 30)])
+@pytest.mark.parametrize("family", CAUSAL)
+def test_chunks(family, cuts, target):
+    """Also when a sliding cache has dropped keys: groups and sinks count from the first real token."""
+    model, ids = sparse_model(family, target), tokens(target)
+    torch.testing.assert_close(in_chunks(model, family, ids, None, cuts), logits(model, ids), **CLOSE)
+    batch, mask = padded(ids, (LENGTH, 30), "left")
+    whole = logits(model, batch, attention_mask=mask, **with_positions(family, mask))
+    chunked = in_chunks(model, family, batch, mask, cuts)
+    real = mask.bool()
+    if cuts == (11, 19, 22, 30):  # in the others, a row has a chunk of a single token, which is decode
+        torch.testing.assert_close(chunked[real], whole[real], **CLOSE)
+    torch.testing.assert_close(chunked[0], whole[0], **CLOSE)
+
+
+def by_hand(model, ids, new):
+    """Greedy generation of one sequence, step by step."""
+    with torch.no_grad():
+        result = model(input_ids=ids, use_cache=True)
+        found = [result.logits[:, -1:].argmax(-1)]
+        for _ in range(new - 1):
+            result = model(input_ids=found[-1], past_key_values=result.past_key_values, use_cache=True)
+            found.append(result.logits[:, -1:].argmax(-1))
+    return torch.cat(found, dim=1)[0].tolist()
+
+
+GENERATION = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+
+
+@contract("generate, {cache} cache")
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("family", CAUSAL)
+def test_generate(family, cache, target):
+    model, ids, new = sparse_model(family, target), tokens(target), 5
+    batch, mask = padded(ids, (LENGTH, 21), "left")
+    found = model.generate(
+        batch,
+        attention_mask=mask,
+        max_new_tokens=new,
+        min_new_tokens=new,
+        cache_implementation=None if cache == "dynamic" else cache,
+        disable_compile=True,
+        **GENERATION,
+    )
+    for row, length in enumerate((LENGTH, 21)):
+        one = ids[row : row + 1, LENGTH - length :]
+        if family == "qwen2_5_vl":  # remembers positions of the batch before
+            alone = model.generate(one, attention_mask=torch.ones_like(one), max_new_tokens=new, **GENERATION)
+            assert found[row, LENGTH:].tolist() == alone[0, length:].tolist()
+        else:
+            assert found[row, LENGTH:].tolist() == by_hand(model, one, new)
+
+
+@contract("beams")
+@pytest.mark.parametrize("family", CAUSAL)
+def test_beam_search(family, target):
+    """A padded batch's best beams are those of each sequence alone."""
+    model, ids = sparse_model(family, target), tokens(target)
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "num_beams": 3, **GENERATION}
+    batch, mask = padded(ids, (LENGTH, 21), "left")
+    found = model.generate(batch, attention_mask=mask, **options)
+    for row, length in enumerate((LENGTH, 21)):
+        one = ids[row : row + 1, LENGTH - length :]
+        alone = model.generate(one, attention_mask=torch.ones_like(one), **options)
+        assert found[row, LENGTH:].tolist() == alone[0, length:].tolist()
+
+
+@contract("prefix reuse")
+@pytest.mark.parametrize("family", CAUSAL)
+def test_prefix_reuse(family, target):
+    """A prompt's cache, computed once and copied, gives what the whole prompt gives."""
+    model, ids = sparse_model(family, target), tokens(target, rows=1)
+    with torch.no_grad():
+        prefix = model(input_ids=ids[:, :18], past_key_values=DynamicCache(config=model.config), use_cache=True)
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, **GENERATION}
+    for _ in range(2):
+        cache = copy.deepcopy(prefix.past_key_values)
+        found = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **options)
+        assert found[0, LENGTH:].tolist() == by_hand(model, ids, 4)
+
+
+@contract("assisted")
+@pytest.mark.parametrize("family", CAUSAL)
+def test_assisted_decoding(family, target):
+    """With the same model as assistant: every step that verifies several tokens is sparse like a prefill."""
+    skip_if(family, "assisted")
+    model, ids = sparse_model(family, target), tokens(target, rows=1)
+    options = {"max_new_tokens": 8, "min_new_tokens": 8, "attention_mask": torch.ones_like(ids), **GENERATION}
+    with mtsa.collect_statistics(model) as plain:
+        model.generate(ids, **options)
+    with mtsa.collect_statistics(model) as assisted:
+        found = model.generate(ids, prompt_lookup_num_tokens=3, **options)
+    assert found.shape == (1, LENGTH + 8)
+    assert assisted.total.rows >= plain.total.rows
+    with mtsa.disabled(model):
+        dense = model.generate(ids, **options)
+        assert model.generate(ids, prompt_lookup_num_tokens=3, **options).tolist() == dense.tolist()
+
+
+@contract("training")
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # the method is about to be renamed
+@pytest.mark.parametrize("family", CAUSAL + ENCODERS)
+def test_gradient_checkpointing(family, target):
+    skip_if(family, "training")
+    model, ids = sparse_model(family, target), tokens(target, length=20)
+    found = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+        model.zero_grad()
+        model(input_ids=ids, labels=ids, **without_cache(family)).loss.backward()
+        found.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
+    assert any(gradient.abs().max() > 0 for gradient in found[0])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+@contract("copy and save")
+@pytest.mark.parametrize("family", CAUSAL + ENCODERS)
+def test_copy_and_save(family, target, tmp_path):
+    model, ids = sparse_model(family, target), tokens(target)
+    found = logits(model, ids)
+    twin = copy.deepcopy(model)
+    torch.testing.assert_close(logits(twin, ids), found, rtol=0, atol=0)
+    mtsa.unsparsify(twin)
+    torch.testing.assert_close(logits(model, ids), found, rtol=0, atol=0)
+    model.save_pretrained(tmp_path)
+    restored = type(model).from_pretrained(tmp_path).to(ids.device).eval()
+    saved = restored.config.sparse_attention_config
+    mtsa.sparsify(restored, {"sparse_cfg": dict(saved["sparse_cfg"])})
+    torch.testing.assert_close(logits(restored, ids), found, rtol=0, atol=0)
+
+
+@contract("PEFT")
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:The following (rank|alpha)_pattern keys")  # its own
+@pytest.mark.parametrize("family", CAUSAL)
+def test_peft(family, target):
+    """Wrapped before or after, and unwrapped; an adapter that does nothing yet changes nothing."""
+    ids = tokens(target)
+    model = sparse_model(family, target)
+    found = logits(model, ids)
+    lora = LoraConfig(target_modules="all-linear", r=2, task_type="CAUSAL_LM")
+    wrapped = get_peft_model(model, lora).eval()
+    torch.testing.assert_close(logits(wrapped, ids), found, **CLOSE)
+    mtsa.unsparsify(wrapped)
+    dense = logits(wrapped, ids)
+    assert (dense - found).abs().max() > 50 * CLOSE["atol"]
+    mtsa.sparsify(wrapped, config_for(target[0]))
+    torch.testing.assert_close(logits(wrapped, ids), found, **CLOSE)
+    assert all(row.name.startswith("base_model.model.") for row in mtsa.summary(wrapped))
+    torch.testing.assert_close(logits(wrapped.unload(), ids), found, **CLOSE)
+
+
+@contract("compile")
+@pytest.mark.parametrize("family", CAUSAL + ENCODERS)
+def test_compile(family, target):
+    skip_if(family, "compile")
+    model, ids = sparse_model(family, target), tokens(target)
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(logits(compiled, ids, **without_cache(family)), logits(model, ids), **CLOSE)
+    batch, mask = padded(ids, (LENGTH, 21), "left")
+    extra = {"attention_mask": mask, **without_cache(family), **with_positions(family, mask)}
+    found, wanted = logits(compiled, batch, **extra), logits(model, batch, **extra)
+    torch.testing.assert_close(found[mask.bool()], wanted[mask.bool()], **CLOSE)
+
+
+def skip_if(family, part):
+    reason = FAMILIES[family].skips.get(part)
+    if reason is not None:
+        pytest.skip(reason)
+
+
+@contract("refused")
+@pytest.mark.parametrize("family", REFUSED)
+def test_refused_before_anything_changes(family, target):
+    model = dense_model(family, target)
+    before = model.config.to_dict(), model.config._attn_implementation, [type(module) for module in model.modules()]
+    with pytest.raises(mtsa.UnsupportedError, match=FAMILIES[family].refused):
+        mtsa.sparsify(model, config_for(target[0]))
+    assert before == (model.config.to_dict(), model.config._attn_implementation, [type(m) for m in model.modules()])
+
+
+@contract("generate, dynamic cache")
+@pytest.mark.parametrize("family", SEQ2SEQ)
+def test_generate_from_an_encoder(family, target):
+    """Cross-attention keeps its keys; with n = m the tokens are those of the dense model."""
+    ids = tokens(target, length=6)
+    inputs = arguments(family, ids)
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, **GENERATION}
+    wanted = dense_model(family, target).generate(**inputs, **options)
+    assert sparse_model(family, target, n=4).generate(**inputs, **options).tolist() == wanted.tolist()
+    model = sparse_model(family, target)
+    together = model.generate(**inputs, **options)
+    for row in range(2):
+        one = {name: x[row : row + 1] for name, x in inputs.items()}
+        assert model.generate(**one, **options).tolist() == together[row : row + 1].tolist()
+
+
+FUZZED = ["llama", "gemma2", "gpt_oss", "deepseek_v3", "starcoder2"]
+
+
+@st.composite
+def batches(draw):
+    """A ragged, padded batch, where it is cut into chunks, and a sparsity."""
+    width = draw(st.integers(2, 40))
+    lengths = draw(st.lists(st.integers(1, width), min_size=1, max_size=3))
+    starts = [draw(st.sampled_from([0, width - length, (width - length) // 2])) for length in lengths]
+    cuts = sorted(draw(st.sets(st.integers(1, width - 1), max_size=3)))
+    # A chunk that leaves a sequence a single token is a decode step for it, and dense.
+    while any(
+        length > 1 and min(stop, start + length) - max(begin, start) == 1
+        for begin, stop in pairwise((0, *cuts, width))
+        for start, length in zip(starts, lengths, strict=True)
+    ):
+        cuts.pop()
+    m = draw(st.sampled_from([2, 4, 8, 16]))
+    method = {
+        "method": "sparse_softmax",
+        "sparsity_n": draw(st.integers(1, m)),
+        "sparsity_m": m,
+        "num_sink_tokens": draw(st.integers(0, 9)),
+        "dense_window_size": draw(st.sampled_from([0, 1, 3, 16])),
+    }
+    return width, lengths, starts, cuts, {"sparse_cfg": {"*": method}}, draw(st.integers(0, 99))
+
+
+@pytest.fixture(scope="module")
+def exact_models():
+    """In FP64 no two scores are so close that rounding decides between them."""
+    models = {family: FAMILIES[family].make().double() for family in FUZZED}
+    models["gpt_oss"].set_experts_implementation("eager")  # the others know no FP64
+    return models
+
+
+@given(family=st.sampled_from(FUZZED), batch=batches())
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+def test_any_batch_and_any_chunks(exact_models, family, batch):
+    width, lengths, starts, cuts, config, seed = batch
+    model = mtsa.sparsify(exact_models[family], config)
+    ids = tokens(("torch", "cpu"), len(lengths), width, seed)
+    mask = torch.zeros_like(ids)
+    for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+        mask[row, start : start + length] = 1
+    together = in_chunks(model, family, ids, mask, cuts)
+    for row in range(len(lengths)):
+        alone = logits(model, ids[row : row + 1, mask[row].bool()])
+        torch.testing.assert_close(together[row, mask[row].bool()], alone[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_oss"])
+@pytest.mark.parametrize("is_padded", [False, True])
+def test_compiled_decode_over_a_static_cache(family, is_padded, target):
+    """One graph serves all decode steps until a sliding cache is full, and no step waits to learn lengths."""
+    model, ids = sparse_model(family, target), tokens(target, length=20)
+    mask = padded(ids, (20, 11), "left")[1]
+    torch.compiler.reset()
+    step = torch.compile(model, fullgraph=True, backend="eager")
+    found = []
+    for decode in (model, step):
+        cache, steps = StaticCache(config=model.config, max_cache_len=32), []
+        with torch.no_grad():
+            seen = {"attention_mask": mask} if is_padded else {}
+            token = model(input_ids=ids, past_key_values=cache, **seen).logits[:, -1:].argmax(-1)
+            for i in range(4):
+                if is_padded:
+                    seen = {"attention_mask": torch.cat([mask, torch.ones_like(mask[:, : i + 1])], dim=1)}
+                inputs = model.prepare_inputs_for_generation(token, past_key_values=cache, use_cache=True, **seen)
+                inputs["position_ids"] = torch.full_like(token, 20 + i)
+                result = decode(**inputs)
+                steps.append(result.logits)
+                token = result.logits.argmax(-1)
+        found.append(torch.cat(steps))
+    torch.testing.assert_close(*found, **CLOSE)
+
+
+@pytest.mark.parametrize("family", ["llama", "deepseek_v3"])
+def test_quantized_cache(family, target):
+    """The prefill sees exact keys, later steps what the cache gives back."""
+    pytest.importorskip("optimum.quanto")
+    ids = tokens(target, rows=1)
+    settings = {"backend": "quanto", "nbits": 4, "residual_length": 4, "q_group_size": 4}
+    options = {"max_new_tokens": 8, "min_new_tokens": 8, "attention_mask": torch.ones_like(ids), **GENERATION}
+    options |= {"cache_implementation": "quantized", "cache_config": settings}
+    wanted = dense_model(family, target).generate(ids, **options)
+    assert sparse_model(family, target, n=4).generate(ids, **options).tolist() == wanted.tolist()
+    model = sparse_model(family, target)
+    first = logits(model, ids)[:, -1].argmax(-1)
+    assert model.generate(ids, **options)[:, LENGTH].tolist() == first.tolist()
+
+
+def check_device_map(model, device_map, ids, folder):
+    wanted = logits(model, ids)
+    batch, mask = padded(ids, (LENGTH, 20), "left")
+    extra = {"attention_mask": mask, "position_ids": positions(mask)}
+    wanted_padded = logits(model, batch, **extra)
+    spread = dispatch_model(model, device_map=device_map, offload_dir=folder, main_device=str(ids.device))
+    torch.testing.assert_close(logits(spread, ids).to(wanted.device), wanted, **CLOSE)
+    torch.testing.assert_close(
+        logits(spread, batch, **extra)[mask.bool()].to(wanted.device), wanted_padded[mask.bool()], **CLOSE
+    )
+    spread = mtsa.unsparsify(spread)
+    assert (logits(spread, ids).to(wanted.device) - wanted).abs().max() > 50 * CLOSE["atol"]
+
+
+DEVICE_MAP = {
+    "model.embed_tokens": 0,
+    "model.layers.0": 0,
+    "model.layers.1": 1,
+    "model.norm": 1,
+    "model.rotary_emb": 0,
+    "lm_head": 1,
+}
+
+
+def test_device_map_with_offloading(target, tmp_path):
+    places = ["disk" if place else target[1] for place in DEVICE_MAP.values()]
+    device_map = dict(zip(DEVICE_MAP, places, strict=True))
+    check_device_map(sparse_model("llama", target), device_map, tokens(target), tmp_path)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_device_map_over_two_gpus(family, tmp_path):
+    target = ("triton", "cuda")
+    check_device_map(sparse_model(family, target), DEVICE_MAP, tokens(target), tmp_path)
+
+
+def test_continuous_batching_is_refused_by_transformers():
+    model = sparse_model("llama", ("torch", "cpu"))
+    with pytest.raises(ValueError, match="modelopt_lite.* is not supported"):
+        model.generate_batch([[5, 6, 7, 8]], generation_config=GenerationConfig(max_new_tokens=2))
+
+
+def test_a_model_switched_elsewhere_is_reported_once(target, caplog):
+    model, ids = sparse_model("llama", target), tokens(target)
+    with caplog.at_level(logging.WARNING, "modelopt_lite"):
+        logits(model, ids)
+        assert not caplog.records
+        model.set_attn_implementation("sdpa")
+        logits(model, ids)
+        logits(model, ids)
+    assert [record.getMessage().split(" ")[0] for record in caplog.records] == [row.name for row in mtsa.summary(model)]
+    assert "its forward did not call this package's attention" in caplog.text
+
+
+def test_statistics_count_every_layer(target):
+    """What is measured does not depend on padding, and is read only when asked for."""
+    model, ids = sparse_model("gemma2", target), tokens(target)
+    lengths = (LENGTH, 20)
+    batch, mask = padded(ids, lengths, "left")
+    with mtsa.collect_statistics(model) as together:
+        logits(model, batch, attention_mask=mask, position_ids=positions(mask))
+    with mtsa.collect_statistics(model) as alone:
+        for row, length in enumerate(lengths):
+            logits(model, ids[row : row + 1, LENGTH - length :])
+    for name, layer in alone.layers.items():
+        assert (together.layers[name].visible, together.layers[name].kept) == (layer.visible, layer.kept)
+    assert alone.total.visible == sum(layer.visible for layer in alone.layers.values())
+    sliding, full = alone.layers.values()
+    assert sliding.visible < full.visible
+
+
+def whatever(batch, head, query, key):
+    return key <= query + 1
+
+
+CALLS = {
+    "a function mixed in": lambda arguments: create_causal_mask(or_mask_function=whatever, **arguments),
+    "another mixed in": lambda arguments: create_causal_mask(and_mask_function=whatever, **arguments),
+    "chunks": lambda arguments: create_chunked_causal_mask(**arguments),
+    "blocks": lambda arguments: create_causal_mask(
+        block_sequence_ids=torch.tensor([[-1, 0, 0, -1, 1, 1]] * 2), **arguments
+    ),
+}
+
+
+@pytest.mark.parametrize("make", CALLS.values(), ids=CALLS.keys())
+def test_other_masks_are_refused(make):
+    config = LlamaConfig(attn_implementation=ATTENTION_NAME, attention_chunk_size=4)
+    arguments = {
+        "config": config,
+        "inputs_embeds": torch.zeros(2, 6, 8),
+        "attention_mask": None,
+        "past_key_values": None,
+    }
+    with pytest.raises(mtsa.UnsupportedError, match="neither causal nor bidirectional"):
+        make(arguments)
+    with pytest.raises(mtsa.UnsupportedError, match="neither causal nor bidirectional"):
+        make({**arguments, "attention_mask": torch.ones(2, 6)})
+
+
+def test_masks_of_ones_own_are_refused(target):
+    model, ids = sparse_model("mistral", target), tokens(target)
+    with pytest.raises(
+        mtsa.UnsupportedError, match=r"model.layers.0.self_attn .*: an attention mask with 4 dimensions"
+    ):
+        logits(model, ids, attention_mask=torch.ones(2, 1, LENGTH, LENGTH, dtype=torch.bool, device=ids.device))
+    with pytest.raises(mtsa.UnsupportedError, match="output_attentions is not supported; unsparsify the model and"):
+        logits(model, ids, output_attentions=True)
+    with pytest.raises(mtsa.UnsupportedError, match="attention_mask: 10 columns are not enough; 37 tokens"):
+        logits(model, ids, attention_mask=torch.ones_like(ids[:, :10]))
+    encoder = sparse_model("bert", target)
+    holes = torch.ones_like(ids)
+    holes[:, 5] = 0
+    with pytest.raises(
+        mtsa.UnsupportedError, match="padding between real tokens is not supported where attention is not"
+    ):
+        logits(encoder, ids, attention_mask=holes)
+
+
+def test_padding_between_real_tokens(target):
+    """As after several turns of a conversation in one batch."""
+    model, ids = sparse_model("gpt_oss", target), tokens(target)
+    mask = torch.ones_like(ids)
+    mask[0, 7:12] = 0
+    mask[1, [0, 1, 20, 33]] = 0
+    together = logits(model, ids, attention_mask=mask, position_ids=positions(mask))
+    for row in range(2):
+        alone = logits(model, ids[row : row + 1, mask[row].bool()])
+        torch.testing.assert_close(together[row, mask[row].bool()], alone[0], **CLOSE)
+
+
+def test_a_model_inside_another_module(target):
+    """A Transformers model may be a part of one's own, beside attention of one's own."""
+
+    class Mine(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.language = dense_model("llama", target)
+
+        def forward(self, input_ids):
+            return self.language(input_ids)
+
+    ids, mine = tokens(target), mtsa.sparsify(Mine(), config_for(target[0]))
+    torch.testing.assert_close(logits(mine, ids), logits(sparse_model("llama", target), ids), rtol=0, atol=0)
+    assert mtsa.summary(mine)[0].name == "language.model.layers.0.self_attn"
+    mtsa.unsparsify(mine)
+    torch.testing.assert_close(logits(mine, ids), logits(dense_model("llama", target), ids), rtol=0, atol=0)
+    assert not hasattr(mine.language.config, "sparse_attention_config")

@@ -1,0 +1,259 @@
+"""Modules that call PyTorch's scaled_dot_product_attention themselves, as hand-written GPTs do."""
+
+import logging
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+
+import modelopt_lite as mtsa
+
+LENGTH, WIDTH, HEADS = 37, 32, 4
+CLOSE = {"rtol": 1e-10, "atol": 1e-10}
+CONFIG = {
+    "sparse_cfg": {"*": {"method": "sparse_softmax", "sparsity_n": 1, "dense_window_size": 3, "num_sink_tokens": 1}}
+}
+
+
+class SelfAttention(nn.Module):
+    """Attention as people write it: PyTorch's function, called in the forward."""
+
+    def __init__(self, kv_heads=HEADS):
+        super().__init__()
+        self.kv_heads = kv_heads
+        self.dropout = 0.0
+        self.query = nn.Linear(WIDTH, WIDTH)
+        self.key_value = nn.Linear(WIDTH, 2 * kv_heads * WIDTH // HEADS)
+        self.out = nn.Linear(WIDTH, WIDTH)
+
+    def heads(self, x):
+        query = self.query(x).view(*x.shape[:2], HEADS, -1).transpose(1, 2)
+        key, value = self.key_value(x).view(*x.shape[:2], 2, self.kv_heads, -1).permute(2, 0, 3, 1, 4)
+        return query, key, value
+
+    def forward(self, x, **options):
+        query, key, value = self.heads(x)
+        gqa = self.kv_heads not in (1, HEADS)
+        y = scaled_dot_product_attention(query, key, value, enable_gqa=gqa, dropout_p=self.dropout, **options)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+class Processor:
+    """As in diffusers: the call stands outside of the module's forward."""
+
+    def __call__(self, attention, x, **options):
+        query, key, value = attention.heads(x)
+        return attention.out(scaled_dot_product_attention(query, key, value, **options).transpose(1, 2).flatten(2))
+
+
+class ProcessedAttention(SelfAttention):
+    def __init__(self):
+        super().__init__()
+        self.processor = Processor()
+
+    def forward(self, x, **options):
+        return self.processor(self, x, **options)
+
+
+class Model(nn.Module):
+    """Blocks with whatever attention, causal or not."""
+
+    def __init__(self, make_attention=SelfAttention, layers=2):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.ModuleDict({"attn": make_attention()}) for _ in range(layers)])
+
+    def forward(self, x, **options):
+        for block in self.blocks:
+            x = x + block["attn"](x, **options)
+        return x
+
+
+@pytest.fixture(autouse=True)
+def double_precision():
+    """No two scores are so close that rounding decides between them."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def model(make_attention=SelfAttention):
+    torch.manual_seed(0)
+    made = Model(make_attention).eval()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.mul_(4 if parameter.dim() == 2 else 1)
+    return made
+
+
+@pytest.fixture
+def x():
+    return torch.randn(2, LENGTH, WIDTH, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def run(a_model, x, **options):
+    return a_model(x, **options)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("kv_heads", [HEADS, 2, 1])
+def test_sparse_dense_and_back(x, is_causal, kv_heads):
+    made = model(lambda: SelfAttention(kv_heads))
+    before, classes = run(made, x, is_causal=is_causal), [type(module) for module in made.modules()]
+    assert mtsa.sparsify(made, CONFIG) is made
+    assert [row.name for row in mtsa.summary(made)] == ["blocks.0.attn", "blocks.1.attn"]
+    assert isinstance(made.blocks[0]["attn"], SelfAttention)
+    with mtsa.collect_statistics(made) as statistics:
+        sparse = run(made, x, is_causal=is_causal)
+    assert (sparse - before).abs().max() > 0.01
+    assert all(0.1 < row.sparsity < 0.9 for row in mtsa.summary(made, statistics))
+    assert "dropped" in str(mtsa.summary(made, statistics))
+    with mtsa.disabled(made):
+        torch.testing.assert_close(run(made, x, is_causal=is_causal), before, rtol=0, atol=0)
+    mtsa.sparsify(made, {"sparse_cfg": {"*": {**CONFIG["sparse_cfg"]["*"], "sparsity_n": 4}}})
+    torch.testing.assert_close(run(made, x, is_causal=is_causal), before, **CLOSE)
+    mtsa.unsparsify(made)
+    assert [type(module) for module in made.modules()] == classes
+    torch.testing.assert_close(run(made, x, is_causal=is_causal), before, rtol=0, atol=0)
+
+
+def causal_mask(lengths, side, as_float):
+    """The mask of a padded, causal batch, ``[batch, 1, LENGTH, LENGTH]``."""
+    real = torch.zeros(len(lengths), LENGTH, dtype=torch.bool)
+    for row, length in enumerate(lengths):
+        start = LENGTH - length if side == "left" else 0
+        real[row, start : start + length] = True
+    mask = (real[:, None] & torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril())[:, None]
+    return real, torch.zeros(mask.shape).masked_fill(~mask, -torch.inf) if as_float else mask
+
+
+@pytest.mark.parametrize("as_float", [True, False])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("lengths", [(37, 20), (5, 30)])
+def test_causal_masks_with_padding(x, lengths, side, as_float):
+    made = mtsa.sparsify(model(), CONFIG)
+    real, mask = causal_mask(lengths, side, as_float)
+    together = run(made, x, attn_mask=mask)
+    for row in range(2):
+        alone = run(made, x[row : row + 1, real[row]], is_causal=True)
+        torch.testing.assert_close(together[row, real[row]], alone[0], **CLOSE)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_bidirectional_masks_with_padding(x, side):
+    made = mtsa.sparsify(model(), CONFIG)
+    real, _ = causal_mask((37, 20), side, False)
+    together = run(made, x, attn_mask=real[:, None, None])
+    for row in range(2):
+        alone = run(made, x[row : row + 1, real[row]])
+        torch.testing.assert_close(together[row, real[row]], alone[0], **CLOSE)
+
+
+class CachedAttention(SelfAttention):
+    """A cache of fixed size, and a mask over all of its slots, used or not."""
+
+    def reset(self):
+        self.cache = torch.zeros(2, 2, HEADS, LENGTH + 3, WIDTH // HEADS)
+
+    def forward(self, x, position):
+        query, *new = self.heads(x)
+        stop = position + x.shape[1]
+        for cached, part in zip(self.cache, new, strict=True):
+            cached[:, :, position:stop] = part
+        mask = torch.arange(LENGTH + 3) <= torch.arange(position, stop)[:, None]
+        y = scaled_dot_product_attention(query, *self.cache, attn_mask=mask)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+def test_chunks_over_a_static_cache(x):
+    """Prefill in chunks, then decode: the mask's used slots say where the queries stand."""
+    made = mtsa.sparsify(model(CachedAttention), CONFIG)
+
+    def chunks(*cuts):
+        for block in made.blocks:
+            block["attn"].reset()
+        edges = [0, *cuts, LENGTH]
+        return torch.cat([run(made, x[:, a:b], position=a) for a, b in pairwise(edges)], dim=1)
+
+    torch.testing.assert_close(chunks(13, 19), chunks(), **CLOSE)
+    dense = model(CachedAttention)
+    for block, other in zip(made.blocks, dense.blocks, strict=True):
+        other["attn"].cache = block["attn"].cache.clone()
+    torch.testing.assert_close(run(made, x[:, :1], position=LENGTH), run(dense, x[:, :1], position=LENGTH), **CLOSE)
+
+
+@pytest.mark.parametrize("attention", [ProcessedAttention, (ProcessedAttention, nn.Identity), "*.attn"])
+def test_modules_pointed_out(x, attention):
+    before = run(model(ProcessedAttention), x, is_causal=True)
+    with pytest.raises(mtsa.UnsupportedError, match="Model has no attention module.*say which with attention="):
+        mtsa.sparsify(model(ProcessedAttention), CONFIG)
+    made = mtsa.sparsify(model(ProcessedAttention), CONFIG, attention=attention)
+    assert (run(made, x, is_causal=True) - before).abs().max() > 0.01
+    # The same weights in attention that is found by itself give the same.
+    torch.testing.assert_close(run(made, x, is_causal=True), run(mtsa.sparsify(model(), CONFIG), x, is_causal=True))
+
+
+def test_gradients(x):
+    made = mtsa.sparsify(model(), CONFIG)
+    made(x, is_causal=True).square().sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in made.parameters())
+
+
+def test_compiles_without_graph_breaks(x):
+    made = mtsa.sparsify(model(), CONFIG)
+    compiled = torch.compile(made, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(run(compiled, x, is_causal=True), run(made, x, is_causal=True), **CLOSE)
+
+
+LOWER = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
+REFUSED = {
+    "bias": ({"attn_mask": torch.randn(LENGTH, LENGTH, dtype=torch.float64)}, "its attention mask is not supported"),
+    "per head": ({"attn_mask": torch.rand(1, HEADS, LENGTH, LENGTH) < 0.5}, "its attention mask is not supported"),
+    "sliding window": ({"attn_mask": LOWER & ~LOWER.tril(-8)}, "its attention mask is not supported"),
+    "holes": ({"attn_mask": (torch.arange(LENGTH) % 5 > 0)[None, None, None]}, "its attention mask is not supported"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_masks_that_cannot_be_expressed_are_refused(x, options, message):
+    made = mtsa.sparsify(model(), CONFIG)
+    with pytest.raises(mtsa.UnsupportedError, match=rf"blocks.0.attn \(SparseSelfAttention\): {message}"):
+        run(made, x, **options)
+    with mtsa.disabled(made):
+        torch.testing.assert_close(run(made, x, **options), run(model(), x, **options), rtol=0, atol=0)
+
+
+def test_other_refusals(x):
+    made = mtsa.sparsify(model(), CONFIG)
+    made.blocks[0]["attn"].dropout = 0.1
+    with pytest.raises(mtsa.UnsupportedError, match=r"blocks.0.attn .*: attention dropout \(0.1\) is not supported"):
+        run(made, x)
+    with pytest.raises(mtsa.ConfigError, match="attention: 'nope' matches no module; there are blocks, blocks.0"):
+        mtsa.sparsify(model(), CONFIG, attention="nope")
+    with pytest.raises(mtsa.UnsupportedError, match=r"0 \(MultiheadAttention\): .* out of reach"):
+        mtsa.sparsify(nn.Sequential(nn.MultiheadAttention(8, 2)), CONFIG, attention=nn.MultiheadAttention)
+
+
+def test_a_layer_that_goes_around_is_reported_once(x, caplog):
+    class Undecided(SelfAttention):
+        by_hand = False
+
+        def forward(self, x, **options):
+            if not self.by_hand:
+                return super().forward(x, **options)
+            query, key, value = self.heads(x)
+            return self.out(((query @ key.mT).softmax(-1) @ value).transpose(1, 2).flatten(2))
+
+    made = mtsa.sparsify(model(Undecided), CONFIG, attention=Undecided)
+    with caplog.at_level(logging.WARNING, "modelopt_lite"):
+        run(made, x)
+        assert not caplog.records
+        made.blocks[1]["attn"].by_hand = True
+        run(made, x)
+        run(made, x)
+    (record,) = caplog.records
+    assert record.getMessage().startswith(
+        "blocks.1.attn (Undecided) is matched and switched on, but its forward did not"
+    )

@@ -1,0 +1,384 @@
+"""The fused kernel on a GPU: the whole contract against the oracle, in every precision."""
+
+import math
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from modelopt_lite import UnsupportedError
+from modelopt_lite.kernels import attention
+from modelopt_lite.kernels.forward import attention_forward
+from modelopt_lite.kernels.problem import AttentionProblem
+from modelopt_lite.kernels.reference import attention_reference, kept_scores
+from modelopt_lite.kernels.top_n import top_n_plan
+from modelopt_lite.methods import SinkWindow
+from modelopt_lite.plan import DENSE, AttentionPlan
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+N_OF_M = [(n, m) for m in (2, 4, 8, 16) for n in range(1, m)]
+# Lengths around tile borders, 0 and 1 among them: (queries, keys) of each sequence.
+RAGGED = [(257, 257), (1, 1), (0, 0), (63, 63), (130, 400), (1, 300), (64, 129), (0, 5)]
+
+
+@pytest.fixture(autouse=True)
+def poison():
+    """Fill what is allocated and not yet written with NaN, and keep FP32 products in FP32."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def make(
+    lengths=tuple(RAGGED),
+    heads=(4, 2),
+    dims=(64, 64),
+    dtype=torch.bfloat16,
+    plan=DENSE,
+    *,
+    is_causal=True,
+    sliding_window=None,
+    softcap=None,
+    s_aux=False,
+    exact=True,
+    seed=0,
+):
+    """Make packed tensors with gaps of NaN between sequences, and the problem.
+
+    ``exact``: queries and keys are small multiples of 1/2, so that scores are exact in every precision and many tie.
+    """
+    generator = torch.Generator("cuda").manual_seed(seed)
+
+    def packed(lengths):
+        starts, row = [], 3
+        for length in lengths:
+            starts.append(row)
+            row += length + 2
+        tensors = (torch.tensor(x, device="cuda", dtype=torch.int32) for x in (starts, lengths))
+        return (*tensors, max(lengths)), row
+
+    def tensor(packing, rows, heads, dim, exact):
+        x = torch.full((rows, heads, dim), torch.nan, device="cuda", dtype=dtype)
+        for start, length in zip(packing[0].tolist(), packing[1].tolist(), strict=True):
+            shape = (length, heads, dim)
+            values = (
+                torch.randint(-2, 3, shape, generator=generator, device="cuda") / 2
+                if exact
+                else torch.randn(shape, generator=generator, device="cuda")
+            )
+            x[start : start + length] = values.to(dtype)
+        return x
+
+    packing_q, rows_q = packed([length for length, _ in lengths])
+    packing_k, rows_k = packed([length for _, length in lengths])
+    q = tensor(packing_q, rows_q, heads[0], dims[0], exact)
+    k = tensor(packing_k, rows_k, heads[1], dims[0], exact)
+    v = tensor(packing_k, rows_k, heads[1], dims[1], exact=False)
+    extra = torch.randn(heads[0], generator=generator, device="cuda") if s_aux else None
+    scale = 2.0 ** -math.ceil(math.log2(dims[0]) / 2)
+    problem = AttentionProblem(*packing_q, *packing_k, is_causal, scale, sliding_window, softcap, plan)
+    return q, k, v, extra, problem
+
+
+def run(q, k, v, s_aux, problem, **changes):
+    """Run the fused kernel."""
+    p = problem
+    arguments = {"plan": p.plan, "sliding_window": p.sliding_window, "softcap": p.softcap, "s_aux": s_aux, **changes}
+    return attention(
+        q,
+        k,
+        v,
+        p.starts_q,
+        p.lengths_q,
+        p.max_q,
+        p.is_causal,
+        p.softmax_scale,
+        p.starts_k,
+        p.lengths_k,
+        p.max_k,
+        backend="triton",
+        return_lse=True,
+        **arguments,
+    )
+
+
+def pytorch(q, k, v, s_aux, problem):
+    """PyTorch's attention in the precision of the inputs, over the keys the oracle keeps."""
+    output = torch.zeros(*q.shape[:2], v.shape[2], device="cuda", dtype=torch.float64)
+    for in_q, in_k, *_ in problem.sequences():
+        if in_q.start == in_q.stop:
+            continue
+        mask = kept_scores(q[in_q].double(), k[in_k].double(), problem) > -torch.inf
+        repeat = q.shape[1] // k.shape[1]
+        # Contiguous, as PyTorch's kernels are picky about alignment.
+        qs, ks, vs = (x.transpose(0, 1).contiguous() for x in (q[in_q], k[in_k], v[in_k]))
+        ks, vs = (x.repeat_interleave(repeat, 0) for x in (ks, vs))
+        if problem.softcap is None and s_aux is None:
+            rows = scaled_dot_product_attention(qs[None], ks[None], vs[None], mask[None], scale=problem.softmax_scale)[
+                0
+            ]
+        else:
+            # In PyTorch's operations, as Transformers' eager attention has them.
+            scores = qs @ ks.mT * problem.softmax_scale
+            if problem.softcap is not None:
+                scores = torch.tanh(scores / problem.softcap) * problem.softcap
+            scores = scores.masked_fill(~mask, -torch.inf)
+            if s_aux is not None:
+                scores = torch.cat([scores, s_aux.to(q.dtype)[:, None, None].expand(*scores.shape[:2], 1)], -1)
+            weights = torch.softmax(scores.float(), -1).to(q.dtype)[..., : mask.shape[-1]]
+            rows = weights @ vs
+        output[in_q] = rows.transpose(0, 1).double()
+    return output
+
+
+def check(q, k, v, s_aux, problem, **changes):
+    """Hold the kernel against the oracle: no worse than twice PyTorch in the same precision."""
+    output, lse = run(q, k, v, s_aux, problem, **changes)
+    expected, expected_lse = attention_reference(q, k, v, s_aux, problem)
+    assert not output.isnan().any()
+    theirs = (pytorch(q, k, v, s_aux, problem) - expected).abs().max()
+    # Where PyTorch is exact by chance, half a unit in the last place of the largest output remains.
+    rounding = torch.finfo(q.dtype).eps / 2 * expected.abs().max()
+    ours = (output.double() - expected).abs().max()
+    assert ours <= 2 * torch.maximum(theirs, rounding), f"{ours=} {theirs=}"
+    finite = expected_lse.isfinite()
+    assert torch.equal(lse.isfinite(), finite)
+    torch.testing.assert_close(lse[finite], expected_lse[finite].float(), rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize(
+    ("heads", "dims"),
+    [
+        ((4, 2), (64, 64)),
+        ((4, 4), (128, 128)),
+        ((8, 1), (16, 16)),
+        ((2, 1), (80, 80)),
+        ((2, 2), (96, 96)),
+        ((3, 1), (112, 112)),
+        ((2, 1), (160, 160)),
+        ((2, 2), (192, 128)),
+        ((2, 1), (256, 256)),
+    ],
+)
+@pytest.mark.parametrize("plan", [DENSE, top_n_plan(2, 4, 3, 17), top_n_plan(4, 8, 0, 64)], ids=["dense", "2:4", "4:8"])
+def test_shapes(dtype, is_causal, heads, dims, plan):
+    check(*make(heads=heads, dims=dims, dtype=dtype, is_causal=is_causal, plan=plan))
+
+
+@pytest.mark.parametrize(("n", "m"), N_OF_M)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("sinks", "window"), [(0, 0), (5, 1), (0, 100), (70, 64)])
+def test_every_n_of_m(n, m, dtype, sinks, window):
+    check(*make(dtype=dtype, plan=top_n_plan(n, m, sinks, window)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("plan", [DENSE, top_n_plan(2, 4, 4, 64), top_n_plan(1, 4, 0, 0), top_n_plan(8, 16, 1, 30)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sliding_window": 1},
+        {"sliding_window": 100},
+        {"softcap": 2.0},
+        {"s_aux": True},
+        {"sliding_window": 130, "softcap": 5.0, "s_aux": True},
+        {"is_causal": False, "softcap": 2.0, "s_aux": True},
+    ],
+    ids=str,
+)
+def test_options(dtype, plan, options):
+    check(*make(dtype=dtype, plan=plan, **options))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128)])
+def test_random_scores(dtype, dims):
+    """Dense, so that no near-tie can fall either way."""
+    check(*make(lengths=((1000, 1000), (777, 1500)), heads=(8, 2), dims=dims, dtype=dtype, exact=False))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "plan", [DENSE, top_n_plan(2, 4, 0, 64), top_n_plan(2, 4, 4, 0)], ids=["dense", "2:4", "no window"]
+)
+@pytest.mark.parametrize("towards", ["later", "earlier"])
+def test_scores_far_apart(dtype, plan, towards):
+    """Scores jump by far more than an exponential holds, up or down along the keys."""
+    q, k, v, s_aux, problem = make(lengths=((600, 600),), dtype=dtype, plan=plan)
+    ramp = torch.arange(k.shape[0], device="cuda") // 150
+    ramp = ramp if towards == "later" else ramp.flip(0)
+    q[3:-2, :, 0], k[..., 0] = 16.0, (ramp[:, None] * 128).to(dtype)
+    check(q, k, v, s_aux, problem)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_all_keys_alike(dtype):
+    """Nothing but ties."""
+    q, k, v, s_aux, problem = make(dtype=dtype, plan=top_n_plan(2, 4, 0, 8))
+    k[~k.isnan()] = 0.5
+    check(q, k, v, s_aux, problem)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_strides(dtype):
+    """Transformers' ``[batch, heads, tokens, dim]`` goes in without a copy, and slices of fused projections too."""
+    torch.manual_seed(0)
+    length, plan = 300, top_n_plan(2, 4, 1, 20)
+    for sliced in (False, True):
+        q, k, v = (torch.randint(-2, 3, (h, length, 64), device="cuda").to(dtype) / 2 for h in (4, 2, 2))
+        if sliced:
+            q, k, v = torch.cat([q, k, v]).transpose(0, 1).split([4, 2, 2], dim=1)
+        else:
+            q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+        assert not q.is_contiguous()
+        one = torch.ones(1, device="cuda", dtype=torch.int64)
+        packing = (0 * one, length * one, length)
+        problem = AttentionProblem(*packing, *packing, True, 0.125, None, None, plan)
+        check(q, k, v, None, problem)
+        assert torch.equal(run(q, k, v, None, problem)[0], run(*(x.contiguous() for x in (q, k, v)), None, problem)[0])
+
+
+def test_offsets_beyond_two_to_the_31():
+    """A sequence whose first element lies past 2^31 elements in query and key memory."""
+    rows, heads, dim, length = 2**20 + 400, 16, 128, 300
+    torch.manual_seed(0)
+    far = [torch.zeros(rows, heads, dim, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+    near = [torch.randn(length, heads, dim, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+    start = rows - length
+    assert start * heads * dim > 2**31
+    for x, y in zip(far, near, strict=True):
+        x[start:] = y
+    one = torch.ones(1, device="cuda", dtype=torch.int64)
+    plan = top_n_plan(2, 4, 2, 10)
+
+    def packing(start):
+        return (start * one, length * one, length) * 2
+
+    torch.use_deterministic_algorithms(False)  # or gigabytes would be filled
+    expected, _ = run(*near, None, AttentionProblem(*packing(0), True, 0.1, None, None, plan))
+    output, _ = run(*far, None, AttentionProblem(*packing(start), True, 0.1, None, None, plan))
+    assert torch.equal(output[start:], expected)
+    assert not output[:start].any()
+
+
+def test_strides_that_descriptors_cannot_take():
+    q, k, v, s_aux, problem = make(plan=top_n_plan(2, 4, 1, 20))
+    odd = [torch.cat([x, x[..., :1]], dim=2)[..., :64] for x in (q, k, v)]
+    assert odd[1].stride(1) * odd[1].element_size() % 16
+    check(*odd, s_aux, problem)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize(("sinks", "window"), [(4, 100), (0, 1), (3, 0), (0, 0)])
+def test_sinks_and_window_alone(dtype, is_causal, sinks, window):
+    plan = SinkWindow(num_sink_tokens=sinks, dense_window_size=window).plan()
+    check(*make(dtype=dtype, is_causal=is_causal, plan=plan))
+
+
+def test_nothing_is_compiled_again_for_other_numbers():
+    def compiled():
+        return sum(len(cache[0]) for cache in attention_forward.device_caches.values())
+
+    for number, (sinks, window, sliding) in enumerate(((0, 0, 1), (1, 1, 16), (16, 16, 100))):
+        for length in (1, 16, 17, 100, 1024):
+            plan = top_n_plan(2, 4, sinks, window)
+            lengths = [(length, length + number)] * (1 + sinks)
+            run(*make(lengths=lengths, heads=(2, 2), dims=(32, 32), plan=plan, sliding_window=sliding))
+            if number == 0 and length == 1:
+                before = compiled()
+    assert compiled() == before
+
+
+def test_what_the_kernel_cannot_run_is_refused():
+    q, k, v, s_aux, problem = make(lengths=((4, 4),))
+
+    def refused(message, *tensors, **changes):
+        with pytest.raises(UnsupportedError, match=rf"backend: 'triton' cannot run this: {message}"):
+            run(*tensors, s_aux, problem, **changes)
+
+    refused(r"q is torch.float64, not one of", q.double(), k.double(), v.double())
+    refused(r"v has strides .*; the last must be 1", q, k, v.mT.contiguous().mT)
+    wide = torch.zeros(*q.shape[:2], 300, device="cuda", dtype=q.dtype)
+    refused(r"q has a head_dim of 300, above 256", wide, wide[:, :2], v)
+    unfused = AttentionPlan(keep=top_n_plan(2, 4, 0, 0).keep, group=4)
+    refused(r"the method has no score_hook", q, k, v, plan=unfused)
+    # Nobody asked for triton, so the torch backend, which can, does.
+    p = problem
+    packing = (p.starts_q, p.lengths_q, p.max_q, True, 0.125, p.starts_k, p.lengths_k, p.max_k)
+    assert attention(q.double(), k.double(), v.double(), *packing).dtype == torch.float64
+
+
+def test_the_same_bits_every_time():
+    arguments = make(lengths=((900, 900), (300, 1200)), heads=(8, 2), plan=top_n_plan(2, 4, 4, 64), exact=False)
+    first = run(*arguments)
+    for _ in range(20):
+        again = run(*arguments)
+        assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+
+
+def test_batch_mates_and_chunks_do_not_matter():
+    lengths = ((500, 500), (300, 300), (37, 37))
+    for plan in (DENSE, top_n_plan(2, 4, 4, 64), top_n_plan(4, 8, 0, 5)):
+        q, k, v, _, problem = make(lengths=lengths, plan=plan, exact=False)
+        together, _ = run(q, k, v, None, problem)
+        for b, (in_q, in_k, *_) in enumerate(problem.sequences()):
+            one = torch.ones(1, device="cuda", dtype=torch.int32)
+            length = lengths[b][0]
+            packing = (0 * one, length * one, length)
+            alone = AttentionProblem(*packing, *packing, True, problem.softmax_scale, None, None, plan)
+            output, _ = run(q[in_q], k[in_k], v[in_k], None, alone)
+            torch.testing.assert_close(output, together[in_q], rtol=2e-2, atol=2e-2)
+            cut = length // 2 + 1
+            chunk = AttentionProblem(
+                0 * one, (length - cut) * one, length - cut, *packing, True, problem.softmax_scale, None, None, plan
+            )
+            output, _ = run(q[in_q][cut:], k[in_k], v[in_k], None, chunk)
+            torch.testing.assert_close(output, together[in_q][cut:], rtol=2e-2, atol=2e-2)
+
+
+def test_cuda_graph():
+    q, k, v, s_aux, problem = make(plan=top_n_plan(2, 4, 4, 64), exact=False)
+    torch.use_deterministic_algorithms(False)
+    expected = run(q, k, v, s_aux, problem)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output, lse = run(q, k, v, s_aux, problem)
+    output.fill_(7.0)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(output, expected[0])
+    assert torch.equal(lse, expected[1])
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_the_tensors_device_and_not_the_current_one():
+    q, k, v, s_aux, problem = make(plan=top_n_plan(2, 4, 4, 64))
+    expected, _ = run(q, k, v, s_aux, problem)
+    packing = (problem.starts_q, problem.lengths_q, problem.max_q, problem.starts_k, problem.lengths_k, problem.max_k)
+    packing = (x.to("cuda:1") if isinstance(x, torch.Tensor) else x for x in packing)
+    other = AttentionProblem(*packing, True, problem.softmax_scale, None, None, problem.plan)
+    output, _ = run(*(x.to("cuda:1") for x in (q, k, v)), None, other)
+    assert output.device == torch.device("cuda:1")
+    assert torch.equal(output.to("cuda:0"), expected)
+
+
+def test_gradients_equal_the_torch_backend():
+    q, k, v, s_aux, problem = make(lengths=((100, 100), (50, 90)), plan=top_n_plan(2, 4, 1, 10), s_aux=True)
+    clean = [x.nan_to_num().float().requires_grad_() for x in (q, k, v)]
+    s_aux.requires_grad_()
+    direction = torch.randn_like(clean[0])
+    output, _ = run(*clean, s_aux, problem)
+    found = torch.autograd.grad(output, [*clean, s_aux], direction)
+    expected, _ = attention_reference(*clean, s_aux, problem)
+    wanted = torch.autograd.grad(expected, [*clean, s_aux], direction.double())
+    for x, y in zip(found, wanted, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
