@@ -77,6 +77,7 @@ def differentiate_softmax(
     q_pos,
     groups,
     shift,
+    delta,
     rules,
     numbers,
     hook_args,
@@ -88,10 +89,11 @@ def differentiate_softmax(
 
     Args:
         products: products of queries and keys, ``[BLOCK_M, BLOCK_N]``, or without a hook also ``[BLOCK_N, BLOCK_M]``.
-        grad_weights: gradients of the weights less the rows' delta, laid out alike.
-        q_pos: the queries' positions, spread over ``products``, as is ``shift``.
+        grad_weights: gradients of the weights, laid out alike.
+        q_pos: the queries' positions, spread over ``products``, as are ``shift`` and ``delta``.
         groups: the positions of the groups' first keys, spread over ``products``.
         shift: see :func:`gradient_rows`.
+        delta: see :func:`gradient_rows`.
         rules: see :func:`~modelopt_lite.kernels.tiles.select_scores`, as for all that follow.
         numbers: ``(scale, softcap)``.
         hook_args: constants, then numbers, for the hook.
@@ -115,7 +117,7 @@ def differentiate_softmax(
                 weight = tl.where(keep[r], weight, 0.0)
         weights = weights + (weight,)
     weights = join_groups(weights)
-    grad_scores = weights * grad_weights
+    grad_scores = weights * (grad_weights - delta)
     if OPTIONS.softcap:
         tanh_of_scores = scores / numbers[1]
         grad_scores *= 1.0 - tanh_of_scores * tanh_of_scores
@@ -148,11 +150,10 @@ def add_key_tile(
     value_tile = load_tile(value, first, rules[1], OPTIONS.value_dim, BLOCK_N, OPTIONS.block_dv, GROUP, BOUNDED)
     # [BLOCK_M, BLOCK_N]
     products = tl.dot(query, key_tile.T, input_precision="ieee")
-    initial = tl.zeros([OPTIONS.block_m, BLOCK_N], tl.float32) - delta[:, None]
-    grad_weights = tl.dot(grad, value_tile.T, initial, input_precision="ieee")
+    grad_weights = tl.dot(grad, value_tile.T, input_precision="ieee")
     groups = first + GROUP * tl.arange(0, BLOCK_N // GROUP)[None, :]
     _, grad_scores = differentiate_softmax(
-        products, grad_weights, rules[0][:, None], groups, shift[:, None], rules, numbers, hook_args,
+        products, grad_weights, rules[0][:, None], groups, shift[:, None], delta[:, None], rules, numbers, hook_args,
         SCORE_HOOK, OPTIONS, MASKED,
     )  # fmt: skip
     return tl.dot(grad_scores.to(key_tile.dtype), key_tile, accumulator, input_precision="ieee")
@@ -335,10 +336,9 @@ def add_query_tile(
         # Transposed, weights are in the registers that the next products take them from.
         # [BLOCK_N, BLOCK_M]
         products = tl.dot(key_tile, query_tile.T, input_precision="ieee")
-        initial = tl.zeros([BLOCK_N, BLOCK_M], tl.float32) - delta[None, :]
-        grad_weights = tl.dot(value_tile, grad_tile.T, initial, input_precision="ieee")
+        grad_weights = tl.dot(value_tile, grad_tile.T, input_precision="ieee")
         weights, grad_scores = differentiate_softmax(
-            products, grad_weights, q_pos[None, :], groups[:, None], shift[None, :], rules, numbers,
+            products, grad_weights, q_pos[None, :], groups[:, None], shift[None, :], delta[None, :], rules, numbers,
             hook_args, SCORE_HOOK, OPTIONS, MASKED,
         )  # fmt: skip
         weights = weights.to(grad_tile.dtype)
@@ -346,10 +346,9 @@ def add_query_tile(
     else:
         # [BLOCK_M, BLOCK_N]
         products = tl.dot(query_tile, key_tile.T, input_precision="ieee")
-        initial = tl.zeros([BLOCK_M, BLOCK_N], tl.float32) - delta[:, None]
-        grad_weights = tl.dot(grad_tile, value_tile.T, initial, input_precision="ieee")
+        grad_weights = tl.dot(grad_tile, value_tile.T, input_precision="ieee")
         weights, grad_scores = differentiate_softmax(
-            products, grad_weights, q_pos[:, None], groups[None, :], shift[:, None], rules, numbers,
+            products, grad_weights, q_pos[:, None], groups[None, :], shift[:, None], delta[:, None], rules, numbers,
             hook_args, SCORE_HOOK, OPTIONS, MASKED,
         )  # fmt: skip
         weights = weights.to(grad_tile.dtype).T
@@ -535,19 +534,19 @@ def gradient_of_keys(
         query = (query_ptr + far_head * query_strides[1], query_strides[0], query_descriptor, start_q, head)
         grad = (grad_ptr + far_head * grad_strides[1], grad_strides[0], grad_descriptor, start_q, head)
         numbers_of_rows = (shift_ptr + (far_head * total + start_q), delta_ptr + (far_head * total + start_q))
-        for offset in tl.range(0, hot_begin - rows_begin + band_end - band_begin, BLOCK_M):
+        for offset in tl.range(0, hot_begin - rows_begin + band_end - band_begin, BLOCK_M, disable_licm=True):
             row = rows_begin + offset
             row += tl.where(row >= hot_begin, band_begin - hot_begin, 0)
             grad_key, grad_value = add_query_tile(
                 key_tile, value_tile, first, row, grad_key, grad_value, query, grad, numbers_of_rows, query_length,
                 rules, numbers, hook_args, SCORE_HOOK, OPTIONS, MASKED=True, BOUNDED=False,
             )  # fmt: skip
-        for row in tl.range(full_end, rows_end, BLOCK_M, num_stages=1):
+        for row in tl.range(full_end, rows_end, BLOCK_M, num_stages=1, disable_licm=True):
             grad_key, grad_value = add_query_tile(
                 key_tile, value_tile, first, row, grad_key, grad_value, query, grad, numbers_of_rows, query_length,
                 rules, numbers, hook_args, SCORE_HOOK, OPTIONS, MASKED=True, BOUNDED=True,
             )  # fmt: skip
-        for begin in tl.range(hot_begin, hot_end, BLOCK_M):
+        for begin in tl.range(hot_begin, hot_end, BLOCK_M, disable_licm=True):
             row = begin
             if not OPTIONS.causal:
                 row += tl.where(row >= band_begin, band_end - band_begin, 0)
