@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 from weakref import WeakValueDictionary
 
@@ -82,9 +82,9 @@ class AttentionPlan:
             raise ValueError("plan.score_hook: a fused rule needs its PyTorch twin in plan.keep")
         _living[self.key] = self
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Copy by making a new plan, which gets a key of its own."""
-        return type(self), tuple(getattr(self, item.name) for item in fields(self) if item.init)
+    def __deepcopy__(self, memo: object) -> AttentionPlan:
+        """Return the plan itself, which never changes; hooks cannot be copied."""
+        return self
 
     @property
     def is_dense(self) -> bool:

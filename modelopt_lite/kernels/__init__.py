@@ -278,10 +278,6 @@ def _choose_backend(backend: Backend, q: Tensor, k: Tensor, v: Tensor, problem: 
     refusal: str | None
     if tl is None:
         refusal = "Triton is not installed"
-    elif problem.first_q is not None or problem.first_k is not None:
-        refusal = "b_first_q and b_first_k are not supported"
-    elif problem.sliding_window is not None and not problem.is_causal:
-        refusal = "a sliding window without causality is not supported"
     else:
         refusal = launch.refusal(q, k, v, problem.plan)
     if refusal is None:

@@ -146,8 +146,8 @@ def add_key_tile(
     """Add to the gradient of a tile of queries what the key tile that begins at position ``first`` gives."""
     GROUP: tl.constexpr = OPTIONS.group
     # [BLOCK_N, BLOCK_D], [BLOCK_N, BLOCK_DV]
-    key_tile = load_tile(key, first, rules[1], OPTIONS.head_dim, BLOCK_N, OPTIONS.block_d, GROUP, BOUNDED)
-    value_tile = load_tile(value, first, rules[1], OPTIONS.value_dim, BLOCK_N, OPTIONS.block_dv, GROUP, BOUNDED)
+    key_tile = load_tile(key, first, rules[1], OPTIONS.head_dim, BLOCK_N, OPTIONS.block_d, GROUP, BOUNDED, 0)
+    value_tile = load_tile(value, first, rules[1], OPTIONS.value_dim, BLOCK_N, OPTIONS.block_dv, GROUP, BOUNDED, 0)
     # [BLOCK_M, BLOCK_N]
     products = tl.dot(query, key_tile.T, input_precision="ieee")
     grad_weights = tl.dot(grad, value_tile.T, input_precision="ieee")
@@ -377,7 +377,7 @@ def load_query_tile(
     if descriptor is not None and not BOUNDED:
         tile = descriptor.load([head, (start + first).to(tl.int32), 0]).reshape(BLOCK_M, BLOCK_D)
     else:
-        tile = load_tile((pointer, stride, None, start, head), first, limit, WIDTH, BLOCK_M, BLOCK_D, 1, BOUNDED)
+        tile = load_tile((pointer, stride, None, start, head), first, limit, WIDTH, BLOCK_M, BLOCK_D, 1, BOUNDED, 0)
     return tile
 
 
@@ -518,8 +518,8 @@ def gradient_of_keys(
     # [BLOCK_N, BLOCK_D], [BLOCK_N, BLOCK_DV], deinterleaved; zero past the end
     key = (key_ptr + kv_head.to(tl.int64) * key_strides[1], key_strides[0], None, start_k, kv_head)
     value = (value_ptr + kv_head.to(tl.int64) * value_strides[1], value_strides[0], None, start_k, kv_head)
-    key_tile = load_tile(key, first, length, OPTIONS.head_dim, BLOCK_N, OPTIONS.block_d, GROUP, True)
-    value_tile = load_tile(value, first, length, OPTIONS.value_dim, BLOCK_N, OPTIONS.block_dv, GROUP, True)
+    key_tile = load_tile(key, first, length, OPTIONS.head_dim, BLOCK_N, OPTIONS.block_d, GROUP, True, 0)
+    value_tile = load_tile(value, first, length, OPTIONS.value_dim, BLOCK_N, OPTIONS.block_dv, GROUP, True, 0)
 
     rows_begin, hot_begin, band_begin, band_end, full_end, rows_end = query_spans(
         first, query_length, rules, SCORE_HOOK is not None, OPTIONS

@@ -53,9 +53,10 @@ def attend_tile(
     BLOCK_M: tl.constexpr = OPTIONS.block_m
     GROUP: tl.constexpr = OPTIONS.group
     length = rules[1]
+    lower = rules[5] if OPTIONS.placed else 0
 
     # [BLOCK_N, BLOCK_D]
-    key_tile = load_tile(key, first, length, OPTIONS.head_dim, BLOCK_N, OPTIONS.block_d, GROUP, BOUNDED)
+    key_tile = load_tile(key, first, length, OPTIONS.head_dim, BLOCK_N, OPTIONS.block_d, GROUP, BOUNDED, lower)
     # [BLOCK_M, BLOCK_N]
     scores = tl.dot(query, key_tile.T, input_precision="ieee")
     scores, to_log2 = scale_scores(scores, numbers, OPTIONS)
@@ -97,7 +98,7 @@ def attend_tile(
     probabilities = join_groups(weights)
     partial_sum += tl.sum(probabilities.reshape(BLOCK_M, BLOCK_N // LANES, LANES), 1)
     # [BLOCK_N, BLOCK_DV]
-    value_tile = load_tile(value, first, length, OPTIONS.value_dim, BLOCK_N, OPTIONS.block_dv, GROUP, BOUNDED)
+    value_tile = load_tile(value, first, length, OPTIONS.value_dim, BLOCK_N, OPTIONS.block_dv, GROUP, BOUNDED, lower)
     accumulator = tl.dot(probabilities.to(value_tile.dtype), value_tile, accumulator, input_precision="ieee")
     return accumulator, running_max, partial_sum
 
@@ -145,6 +146,25 @@ def attend_tiles(
             SCORE_HOOK, OPTIONS, BLOCK_N, MASKED=False, BOUNDED=False, FROZEN=OPTIONS.frozen,
         )  # fmt: skip
     return accumulator, running_max, partial_sum
+
+
+@triton.jit
+def bounded_span(first_position, last_position, rules, OPTIONS: tl.constexpr):
+    """Return spans like :func:`key_spans` with bounded tiles only, which are right wherever queries and keys begin.
+
+    Slow, and rarely needed: after a sliding cache has dropped keys, in padded bidirectional and in cross-attention.
+    """
+    _, length, _, _, sliding_window, first_key = rules
+    keys_begin = first_key
+    keys_end = length
+    if OPTIONS.causal:
+        keys_end = tl.minimum(keys_end, last_position + 1)
+    if OPTIONS.sliding:
+        keys_begin = tl.maximum(keys_begin, first_position - sliding_window + 1)
+        if not OPTIONS.causal:
+            keys_end = tl.minimum(keys_end, last_position + sliding_window)
+    keys_begin = keys_begin // BOUNDED_N * BOUNDED_N
+    return keys_begin, keys_begin, keys_begin, keys_begin, keys_begin, keys_begin, keys_end
 
 
 @triton.jit
@@ -215,7 +235,8 @@ def attention_forward(
         key_descriptor: tensor descriptor ``[group phase, groups, kv heads, head_dim]`` of the keys, or None.
         value_descriptor: the same of the values.
         strides: ``(token stride, head stride)`` of query, key, value and out.
-        sequences: pointers ``(starts, lengths)`` of the queries, then of the keys, ``[batch]`` each.
+        sequences: pointers ``(starts, lengths)`` of the queries, then of the keys, then those of the positions of the
+            first query and the first key, None unless ``OPTIONS.placed``; ``[batch]`` each.
         heads_of: ``(query heads, query heads per kv head)``.
         numbers: ``(scale, softcap)``.
         batch: number of sequences.
@@ -232,7 +253,7 @@ def attention_forward(
     BLOCK_M: tl.constexpr = OPTIONS.block_m
     BLOCK_D: tl.constexpr = OPTIONS.block_d
     BLOCK_DV: tl.constexpr = OPTIONS.block_dv
-    starts_q, lengths_q, starts_k, lengths_k = sequences
+    starts_q, lengths_q, starts_k, lengths_k, firsts_q, firsts_k = sequences
     query_strides, key_strides, value_strides, out_strides = strides
     heads, heads_per_kv = heads_of
 
@@ -258,11 +279,20 @@ def attention_forward(
     # [BLOCK_M]; rows past the end repeat the last one and are not stored.
     offsets_m = row_start + tl.arange(0, BLOCK_M)
     query_rows = tl.minimum(offsets_m, query_length - 1)
-    positions = length - query_length + query_rows
-    first_position = length - query_length + row_start
-    last_position = length - query_length + tl.minimum(row_start + BLOCK_M, query_length) - 1
+    first_query = length - query_length
+    if OPTIONS.placed:
+        # As if the keys before the first were there: then all else counts from the sequence's first token.
+        first_query = tl.load(firsts_q + sequence).to(tl.int32)
+        first_key = tl.load(firsts_k + sequence).to(tl.int32)
+        length += first_key
+        start_k -= first_key
+    positions = first_query + query_rows
+    first_position = first_query + row_start
+    last_position = first_query + tl.minimum(row_start + BLOCK_M, query_length) - 1
     if not OPTIONS.sparse_decode:
         window = tl.where(query_length == 1, length, window)
+        if OPTIONS.placed:  # the query may be anywhere
+            num_sinks = tl.where(query_length == 1, length, num_sinks)
 
     # [BLOCK_M, BLOCK_D]
     offsets_d = tl.arange(0, BLOCK_D)
@@ -283,7 +313,11 @@ def attention_forward(
     key = (key_head_ptr, key_strides[0], key_descriptor, start_k, kv_head)
     value = (value_head_ptr, value_strides[0], value_descriptor, start_k, kv_head)
     rules = (positions, length, num_sinks, window, sliding_window)
-    spans = key_spans(first_position, last_position, rules, SCORE_HOOK is not None, OPTIONS)
+    if OPTIONS.placed:
+        rules = rules + (first_key,)
+        spans = bounded_span(first_position, last_position, rules, OPTIONS)
+    else:
+        spans = key_spans(first_position, last_position, rules, SCORE_HOOK is not None, OPTIONS)
 
     # [BLOCK_M, BLOCK_DV], [BLOCK_M], [BLOCK_M, LANES]
     zeros = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)

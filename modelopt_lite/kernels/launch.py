@@ -18,6 +18,8 @@ from .tiles import LOG2E
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
+FAR = 2**30
+"""A distance in tokens beyond all others, with room to add to it in 32 bits."""
 L2_SHARE = 24 * 2**20
 """Bytes of keys and values of the heads that are computed at one time: half of the L2 cache of an A100 or H100."""
 
@@ -41,6 +43,7 @@ class Options(NamedTuple):
     sparse_decode: bool
     frozen: bool
     hopper: bool
+    placed: bool = False
 
 
 class Settings(NamedTuple):
@@ -82,13 +85,23 @@ SETTINGS = (
     SettingsRow(80, 2, 256, 16, Settings(128, 32, 8, 2, False, False)),
     SettingsRow(80, 4, 256, 16, Settings(32, 32, 8, 1, False, False)),
 )
-# The same for the two kernels of the backward; none has been timed.
+# The same for both kernels of the backward. benchmarks/tune_backward.py measures candidates; none has been timed yet.
 QUERY_SETTINGS = (
+    SettingsRow(100, 2, 128, 16, Settings(128, 64, 8, 2, True, False)),
+    SettingsRow(90, 2, 64, 8, Settings(64, 64, 4, 3, True, False)),
     SettingsRow(90, 2, 128, 8, Settings(64, 64, 4, 2, True, False)),
+    SettingsRow(90, 2, 128, 16, Settings(64, 128, 4, 2, True, False)),
+    SettingsRow(90, 2, 256, 16, Settings(128, 32, 8, 2, True, False)),
+    SettingsRow(80, 2, 128, 16, Settings(64, 64, 4, 2, False, False)),
+    SettingsRow(80, 2, 256, 16, Settings(64, 32, 8, 1, False, False)),
     SettingsRow(80, 4, 256, 16, Settings(32, 32, 8, 1, False, False)),
 )
 KEY_SETTINGS = (
-    SettingsRow(90, 2, 128, 8, Settings(64, 64, 4, 2, True, False)),
+    SettingsRow(90, 2, 64, 16, Settings(64, 64, 4, 3, True, False)),
+    SettingsRow(90, 2, 128, 16, Settings(64, 64, 4, 2, True, False)),
+    SettingsRow(90, 2, 256, 16, Settings(64, 64, 8, 1, True, False)),
+    SettingsRow(80, 2, 128, 16, Settings(64, 64, 8, 1, False, False)),
+    SettingsRow(80, 2, 256, 16, Settings(32, 64, 8, 1, False, False)),
     SettingsRow(80, 4, 256, 16, Settings(32, 32, 8, 1, False, False)),
 )
 BLOCK_ROWS = 64
@@ -112,6 +125,8 @@ def forward(
     softcap: float | None,
     s_aux: Tensor | None,
     plan: AttentionPlan,
+    first_q: Tensor | None = None,
+    first_k: Tensor | None = None,
     out: Tensor | None = None,
     settings: Settings | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -125,14 +140,16 @@ def forward(
         lengths_q: number of queries of each sequence.
         max_q: an upper bound of ``lengths_q``.
         starts_k: first row of each sequence in ``k`` and ``v``.
-        lengths_k: number of keys of each sequence, at least that of queries if causal.
+        lengths_k: number of keys of each sequence; without ``first_q`` at least that of queries if causal.
         max_k: an upper bound of ``lengths_k``.
         is_causal: whether a query sees only keys at its own position and before.
         softmax_scale: factor on the scores, > 0.
-        sliding_window: how many of the most recent keys a query sees, or None.
+        sliding_window: a query sees only the keys fewer positions away; None: all.
         softcap: bound of the scores, > 0, or None.
         s_aux: a further logit per query head in every softmax, ``[query heads]``, or None.
         plan: which of the visible keys take part.
+        first_q: position of each sequence's first query, ``[batch]``; by default the queries are the last tokens.
+        first_k: position of each sequence's first key, ``[batch]``; by default 0.
         out: where to write, ``[tokens, query heads, value_dim]``; allocated if None.
         settings: tiles and warps, instead of the table's.
 
@@ -155,6 +172,10 @@ def forward(
         capability = compute_capability(q.device)
         settings = default_settings(capability, q.dtype, max(block_d, block_dv), group, is_causal)
     options = _options(settings, head_dim, value_dim, is_causal, sliding_window, softcap, plan)
+    if first_q is not None or first_k is not None or (sliding_window is not None and not is_causal):
+        first_k = torch.zeros_like(starts_k) if first_k is None else first_k
+        first_q = first_k + lengths_k - lengths_q if first_q is None else first_q
+        options = options._replace(placed=True, frozen=False)
     tiles = triton.cdiv(max_q, settings.block_m)
     heads_per_wave = _heads_per_wave(max_k, k, v) * (query_heads // kv_heads)
     programs = batch * query_heads * tiles + triton.cdiv(total, settings.block_m)
@@ -168,16 +189,16 @@ def forward(
             s_aux,
             *(_descriptor(x, group, block, settings) for x, block in ((k, block_d), (v, block_dv))),
             tuple(x.stride()[:2] for x in (q, k, v, out)),
-            (starts_q, lengths_q, starts_k, lengths_k),
+            (starts_q, lengths_q, starts_k, lengths_k, first_q, first_k),
             (query_heads, query_heads // kv_heads),
             (softmax_scale, softcap or 0.0),
             batch,
             total,
             tiles,
             min(heads_per_wave, batch * query_heads),
-            min(plan.num_sink_tokens, max_k),
-            min(plan.dense_window_size, max_k),
-            min(sliding_window or 0, max_k),
+            min(plan.num_sink_tokens, FAR),
+            min(plan.dense_window_size, FAR),
+            min(sliding_window or 0, FAR),
             _hook_args(plan),
             SCORE_HOOK=plan.score_hook,
             OPTIONS=options,

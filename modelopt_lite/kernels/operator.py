@@ -65,6 +65,8 @@ def _forward(
             softcap=softcap,
             s_aux=s_aux,
             plan=plan,
+            first_q=first_q,
+            first_k=first_k,
         )
     problem = AttentionProblem(*packing, is_causal, softmax_scale, sliding_window, softcap, plan, first_q, first_k)
     problem.check_values(q.shape[0], k.shape[0])
@@ -103,7 +105,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     packing = (starts_q, lengths_q, max_q, starts_k, lengths_k, max_k)
     plan = plan_by_key(plan_key)
-    if use_triton:
+    is_placed = first_q is not None or first_k is not None or (sliding_window is not None and not is_causal)
+    if use_triton and not is_placed:  # the fused backward does not know these
         grad_q, grad_k, grad_v, grad_s_aux = launch.backward(
             grad,
             q,

@@ -23,6 +23,7 @@ def load_tile(
     BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr,
     BOUNDED: tl.constexpr,
+    lower,
 ):
     """Load rows ``[first, first + BLOCK_N)`` of one head of one sequence, deinterleaved: ``[BLOCK_N, BLOCK_D]``.
 
@@ -36,6 +37,7 @@ def load_tile(
         GROUP: keys a group.
         BOUNDED: whether the tile may reach past the sequence. Such a tile is not read through the descriptor, which
             would find the next sequence there.
+        lower: first row that exists; what a ``BOUNDED`` tile has before it is zero.
     """
     pointer, stride, descriptor, start, head = source
     row = start + first
@@ -49,7 +51,8 @@ def load_tile(
         # [BLOCK_N, BLOCK_D]
         pointers = pointer + (row + offsets_n)[:, None] * stride + offsets_d[None, :]
         if BOUNDED:
-            mask = (first + offsets_n < limit)[:, None] & (offsets_d < WIDTH)[None, :]
+            exist = (first + offsets_n >= lower) & (first + offsets_n < limit)
+            mask = exist[:, None] & (offsets_d < WIDTH)[None, :]
             tile = tl.load(pointers, mask=mask, other=0.0)
         elif WIDTH != BLOCK_D:
             tile = tl.load(pointers, mask=(offsets_d < WIDTH)[None, :], other=0.0)
@@ -143,7 +146,8 @@ def select_scores(
         scores: ``[BLOCK_M, BLOCK_N]``, or without a hook also ``[BLOCK_N, BLOCK_M]``.
         q_pos: the queries' positions, spread over ``scores``.
         groups: the positions of the groups' first keys, spread over ``scores``.
-        rules: ``(positions, length, num_sinks, window, sliding_window)``.
+        rules: ``(positions, length, num_sinks, window, sliding_window)``, and with ``OPTIONS.placed`` the first key's
+            position.
         hook_args: constants, then numbers, for the hook.
         SCORE_HOOK: which scores to keep, or None.
         OPTIONS: :class:`modelopt_lite.kernels.launch.Options`.
@@ -154,7 +158,10 @@ def select_scores(
         maximum, where it is not kept; and as many tiles that say what is kept, none without a hook.
     """
     GROUP: tl.constexpr = OPTIONS.group
-    _, length, num_sinks, window, sliding_window = rules
+    length = rules[1]
+    num_sinks = rules[2]
+    window = rules[3]
+    sliding_window = rules[4]
     parts = split_groups(scores, GROUP)
     k_pos = ()
     for r in tl.static_range(GROUP):
@@ -167,6 +174,10 @@ def select_scores(
             visible = k_pos[r] <= last_visible
             if OPTIONS.sliding:
                 visible = visible & (k_pos[r] > q_pos - sliding_window)
+            if OPTIONS.placed:
+                visible = visible & (k_pos[r] >= rules[5]) & (k_pos[r] < length)
+                if OPTIONS.sliding and not OPTIONS.causal:
+                    visible = visible & (k_pos[r] < q_pos + sliding_window)
             masked = masked + (tl.where(visible, parts[r], float("-inf")),)
         parts = masked
 

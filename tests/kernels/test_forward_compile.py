@@ -85,7 +85,7 @@ def compile_variant(capability, dtype, head_dim, value_dim, n_of_m, causal, sett
         "key_descriptor": descriptor(block_d),
         "value_descriptor": descriptor(block_dv),
         "strides": (strides,) * 4,
-        "sequences": ("*i64",) * 4,
+        "sequences": (*("*i64",) * 4, "constexpr", "constexpr"),
         "heads_of": ("i32", "i32"),
         "numbers": ("fp32", "fp32"),
         **dict.fromkeys(
@@ -101,6 +101,7 @@ def compile_variant(capability, dtype, head_dim, value_dim, n_of_m, causal, sett
     for name in ("sink_logits_ptr", "key_descriptor", "value_descriptor"):
         if signature[name] == "constexpr":
             constants[(place[name],)] = None
+    constants |= {(place["sequences"], 4): None, (place["sequences"], 5): None}
     if n_of_m:
         constants[(place["hook_args"], 0)] = n
     aligned = [(place[name],) for name in ("query_ptr", "key_ptr", "value_ptr", "out_ptr", "lse_ptr")]
@@ -154,6 +155,7 @@ def count_compilations():
     from modelopt_lite.kernels import launch
     from modelopt_lite.kernels.forward import attention_forward
     from modelopt_lite.kernels.top_n import top_n_plan
+    from modelopt_lite.methods import SinkWindow
 
     class AbsentGpu:
         def get_current_device(self):
@@ -190,6 +192,10 @@ def count_compilations():
             s_aux=None,
             plan=dataclasses.replace(top_n_plan(2, 4, sinks, window), hook_args=(float(sinks),)),
         )
+    first = torch.zeros_like(length)
+    for plan, placement in ((SinkWindow().plan(), {}), (top_n_plan(2, 4, 4, 64), {"first_q": first, "first_k": first})):
+        options = {"sliding_window": None, "softcap": None, "s_aux": None, "plan": plan, **placement}
+        launch.forward(q, k, k, *packing, *packing, is_causal=False, softmax_scale=1.0, **options)
     return sum(len(cache[0]) for cache in attention_forward.device_caches.values())
 
 
@@ -217,7 +223,7 @@ def test_kernel_fits_the_gpu(compiled, index):
 
 @pytest.mark.slow
 def test_run_time_numbers_do_not_recompile(compiled):
-    assert compiled[-1] == 1
+    assert compiled[-1] == 3  # one for all numbers, one with another hook, and one with positions
 
 
 if __name__ == "__main__":

@@ -54,6 +54,8 @@ def run(q, k, v, s_aux, problem, kernel_settings):
         softcap=p.softcap,
         s_aux=s_aux,
         plan=p.plan,
+        first_q=p.first_q,
+        first_k=p.first_k,
         out=out,
         settings=kernel_settings,
     )
@@ -98,7 +100,7 @@ def sequences(lengths, heads=(2, 1), dims=(16, 16), dtype=torch.float32, seed=0,
     return tensors, AttentionProblem(*packing, **{**defaults, **problem})
 
 
-@given(cases(longest=70, batch=2), st.sampled_from([ORDINARY, FROZEN]))
+@given(cases(longest=70, batch=2) | cases(longest=70, batch=2, placed=True), st.sampled_from([ORDINARY, FROZEN]))
 @settings(max_examples=30, deadline=None)
 def test_kernel_equals_oracle(case, kernel_settings):
     check(case.q, case.k, case.v, case.s_aux, case.problem, kernel_settings)

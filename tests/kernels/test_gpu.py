@@ -1,5 +1,6 @@
 """The fused kernel on a GPU: the whole contract against the oracle, in every precision."""
 
+import dataclasses
 import math
 
 import pytest
@@ -102,6 +103,8 @@ def run(q, k, v, s_aux, problem, **changes):
         p.starts_k,
         p.lengths_k,
         p.max_k,
+        b_first_q=p.first_q,
+        b_first_k=p.first_k,
         backend="triton",
         return_lse=True,
         **arguments,
@@ -111,10 +114,10 @@ def run(q, k, v, s_aux, problem, **changes):
 def pytorch(q, k, v, s_aux, problem):
     """PyTorch's attention in the precision of the inputs, over the keys the oracle keeps."""
     output = torch.zeros(*q.shape[:2], v.shape[2], device="cuda", dtype=torch.float64)
-    for in_q, in_k, *_ in problem.sequences():
+    for in_q, in_k, first_q, first_k in problem.sequences():
         if in_q.start == in_q.stop:
             continue
-        mask = kept_scores(q[in_q].double(), k[in_k].double(), problem) > -torch.inf
+        mask = kept_scores(q[in_q].double(), k[in_k].double(), problem, first_q, first_k) > -torch.inf
         repeat = q.shape[1] // k.shape[1]
         # Contiguous, as PyTorch's kernels are picky about alignment.
         qs, ks, vs = (x.transpose(0, 1).contiguous() for x in (q[in_q], k[in_k], v[in_k]))
@@ -133,6 +136,7 @@ def pytorch(q, k, v, s_aux, problem):
                 scores = torch.cat([scores, s_aux.to(q.dtype)[:, None, None].expand(*scores.shape[:2], 1)], -1)
             weights = torch.softmax(scores.float(), -1).to(q.dtype)[..., : mask.shape[-1]]
             rows = weights @ vs
+        rows = rows.masked_fill(~mask.any(-1)[..., None], 0.0)
         output[in_q] = rows.transpose(0, 1).double()
     return output
 
@@ -315,6 +319,19 @@ def test_what_the_kernel_cannot_run_is_refused():
     p = problem
     packing = (p.starts_q, p.lengths_q, p.max_q, True, 0.125, p.starts_k, p.lengths_k, p.max_k)
     assert attention(q.double(), k.double(), v.double(), *packing).dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("sliding_window", [None, 50])
+@pytest.mark.parametrize("plan", [DENSE, top_n_plan(2, 4, 70, 17), top_n_plan(4, 8, 0, 0)], ids=["dense", "2:4", "4:8"])
+def test_queries_and_keys_anywhere(dtype, is_causal, sliding_window, plan):
+    """Caches that have dropped their first keys, cross-attention, windows without causality."""
+    q, k, v, s_aux, problem = make(dtype=dtype, is_causal=is_causal, sliding_window=sliding_window, plan=plan)
+    first_k = torch.tensor([0, 7, 3, 64, 33, 100, 5, 1], device="cuda")
+    first_q = torch.tensor([5, 7, 0, 90, 303, 399, 0, 0], device="cuda")
+    for placed in ({"first_k": first_k}, {"first_q": first_q}, {"first_q": first_q, "first_k": first_k}):
+        check(q, k, v, s_aux, dataclasses.replace(problem, **placed))
 
 
 def test_the_same_bits_every_time():
