@@ -1,10 +1,12 @@
 """Speed of the attention kernels on this GPU against cuDNN, FlashAttention-2 and -3 and FlexAttention.
 
 All kernels of one problem run in this process and take turns, after heating; each counts by the median of its CUDA
-events. TFLOP/s count the work of dense attention, also for sparse kernels. Prints a table and writes JSON.
+events. TFLOP/s count the work of dense attention, also for sparse kernels; forward and backward together count as 3.5
+times the forward. Prints a table and writes JSON.
 
     python benchmarks/attention.py                                              # everything, about half an hour
     python benchmarks/attention.py --seq-lens 16384 --head-dims 128 --heads 32/8 --causal yes --names dense 2:4
+    python benchmarks/attention.py --passes forward_backward --seq-lens 8192 --head-dims 128 --names dense 2:4
     python benchmarks/attention.py --show benchmarks/results/attention-nvidia-h200.json    # the table in the docs
 """
 
@@ -31,8 +33,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
+from modelopt_lite.kernels import attention
 from modelopt_lite.kernels.launch import Settings, forward
 from modelopt_lite.kernels.top_n import top_n_plan
+from modelopt_lite.plan import AttentionPlan
 
 try:
     from fa3_fwd_interface import flash_attn_func as flash_attention_3
@@ -44,6 +48,8 @@ Call: TypeAlias = Callable[[], object]
 SEQ_LENS = [2**power for power in range(10, 18)]
 NAMES = ["dense", "1:4", "2:4", "3:4", "2:8", "4:8", "8:16"]
 PEERS = ["cudnn", "fa2", "fa3", "flex"]
+PASSES = {"forward": 1.0, "forward_backward": 3.5}
+"""What is measured, and its work in units of the forward's: two matrix products against seven."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 BUDGET_MS = 1500.0
 """How long one kernel of one problem is measured, so that the longest sequences take fewer rounds."""
@@ -60,57 +66,84 @@ def inputs(batch: int, seq_len: int, heads: tuple[int, int], head_dim: int, dtyp
 
 def triton_call(q: Tensor, k: Tensor, v: Tensor, causal: bool, name: str, settings: Settings | None = None) -> Call:
     """Return a call of this project's kernel; tensors are ``[batch, seq, heads, dim]``."""
-    batch, seq_len, _, head_dim = q.shape
-    starts = torch.arange(0, batch * seq_len, seq_len, dtype=torch.int32, device=q.device)
-    packing = (starts, torch.full_like(starts, seq_len), seq_len)
-    n, m = (0, 4) if name == "dense" else map(int, name.split(":"))
+    packing = packing_of(q)
     return functools.partial(
         forward,
         *(x.flatten(0, 1) for x in (q, k, v)),
         *packing,
         *packing,
         is_causal=causal,
-        softmax_scale=head_dim**-0.5,
+        softmax_scale=q.shape[3] ** -0.5,
         sliding_window=None,
         softcap=None,
         s_aux=None,
-        plan=top_n_plan(n, m, 0, 64),
+        plan=plan_of(name),
         settings=settings,
     )
 
 
-def sdpa_call(q: Tensor, k: Tensor, v: Tensor, causal: bool, backend: SDPBackend) -> Call:
-    """Return a call of one of PyTorch's own kernels."""
-    q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
+def packing_of(q: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Return starts, lengths and longest length of a batch of equal sequences."""
+    batch, seq_len = q.shape[:2]
+    starts = torch.arange(0, batch * seq_len, seq_len, dtype=torch.int32, device=q.device)
+    return starts, torch.full_like(starts, seq_len), seq_len
 
-    def call() -> Tensor:
-        with sdpa_kernel(backend):
-            return scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+
+def plan_of(name: str) -> AttentionPlan:
+    """Return the plan of ``dense`` or ``N:M``, with a dense window of 64."""
+    n, m = (0, 4) if name == "dense" else map(int, name.split(":"))
+    return top_n_plan(n, m, 0, 64)
+
+
+def differentiated(forward_call: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) -> Call:
+    """Return a call of a forward and its gradients, by autograd as in training."""
+    tensors = [x.detach().requires_grad_() for x in (q, k, v)]
+    grad = torch.randn_like(forward_call(*tensors))
+
+    def call() -> object:
+        return torch.autograd.grad(forward_call(*tensors), tensors, grad)
 
     return call
 
 
-def flex_call(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Call:
-    """Return a call of FlexAttention, compiled, with a causal block mask."""
-    q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
+def triton_training_call(q: Tensor, k: Tensor, v: Tensor, causal: bool, name: str) -> Call:
+    """Return a call of this project's attention and its gradients."""
+    packing, plan = packing_of(q), plan_of(name)
+
+    def forward_call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q, k, v, *packing, is_causal=causal, plan=plan, backend="triton")
+
+    return differentiated(forward_call, *(x.flatten(0, 1) for x in (q, k, v)))
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, backend: SDPBackend) -> Tensor:
+    """Run one of PyTorch's own kernels on ``[batch, heads, seq, dim]``."""
+    with sdpa_kernel(backend):
+        return scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def compiled_flex(q: Tensor, k: Tensor, causal: bool) -> Callable[..., Tensor]:
+    """Return FlexAttention, compiled, with a causal block mask, for ``[batch, heads, seq, dim]``."""
     mask = None
     if causal:
         # Compiled, it never holds the whole mask, which would be 16 GiB of booleans at 128k.
         make_mask = torch.compile(create_block_mask)
         mask = make_mask(lambda b, h, i, j: i >= j, None, None, q.shape[2], k.shape[2], device=q.device)
     compiled = torch.compile(flex_attention, dynamic=False)
-    return functools.partial(compiled, q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+    return functools.partial(compiled, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
 
 
-def peer_call(peer: str, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Call:
-    """Return a call of one of the kernels to compare with."""
-    if peer == "cudnn":
-        return sdpa_call(q, k, v, causal, SDPBackend.CUDNN_ATTENTION)
-    if peer == "fa2":
-        return sdpa_call(q, k, v, causal, SDPBackend.FLASH_ATTENTION)
+def peer_call(peer: str, q: Tensor, k: Tensor, v: Tensor, causal: bool, which: str) -> Call:
+    """Return a call of one of the kernels to compare with; ``which`` is one of ``PASSES``."""
     if peer == "fa3":
         return functools.partial(flash_attention_3, q, k, v, causal=causal)
-    return flex_call(q, k, v, causal)
+    q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
+    if peer == "flex":
+        forward_call = compiled_flex(q, k, causal)
+    else:
+        backend = SDPBackend.CUDNN_ATTENTION if peer == "cudnn" else SDPBackend.FLASH_ATTENTION
+        forward_call = functools.partial(sdpa, causal=causal, backend=backend)
+    return functools.partial(forward_call, q, k, v) if which == "forward" else differentiated(forward_call, q, k, v)
 
 
 def measure(calls: dict[Any, Call], heat: float, rounds: int) -> dict[Any, float]:
@@ -149,21 +182,29 @@ def measure(calls: dict[Any, Call], heat: float, rounds: int) -> dict[Any, float
 
 
 def measure_problem(
-    arguments: argparse.Namespace, seq_len: int, head_dim: int, heads: tuple[int, int], causal: bool, dtype: str
+    arguments: argparse.Namespace,
+    which: str,
+    seq_len: int,
+    head_dim: int,
+    heads: tuple[int, int],
+    causal: bool,
+    dtype: str,
 ) -> list[dict[str, Any]]:
     """Measure all kernels on one problem."""
     batch = arguments.batch or max(1, 8192 // seq_len if seq_len <= 1024 else 1)
     q, k, v = inputs(batch, seq_len, heads, head_dim, dtype)
-    calls: dict[Any, Call] = {("triton", name): triton_call(q, k, v, causal, name) for name in arguments.names}
+    ours = triton_call if which == "forward" else triton_training_call
+    calls: dict[Any, Call] = {("triton", name): ours(q, k, v, causal, name) for name in arguments.names}
     for peer in arguments.peers:
-        if peer != "fa3" or flash_attention_3 is not None:
-            calls[(peer, "dense")] = peer_call(peer, q, k, v, causal)
+        # The package of FlashAttention-3 has no backward.
+        if peer != "fa3" or (flash_attention_3 is not None and which == "forward"):
+            calls[(peer, "dense")] = peer_call(peer, q, k, v, causal, which)
     times = measure(calls, arguments.heat, arguments.rounds)
-    flop = 4 * batch * heads[0] * seq_len**2 * head_dim * (0.5 if causal else 1.0)
+    flop = PASSES[which] * 4 * batch * heads[0] * seq_len**2 * head_dim * (0.5 if causal else 1.0)
     ratios = {peer: times.get((peer, "dense")) for peer in ("cudnn", "fa3")}
     return [
         {
-            "pass": "forward",
+            "pass": which,
             "kernel": kernel,
             "name": name,
             "seq_len": seq_len,
@@ -183,14 +224,22 @@ def measure_problem(
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Return rows as a Markdown table: a problem a line, TFLOP/s and in brackets the ratio to cuDNN."""
-    problem = ("head_dim", "query_heads", "kv_heads", "causal", "dtype", "batch", "seq_len")
+    problem = ("pass", "head_dim", "query_heads", "kv_heads", "causal", "dtype", "batch", "seq_len")
     columns = list(dict.fromkeys((row["kernel"], row["name"]) for row in rows))
-    lines = ["| D | heads | causal | type | batch | S | " + " | ".join(" ".join(column) for column in columns) + " |"]
-    lines.append("|" + "---|" * (6 + len(columns)))
+    lines = ["| pass | D | heads | causal | type | batch | S | " + " | ".join(map(" ".join, columns)) + " |"]
+    lines.append("|" + "---|" * (7 + len(columns)))
     for key, group in itertools.groupby(rows, key=lambda row: tuple(row[name] for name in problem)):
         found = {(row["kernel"], row["name"]): row for row in group}
-        head_dim, query_heads, kv_heads, causal, dtype, batch, seq_len = key
-        cells = [head_dim, f"{query_heads}/{kv_heads}", "yes" if causal else "no", dtype, batch, seq_len]
+        which, head_dim, query_heads, kv_heads, causal, dtype, batch, seq_len = key
+        cells = [
+            which.replace("_", " + "),
+            head_dim,
+            f"{query_heads}/{kv_heads}",
+            "yes" if causal else "no",
+            dtype,
+            batch,
+            seq_len,
+        ]
         for column in columns:
             row = found.get(column)
             ratio = "" if row is None or row["ratio_to_cudnn"] is None else f" ({row['ratio_to_cudnn']:.2f})"
@@ -202,6 +251,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Measure what the arguments ask for, print it and write it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--passes", nargs="+", default=["forward"], choices=PASSES)
     parser.add_argument("--seq-lens", nargs="+", type=int, default=SEQ_LENS)
     parser.add_argument("--head-dims", nargs="+", type=int, default=[64, 128])
     parser.add_argument("--heads", nargs="+", default=["32/8", "32/32"], metavar="QUERY/KV")
@@ -226,11 +276,11 @@ def main() -> None:
     )
     output.parent.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
-    for dtype, head_dim, heads, causal, seq_len in itertools.product(
-        arguments.dtypes, arguments.head_dims, arguments.heads, arguments.causal, arguments.seq_lens
+    for which, dtype, head_dim, heads, causal, seq_len in itertools.product(
+        arguments.passes, arguments.dtypes, arguments.head_dims, arguments.heads, arguments.causal, arguments.seq_lens
     ):
         query_heads, kv_heads = map(int, heads.split("/"))
-        rows += measure_problem(arguments, seq_len, head_dim, (query_heads, kv_heads), causal == "yes", dtype)
+        rows += measure_problem(arguments, which, seq_len, head_dim, (query_heads, kv_heads), causal == "yes", dtype)
         print(table(rows).splitlines()[-1], flush=True)
         # after every problem, so that an interrupted run keeps what it measured
         output.write_text(

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     )
     from .errors import ConfigError, UnsupportedError
     from .kernels import attention
-    from .methods import SparseAttentionMethod, SparseSoftmax
+    from .methods import SinkWindow, SparseAttentionMethod, SparseSoftmax
     from .module import SparseAttentionModule
     from .plan import AttentionPlan
     from .registry import get_sparse_method, list_sparse_methods, register_sparse_method
@@ -31,6 +31,7 @@ _MODULE_OF = {
     "SPARSE_SOFTMAX_DEFAULT": "config",
     "AttentionPlan": "plan",
     "ConfigError": "errors",
+    "SinkWindow": "methods",
     "SparseAttentionMethod": "methods",
     "SparseAttentionModule": "module",
     "SparseSoftmax": "methods",
@@ -55,6 +56,7 @@ __all__ = [
     "SPARSE_SOFTMAX_DEFAULT",
     "AttentionPlan",
     "ConfigError",
+    "SinkWindow",
     "SparseAttentionMethod",
     "SparseAttentionModule",
     "SparseSoftmax",

@@ -276,10 +276,7 @@ def _choose_backend(backend: Backend, q: Tensor, k: Tensor, v: Tensor, problem: 
     if backend == "torch" or (backend == "auto" and not q.is_cuda):
         return "torch"
     refusal: str | None
-    if tl is None:
-        refusal = "Triton is not installed"
-    else:
-        refusal = launch.refusal(q, k, v, problem.plan)
+    refusal = "Triton is not installed" if tl is None else launch.refusal(q, k, v, problem.plan)
     if refusal is None:
         return "triton"
     if backend == "triton":

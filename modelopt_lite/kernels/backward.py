@@ -104,10 +104,11 @@ def differentiate_softmax(
     Returns:
         Weights and gradients.
     """
+    GROUP: tl.constexpr = OPTIONS.group
     scores, to_log2 = scale_scores(products, numbers, OPTIONS)
     parts, keep = select_scores(scores, q_pos, groups, rules, hook_args, SCORE_HOOK, OPTIONS, MASKED)
     weights = ()
-    for r in tl.static_range(OPTIONS.group):
+    for r in tl.static_range(GROUP):
         weight = tl.math.exp2(parts[r] * to_log2 - shift)
         if SCORE_HOOK is not None and OPTIONS.keeps_group_max:
             if OPTIONS.hopper and not MASKED:
@@ -220,6 +221,7 @@ def gradient_of_queries(
     """
     BLOCK_M: tl.constexpr = OPTIONS.block_m
     BLOCK_N: tl.constexpr = OPTIONS.block_n
+    BLOCK_D: tl.constexpr = OPTIONS.block_d
     starts_q, lengths_q, starts_k, lengths_k = sequences
     query_strides, key_strides, value_strides, grad_strides, grad_query_strides = strides
     heads, heads_per_kv = heads_of
@@ -254,12 +256,12 @@ def gradient_of_queries(
     rules = (length - query_length + query_rows, length, num_sinks, window, sliding_window)
 
     # [BLOCK_M, BLOCK_D], [BLOCK_M, BLOCK_DV]
-    query = load_rows(query_ptr + head * query_strides[1], query_strides[0], rows, OPTIONS.head_dim, OPTIONS.block_d)
+    query = load_rows(query_ptr + head * query_strides[1], query_strides[0], rows, OPTIONS.head_dim, BLOCK_D)
     grad = load_rows(grad_ptr + head * grad_strides[1], grad_strides[0], rows, OPTIONS.value_dim, OPTIONS.block_dv)
     key = (key_ptr + kv_head.to(tl.int64) * key_strides[1], key_strides[0], key_descriptor, start_k, kv_head)
     value = (value_ptr + kv_head.to(tl.int64) * value_strides[1], value_strides[0], value_descriptor, start_k, kv_head)
 
-    accumulator = tl.zeros([BLOCK_M, OPTIONS.block_d], tl.float32)
+    accumulator = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     keys_begin, hot_begin, band_begin, band_end, full_end, bounded_begin, keys_end = key_spans(
         first_position, last_position, rules, SCORE_HOOK is not None, OPTIONS
     )
@@ -492,6 +494,8 @@ def gradient_of_keys(
     """
     BLOCK_M: tl.constexpr = OPTIONS.block_m
     BLOCK_N: tl.constexpr = OPTIONS.block_n
+    BLOCK_D: tl.constexpr = OPTIONS.block_d
+    BLOCK_DV: tl.constexpr = OPTIONS.block_dv
     GROUP: tl.constexpr = OPTIONS.group
     starts_q, lengths_q, starts_k, lengths_k = sequences
     query_strides, key_strides, value_strides, grad_strides, grad_key_strides, grad_value_strides = strides
@@ -518,14 +522,14 @@ def gradient_of_keys(
     # [BLOCK_N, BLOCK_D], [BLOCK_N, BLOCK_DV], deinterleaved; zero past the end
     key = (key_ptr + kv_head.to(tl.int64) * key_strides[1], key_strides[0], None, start_k, kv_head)
     value = (value_ptr + kv_head.to(tl.int64) * value_strides[1], value_strides[0], None, start_k, kv_head)
-    key_tile = load_tile(key, first, length, OPTIONS.head_dim, BLOCK_N, OPTIONS.block_d, GROUP, True, 0)
-    value_tile = load_tile(value, first, length, OPTIONS.value_dim, BLOCK_N, OPTIONS.block_dv, GROUP, True, 0)
+    key_tile = load_tile(key, first, length, OPTIONS.head_dim, BLOCK_N, BLOCK_D, GROUP, True, 0)
+    value_tile = load_tile(value, first, length, OPTIONS.value_dim, BLOCK_N, BLOCK_DV, GROUP, True, 0)
 
     rows_begin, hot_begin, band_begin, band_end, full_end, rows_end = query_spans(
         first, query_length, rules, SCORE_HOOK is not None, OPTIONS
     )
-    grad_key = tl.zeros([BLOCK_N, OPTIONS.block_d], tl.float32)
-    grad_value = tl.zeros([BLOCK_N, OPTIONS.block_dv], tl.float32)
+    grad_key = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    grad_value = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     # A rule that keeps nothing leaves hot tiles empty.
     hot_end = hot_begin if OPTIONS.keeps_nothing else full_end - (band_end - band_begin)
     for member in range(heads_per_kv):

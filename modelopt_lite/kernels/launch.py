@@ -419,7 +419,7 @@ def default_settings(
     if dtype != torch.bfloat16:
         # FP16 probabilities overflow from 2^16 on.
         settings = settings._replace(frozen=False)
-    if block_d == 256 and not is_causal:
+    if block_d == 256 and group == 1 and not is_causal:
         # The ptxas that Triton 3.6 brings along crashes on this with descriptors.
         settings = settings._replace(descriptors=False)
     return settings
