@@ -51,8 +51,8 @@ PEERS = ["cudnn", "fa2", "fa3", "flex"]
 PASSES = {"forward": 1.0, "forward_backward": 3.5}
 """What is measured, and its work in units of the forward's: two matrix products against seven."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-BUDGET_MS = 1500.0
-"""How long one kernel of one problem is measured, so that the longest sequences take fewer rounds."""
+BURST_MS = 100
+"""How long a kernel runs at a time."""
 
 
 def inputs(batch: int, seq_len: int, heads: tuple[int, int], head_dim: int, dtype: str) -> tuple[Tensor, ...]:
@@ -161,23 +161,14 @@ def measure(calls: dict[Any, Call], heat: float, rounds: int) -> dict[Any, float
         for call in usable.values():
             call()
         torch.cuda.synchronize()
-    # Work ahead of each call, so that the GPU does not wait for its launch, and the caches hold nothing of it.
-    filler = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    # Each runs for a while at a time, as the GPU's clocks follow the power that a kernel draws; and in another order
+    # each round, as they follow it slowly.
     times: dict[Any, list[float]] = {key: [] for key in usable}
-    # In another order each round: a kernel that draws little power leaves a cool GPU to the one after it.
     order, random_order = list(usable.items()), random.Random(0)
     for _ in range(rounds):
         random_order.shuffle(order)
         for key, call in order:
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            torch.mm(filler, filler)
-            start.record()
-            call()
-            end.record()
-            end.synchronize()
-            times[key].append(start.elapsed_time(end))
-        if any(sum(taken) > BUDGET_MS for taken in times.values()):
-            break
+            times[key].append(triton.testing.do_bench(call, warmup=25, rep=BURST_MS, return_mode="median"))
     return {key: statistics.median(taken) for key, taken in times.items()}
 
 
@@ -260,7 +251,7 @@ def main() -> None:
     parser.add_argument("--names", nargs="+", default=NAMES, help="dense or N:M, with a dense window of 64")
     parser.add_argument("--peers", nargs="*", default=PEERS, choices=PEERS)
     parser.add_argument("--batch", type=int, help="by default 8192 tokens up to S = 1024, else one sequence")
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--heat", type=float, default=2.0, help="seconds of heating before each problem")
     parser.add_argument("--output", type=Path, help="by default benchmarks/results/attention-<device>.json")
     parser.add_argument("--show", type=Path, help="only print the table of a JSON file")

@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument("--names", nargs="+", default=["dense", "2:4", "4:8", "8:16"], help="dense or N:M")
     parser.add_argument("--kernels", nargs="+", default=list(TILES), choices=TILES)
     parser.add_argument("--seq-lens", nargs="+", type=int, default=[2048, 8192])
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--heat", type=float, default=0.5, help="seconds of heating before each problem")
     parser.add_argument("--jobs", type=int, default=8, help="processes that compile")
     parser.add_argument("--output", type=Path, help="JSON file of all times")

@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--names", nargs="+", default=["dense", "2:4", "4:8", "8:16"], help="dense or N:M")
     parser.add_argument("--seq-lens", nargs="+", type=int, default=[4096, 16384])
     parser.add_argument("--tiles", nargs="+", default=[",".join(map(str, tile)) for tile in TILES], metavar="M,N,W,S")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--heat", type=float, default=0.5, help="seconds of heating before each problem")
     parser.add_argument("--jobs", type=int, default=8, help="processes that compile")
     parser.add_argument("--output", type=Path, help="JSON file of all times")

@@ -5,8 +5,8 @@ up the gradient of ``BLOCK_M`` queries of one head. ``gradient_of_keys`` keeps `
 and walks over the queries of all query heads that share them. Each gradient is summed by one program in a fixed order,
 so that every run gives the same bits, and scores are computed anew rather than kept.
 
-Hooks decide again, on the same scores: with a hook, scores are products of queries and keys in this order everywhere,
-as in the forward. What is kept is taken as given; the selection has no gradient of its own.
+Hooks decide again, on the same scores: they are products of queries and keys in this order everywhere, as in the
+forward, and weights are transposed afterwards. What is kept is taken as given; the selection has no gradient.
 
 Everything is in log2 space; positions are counted from the sequence's first token.
 """
@@ -88,7 +88,7 @@ def differentiate_softmax(
     """Compute one tile's softmax weights again, and the gradient of its scores before the scale.
 
     Args:
-        products: products of queries and keys, ``[BLOCK_M, BLOCK_N]``, or without a hook also ``[BLOCK_N, BLOCK_M]``.
+        products: products of queries and keys, ``[BLOCK_M, BLOCK_N]``.
         grad_weights: gradients of the weights, laid out alike.
         q_pos: the queries' positions, spread over ``products``, as are ``shift`` and ``delta``.
         groups: the positions of the groups' first keys, spread over ``products``.
@@ -332,29 +332,17 @@ def add_query_tile(
     else:
         shift = tl.load(shift_ptr + offsets_m)
         delta = tl.load(delta_ptr + offsets_m)
-    q_pos = rules[1] - query_length + offsets_m
-    groups = first + GROUP * tl.arange(0, BLOCK_N // GROUP)
-    if SCORE_HOOK is None:
-        # Transposed, weights are in the registers that the next products take them from.
-        # [BLOCK_N, BLOCK_M]
-        products = tl.dot(key_tile, query_tile.T, input_precision="ieee")
-        grad_weights = tl.dot(value_tile, grad_tile.T, input_precision="ieee")
-        weights, grad_scores = differentiate_softmax(
-            products, grad_weights, q_pos[None, :], groups[:, None], shift[None, :], delta[None, :], rules, numbers,
-            hook_args, SCORE_HOOK, OPTIONS, MASKED,
-        )  # fmt: skip
-        weights = weights.to(grad_tile.dtype)
-        grad_scores = grad_scores.to(query_tile.dtype)
-    else:
-        # [BLOCK_M, BLOCK_N]
-        products = tl.dot(query_tile, key_tile.T, input_precision="ieee")
-        grad_weights = tl.dot(grad_tile, value_tile.T, input_precision="ieee")
-        weights, grad_scores = differentiate_softmax(
-            products, grad_weights, q_pos[:, None], groups[None, :], shift[:, None], delta[:, None], rules, numbers,
-            hook_args, SCORE_HOOK, OPTIONS, MASKED,
-        )  # fmt: skip
-        weights = weights.to(grad_tile.dtype).T
-        grad_scores = grad_scores.to(query_tile.dtype).T
+    # [BLOCK_M, BLOCK_N]
+    products = tl.dot(query_tile, key_tile.T, input_precision="ieee")
+    grad_weights = tl.dot(grad_tile, value_tile.T, input_precision="ieee")
+    groups = first + GROUP * tl.arange(0, BLOCK_N // GROUP)[None, :]
+    q_pos = (rules[1] - query_length + offsets_m)[:, None]
+    weights, grad_scores = differentiate_softmax(
+        products, grad_weights, q_pos, groups, shift[:, None], delta[:, None], rules, numbers, hook_args,
+        SCORE_HOOK, OPTIONS, MASKED,
+    )  # fmt: skip
+    weights = weights.to(grad_tile.dtype).T
+    grad_scores = grad_scores.to(query_tile.dtype).T
     grad_value = tl.dot(weights, grad_tile, grad_value, input_precision="ieee")
     grad_key = tl.dot(grad_scores, query_tile, grad_key, input_precision="ieee")
     return grad_key, grad_value
@@ -532,6 +520,7 @@ def gradient_of_keys(
     grad_value = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     # A rule that keeps nothing leaves hot tiles empty.
     hot_end = hot_begin if OPTIONS.keeps_nothing else full_end - (band_end - band_begin)
+    # What does not change is worth computing again: registers are full.
     for member in range(heads_per_kv):
         head = kv_head * heads_per_kv + member
         far_head = head.to(tl.int64)

@@ -104,6 +104,8 @@ KEY_SETTINGS = (
     SettingsRow(80, 2, 256, 16, Settings(32, 64, 8, 1, False, False)),
     SettingsRow(80, 4, 256, 16, Settings(32, 32, 8, 1, False, False)),
 )
+WAVE = 512
+"""Programs of ``gradient_of_keys`` that are in flight at one time, at least: some more than an H200 holds."""
 BLOCK_ROWS = 64
 """Tokens a program of ``gradient_rows``."""
 
@@ -275,7 +277,9 @@ def backward(
         problem = (compute_capability(q.device), q.dtype, max(block_d, block_dv), group, is_causal)
         settings = default_settings(*problem, QUERY_SETTINGS), default_settings(*problem, KEY_SETTINGS)
     for_queries, for_keys = settings
-    shift, delta = torch.empty(2, query_heads, total, dtype=torch.float32, device=q.device)
+    # Apart, so that both are aligned alike whatever the lengths.
+    shift = torch.empty(query_heads, total, dtype=torch.float32, device=q.device)
+    delta = torch.empty_like(shift)
     sequences = (starts_q, lengths_q, starts_k, lengths_k)
     numbers = (softmax_scale, softcap or 0.0)
     rules = (
@@ -300,7 +304,8 @@ def backward(
             BLOCK_DV=block_dv,
         )
         tiles = triton.cdiv(max_k, for_keys.block_n)
-        heads_per_wave = max(1, _heads_per_wave(max_q, q, grad) // heads_per_kv)
+        # Few programs of such different lengths would leave multiprocessors idle at the end.
+        heads_per_wave = max(_heads_per_wave(max_q, q, grad) // heads_per_kv, triton.cdiv(WAVE, max(tiles, 1)))
         gradient_of_keys[(batch * kv_heads * tiles,)](
             q,
             k,
@@ -419,8 +424,8 @@ def default_settings(
     if dtype != torch.bfloat16:
         # FP16 probabilities overflow from 2^16 on.
         settings = settings._replace(frozen=False)
-    if block_d == 256 and group == 1 and not is_causal:
-        # The ptxas that Triton 3.6 brings along crashes on this with descriptors.
+    if group == 1 and not is_causal and (block_d == 256 or table is not SETTINGS):
+        # The ptxas that Triton 3.6 brings along crashes on these with descriptors.
         settings = settings._replace(descriptors=False)
     return settings
 

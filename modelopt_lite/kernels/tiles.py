@@ -143,7 +143,7 @@ def select_scores(
     """Decide which keys take part in the softmax.
 
     Args:
-        scores: ``[BLOCK_M, BLOCK_N]``, or without a hook also ``[BLOCK_N, BLOCK_M]``.
+        scores: ``[BLOCK_M, BLOCK_N]``.
         q_pos: the queries' positions, spread over ``scores``.
         groups: the positions of the groups' first keys, spread over ``scores``.
         rules: ``(positions, length, num_sinks, window, sliding_window)``, and with ``OPTIONS.placed`` the first key's

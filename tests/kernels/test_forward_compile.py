@@ -147,15 +147,10 @@ def hot_loop(ptx):
     }
 
 
-def count_compilations():
-    """Launch with many run-time numbers for a GPU that is not there, and count what is compiled."""
+def pretend_gpu(launch, *kernels):
+    """Have ``launch`` compile these of its kernels for a GPU that is not there, and not run them."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
-
-    from modelopt_lite.kernels import launch
-    from modelopt_lite.kernels.forward import attention_forward
-    from modelopt_lite.kernels.top_n import top_n_plan
-    from modelopt_lite.methods import SinkWindow
 
     class AbsentGpu:
         def get_current_device(self):
@@ -168,12 +163,26 @@ def count_compilations():
             return GPUTarget("cuda", 90, 32)
 
     class CompileOnly:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
         def __getitem__(self, grid):
-            return functools.partial(attention_forward.warmup, grid=grid)
+            return functools.partial(self.kernel.warmup, grid=grid)
 
     driver.set_active(AbsentGpu())
-    launch.attention_forward = CompileOnly()
+    for kernel in kernels:
+        setattr(launch, kernel.__name__, CompileOnly(kernel))
     launch.compute_capability = lambda device: 90
+
+
+def count_compilations():
+    """Launch with many run-time numbers for a GPU that is not there, and count what is compiled."""
+    from modelopt_lite.kernels import launch
+    from modelopt_lite.kernels.forward import attention_forward
+    from modelopt_lite.kernels.top_n import top_n_plan
+    from modelopt_lite.methods import SinkWindow
+
+    pretend_gpu(launch, attention_forward)
     numbers = ((0, 0, 1), (1, 1, 16), (16, 16, 100))
     for lengths, (sinks, window, sliding) in itertools.product(([1], [16], [17], [1000], [5, 6], [16] * 16), numbers):
         q, k = (torch.zeros(sum(lengths), heads, 64, dtype=BF16) for heads in (4, 2))

@@ -1,0 +1,200 @@
+"""The Triton backward kernels against the oracle's autograd, run by Triton's interpreter; tiles are small."""
+
+import os
+
+import pytest
+import torch
+from cases import cases
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_forward_interpreter import HOOKS, n_of_m, sequences
+
+from modelopt_lite.kernels import launch
+from modelopt_lite.kernels.launch import Settings
+from modelopt_lite.kernels.reference import attention_reference
+from modelopt_lite.methods.sink_window import SinkWindow
+from modelopt_lite.plan import DENSE
+
+pytestmark = [
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter"),
+    # Rows that keep nothing divide by zero on purpose.
+    pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning"),
+]
+
+FORWARD = Settings(16, 16, 4, 1, descriptors=False, frozen=False)
+POINTERS = (Settings(16, 16, 4, 1, descriptors=False, frozen=False),) * 2
+DESCRIPTORS = (
+    Settings(32, 16, 4, 1, descriptors=True, frozen=False),
+    Settings(16, 32, 4, 1, descriptors=True, frozen=False),
+)
+# FP32 rounding of exponentials, sums and products of numbers of order 1 over at most some hundred keys.
+FP32 = {"rtol": 3e-5, "atol": 3e-5}
+
+
+@pytest.fixture(autouse=True)
+def poison():
+    """Fill what is allocated and not yet written with NaN."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def run(grad, q, k, v, s_aux, problem, kernel_settings, forward_settings=FORWARD):
+    p = problem
+    packing = (p.starts_q, p.lengths_q, p.max_q, p.starts_k, p.lengths_k, p.max_k)
+    options = {
+        "is_causal": p.is_causal,
+        "softmax_scale": p.softmax_scale,
+        "sliding_window": p.sliding_window,
+        "softcap": p.softcap,
+        "plan": p.plan,
+    }
+    out, lse = launch.forward(q, k, v, *packing, **options, s_aux=s_aux, settings=forward_settings)
+    return launch.backward(grad, q, k, v, s_aux, out, lse, *packing, **options, settings=kernel_settings)
+
+
+def oracle(grad, q, k, v, s_aux, problem):
+    """Differentiate the oracle; what is poisoned belongs to no sequence and gets no gradient."""
+    inputs = [x.double().nan_to_num().requires_grad_() for x in (q, k, v)]
+    inputs += [] if s_aux is None else [s_aux.double().requires_grad_()]
+    out, _ = attention_reference(*inputs[:3], None if s_aux is None else inputs[3], problem)
+    grads = torch.autograd.grad(out, inputs, grad.double().nan_to_num(), allow_unused=True, materialize_grads=True)
+    return (*grads, None)[:4]
+
+
+def output_gradient(q, v):
+    """Random numbers, and NaN for rows of no sequence, as ``q`` has them."""
+    generator = torch.Generator().manual_seed(1)
+    grad = torch.randn(q.shape[0], q.shape[1], v.shape[2], generator=generator)
+    return grad.masked_fill(q[..., :1].isnan(), torch.nan).to(q.dtype)
+
+
+def check(q, k, v, s_aux, problem, kernel_settings, tolerance=FP32):
+    """Compare with the oracle; what no sequence owns is NaN in every input."""
+    grad = output_gradient(q, v)
+    found = run(grad, q, k, v, s_aux, problem, kernel_settings)
+    expected = oracle(grad, q, k, v, s_aux, problem)
+    assert (found[3] is None) == (expected[3] is None)
+    for name, ours, theirs in zip(("q", "k", "v", "s_aux"), found, expected, strict=True):
+        if ours is not None:
+            torch.testing.assert_close(
+                ours.double(), theirs, **tolerance, msg=lambda text, name=name: f"{name}: {text}"
+            )
+
+
+@given(cases(longest=50, batch=2), st.sampled_from([POINTERS, DESCRIPTORS]))
+@settings(max_examples=8, deadline=None)
+def test_gradients_equal_the_oracles(case, kernel_settings):
+    check(case.q, case.k, case.v, case.s_aux, case.problem, kernel_settings)
+
+
+@pytest.mark.parametrize(("n", "m"), [(n, m) for m in (2, 4, 8, 16) for n in {1, m // 2, m - 1}])
+def test_n_of_m_with_many_ties(n, m):
+    generator = torch.Generator().manual_seed(n)
+    scores = torch.randint(0, 4, (37, 1, 16), generator=generator).float()
+    (_, k, v), problem = sequences([(37, 37)], plan=n_of_m(n, m, dense_window_size=2), softmax_scale=0.25)
+    k = torch.where(k.isnan(), k, k.sign())
+    q = torch.cat([k[:3, :, :].expand(3, 2, 16), scores.expand(37, 2, 16), k[:1].expand(1, 2, 16)])
+    check(q, k, v, None, problem, POINTERS)
+
+
+@pytest.mark.parametrize("plan", [DENSE, n_of_m(2, 4, 3, 5)], ids=["dense", "2:4"])
+@pytest.mark.parametrize("dims", [(16, 16), (24, 8), (40, 48)])
+@pytest.mark.parametrize("heads", [(1, 1), (4, 2)])
+def test_shapes(heads, dims, plan):
+    lengths = [(1, 1), (33, 33), (0, 5), (7, 20), (1, 20)]
+    tensors, problem = sequences(lengths, heads, dims, plan=plan)
+    check(*tensors, None, problem, DESCRIPTORS)
+
+
+def test_odd_length_with_real_tiles():
+    tensors, problem = sequences([(193, 193)], (1, 1), plan=n_of_m(2, 4, 4, 64))
+    check(*tensors, None, problem, (Settings(64, 64, 4, 1, descriptors=True, frozen=False),) * 2)
+
+
+def test_half_precision():
+    tensors, problem = sequences([(50, 50)], dtype=torch.float16, plan=n_of_m(4, 8, dense_window_size=8))
+    # FP16 rounds weights, the gradients of scores and those that are returned to 2^-11.
+    check(*tensors, None, problem, POINTERS, {"rtol": 4e-3, "atol": 4e-3})
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [0, 1, 20])
+@pytest.mark.parametrize("sinks", [0, 17])
+def test_exemptions_are_token_exact(causal, window, sinks):
+    tensors, problem = sequences([(40, 53)], plan=n_of_m(1, 4, sinks, window), is_causal=causal)
+    check(*tensors, None, problem, POINTERS)
+
+
+def test_more_queries_than_keys():
+    tensors, problem = sequences([(50, 20), (20, 0), (90, 50)], plan=n_of_m(1, 4, 3, 7), is_causal=False)
+    check(*tensors, None, problem, POINTERS)
+
+
+@pytest.mark.parametrize("sliding_window", [1, 17, 1000])
+@pytest.mark.parametrize("plan", [DENSE, n_of_m(2, 4, 3, 4)], ids=["dense", "2:4"])
+def test_sliding_window(plan, sliding_window):
+    tensors, problem = sequences([(60, 75), (1, 30)], plan=plan, sliding_window=sliding_window)
+    check(*tensors, None, problem, POINTERS)
+
+
+@pytest.mark.parametrize("logit", [-30.0, 0.0, 200.0])
+def test_learnable_sinks(logit):
+    tensors, problem = sequences([(40, 40)], plan=n_of_m(2, 4))
+    check(*tensors, torch.tensor([logit, logit / 2]), problem, POINTERS)
+
+
+@pytest.mark.parametrize("plan", [DENSE, n_of_m(2, 4)], ids=["dense", "2:4"])
+def test_softcap_of_large_and_small_scores(plan):
+    (q, k, v), problem = sequences([(40, 40)], softcap=3.0, plan=plan)
+    for size in (1.0, 1e-3, 10.0):
+        check(q * size, k, v, None, problem, POINTERS)
+
+
+@pytest.mark.parametrize("plan", [DENSE, n_of_m(2, 4, 2, 3)], ids=["dense", "2:4"])
+def test_strides_other_than_packed(plan):
+    (q, k, v), problem = sequences([(30, 30)], (4, 2), plan=plan)
+    grad = output_gradient(q, v)
+    expected = run(grad, q, k, v, None, problem, DESCRIPTORS)
+    apart = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in (grad, q, k, v)]
+    wide = [torch.cat([x, x], dim=2)[:, :, :16] for x in (grad, q, k, v)]
+    columns_first = [grad.transpose(1, 2).contiguous().transpose(1, 2), q, k, v]
+    for tensors in (apart, wide, columns_first):
+        assert not tensors[0].is_contiguous()
+        for ours, theirs in zip(run(*tensors, None, problem, DESCRIPTORS), expected, strict=True):
+            assert ours is theirs is None or torch.equal(ours, theirs)
+
+
+def test_expanded_gradient():
+    (q, k, v), problem = sequences([(30, 30)])
+    one = torch.ones(()).expand(q.shape)
+    for ours, theirs in zip(
+        run(one, q, k, v, None, problem, DESCRIPTORS), oracle(one, q, k, v, None, problem), strict=True
+    ):
+        assert ours is theirs is None or torch.allclose(ours.double(), theirs, **FP32)
+
+
+def test_other_sequences_do_not_leak():
+    tensors, problem = sequences([(20, 20), (21, 21)])
+    tensors.insert(0, output_gradient(tensors[0], tensors[2]))
+    alone = run(*tensors, None, problem, DESCRIPTORS)
+    for x in tensors:
+        x[24:] = torch.inf
+    beside = run(*tensors, None, problem, DESCRIPTORS)
+    for ours, theirs in zip(beside[:3], alone[:3], strict=True):
+        assert torch.equal(ours[:24], theirs[:24])
+
+
+@pytest.mark.parametrize("plan", HOOKS)
+def test_other_hooks(plan):
+    """A row may keep nothing; then nothing gets a gradient from it."""
+    tensors, problem = sequences([(45, 60)], plan=plan)
+    check(*tensors, None, problem, DESCRIPTORS)
+
+
+@pytest.mark.parametrize(("sinks", "window"), [(0, 1), (3, 0), (4, 20), (0, 0)])
+def test_a_rule_that_keeps_nothing(sinks, window):
+    plan = SinkWindow(num_sink_tokens=sinks, dense_window_size=window).plan()
+    tensors, problem = sequences([(45, 60), (70, 70)], plan=plan)
+    check(*tensors, None, problem, POINTERS)
