@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .checkpoint import from_pretrained
     from .config import SPARSE_SOFTMAX_DEFAULT, SparsityConfig
     from .conversion import (
+        continuous_batching,
         disable_sparse_attention,
         disabled,
         enable_sparse_attention,
@@ -39,6 +40,7 @@ _MODULE_OF = {
     "UnsupportedError": "errors",
     "attention": "kernels",
     "collect_statistics": "stats",
+    "continuous_batching": "conversion",
     "disable_sparse_attention": "conversion",
     "disabled": "conversion",
     "enable_sparse_attention": "conversion",
@@ -65,6 +67,7 @@ __all__ = [
     "__version__",
     "attention",
     "collect_statistics",
+    "continuous_batching",
     "disable_sparse_attention",
     "disabled",
     "enable_sparse_attention",

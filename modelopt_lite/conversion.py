@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import nn
 
 from .config import SparsityConfig, abbreviate, match_names
-from .errors import ConfigError
+from .errors import ConfigError, UnsupportedError
 from .huggingface import (
     attention_modules,
     check_modules,
@@ -22,6 +22,7 @@ from .huggingface import (
     pretrained_models,
     set_implementations,
     switch_on,
+    switch_to_paging,
     uses_interface,
 )
 from .interception import InterceptedAttentionModule
@@ -159,6 +160,44 @@ def disabled(model: ModelT) -> Iterator[ModelT]:
             flags.enabled = enabled
 
 
+@contextmanager
+def continuous_batching(model: ModelT) -> Iterator[ModelT]:
+    """Let Transformers' continuous batching run a sparse model inside the ``with`` block, and nothing else.
+
+    Transformers decides by the name of a model's attention implementation whether and how ``generate_batch`` and its
+    relatives run it, so a name that it recognises takes the place of the usual one. Pieces of prompts are prefill,
+    single tokens are decode. Layers without sparsity run on this package's attention as well.
+
+    Args:
+        model: a model after :func:`sparsify` that is, holds or wraps a Transformers model.
+
+    Yields:
+        The model.
+
+    Raises:
+        UnsupportedError: if no sparse layer goes through Transformers' attention interface, or Transformers is older
+            than 5.19.
+    """
+    transformers = {
+        name: transformer
+        for name, transformer in pretrained_models(model).items()
+        if any(uses_interface(module) for module in sparse_modules(transformer).values())
+    }
+    if not transformers:
+        raise UnsupportedError(
+            f"{type(model).__name__} has no sparse layer that goes through Transformers' attention interface, which "
+            "continuous batching needs"
+        )
+    before = {name: implementations(transformer) for name, transformer in transformers.items()}
+    try:
+        for transformer in transformers.values():
+            switch_to_paging(transformer)
+        yield model
+    finally:
+        for name, transformer in transformers.items():
+            set_implementations(transformer, before[name])
+
+
 def enable_sparse_attention(model: ModelT, pattern: str = "*") -> ModelT:
     """Switch the sparsity of some of a model's sparse layers on.
 
@@ -200,9 +239,10 @@ class LayerSummary:
     Attributes:
         name: dotted name.
         class_name: the model's own class.
-        method: name of the sparsity method, or None if the module was left as it is.
+        method: name of the sparsity method, or None if no pattern matched and the module was left as it is.
         settings: the method's fields.
-        enabled: whether the module is sparse now.
+        enabled: whether the module is switched on.
+        active: whether its last forward reached this package's attention; None before the first, or if compiled.
         sparsity: share of its visible scores that were dropped, if measured.
         mass_kept: mean share of the dense attention on kept keys, if measured.
     """
@@ -212,6 +252,7 @@ class LayerSummary:
     method: str | None
     settings: dict[str, Any]
     enabled: bool
+    active: bool | None = None
     sparsity: float | None = None
     mass_kept: float | None = None
 
@@ -222,12 +263,14 @@ class Summary(list[LayerSummary]):
     def __str__(self) -> str:
         """Return the table as plain text."""
         measured = any(layer.sparsity is not None for layer in self)
-        table = Table("module", "class", "method", "settings", "on", *(["dropped", "mass kept"] if measured else []))
+        columns = ["module", "class", "method", "settings", "on", "active"]
+        table = Table(*columns, *(["dropped", "mass kept"] if measured else []))
         for layer in self:
             settings = " ".join(f"{key}={value}" for key, value in layer.settings.items())
             shares = ["-" if x is None else f"{x:.1%}" for x in (layer.sparsity, layer.mass_kept)] if measured else []
             on = "on" if layer.enabled else "off"
-            table.add_row(layer.name, layer.class_name, layer.method or "-", settings, on, *shares)
+            active = {None: "-", True: "yes", False: "no"}[layer.active]
+            table.add_row(layer.name, layer.class_name, layer.method or "-", settings, on, active, *shares)
         console = Console(file=io.StringIO(), width=200, color_system=None)
         console.print(table)
         return cast(io.StringIO, console.file).getvalue()
@@ -256,7 +299,6 @@ def summary(model: nn.Module, statistics: ModelStatistics | None = None) -> Summ
         flags = module.sparse_attention
         measured = None if statistics is None else statistics.layers.get(name)
         shares = (None, None) if measured is None or not measured.rows else (measured.sparsity, measured.mass_kept)
-        rows.append(
-            LayerSummary(name, class_name, flags.method.method, flags.method.settings(), flags.enabled, *shares)
-        )
+        method, settings = flags.method.method, flags.method.settings()
+        rows.append(LayerSummary(name, class_name, method, settings, flags.enabled, flags.active, *shares))
     return rows

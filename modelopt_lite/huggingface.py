@@ -2,7 +2,8 @@
 
 Both functions are registered with Transformers under one name. With an attention function alone, Transformers builds
 no mask for it, and padding would be ignored without a word. The mask function hands a :class:`~.layout.Layout` to the
-attention function in the place of a mask, which models pass on untouched.
+attention function in the place of a mask, which models pass on untouched. Continuous batching has an attention function
+of its own, under a second name.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from types import CodeType
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import AttentionInterface, PreTrainedModel, masking_utils
@@ -23,12 +25,17 @@ from .layout import Layout, attend, layer_name, packed_layout, padded_layout, wh
 from .module import original_class
 
 ATTENTION_NAME = "modelopt_lite"
+# In continuous batching Transformers goes by the name: it is "flash" that takes packed sequences without a mask.
+PAGED_ATTENTION_NAME = "modelopt_lite_paged_flash"
+PAGING_SINCE = (5, 19)  # before, it knew only "paged|..." names and handed the cache's indices to it
 
 # What models pass on to every layer and what does not bear on the result, or is in the layout already.
 IRRELEVANT_ARGUMENTS = frozenset(
     {
         "cache_position",
         "deterministic",
+        "logits_indices",
+        "logits_processor_args",
         "logits_to_keep",
         "num_items_in_batch",
         "output_hidden_states",
@@ -44,6 +51,8 @@ UNSUPPORTED_ARGUMENTS = {
     "indices": "chooses its own keys",
     "block_indices": "chooses its own keys",
 }
+# What continuous batching hands to every layer for its cache.
+PAGING_ARGUMENTS = ("block_table", "cu_seq_lens_k", "max_length_k", "read_index", "write_index")
 SUPPORTED_LAYERS = (None, "full_attention", "sliding_attention")
 
 
@@ -102,6 +111,91 @@ def attention_forward(
         layout = _layout_without_mask(module, query, key, is_causal, sliding_window)
     if cu_seq_lens_q is not None:
         layout = _layout_of_lengths(module, layout, cu_seq_lens_q, cu_seq_lens_k, max_length_q)
+    return attend(module, query, key, value, layout, scaling=scaling, softcap=softcap, s_aux=s_aux), None
+
+
+def paged_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    sliding_window: int | None = None,
+    cache: Any = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int = 0,
+    position_ids: Tensor | None = None,
+    is_causal: bool = True,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention in the form Transformers' continuous batching calls it; reads the module's flags.
+
+    The one row of the batch holds pieces of many sequences: of prompts, and single tokens, which are decode steps.
+
+    Args:
+        module: the attention module; without flags it is dense.
+        query: ``[1, query_heads, len_q, head_dim]``.
+        key: ``[1, kv_heads, len_q, head_dim]``; the cache stores it and gives all keys of each piece's sequence.
+        value: ``[1, kv_heads, len_q, value_dim]``, likewise.
+        attention_mask: None, as Transformers builds no mask for this attention.
+        scaling: factor on the scores.
+        dropout: must be 0.
+        softcap: bound of the scores, if the model has one.
+        s_aux: learnable sink logits ``[query_heads]``, if the model has them.
+        sliding_window: the layer's own window, if it has one; the cache has dropped what lies before it.
+        cache: the paged cache.
+        cu_seq_lens_q: cumulative numbers of queries, ``[pieces + 1]``.
+        max_length_q: the largest number of queries.
+        position_ids: positions of the queries, ``[1, len_q]``; needed with a sliding window.
+        is_causal: whether the attention is causal.
+        kwargs: what the cache needs, and whatever else the model passes on; anything that would change the result is
+            refused.
+
+    Returns:
+        The output ``[1, len_q, query_heads, value_dim]`` and no attention weights.
+
+    Raises:
+        UnsupportedError: if the call asks for something this attention cannot do; names the layer.
+    """
+    paging = {name: kwargs.pop(name, None) for name in PAGING_ARGUMENTS}
+    refusal = _refused_argument(attention_mask, dropout, kwargs)
+    if cache is None or cu_seq_lens_q is None:
+        refusal = (
+            "there is no paged cache; inside continuous_batching() only continuous batching can run the model, and its "
+            "layers must pass on what Transformers hands to them for it"
+        )
+    elif sliding_window is not None and position_ids is None:
+        refusal = "its model does not pass position_ids on, without which a sliding window's keys cannot be placed"
+    if refusal or cu_seq_lens_q is None:
+        raise UnsupportedError(f"{layer_name(module)}: {refusal}")
+    key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=paging)
+    starts_q, lengths_q = cu_seq_lens_q[:-1], cu_seq_lens_q.diff()
+    starts_k, lengths_k = paging["cu_seq_lens_k"][:-1], paging["cu_seq_lens_k"].diff()
+    first_k = None
+    if sliding_window is not None and position_ids is not None:
+        # Behind the last piece there may be empty ones.
+        last = position_ids[0, (starts_q + lengths_q - 1).clamp(min=0)]
+        first_k = last + 1 - lengths_k
+    layout = Layout(
+        1,
+        query.shape[2],
+        key.shape[2],
+        is_causal,
+        sliding_window,
+        True,
+        starts_q,
+        lengths_q,
+        max_length_q,
+        starts_k,
+        lengths_k,
+        paging["max_length_k"],
+        None,
+        first_k,
+    )
     return attend(module, query, key, value, layout, scaling=scaling, softcap=softcap, s_aux=s_aux), None
 
 
@@ -490,5 +584,21 @@ def switch_on(model: PreTrainedModel) -> None:
             )
 
 
+def switch_to_paging(model: PreTrainedModel) -> None:
+    """Make all of a model's attention run in continuous batching, and nowhere else.
+
+    Raises:
+        UnsupportedError: if this version of Transformers has no place for it.
+    """
+    if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < PAGING_SINCE:
+        wanted = ".".join(map(str, PAGING_SINCE))
+        raise UnsupportedError(
+            f"continuous batching needs Transformers {wanted} or later, not {transformers.__version__}"
+        )
+    # Not by set_attn_implementation, which takes every name with "flash" in it for a package to import.
+    model.config._attn_implementation = PAGED_ATTENTION_NAME
+
+
 AttentionInterface.register(ATTENTION_NAME, attention_forward)
+AttentionInterface.register(PAGED_ATTENTION_NAME, paged_attention_forward)
 AttentionMaskInterface.register(ATTENTION_NAME, attention_mask)

@@ -25,10 +25,11 @@ class InterceptedAttentionModule(SparseAttentionModule):
     Switched off, and for single queries (decode) unless the method is sparse there too, PyTorch's attention runs.
     """
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model's own forward."""
+    # Not ``forward``: device maps put one onto the instance, and keep the one that was there.
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module."""
         with _Interception(self):
-            return super().forward(*args, **kwargs)
+            return super().__call__(*args, **kwargs)
 
 
 class _Interception(TorchFunctionMode):

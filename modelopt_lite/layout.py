@@ -267,6 +267,10 @@ def attend(
             f"the mask, {(layout.batch, layout.len_q)} and {(layout.batch, layout.slots)}"
         )
     layout = layout.on(query.device)
+    if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
+        # As for PyTorch's own attention: out of rotary embeddings queries and keys come in FP32, values do not.
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (x.to(dtype) for x in (query, key, value))
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # [batch, tokens, heads, dim]
     rows = torch.arange(layout.batch, device=query.device)[:, None]
     if layout.order_q is not None:
@@ -292,8 +296,9 @@ def attend(
         "softcap": softcap,
         "plan": plan,
     }
-    if flags is not None and flags.statistics is not None and flags.enabled and layout.len_q > 1:
-        flags.statistics.add(attention_statistics(query, key, **arguments))
+    if flags is not None and flags.statistics is not None and flags.enabled and layout.max_q > 1:
+        prefill = layout.lengths_q.masked_fill(layout.lengths_q == 1, 0)
+        flags.statistics.add(attention_statistics(query, key, **{**arguments, "b_seq_len": prefill}))
     backend: Backend = "auto" if flags is None else flags.method.backend
     try:
         output = cast(Tensor, attention(query, key, value, **arguments, s_aux=s_aux, backend=backend))

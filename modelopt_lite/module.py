@@ -31,6 +31,7 @@ class SparseAttentionFlags:
         enabled: whether the method applies; if not, the module is dense.
         statistics: counters to fill during prefill, or None.
         reached: whether this package's attention has been called since the module's last forward ended.
+        active: whether its last forward called it; None before the first.
         reported: whether a forward without such a call has been reported.
         hook: what takes the report away again.
     """
@@ -41,6 +42,7 @@ class SparseAttentionFlags:
     enabled: bool
     statistics: LayerStatistics | None = None
     reached: bool = False
+    active: bool | None = None
     reported: bool = False
     hook: RemovableHandle | None = None
 
@@ -93,7 +95,7 @@ def convert(
 
 
 def _report_bypass(module: nn.Module, _args: Any, _output: Any) -> None:
-    """Report a sparse layer that did its attention some other way: after every forward, once for each layer."""
+    """Note after a forward whether the layer called this package's attention, and report once if not."""
     if torch.compiler.is_compiling():
         return
     flags = cast(SparseAttentionModule, module).sparse_attention
@@ -104,7 +106,7 @@ def _report_bypass(module: nn.Module, _args: Any, _output: Any) -> None:
             flags.name,
             original_class(module).__name__,
         )
-    flags.reached = False
+    flags.active, flags.reached = flags.reached, False
 
 
 def revert(module: SparseAttentionModule) -> None:

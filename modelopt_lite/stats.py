@@ -71,6 +71,11 @@ class ModelStatistics:
 
     layers: dict[str, LayerStatistics] = field(default_factory=dict)
 
+    def merge(self, other: ModelStatistics) -> None:
+        """Add what was counted elsewhere, layer by layer."""
+        for name, layer in other.layers.items():
+            self.layers.setdefault(name, LayerStatistics()).merge(layer)
+
     @property
     def total(self) -> LayerStatistics:
         """All layers together."""

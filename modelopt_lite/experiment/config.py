@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 import yaml
@@ -16,6 +16,9 @@ from ..errors import ConfigError
 from ..schema import ConfigModel, describe_errors
 from .assets import BUILT_IN_MODEL, is_built_in_text
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 DENSE = "dense"
 """The name of the variant that all others are compared with."""
 
@@ -24,7 +27,29 @@ def _one_or_more(value: object) -> object:
     return (value,) if isinstance(value, str) else value
 
 
-class ExperimentConfig(ConfigModel):
+class FileConfig(ConfigModel):
+    """A configuration that fills a file."""
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Return the configuration in a YAML, JSON or TOML file.
+
+        Raises:
+            ConfigError: if the file or the configuration cannot be used; one line per problem.
+        """
+        content = read_config_file(path)
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            raise ConfigError(describe_errors(error, f"{os.fspath(path)}: ")) from None
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the configuration, with every default, as YAML that :meth:`load` reads."""
+        content = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        Path(path).write_text(content, encoding="utf-8")
+
+
+class ExperimentConfig(FileConfig):
     """An experiment: how much a model's predictions change when its attention is sparse.
 
     Each variant of the model reads the same windows of text and continues the same prompt. Unknown fields and
@@ -68,24 +93,6 @@ class ExperimentConfig(ConfigModel):
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
             raise ValueError("Input should be auto, cpu, cuda or cuda:N")
         return device
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> ExperimentConfig:
-        """Return the experiment described by a YAML, JSON or TOML file.
-
-        Raises:
-            ConfigError: if the file or the configuration cannot be used; one line per problem.
-        """
-        content = read_config_file(path)
-        try:
-            return cls.model_validate(content)
-        except ValidationError as error:
-            raise ConfigError(describe_errors(error, f"{os.fspath(path)}: ")) from None
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the configuration, with every default, as YAML that :meth:`load` reads."""
-        content = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-        Path(path).write_text(content, encoding="utf-8")
 
     def resolve(self) -> ExperimentConfig:
         """Return the same experiment with the device chosen and all paths absolute, so that it runs from anywhere.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from ..conversion import Summary
 from .config import ExperimentConfig
 from .quality import VariantResult
 
@@ -24,6 +26,12 @@ COLUMN_NOTES = {
     "sparsity": "share of the visible attention scores that are dropped, over all sparse layers",
     "seconds": "duration of a forward pass over the first window, timed by itself, without the statistics",
 }
+
+LAYER_COLUMNS = ("layer", "class", "matched", "active", "mass kept", "sparsity")
+LAYER_NOTE = (
+    "*Matched* names the method of the pattern that fits the layer. *Active* says whether the layer's forward reached "
+    "the sparse attention. The shares are those of the layer alone, over all windows."
+)
 
 
 def table_row(result: VariantResult) -> tuple[str, ...]:
@@ -43,6 +51,7 @@ def write_report(
     folder: Path,
     config: ExperimentConfig,
     results: Sequence[VariantResult],
+    layers: Mapping[str, Summary],
     continuations: Mapping[str, str],
     environment: Mapping[str, Any],
 ) -> None:
@@ -52,6 +61,7 @@ def write_report(
         folder: an existing folder that holds the run's config.yaml.
         config: what was run.
         results: one a variant, the dense model first.
+        layers: what each attention layer did, by variant, with its statistics.
         continuations: the prompt's continuation by variant; empty without a prompt.
         environment: date, device and versions.
     """
@@ -67,11 +77,12 @@ def write_report(
         f"- Versions: {versions}",
         "- To repeat it: `modelopt-lite run config.yaml`; every single window is in `results.jsonl`",
         "",
-        *_markdown_table(COLUMNS, [table_row(result) for result in results]),
+        *markdown_table(COLUMNS, [table_row(result) for result in results]),
         "",
         *(f"- **{column}**: {note}." for column, note in COLUMN_NOTES.items()),
         "",
         "![Perplexity, divergence and sparsity of each variant](quality.png)",
+        *layer_tables(layers),
     ]
     if config.prompt is not None:
         lines += ["", "## The same prompt, continued greedily", "", *_quote(config.prompt)]
@@ -80,7 +91,25 @@ def write_report(
     (folder / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def layer_tables(layers: Mapping[str, Summary]) -> list[str]:
+    """Return a section with a table of the layers for each variant, folded up as models have many."""
+    lines = ["", "## Layers", "", LAYER_NOTE] if layers else []
+    for variant, summary in layers.items():
+        matched = sum(layer.method is not None for layer in summary)
+        active = sum(layer.active is True for layer in summary)
+        counts = f"{matched} of {len(summary)} layers matched, {active} active"
+        lines += ["", f"<details><summary>{html.escape(variant)}: {counts}</summary>", ""]
+        rows = []
+        for layer in summary:
+            shares = ("-" if x is None else f"{100 * x:.1f} %" for x in (layer.mass_kept, layer.sparsity))
+            method = "-" if layer.method is None else layer.method + ("" if layer.enabled else " (off)")
+            active_or_not = {None: "-", True: "yes", False: "no"}[layer.active]
+            rows.append((layer.name, layer.class_name, method, active_or_not, *shares))
+        lines += [*markdown_table(LAYER_COLUMNS, rows), "", "</details>"]
+    return lines
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Return a table whose first column is left-aligned and whose others are right-aligned."""
     rule = ["---", *["---:"] * (len(header) - 1)]
     return [f"| {' | '.join(cells)} |" for cells in (header, rule, *rows)]

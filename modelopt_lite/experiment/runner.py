@@ -19,10 +19,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import __version__
-from ..conversion import sparsify, unsparsify
+from ..conversion import LayerSummary, Summary, sparsify, summary, unsparsify
 from ..errors import ConfigError
-from ..stats import collect_statistics
-from .assets import BUILT_IN_MODEL, Progress, prepare_built_in_model, read_text
+from ..stats import ModelStatistics, collect_statistics
+from .assets import Progress, check_context, load_model, read_text
 from .config import DENSE, ExperimentConfig
 from .quality import Measurement, VariantResult, compare_predictions, summarize
 from .report import write_report
@@ -52,11 +52,13 @@ class ExperimentResult:
     Attributes:
         folder: where config.yaml, results.jsonl, report.md and quality.png are.
         variants: one result a variant, the dense model first.
+        layers: what each attention layer did, by variant; without the dense model.
         continuations: the prompt's greedy continuation by variant; empty without a prompt.
     """
 
     folder: Path
     variants: tuple[VariantResult, ...]
+    layers: dict[str, Summary]
     continuations: dict[str, str]
 
 
@@ -79,25 +81,27 @@ def run_experiment(
     """
     texts = [(name, read_text(name, f"text.{i}")) for i, name in enumerate(config.text)]
     config = config.resolve()
-    model, tokenizer = _load_model(config, progress)
+    model, tokenizer = load_model(config.model, getattr(torch, config.dtype), config.device, progress)
     windows = _cut_windows(config, texts, model, tokenizer)
     for name in config.variants:  # one that does not fit is found before hours of work, kernels get compiled untimed
         _switch(model, config, name)
         _logits(model, windows[0].tokens[:WARM_UP])
     folder = _create_run_folder(config.output_dir)
     config.save(folder / "config.yaml")
-    environment = _environment(config)
+    environment = describe_environment(config.device)
 
     measurements: list[Measurement] = []
     seconds: dict[str, float] = {}
     variants: list[VariantResult] = []
+    totals = {name: ModelStatistics() for name, sparsity in config.variants.items() if sparsity is not None}
+    layers: dict[str, Summary] = {}
     continuations: dict[str, str] = {}
     steps = itertools.count()
     total = len(config.variants) * (len(windows) + (config.prompt is not None))
     with (folder / "results.jsonl").open("w", encoding="utf-8") as lines:
 
-        def write(kind: str, row: Measurement | VariantResult) -> None:
-            lines.write(json.dumps({"kind": kind, **dataclasses.asdict(row), **environment}) + "\n")
+        def write(kind: str, row: Measurement | VariantResult | LayerSummary, **more: str) -> None:
+            lines.write(json.dumps({"kind": kind, **more, **dataclasses.asdict(row), **environment}) + "\n")
             lines.flush()
 
         for window in windows:
@@ -125,32 +129,23 @@ def run_experiment(
                     )
                 )
                 write("window", measurements[-1])
+                if name in totals:
+                    totals[name].merge(statistics)
+                    layers[name] = summary(model, totals[name])
                 variants = summarize(measurements, seconds, DENSE)
                 on_results(variants)
         for variant in variants:
             write("variant", variant)
+            for layer in layers.get(variant.variant, ()):
+                write("layer", layer, variant=variant.variant)
     if config.prompt is not None:
         for name in config.variants:
             progress(f"{name} continues the prompt", next(steps), total)
             _switch(model, config, name)
             continuations[name] = _continue(model, tokenizer, config.prompt, config.max_new_tokens)
     progress("done", total, total)
-    write_report(folder, config, variants, continuations, environment)
-    return ExperimentResult(folder, tuple(variants), continuations)
-
-
-def _load_model(config: ExperimentConfig, progress: Progress) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the model, in evaluation mode and on its device, and its tokenizer."""
-    source = str(prepare_built_in_model(progress)) if config.model == BUILT_IN_MODEL else config.model
-    progress(f"loading {config.model}", 0, 0)
-    try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, config.dtype))
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        allowed = f"must be {BUILT_IN_MODEL} or the name or folder of a Transformers causal language model"
-        raise ConfigError(f"model: {config.model!r} is not allowed; {allowed} ({reason})") from error
-    return model.eval().to(config.device), tokenizer
+    write_report(folder, config, variants, layers, continuations, environment)
+    return ExperimentResult(folder, tuple(variants), layers, continuations)
 
 
 def _cut_windows(
@@ -160,11 +155,7 @@ def _cut_windows(
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[Window]:
     """Tokenize each text as a whole and take its first windows, side by side."""
-    longest = getattr(model.config, "max_position_embeddings", config.window_length)
-    if config.window_length > longest:
-        raise ConfigError(
-            f"window_length: {config.window_length} is not allowed; must be at most {longest}, the model's context"
-        )
+    check_context(model, config.window_length, "window_length")
     windows = []
     for i, (name, text) in enumerate(texts):
         tokens = torch.tensor(tokenizer(text).input_ids, device=config.device)
@@ -237,15 +228,15 @@ def _create_run_folder(parent: Path) -> Path:
             ) from error
 
 
-def _environment(config: ExperimentConfig) -> dict[str, Any]:
-    """Return what the results depend on besides the configuration."""
-    if config.device.startswith("cuda"):
-        device = torch.cuda.get_device_name(config.device)
+def describe_environment(device: str) -> dict[str, Any]:
+    """Return what results depend on besides the configuration: date, name of the device, versions."""
+    if device.startswith("cuda"):
+        name = torch.cuda.get_device_name(device)
     else:
-        device = f"{config.device} ({platform.machine()}, {torch.get_num_threads()} threads)"
+        name = f"{device} ({platform.machine()}, {torch.get_num_threads()} threads)"
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "device": device,
+        "device": name,
         "versions": {
             "python": platform.python_version(),
             "modelopt_lite": __version__,

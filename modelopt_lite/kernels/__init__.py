@@ -57,7 +57,8 @@ def attention(
 
     Sequence ``b`` owns rows ``b_start_loc[b] : b_start_loc[b] + b_seq_len[b]`` of ``q``, and likewise of ``k`` and
     ``v``. With more keys than queries (chunked prefill, decode) the queries are the sequence's last tokens. Without
-    the three ``_k`` arguments, keys have the layout of the queries.
+    the three ``_k`` arguments, keys have the layout of the queries. Sequences may share rows of ``k`` and ``v``; the
+    gradient of such a row is their sum on the torch backend, but that of only one of them on the triton backend.
 
     Args:
         q: queries, ``[total_q, query_heads, head_dim]``; FP16, BF16, FP32 or FP64.
@@ -168,7 +169,8 @@ def attention_statistics(
         b_first_k,
     )
     problem.check_values(q.shape[0], k.shape[0])
-    return statistics_blocked(q, k, problem)
+    with torch.autocast(q.device.type, enabled=False):
+        return statistics_blocked(q, k, problem)
 
 
 def _checked_problem(

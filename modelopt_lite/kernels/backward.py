@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import LOG2E, join_groups, key_spans, load_tile, scale_scores, select_scores
+from .tiles import LOG2E, join_groups, key_spans, load_tile, scale_scores, select_scores, weigh
 
 BOUNDED_N = tl.constexpr(32)
 """Keys of a tile that may reach past the sequence, for ``gradient_of_queries``."""
@@ -111,11 +111,7 @@ def differentiate_softmax(
     for r in tl.static_range(GROUP):
         weight = tl.math.exp2(parts[r] * to_log2 - shift)
         if SCORE_HOOK is not None and OPTIONS.keeps_group_max:
-            if OPTIONS.hopper and not MASKED:
-                # As in the forward, one instruction.
-                weight = weight * keep[r].to(tl.float32)
-            else:
-                weight = tl.where(keep[r], weight, 0.0)
+            weight = weigh(weight, keep[r])
         weights = weights + (weight,)
     weights = join_groups(weights)
     grad_scores = weights * (grad_weights - delta)

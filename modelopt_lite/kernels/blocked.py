@@ -251,8 +251,9 @@ def backward_blocked(
     accumulated = lse.dtype
     grad_q, grad_k, grad_v = (x.new_zeros(x.shape, dtype=accumulated) for x in (q, k, v))
     # Rows without a key have lse -inf; with 0 instead their weights come out as exp(-inf) = 0.
-    lse = lse.masked_fill(lse == -torch.inf, 0.0)
-    delta = (grad.to(accumulated) * output.to(accumulated)).sum(-1)
+    empty = lse == -torch.inf
+    lse = lse.masked_fill(empty, 0.0)
+    delta = (grad.to(accumulated) * output.to(accumulated)).sum(-1).masked_fill(empty, 0.0)
     for item, sequence in _sequences(q, k, v, problem):
         in_q, in_k = item.queries, item.keys
         grads = sequence.heads_first(grad[in_q])
@@ -283,7 +284,6 @@ def backward_blocked(
         grad_v[in_k] += sequence.interleave(grad_v_blocks)
     grad_s_aux = None
     if s_aux is not None:
-        # Rows of no sequence have delta 0.
         grad_s_aux = -(torch.exp(s_aux.to(accumulated) - lse) * delta).sum(0).to(s_aux.dtype)
     return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), grad_s_aux
 

@@ -17,7 +17,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import LOG2E, join_groups, key_spans, load_tile, maximum_of, scale_scores, select_scores
+from .tiles import (
+    LOG2E,
+    join_groups,
+    key_spans,
+    load_tile,
+    maximum_of,
+    regroup,
+    scale_scores,
+    select_scores,
+    weigh,
+)
 
 LN2 = tl.constexpr(0.6931471805599453)
 LANES = tl.constexpr(8)
@@ -68,12 +78,14 @@ def attend_tile(
     if FROZEN:
         shift = running_max
     else:
-        if MASKED or OPTIONS.hopper or not OPTIONS.keeps_group_max:
-            tile_max = tl.max(maximum_of(parts), 1) * to_log2
+        if OPTIONS.hopper:
+            tile_max = tl.max(maximum_of(parts), 1)
         else:
             # Seeing one product feed the other without a split, the compiler lays both out alike.
-            tile_max = tl.max(scores, 1) * to_log2
-        new_max = tl.maximum(running_max, tile_max)
+            tile_max = tl.max(scores, 1)
+            if MASKED or not OPTIONS.keeps_group_max:
+                tile_max = tl.minimum(tile_max, tl.max(maximum_of(parts), 1))
+        new_max = tl.maximum(running_max, tile_max * to_log2)
         if MASKED or not OPTIONS.keeps_group_max:
             # Nothing kept so far: any finite number does.
             shift = tl.where(new_max == float("-inf"), 0.0, new_max)
@@ -88,17 +100,18 @@ def attend_tile(
     for r in tl.static_range(GROUP):
         weight = tl.math.exp2(parts[r] * to_log2 - shift[:, None])
         if SCORE_HOOK is not None and OPTIONS.keeps_group_max:
-            if OPTIONS.hopper and not MASKED:
-                # A comparison that gives a number is one instruction, and the product does not compete with it.
-                weight = weight * keep[r].to(tl.float32)
-            else:
-                weight = tl.where(keep[r], weight, 0.0)
+            weight = weigh(weight, keep[r])
         weights = weights + (weight,)
     # [BLOCK_M, BLOCK_N]
     probabilities = join_groups(weights)
     partial_sum += tl.sum(probabilities.reshape(BLOCK_M, BLOCK_N // LANES, LANES), 1)
+    REGROUPED: tl.constexpr = GROUP > 1 and not OPTIONS.hopper
+    if REGROUPED:
+        probabilities = regroup(probabilities)
     # [BLOCK_N, BLOCK_DV]
-    value_tile = load_tile(value, first, length, OPTIONS.value_dim, BLOCK_N, OPTIONS.block_dv, GROUP, BOUNDED, lower)
+    value_tile = load_tile(
+        value, first, length, OPTIONS.value_dim, BLOCK_N, OPTIONS.block_dv, GROUP, BOUNDED, lower, REGROUPED
+    )
     accumulator = tl.dot(probabilities.to(value_tile.dtype), value_tile, accumulator, input_precision="ieee")
     return accumulator, running_max, partial_sum
 
@@ -120,24 +133,26 @@ def attend_tiles(
 ):
     """Take all key tiles of ``spans`` into the softmax: masked, bounded, then hot ones."""
     BLOCK_N: tl.constexpr = OPTIONS.block_n
+    # Registers are full where every tile has a maximum: what does not change is worth computing again.
+    AGAIN: tl.constexpr = not OPTIONS.frozen
     keys_begin, hot_begin, band_begin, band_end, full_end, bounded_begin, keys_end = spans
 
     # Before the hot tiles and between them (or, when causal, after them).
-    for offset in tl.range(0, hot_begin - keys_begin + band_end - band_begin, BLOCK_N):
+    for offset in tl.range(0, hot_begin - keys_begin + band_end - band_begin, BLOCK_N, disable_licm=AGAIN):
         first = keys_begin + offset
         first += tl.where(first >= hot_begin, band_begin - hot_begin, 0)
         accumulator, running_max, partial_sum = attend_tile(
             query, first, accumulator, running_max, partial_sum, key, value, rules, numbers, hook_args,
             SCORE_HOOK, OPTIONS, BLOCK_N, MASKED=True, BOUNDED=False, FROZEN=False,
         )  # fmt: skip
-    for first in tl.range(bounded_begin, keys_end, BOUNDED_N, num_stages=1):
+    for first in tl.range(bounded_begin, keys_end, BOUNDED_N, num_stages=1, disable_licm=AGAIN):
         accumulator, running_max, partial_sum = attend_tile(
             query, first, accumulator, running_max, partial_sum, key, value, rules, numbers, hook_args,
             SCORE_HOOK, OPTIONS, BOUNDED_N, MASKED=True, BOUNDED=True, FROZEN=False,
         )  # fmt: skip
     # Without sinks and recent keys, hot tiles are empty to a rule that keeps nothing.
     hot_end = hot_begin if OPTIONS.keeps_nothing else full_end - (band_end - band_begin)
-    for begin in tl.range(hot_begin, hot_end, BLOCK_N):
+    for begin in tl.range(hot_begin, hot_end, BLOCK_N, disable_licm=AGAIN):
         first = begin
         if not OPTIONS.causal:
             first += tl.where(first >= band_begin, band_end - band_begin, 0)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import functools
+import os
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+from triton.experimental.gluon.language import NVMMASharedLayout
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.language import constexpr
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..plan import AttentionPlan
 from .backward import gradient_of_keys, gradient_of_queries, gradient_rows
 from .forward import attention_forward
+from .hopper import ROWS, WARPGROUPS, attention_forward_hopper, prepare
 from .tiles import LOG2E
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -37,6 +41,7 @@ class Options(NamedTuple):
     causal: bool
     sliding: bool
     softcap: bool
+    sinks: bool
     prescale: bool
     keeps_group_max: bool
     keeps_nothing: bool
@@ -71,7 +76,7 @@ OLDEST = 80
 """Compute capability from which on GPUs have what the kernel needs."""
 
 # The first row that fits. Those of capability 90 for 16-bit types up to a dimension of 128 are what
-# benchmarks/tune_forward.py found fastest on an H200 with BF16; the others fit the GPU, and have not been timed.
+# benchmarks/tune.py found fastest on an H200 with BF16; the others fit the GPU, and have not been timed.
 # settings: block_m, block_n, num_warps, num_stages, descriptors, frozen
 SETTINGS = (
     SettingsRow(100, 2, 128, 16, Settings(128, 64, 8, 2, True, False)),
@@ -85,7 +90,9 @@ SETTINGS = (
     SettingsRow(80, 2, 256, 16, Settings(128, 32, 8, 2, False, False)),
     SettingsRow(80, 4, 256, 16, Settings(32, 32, 8, 1, False, False)),
 )
-# The same for both kernels of the backward. benchmarks/tune_backward.py measures candidates; none has been timed yet.
+# The Hopper kernel's; its warps are those of one warpgroup.
+HOPPER_SETTINGS = Settings(128, 128, 4, 2, True, True)
+# The same for both kernels of the backward. benchmarks/tune.py measures candidates; none has been timed yet.
 QUERY_SETTINGS = (
     SettingsRow(100, 2, 128, 16, Settings(128, 64, 8, 2, True, False)),
     SettingsRow(90, 2, 64, 8, Settings(64, 64, 4, 3, True, False)),
@@ -170,16 +177,50 @@ def forward(
 
     block_d, block_dv = block_dim(head_dim), block_dim(value_dim)
     group = 1 if plan.is_dense else plan.group
-    if settings is None:
+    is_placed = first_q is not None or first_k is not None or (sliding_window is not None and not is_causal)
+    is_hopper = settings is None and not is_placed and kernel_for(q, k, v, max_q) == "hopper"
+    if is_hopper:
+        settings = HOPPER_SETTINGS._replace(frozen=q.dtype == torch.bfloat16)
+    elif settings is None:
         capability = compute_capability(q.device)
         settings = default_settings(capability, q.dtype, max(block_d, block_dv), group, is_causal)
     options = _options(settings, head_dim, value_dim, is_causal, sliding_window, softcap, plan)
-    if first_q is not None or first_k is not None or (sliding_window is not None and not is_causal):
+    tiles = triton.cdiv(max_q, settings.block_m)
+    heads_per_wave = min(_heads_per_wave(max_k, k, v) * (query_heads // kv_heads), batch * query_heads)
+    distances = tuple(min(x, FAR) for x in (plan.num_sink_tokens, plan.dense_window_size, sliding_window or 0))
+    if is_hopper:
+        counter = torch.empty(1, dtype=torch.int32, device=q.device)
+        with torch.cuda.device_of(q):
+            prepare[(triton.cdiv(total, settings.block_m),)](
+                counter, out, lse, out.stride()[:2], starts_q, lengths_q, batch, total, query_heads, OPTIONS=options
+            )
+            attention_forward_hopper[(min(processors(q.device), batch * query_heads * tiles),)](
+                _gluon_descriptor(q, list(q.shape), list(q.stride()), [ROWS.value, 1, block_d]),
+                *(_gluon_descriptor(*_keys_as_groups(x, group, block, settings)) for x, block in ((k, block_d), (v, block_dv))),
+                out,
+                lse,
+                s_aux,
+                counter,
+                out.stride()[:2],
+                (starts_q, lengths_q, starts_k, lengths_k),
+                (query_heads, query_heads // kv_heads),
+                (softmax_scale, softcap or 0.0),
+                batch,
+                tiles,
+                heads_per_wave,
+                distances,
+                _hook_args(plan),
+                SCORE_HOOK=plan.score_hook,
+                OPTIONS=options,
+                STAGES=settings.num_stages,
+                num_warps=settings.num_warps,
+                enable_fp_fusion=True,
+            )
+        return out, lse
+    if is_placed:
         first_k = torch.zeros_like(starts_k) if first_k is None else first_k
         first_q = first_k + lengths_k - lengths_q if first_q is None else first_q
-        options = options._replace(placed=True, frozen=False)
-    tiles = triton.cdiv(max_q, settings.block_m)
-    heads_per_wave = _heads_per_wave(max_k, k, v) * (query_heads // kv_heads)
+        options = options._replace(placed=True, frozen=False, sinks=True)
     programs = batch * query_heads * tiles + triton.cdiv(total, settings.block_m)
     with torch.cuda.device_of(q):
         attention_forward[(programs,)](
@@ -197,10 +238,8 @@ def forward(
             batch,
             total,
             tiles,
-            min(heads_per_wave, batch * query_heads),
-            min(plan.num_sink_tokens, FAR),
-            min(plan.dense_window_size, FAR),
-            min(sliding_window or 0, FAR),
+            heads_per_wave,
+            *distances,
             _hook_args(plan),
             SCORE_HOOK=plan.score_hook,
             OPTIONS=options,
@@ -382,6 +421,26 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> str | None:
     return None
 
 
+def kernel_for(q: Tensor, k: Tensor, v: Tensor, max_q: int) -> str:
+    """Say which forward kernel runs arguments that :func:`refusal` does not refuse: ``"hopper"`` or ``"portable"``.
+
+    The environment variable ``MODELOPT_LITE_KERNEL`` may name one: ``portable`` for always, ``hopper`` for wherever it
+    can, even where its tiles of 128 queries are too large to pay.
+    """
+    wanted = os.environ.get("MODELOPT_LITE_KERNEL", "")
+    if wanted not in ("", "hopper", "portable"):
+        raise ValueError(f"MODELOPT_LITE_KERNEL: {wanted!r} is not allowed; hopper, portable or nothing")
+    can = (
+        compute_capability(q.device) == 90
+        and q.dtype in (torch.float16, torch.bfloat16)
+        and q.shape[2] == v.shape[2]
+        and q.shape[2] in (64, 128)
+        and all(map(_is_aligned, (q, k, v)))
+    )
+    pays = max_q > ROWS.value
+    return "hopper" if can and wanted != "portable" and (pays or wanted == "hopper") else "portable"
+
+
 def block_dim(dim: int) -> int:
     """Return the tile width for a head dimension: matrix instructions want powers of two from 16 on."""
     return max(16, 1 << (dim - 1).bit_length())
@@ -392,6 +451,12 @@ def compute_capability(device: torch.device) -> int:
     """Return a GPU's compute capability as ``10 * major + minor``."""
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Return a GPU's number of multiprocessors."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def default_settings(
@@ -450,6 +515,7 @@ def _options(
         causal=is_causal,
         sliding=sliding_window is not None,
         softcap=softcap is not None,
+        sinks=plan.num_sink_tokens > 0,
         prescale=not (plan.is_dense or plan.scale_free),
         keeps_group_max=plan.is_dense or plan.keeps_group_max,
         keeps_nothing=plan.keeps_nothing,
@@ -477,10 +543,27 @@ def _descriptor(x: Tensor, group: int, block_d: int, settings: Settings) -> Any:
     """
     if not (settings.descriptors and _is_aligned(x)):
         return None
+    return TensorDescriptor(*_keys_as_groups(x, group, block_d, settings))
+
+
+def _keys_as_groups(
+    x: Tensor, group: int, block_d: int, settings: Settings
+) -> tuple[Tensor, list[int], list[int], list[int]]:
+    """Return a descriptor's tensor, shape, strides and box."""
     phases = 1 if group == 1 else 2 * group
     shape = [phases, triton.cdiv(x.shape[0], group), *x.shape[1:]]
     strides = [x.stride(0), group * x.stride(0), x.stride(1), 1]
-    return TensorDescriptor(x, shape, strides, [group, settings.block_n // group, 1, block_d])
+    return x, shape, strides, [group, settings.block_n // group, 1, block_d]
+
+
+def _gluon_descriptor(x: Tensor, shape: list[int], strides: list[int], box: list[int]) -> GluonDescriptor:
+    return GluonDescriptor(x, shape, strides, box, _shared_layout(len(box)))
+
+
+@functools.cache
+def _shared_layout(rank: int) -> NVMMASharedLayout:
+    """Return how a tile of 16-bit rows lies in shared memory for matrix instructions."""
+    return NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=rank)
 
 
 def _query_descriptor(x: Tensor, block_d: int, settings: Settings) -> Any:

@@ -70,7 +70,8 @@ def _forward(
         )
     problem = AttentionProblem(*packing, is_causal, softmax_scale, sliding_window, softcap, plan, first_q, first_k)
     problem.check_values(q.shape[0], k.shape[0])
-    return forward_blocked(q, k, v, s_aux, problem)
+    with torch.autocast(q.device.type, enabled=False):
+        return forward_blocked(q, k, v, s_aux, problem)
 
 
 @_forward.register_fake
@@ -124,7 +125,8 @@ def _backward(
         )
     else:
         problem = AttentionProblem(*packing, is_causal, softmax_scale, sliding_window, softcap, plan, first_q, first_k)
-        grad_q, grad_k, grad_v, grad_s_aux = backward_blocked(grad, q, k, v, s_aux, output, lse, problem)
+        with torch.autocast(q.device.type, enabled=False):
+            grad_q, grad_k, grad_v, grad_s_aux = backward_blocked(grad, q, k, v, s_aux, output, lse, problem)
     # An operator returns tensors, so no gradient is an empty one.
     return grad_q, grad_k, grad_v, q.new_empty(0) if grad_s_aux is None else grad_s_aux
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .language import less_share
+
 LOG2E = tl.constexpr(1.4426950408889634)
 MAX_HALVINGS = tl.constexpr(4)
 
@@ -24,6 +26,7 @@ def load_tile(
     GROUP: tl.constexpr,
     BOUNDED: tl.constexpr,
     lower,
+    REGROUPED: tl.constexpr = False,
 ):
     """Load rows ``[first, first + BLOCK_N)`` of one head of one sequence, deinterleaved: ``[BLOCK_N, BLOCK_D]``.
 
@@ -38,6 +41,7 @@ def load_tile(
         BOUNDED: whether the tile may reach past the sequence. Such a tile is not read through the descriptor, which
             would find the next sequence there.
         lower: first row that exists; what a ``BOUNDED`` tile has before it is zero.
+        REGROUPED: whether rows come in the order that :func:`regroup` gives columns; without a descriptor.
     """
     pointer, stride, descriptor, start, head = source
     row = start + first
@@ -46,6 +50,8 @@ def load_tile(
         tile = descriptor.load([row % GROUP, row // GROUP, head, 0]).reshape(BLOCK_N, BLOCK_D)
     else:
         places = tl.arange(0, BLOCK_N)
+        if REGROUPED:
+            places = places // 16 * 16 + places // 2 % 2 * 8 + places // 4 % 4 * 2 + places % 2
         offsets_n = GROUP * (places % (BLOCK_N // GROUP)) + places // (BLOCK_N // GROUP)
         offsets_d = tl.arange(0, BLOCK_D)
         # [BLOCK_N, BLOCK_D]
@@ -87,6 +93,17 @@ def join_groups(parts):
 
 
 @triton.jit
+def regroup(tile):
+    """Reorder columns such that what a thread has of a product's 16 columns, 2 and 2, comes to be 4 in a row.
+
+    The matrix instructions before Hopper take columns in any order, and this is the one that the compiler asks for
+    when the tile has been joined. Without it, threads would have to exchange what they have.
+    """
+    sixteens = tile.reshape(tile.shape[0], tile.shape[1] // 16, 2, 4, 2)
+    return sixteens.permute(0, 1, 3, 2, 4).reshape(tile.shape[0], tile.shape[1])
+
+
+@triton.jit
 def halve(tile):
     """Split a tile into its left and right half."""
     return tile.reshape(tile.shape[0], 2, tile.shape[1] // 2).permute(0, 2, 1).split()
@@ -108,6 +125,30 @@ def maximum_of(parts):
                 pairs = pairs + (tl.maximum(parts[2 * index], parts[2 * index + 1]),)
             parts = pairs
     return parts[0]
+
+
+@triton.jit
+def is_kept(flag):
+    """Turn what a hook says of one place into booleans."""
+    if flag.dtype == tl.int1:
+        kept = flag
+    elif flag.dtype == tl.int32:  # dropped()
+        kept = flag == 0
+    else:
+        kept = flag != 0
+    return kept
+
+
+@triton.jit
+def weigh(weight, flag):
+    """Set weights to 0 where a hook does not keep them."""
+    if flag.dtype == tl.int1:
+        kept = tl.where(flag, weight, 0.0)
+    elif flag.dtype == tl.int32:  # dropped()
+        kept = less_share(weight, flag.to(tl.float32, bitcast=True))
+    else:
+        kept = weight * flag
+    return kept
 
 
 @triton.jit
@@ -187,15 +228,17 @@ def select_scores(
         if MASKED:
             exempted = ()
             for r in tl.static_range(GROUP):
-                recent = k_pos[r] > q_pos - window
+                exempt = k_pos[r] > q_pos - window
                 if not OPTIONS.causal:
-                    recent = recent & (k_pos[r] <= q_pos)
-                exempted = exempted + (keep[r] | recent | (k_pos[r] < num_sinks),)
+                    exempt = exempt & (k_pos[r] <= q_pos)
+                if OPTIONS.sinks:
+                    exempt = exempt | (k_pos[r] < num_sinks)
+                exempted = exempted + (is_kept(keep[r]) | exempt,)
             keep = exempted
         if not OPTIONS.keeps_group_max:
             kept = ()
             for r in tl.static_range(GROUP):
-                kept = kept + (tl.where(keep[r], parts[r], float("-inf")),)
+                kept = kept + (tl.where(is_kept(keep[r]), parts[r], float("-inf")),)
             parts = kept
     return parts, keep
 

@@ -2,7 +2,60 @@
 
 from __future__ import annotations
 
-from .language import jit, tl
+from .language import INTERPRETED, at_least, combine, constexpr, dropped, jit, more_than, tl
+
+# What becomes of three flags; see combine().
+ALL = constexpr(0b10000000)
+ALL_BUT_LAST = constexpr(0b01000000)
+FIRST_ONLY = constexpr(0b00010000)
+ANY = constexpr(0b11111110)
+MOST = constexpr(0b11101000)
+MOST_LAST_INVERTED = constexpr(0b11010100)
+
+
+def _four_of_eight(groups: int) -> str:
+    """Write PTX that keeps the four largest scores of each of some groups of 8.
+
+    Both halves of a group are sorted, which tells its fourth largest score, and all are compared with that. Where more
+    than four are at least as large, some are equal to it, and only the first of these stay: a branch, as it is rare.
+
+    Operands are the flags of each place, then the scores of each place, ``groups`` registers each.
+    """
+    flag = [[f"${place * groups + group}" for place in range(8)] for group in range(groups)]
+    score = [[f"${(8 + place) * groups + group}" for place in range(8)] for group in range(groups)]
+    # pairs of places, the larger of which comes first afterwards
+    network = [(0, 1), (2, 3), (4, 5), (6, 7), (0, 2), (1, 3), (4, 6), (5, 7), (1, 2), (5, 6)]
+    lines = [".reg .pred done, equal, room;", ".reg .b32 number, left;", f".reg .f32 fourth<{groups}>, x<8>, low;"]
+    lines += ["mov.b32 number, 0;"]
+    for group in range(groups):
+        x = list(score[group])
+        for step, (i, j) in enumerate(network):
+            if step < 4:
+                lines += [f"max.f32 x{i}, {x[i]}, {x[j]};", f"min.f32 x{j}, {x[i]}, {x[j]};"]
+            else:
+                lines += [f"min.f32 low, x{i}, x{j};", f"max.f32 x{i}, x{i}, x{j};", f"mov.f32 x{j}, low;"]
+        lines += [f"max.f32 x{i}, x{i}, x{7 - i};" for i in range(4)]
+        lines += ["min.f32 x0, x0, x1;", "min.f32 x2, x2, x3;", f"min.f32 fourth{group}, x0, x2;"]
+        for r in range(8):
+            lines += [f"set.ge.f32.f32 {flag[group][r]}, {score[group][r]}, fourth{group};"]
+            # 1.0 is 0x3F800000; added up as integers, flags are counted.
+            lines += [f"add.u32 number, number, {flag[group][r]};"]
+    lines += [f"setp.eq.u32 done, number, {4 * groups * 0x3F800000 % 2**32};", "@done bra DONE;"]
+    for group in range(groups):
+        # With fewer than four visible scores all are kept, and it does not matter what is said of the others.
+        lines += [f"setp.eq.f32 done, fourth{group}, 0fFF800000;", f"@done bra NEXT{group};", "mov.b32 left, 4;"]
+        for r in range(8):
+            lines += [f"setp.gt.f32 equal, {score[group][r]}, fourth{group};", "@equal sub.s32 left, left, 1;"]
+        for r in range(8):
+            lines += [f"setp.eq.f32 equal, {score[group][r]}, fourth{group};", "setp.gt.s32 room, left, 0;"]
+            lines += [f"@equal selp.f32 {flag[group][r]}, 0f3F800000, 0f00000000, room;"]
+            lines += ["@equal sub.s32 left, left, 1;"]
+        lines += [f"NEXT{group}:"]
+    return "{ " + " ".join(lines) + " DONE: }"
+
+
+FOUR_OF_EIGHT = constexpr(_four_of_eight(2))
+FOUR_OF_EIGHT_OPERANDS = constexpr(",".join(["=&f"] * 16 + ["f"] * 16))
 
 
 @jit
@@ -16,16 +69,18 @@ def keep_top_n_hook(scores, q_pos, k_pos, args):
         args: ``(n,)``, known at compile time, ``1 <= n < len(scores)``.
 
     Returns:
-        One boolean tile a place.
+        What to keep, one tile a place; see :class:`~modelopt_lite.plan.AttentionPlan`.
     """
     N: tl.constexpr = args[0]
     M: tl.constexpr = len(scores)
-    if N == 1:
+    if M == 4:
+        keep = keep_of_four(scores, N)
+    elif N == 1:
         keep = keep_largest(scores)
     elif N == M - 1:
         keep = drop_smallest(scores)
-    elif M == 4:
-        keep = keep_two_of_four(scores)
+    elif N == 4 and M == 8 and not INTERPRETED:
+        keep = keep_four_of_eight(scores)
     else:
         keep = keep_by_rank(scores, N)
     return keep
@@ -40,10 +95,12 @@ def keep_largest(scores):
     for place in tl.static_range(1, M - 1):
         before = before + (tl.maximum(before[place - 1], scores[place]),)
         after = after + (tl.maximum(after[place - 1], scores[M - 1 - place]),)
-    keep = (scores[0] >= after[M - 2],)
+    keep = (at_least(scores[0], after[M - 2]),)
     for place in tl.static_range(1, M - 1):
-        keep = keep + ((scores[place] > before[place - 1]) & (scores[place] >= after[M - 2 - place]),)
-    return keep + (scores[M - 1] > before[M - 2],)
+        keep = keep + (
+            tl.minimum(more_than(scores[place], before[place - 1]), at_least(scores[place], after[M - 2 - place])),
+        )
+    return keep + (more_than(scores[M - 1], before[M - 2]),)
 
 
 @jit
@@ -55,28 +112,62 @@ def drop_smallest(scores):
     for place in tl.static_range(1, M - 1):
         before = before + (tl.minimum(before[place - 1], scores[place]),)
         after = after + (tl.minimum(after[place - 1], scores[M - 1 - place]),)
-    keep = (scores[0] >= after[M - 2],)
+    keep = (at_least(scores[0], after[M - 2]),)
     for place in tl.static_range(1, M - 1):
-        keep = keep + ((scores[place] > before[place - 1]) | (scores[place] >= after[M - 2 - place]),)
-    return keep + (scores[M - 1] > before[M - 2],)
+        keep = keep + (
+            tl.maximum(more_than(scores[place], before[place - 1]), at_least(scores[place], after[M - 2 - place])),
+        )
+    return keep + (more_than(scores[M - 1], before[M - 2]),)
 
 
 @jit
-def keep_two_of_four(scores):
-    """Keep two of four: a score must beat one of the other pair, and the order in its own pair says which."""
+def keep_of_four(scores, N: tl.constexpr):
+    """Keep scores that come before at least ``4 - N`` of the other three, in descending order."""
     a, b, c, d = scores
-    high_ab = tl.maximum(a, b)
-    low_ab = tl.minimum(a, b)
-    high_cd = tl.maximum(c, d)
-    low_cd = tl.minimum(c, d)
-    a_first = a >= b
-    c_first = c >= d
-    return (
-        a >= tl.where(a_first, low_cd, high_cd),
-        b >= tl.where(a_first, high_cd, low_cd),
-        c > tl.where(c_first, low_ab, high_ab),
-        d > tl.where(c_first, high_ab, low_ab),
-    )
+    ab = at_least(a, b)
+    ac = at_least(a, c)
+    ad = at_least(a, d)
+    bc = at_least(b, c)
+    bd = at_least(b, d)
+    cd = at_least(c, d)
+    if N == 1:
+        keep = (
+            combine(ab, ac, ad, ALL),
+            combine(bc, bd, ab, ALL_BUT_LAST),
+            combine(cd, ac, bc, FIRST_ONLY),
+            dropped(combine(ad, bd, cd, ANY)),
+        )
+    elif N == 2:
+        keep = (
+            combine(ab, ac, ad, MOST),
+            combine(bc, bd, ab, MOST_LAST_INVERTED),
+            dropped(combine(ac, bc, cd, MOST_LAST_INVERTED)),
+            dropped(combine(ad, bd, cd, MOST)),
+        )
+    else:
+        keep = (
+            combine(ab, ac, ad, ANY),
+            dropped(combine(ab, bc, bd, FIRST_ONLY)),
+            dropped(combine(ac, bc, cd, ALL_BUT_LAST)),
+            dropped(combine(ad, bd, cd, ALL)),
+        )
+    return keep
+
+
+@jit
+def keep_four_of_eight(scores):
+    """Keep four of eight, two groups at a time."""
+    a, b, c, d, e, f, g, h = scores
+    return tl.inline_asm_elementwise(
+        FOUR_OF_EIGHT,
+        FOUR_OF_EIGHT_OPERANDS,
+        [a, b, c, d, e, f, g, h],
+        dtype=(
+            tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32
+        ),
+        is_pure=True,
+        pack=2,
+    )  # fmt: skip
 
 
 @jit
@@ -92,7 +183,7 @@ def keep_by_rank(scores, N: tl.constexpr):
     FIELDS: tl.constexpr = 24 // WIDTH
     keep = ()
     for counter in tl.static_range((M + FIELDS - 1) // FIELDS):
-        packed = tl.zeros_like(scores[0])
+        packed = 0.0
         for place in tl.static_range(counter * FIELDS, min((counter + 1) * FIELDS, M)):
             # all before it, unless found otherwise
             packed += (TOP - N + place) * 2.0 ** (WIDTH * (place - counter * FIELDS))
@@ -100,11 +191,11 @@ def keep_by_rank(scores, N: tl.constexpr):
             for higher in tl.static_range(lower + 1, M):
                 if lower // FIELDS == counter and higher // FIELDS == counter:
                     weight = 2.0 ** (WIDTH * (lower % FIELDS)) - 2.0 ** (WIDTH * (higher % FIELDS))
-                    packed += (scores[higher] > scores[lower]).to(tl.float32) * weight
+                    packed += more_than(scores[higher], scores[lower]) * weight
                 elif lower // FIELDS == counter:
-                    packed += (scores[higher] > scores[lower]).to(tl.float32) * 2.0 ** (WIDTH * (lower % FIELDS))
+                    packed += more_than(scores[higher], scores[lower]) * 2.0 ** (WIDTH * (lower % FIELDS))
                 elif higher // FIELDS == counter:
-                    packed -= (scores[higher] > scores[lower]).to(tl.float32) * 2.0 ** (WIDTH * (higher % FIELDS))
+                    packed -= more_than(scores[higher], scores[lower]) * 2.0 ** (WIDTH * (higher % FIELDS))
         bits = packed.to(tl.int32)
         for place in tl.static_range(counter * FIELDS, min((counter + 1) * FIELDS, M)):
             keep = keep + ((bits & (TOP << (WIDTH * (place - counter * FIELDS)))) == 0,)

@@ -17,7 +17,7 @@ from .base import SinkTokens, SparseAttentionMethod, WindowSize
 @jit
 def keep_nothing_hook(scores, q_pos, k_pos, args):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201 - Triton
     """Keep no score: what stays are the sinks and the window, which belong to the kernel."""
-    return (tl.full(scores[0].shape, 0, tl.int1),)
+    return (scores[0] < float("-inf"),)
 
 
 @register_sparse_method

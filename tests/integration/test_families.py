@@ -6,15 +6,24 @@ from itertools import pairwise
 
 import pytest
 import torch
+import transformers
 from accelerate import dispatch_model
 from families import FAMILIES, VOCABULARY, names
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from transformers import DynamicCache, GenerationConfig, LlamaConfig, StaticCache
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LlamaConfig,
+    QuantizedCache,
+    StaticCache,
+    cache_utils,
+)
 from transformers.masking_utils import create_causal_mask, create_chunked_causal_mask
 
 import modelopt_lite as mtsa
+from modelopt_lite import huggingface
 from modelopt_lite.huggingface import ATTENTION_NAME
 
 LENGTH = 37
@@ -195,10 +204,10 @@ def test_chunks(family, cuts, target):
     torch.testing.assert_close(chunked[0], whole[0], **CLOSE)
 
 
-def by_hand(model, ids, new):
+def by_hand(model, ids, new, cache=None):
     """Greedy generation of one sequence, step by step."""
     with torch.no_grad():
-        result = model(input_ids=ids, use_cache=True)
+        result = model(input_ids=ids, past_key_values=cache, use_cache=True)
         found = [result.logits[:, -1:].argmax(-1)]
         for _ in range(new - 1):
             result = model(input_ids=found[-1], past_key_values=result.past_key_values, use_cache=True)
@@ -277,6 +286,23 @@ def test_assisted_decoding(family, target):
     with mtsa.disabled(model):
         dense = model.generate(ids, **options)
         assert model.generate(ids, prompt_lookup_num_tokens=3, **options).tolist() == dense.tolist()
+
+
+@contract("assisted")
+@pytest.mark.parametrize("family", CAUSAL)
+def test_assisted_by_a_draft_model(family, target):
+    """A draft gives every step several tokens to verify, so every step is a prefill; but the last if none is left."""
+    model, ids, draft = sparse_model(family, target), tokens(target, rows=1), dense_model(family, target)
+    draft.generation_config.update(num_assistant_tokens=3, assistant_confidence_threshold=0.0)
+    steps = []
+    model.register_forward_pre_hook(lambda *call: steps.append(call[2]["input_ids"].shape[1]), with_kwargs=True)
+    options = {"max_new_tokens": 9, "min_new_tokens": 9, "attention_mask": torch.ones_like(ids), **GENERATION}
+    found = model.generate(ids, assistant_model=draft, **options)
+    assert all(length > 1 for length in steps[:-1])
+    wanted = ids
+    while wanted.shape[1] < found.shape[1] - 1:
+        wanted = torch.cat([wanted, logits(model, wanted)[:, -1:].argmax(-1)], dim=1)
+    assert found[:, :-1].tolist() == wanted.tolist()
 
 
 @contract("training")
@@ -457,63 +483,157 @@ def test_compiled_decode_over_a_static_cache(family, is_padded, target):
     torch.testing.assert_close(*found, **CLOSE)
 
 
+@pytest.mark.parametrize("backend", ["fp8", "quanto"])
 @pytest.mark.parametrize("family", ["llama", "deepseek_v3"])
-def test_quantized_cache(family, target):
+def test_quantized_cache(family, backend, target):
     """The prefill sees exact keys, later steps what the cache gives back."""
-    pytest.importorskip("optimum.quanto")
+    if backend == "quanto":
+        pytest.importorskip("optimum.quanto")
+        settings = {"backend": "quanto", "nbits": 4, "residual_length": 4, "q_group_size": 4}
+    elif hasattr(cache_utils, "Fp8QuantizedLayer"):
+        settings = {"backend": "fp8"}
+    else:
+        pytest.skip("this version of Transformers knows no FP8 cache")
     ids = tokens(target, rows=1)
-    settings = {"backend": "quanto", "nbits": 4, "residual_length": 4, "q_group_size": 4}
     options = {"max_new_tokens": 8, "min_new_tokens": 8, "attention_mask": torch.ones_like(ids), **GENERATION}
     options |= {"cache_implementation": "quantized", "cache_config": settings}
     wanted = dense_model(family, target).generate(ids, **options)
     assert sparse_model(family, target, n=4).generate(ids, **options).tolist() == wanted.tolist()
     model = sparse_model(family, target)
     first = logits(model, ids)[:, -1].argmax(-1)
-    assert model.generate(ids, **options)[:, LENGTH].tolist() == first.tolist()
+    found = model.generate(ids, **options)
+    assert found[:, LENGTH].tolist() == first.tolist()
+    cache = QuantizedCache(config=model.config, **settings)
+    assert found[0, LENGTH:].tolist() == by_hand(model, ids, 8, cache)
 
 
-def check_device_map(model, device_map, ids, folder):
-    wanted = logits(model, ids)
+def check_device_map(family, target, places, folder):
+    """A model sparsified and spread, and one loaded onto several devices and then sparsified, are as on one."""
+    model, ids = sparse_model(family, target), tokens(target)
+    names = DEVICE_MAPS.get(family, DEVICE_MAPS["llama"])
+    device_map = {name: places[i] for name, i in names.items()}
     batch, mask = padded(ids, (LENGTH, 20), "left")
     extra = {"attention_mask": mask, "position_ids": positions(mask)}
-    wanted_padded = logits(model, batch, **extra)
-    spread = dispatch_model(model, device_map=device_map, offload_dir=folder, main_device=str(ids.device))
-    torch.testing.assert_close(logits(spread, ids).to(wanted.device), wanted, **CLOSE)
-    torch.testing.assert_close(
-        logits(spread, batch, **extra)[mask.bool()].to(wanted.device), wanted_padded[mask.bool()], **CLOSE
-    )
-    spread = mtsa.unsparsify(spread)
-    assert (logits(spread, ids).to(wanted.device) - wanted).abs().max() > 50 * CLOSE["atol"]
+    wanted, wanted_padded = logits(model, ids), logits(model, batch, **extra)
+    model.save_pretrained(folder / "saved")
+    loaded = mtsa.from_pretrained(folder / "saved", device_map=device_map, offload_folder=folder / "loaded").eval()
+    spread = dispatch_model(model, device_map=device_map, offload_dir=folder / "spread", main_device=str(ids.device))
+    for made in (loaded, spread):
+        assert set(made.hf_device_map.values()) == set(places)
+        torch.testing.assert_close(logits(made, ids).to(wanted.device), wanted, **CLOSE)
+        found = logits(made, batch, **extra).to(wanted.device)
+        torch.testing.assert_close(found[mask.bool()], wanted_padded[mask.bool()], **CLOSE)
+        assert all(row.active for row in mtsa.summary(made))
+        mtsa.unsparsify(made)
+        assert (logits(made, ids).to(wanted.device) - wanted).abs().max() > 50 * CLOSE["atol"]
 
 
-DEVICE_MAP = {
-    "model.embed_tokens": 0,
-    "model.layers.0": 0,
-    "model.layers.1": 1,
-    "model.norm": 1,
-    "model.rotary_emb": 0,
-    "lm_head": 1,
+DEVICE_MAPS = {
+    "llama": {
+        "model.embed_tokens": 0,
+        "model.layers.0": 0,
+        "model.layers.1": 1,
+        "model.norm": 1,
+        "model.rotary_emb": 0,
+        "lm_head": 1,
+    },
+    "falcon": {
+        "transformer.word_embeddings": 0,
+        "transformer.h.0": 0,
+        "transformer.h.1": 1,
+        "transformer.ln_f": 1,
+        "transformer.rotary_emb": 0,
+        "lm_head": 0,
+    },
 }
 
 
-def test_device_map_with_offloading(target, tmp_path):
-    places = ["disk" if place else target[1] for place in DEVICE_MAP.values()]
-    device_map = dict(zip(DEVICE_MAP, places, strict=True))
-    check_device_map(sparse_model("llama", target), device_map, tokens(target), tmp_path)
+@pytest.mark.parametrize("family", ["llama", "falcon"])
+def test_device_map_with_offloading(family, target, tmp_path):
+    check_device_map(family, target, [target[1] if target[1] == "cpu" else 0, "disk"], tmp_path)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "falcon"])
 def test_device_map_over_two_gpus(family, tmp_path):
-    target = ("triton", "cuda")
-    check_device_map(sparse_model(family, target), DEVICE_MAP, tokens(target), tmp_path)
+    check_device_map(family, ("triton", "cuda"), [0, 1], tmp_path)
 
 
-def test_continuous_batching_is_refused_by_transformers():
-    model = sparse_model("llama", ("torch", "cpu"))
+def in_continuous_batches(model, prompts, batch_tokens, new):
+    """Greedy generation over Transformers' paged cache, with at most so many tokens in a step."""
+    paging = transformers.ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=batch_tokens)
+    results = model.generate_batch(
+        prompts,
+        generation_config=GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=-1, pad_token_id=0),
+        continuous_batching_config=paging,
+        progress_bar=False,
+    )
+    assert [result.error for result in results.values()] == [None] * len(prompts)
+    return [result.generated_tokens for result in results.values()]
+
+
+needs_paging = pytest.mark.skipif(
+    tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 19), reason="needs Transformers 5.19"
+)
+
+
+@needs_paging
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt_oss"])
+def test_continuous_batching(family, target):
+    """Prompts whole, and in pieces beside steps of others, generate what each does alone; sliding caches drop keys."""
+    model, new = sparse_model(family, target), 6
+    prompts = [tokens(target, 1, length, seed=length)[0].tolist() for length in (37, 5, 22, 1, 50)]
+    wanted = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt], device=target[1])
+        options = {"max_new_tokens": new, "min_new_tokens": new, "attention_mask": torch.ones_like(ids), **GENERATION}
+        wanted.append(model.generate(ids, **options)[0, ids.shape[1] :].tolist())
+    with mtsa.continuous_batching(model) as inside, mtsa.collect_statistics(model) as statistics:
+        assert inside is model
+        assert in_continuous_batches(model, prompts, 256, new) == wanted
+        assert in_continuous_batches(model, prompts, 20, new) == wanted
+    assert all(layer.sparsity > 0.1 for name, layer in statistics.layers.items() if "visual" not in name)
+    ids = torch.tensor([prompts[0]], device=target[1])
+    assert model.generate(ids, **options | {"attention_mask": None})[0, ids.shape[1] :].tolist() == wanted[0]
+
+
+@needs_paging
+def test_continuous_batching_of_a_dense_layer_and_of_a_disabled_model(target):
+    """What is not sparse runs on the same kernels."""
+    prompts = [[5, 6, 7, 8, 9, 10, 11], [12, 13]]
+    model = dense_model("llama", target)
+    wanted = in_continuous_batches(model, prompts, 64, 4)
+    mtsa.sparsify(model, {"sparse_cfg": {"*.0.*": config_for(target[0])["sparse_cfg"]["*"]}})
+    with mtsa.continuous_batching(model), mtsa.disabled(model):
+        assert in_continuous_batches(model, prompts, 64, 4) == wanted
+
+
+@needs_paging
+def test_continuous_batching_and_all_else_keep_apart(target):
+    model, ids = sparse_model("llama", target), tokens(target)
+    with mtsa.continuous_batching(model), pytest.raises(mtsa.UnsupportedError, match=r"layers.0.* there is no paged"):
+        logits(model, ids)
+    torch.testing.assert_close(logits(model, ids), logits(sparse_model("llama", target), ids), rtol=0, atol=0)
     with pytest.raises(ValueError, match="modelopt_lite.* is not supported"):
-        model.generate_batch([[5, 6, 7, 8]], generation_config=GenerationConfig(max_new_tokens=2))
+        in_continuous_batches(model, [[5, 6, 7, 8]], 64, 2)
+
+
+@pytest.mark.parametrize(
+    ("make", "version", "message"),
+    [
+        (dense_model, "5.19.0", "has no sparse layer that goes through Transformers' attention interface"),
+        (lambda _, target: sparse_model("falcon", target), "5.19.0", "has no sparse layer that goes through"),
+        (sparse_model, "5.18.1", "needs Transformers 5.19 or later, not 5.18.1"),
+    ],
+)
+def test_continuous_batching_is_refused(make, version, message, target, monkeypatch):
+    model = make("llama", target)
+    before = model.config._attn_implementation
+    monkeypatch.setattr(huggingface.transformers, "__version__", version)
+    with pytest.raises(mtsa.UnsupportedError, match=message), mtsa.continuous_batching(model):
+        pass
+    assert model.config._attn_implementation == before
 
 
 def test_a_model_switched_elsewhere_is_reported_once(target, caplog):
@@ -526,12 +646,13 @@ def test_a_model_switched_elsewhere_is_reported_once(target, caplog):
         logits(model, ids)
     assert [record.getMessage().split(" ")[0] for record in caplog.records] == [row.name for row in mtsa.summary(model)]
     assert "its forward did not call this package's attention" in caplog.text
+    assert [row.active for row in mtsa.summary(model)] == [False, False]
 
 
-def test_statistics_count_every_layer(target):
-    """What is measured does not depend on padding, and is read only when asked for."""
+@pytest.mark.parametrize("lengths", [(LENGTH, 20), (1, 12)])
+def test_statistics_count_every_layer(lengths, target):
+    """What is measured does not depend on padding, and does not count a row of one token, which is a decode step."""
     model, ids = sparse_model("gemma2", target), tokens(target)
-    lengths = (LENGTH, 20)
     batch, mask = padded(ids, lengths, "left")
     with mtsa.collect_statistics(model) as together:
         logits(model, batch, attention_mask=mask, position_ids=positions(mask))

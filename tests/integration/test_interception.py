@@ -236,6 +236,33 @@ def test_other_refusals(x):
         mtsa.sparsify(nn.Sequential(nn.MultiheadAttention(8, 2)), CONFIG, attention=nn.MultiheadAttention)
 
 
+class Call(nn.Module):
+    """Nothing but PyTorch's attention."""
+
+    def forward(self, query, key, **options):
+        return scaled_dot_product_attention(query, key, key, **options)
+
+
+@pytest.mark.parametrize(
+    ("query", "key", "message"),
+    [
+        ((5, 8), (5, 8), r"queries with 2 dimensions are not supported; \[batch, heads, tokens, dim\] are"),
+        ((1, 2, 3, 5, 8), (1, 2, 3, 5, 8), "queries with 5 dimensions are not supported"),
+        ((1, 4, 5, 8), (1, 2, 5, 8), "4 query heads and 2 key heads need enable_gqa"),
+    ],
+)
+def test_shapes_that_are_refused(query, key, message):
+    made = mtsa.sparsify(nn.Sequential(Call()), CONFIG)
+    with pytest.raises(mtsa.UnsupportedError, match=rf"0 \(SparseCall\): {message}"):
+        made[0](torch.ones(query), torch.ones(key))
+
+
+def test_masks_are_refused_while_a_graph_is_traced(x):
+    compiled = torch.compile(mtsa.sparsify(model(), CONFIG), fullgraph=True, backend="eager")
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="its attention mask is not supported"):
+        run(compiled, x, attn_mask=LOWER)
+
+
 def test_a_layer_that_goes_around_is_reported_once(x, caplog):
     class Undecided(SelfAttention):
         by_hand = False
@@ -257,3 +284,112 @@ def test_a_layer_that_goes_around_is_reported_once(x, caplog):
     assert record.getMessage().startswith(
         "blocks.1.attn (Undecided) is matched and switched on, but its forward did not"
     )
+    assert [row.active for row in mtsa.summary(made)] == [True, False]
+
+
+def vision_transformer():
+    """A small one of timm's, on images of 36 patches and a class token."""
+    timm = pytest.importorskip("timm")
+    sizes = {"img_size": 24, "patch_size": 4, "embed_dim": WIDTH, "num_heads": HEADS, "depth": 2, "num_classes": 10}
+    return timm.create_model("vit_tiny_patch16_224", **sizes), torch.randn(2, 3, 24, 24), {}
+
+
+def diffusion_block():
+    """Self-attention and cross-attention to a padded text, both by way of a processor."""
+    attention = pytest.importorskip("diffusers.models.attention")
+    block = attention.BasicTransformerBlock(WIDTH, HEADS, WIDTH // HEADS, cross_attention_dim=16)
+    text, real = torch.randn(2, 20, 16), torch.arange(20) < torch.tensor([[20], [13]])
+    options = {"encoder_hidden_states": text, "encoder_attention_mask": real[:, None]}
+    return block, torch.randn(2, LENGTH, WIDTH), options
+
+
+def diffusion_transformer():
+    """Attention over text and image together, whose class has no say in how it is done."""
+    diffusers = pytest.importorskip("diffusers")
+    made = diffusers.FluxTransformer2DModel(
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        pooled_projection_dim=16,
+        axes_dims_rope=(2, 2, 4),
+    )
+    options = {
+        "encoder_hidden_states": torch.randn(2, 8, 16),
+        "pooled_projections": torch.randn(2, 16),
+        "timestep": torch.ones(2),
+        "img_ids": torch.randn(16, 3),
+        "txt_ids": torch.zeros(8, 3),
+        "return_dict": False,
+    }
+    return made, torch.randn(2, 16, 4), options
+
+
+OTHERS = {
+    "timm": (vision_transformer, None, ["blocks.0.attn", "blocks.1.attn"]),
+    "diffusers block": (diffusion_block, "attn?", ["attn1", "attn2"]),
+    "diffusers": (diffusion_transformer, "*.attn", ["transformer_blocks.0.attn", "single_transformer_blocks.0.attn"]),
+}
+
+
+@pytest.mark.parametrize(("make", "attention", "names"), OTHERS.values(), ids=OTHERS.keys())
+def test_other_libraries(make, attention, names):
+    torch.manual_seed(0)
+    made, inputs, options = make()
+    made.eval()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.mul_(4 if parameter.dim() == 2 else 1)
+
+    def result(rows=slice(None)):
+        batched = {
+            name: x[rows] if isinstance(x, torch.Tensor) and x.shape[0] == 2 else x for name, x in options.items()
+        }
+        found = run(made, inputs[rows], **batched)
+        return found[0] if isinstance(found, tuple) else found
+
+    before = result()
+    mtsa.sparsify(made, CONFIG, attention=attention)
+    with mtsa.collect_statistics(made) as statistics:
+        sparse = result()
+    rows = mtsa.summary(made, statistics)
+    assert [row.name for row in rows] == names
+    assert all(row.active and 0.1 < row.sparsity < 0.9 for row in rows)
+    assert (sparse - before).abs().max() > 0.01
+    for row in range(2):
+        torch.testing.assert_close(result(slice(row, row + 1))[0], sparse[row], **CLOSE)
+    with mtsa.disabled(made):
+        torch.testing.assert_close(result(), before, rtol=0, atol=0)
+    mtsa.sparsify(made, {"sparse_cfg": {"*": {**CONFIG["sparse_cfg"]["*"], "sparsity_n": 4}}}, attention=attention)
+    torch.testing.assert_close(result(), before, **CLOSE)
+    mtsa.unsparsify(made)
+    torch.testing.assert_close(result(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("library", ["timm", "diffusers block"])
+def test_other_libraries_against_the_same_weights_here(x, library):
+    make, attention, names = OTHERS[library]
+    torch.manual_seed(0)
+    made = mtsa.sparsify(make()[0].eval(), CONFIG, attention=attention)
+    theirs = made.get_submodule(names[0])
+    if library == "timm":
+        query, key, value, out = *theirs.qkv.weight.chunk(3), theirs.proj
+        bias = theirs.qkv.bias
+    else:
+        query, key, value, out = theirs.to_q.weight, theirs.to_k.weight, theirs.to_v.weight, theirs.to_out[0]
+        bias = torch.zeros(3 * WIDTH)
+    ours = SelfAttention()
+    ours.load_state_dict(
+        {
+            "query.weight": query,
+            "query.bias": bias[:WIDTH],
+            "key_value.weight": torch.cat([key, value]),
+            "key_value.bias": bias[WIDTH:],
+            "out.weight": out.weight,
+            "out.bias": out.bias,
+        }
+    )
+    ours = mtsa.sparsify(nn.ModuleList([ours]), CONFIG)[0]
+    torch.testing.assert_close(run(theirs, x), run(ours, x), **CLOSE)

@@ -10,6 +10,10 @@ from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
     BloomForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
+    GlmMoeDsaConfig,
+    GlmMoeDsaForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -20,7 +24,7 @@ from transformers import (
 
 import modelopt_lite as mtsa
 from modelopt_lite import layout
-from modelopt_lite.huggingface import ATTENTION_NAME
+from modelopt_lite.huggingface import ATTENTION_NAME, attention_forward, paged_attention_forward
 
 # Sparsity that bites on short inputs.
 CONFIG = {
@@ -260,10 +264,20 @@ def test_prepared_but_off(model, ids):
     torch.testing.assert_close(logits(model, ids), logits(mtsa.sparsify(tiny(), CONFIG), ids), rtol=0, atol=0)
 
 
-def test_summary_is_a_table(sparse):
+def test_summary_is_a_table(sparse, ids):
     text = str(mtsa.summary(sparse))
-    for word in (*LAYERS, "LlamaAttention", "sparse_softmax", "sparsity_n=1", "dense_window_size=3", "on"):
+    for word in (*LAYERS, "LlamaAttention", "sparse_softmax", "sparsity_n=1", "dense_window_size=3", "on", "active"):
         assert word in text
+    assert [row.active for row in mtsa.summary(sparse)] == [None] * 3
+    assert "yes" not in text
+    mtsa.sparsify(sparse, {"sparse_cfg": {"*.1.*": CONFIG["sparse_cfg"]["*"]}})
+    logits(sparse, ids)
+    assert [(row.method, row.active) for row in mtsa.summary(sparse)] == [
+        (None, None),
+        ("sparse_softmax", True),
+        (None, None),
+    ]
+    assert str(mtsa.summary(sparse)).count("yes") == 1
 
 
 def test_copies_are_sparse_and_independent(sparse, ids):
@@ -301,17 +315,18 @@ def test_statistics(sparse, ids):
 
 
 def test_save_and_restore(sparse, model, ids, tmp_path):
+    rows = mtsa.summary(sparse)
     sparse.save_pretrained(tmp_path)
     assert [path.suffix for path in tmp_path.iterdir() if path.name.startswith("model")] == [".safetensors"]
     restored = mtsa.from_pretrained(tmp_path).eval()
-    assert mtsa.summary(restored) == mtsa.summary(sparse)
+    assert mtsa.summary(restored) == rows
     torch.testing.assert_close(logits(restored, ids), logits(sparse, ids), rtol=0, atol=0)
     dense = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert dense.config._attn_implementation == "sdpa"
     torch.testing.assert_close(logits(dense, ids), logits(model, ids), rtol=0, atol=0)
     # Saved once more by way of the restored model, nothing is lost.
     restored.save_pretrained(tmp_path / "again")
-    assert mtsa.summary(mtsa.from_pretrained(tmp_path / "again")) == mtsa.summary(sparse)
+    assert mtsa.summary(mtsa.from_pretrained(tmp_path / "again")) == rows
 
 
 def test_order_of_patterns_survives_saving(model, tmp_path):
@@ -371,11 +386,43 @@ class Custom(nn.Module):
     pass
 
 
+class Unswitchable(LlamaForCausalLM):
+    def __init__(self):
+        super().__init__(LlamaConfig(**SIZES))
+
+    def set_attn_implementation(self, attn_implementation, **_):
+        pass
+
+
 UNSUPPORTED = {
     "no attention": (Custom, "Custom has no attention module: none of its modules is a Transformers attention layer"),
     "attention of its own": (
         lambda: BloomForCausalLM(BloomConfig(hidden_size=32, n_layer=1, n_head=2, vocab_size=101)),
         r"transformer.h.0.self_attention \(BloomAttention\): does not go through Transformers' attention interface",
+    ),
+    "keys of its own": (
+        lambda: GlmMoeDsaForCausalLM(
+            GlmMoeDsaConfig(
+                **{**SIZES, "num_hidden_layers": 1, "num_key_value_heads": 4},
+                n_routed_experts=4,
+                moe_intermediate_size=16,
+            )
+        ),
+        r"model.layers.0.self_attn \(GlmMoeDsaAttention\): chooses its own keys \(indices\), which is not supported",
+    ),
+    "half of its attention": (
+        lambda: FalconForCausalLM(
+            FalconConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, attn_implementation="eager")
+        ),
+        r"self_attention \(FalconAttention\): calls scaled_dot_product_attention itself, which is supported if the",
+    ),
+    "a layer without its model": (
+        lambda: nn.ModuleDict({"attention": tiny().model.layers[0].self_attn}),
+        r"attention \(LlamaAttention\): is a Transformers attention layer outside of a PreTrainedModel",
+    ),
+    "a model that cannot be switched": (
+        Unswitchable,
+        r"model.layers.0.self_attn \(LlamaAttention\): its model's attention implementation cannot be set",
     ),
 }
 
@@ -412,6 +459,42 @@ def test_calls_outside_the_envelope_are_refused_by_layer(sparse, ids):
         sparse(ids[:1], cu_seq_lens_q=torch.tensor([0, 20, 37]), use_cache=False)
     with pytest.raises(mtsa.UnsupportedError, match="attention_mask: 10 columns are not enough; 37 tokens"):
         sparse(ids, attention_mask=torch.ones(2, 10, dtype=torch.int64), past_key_values=None, use_cache=True)
+
+
+QUERY, KEY = torch.ones(1, 4, 3, 8), torch.ones(1, 2, 7, 8)
+CHUNK = layout.whole_layout(1, 3, 7, "cpu", is_causal=True)
+LENGTHS = torch.tensor([0, 2, 3])
+CALLS = {
+    "a chunk without a mask": (None, {}, "3 queries, 7 keys and no mask is not supported"),
+    "a window without a mask": (
+        None,
+        {"sliding_window": 4, "is_causal": False},
+        r"a sliding window \(4\) without a mask is not supported",
+    ),
+    "packing and a cache": (
+        CHUNK,
+        {"cu_seq_lens_q": LENGTHS, "cu_seq_lens_k": LENGTHS},
+        "cu_seq_lens_q together with padding or a cache is not supported",
+    ),
+    "another mask": (
+        layout.whole_layout(1, 7, 7, "cpu", is_causal=True),
+        {},
+        r"queries \(1, 3\) and keys \(1, 7\) \[batch, tokens\] do not have the layout of the mask, \(1, 7\) and",
+    ),
+    "a bias": (CHUNK, {"position_bias": QUERY}, "the argument position_bias=Tensor of the model's attention is not"),
+    "dropout": (CHUNK, {"dropout": 0.1}, r"attention dropout \(0.1\) is not supported"),
+}
+
+
+@pytest.mark.parametrize(("mask", "options", "message"), CALLS.values(), ids=CALLS.keys())
+def test_calls_of_other_models_are_refused(mask, options, message):
+    with pytest.raises(mtsa.UnsupportedError, match=rf"layer \? \(Module\): {message}"):
+        attention_forward(nn.Module(), QUERY, KEY, KEY, mask, **options)
+
+
+def test_a_paged_window_without_positions_is_refused():
+    with pytest.raises(mtsa.UnsupportedError, match=r"layer \? \(Module\): its model does not pass position_ids on"):
+        paged_attention_forward(nn.Module(), QUERY, KEY, KEY, None, cache=(), cu_seq_lens_q=LENGTHS, sliding_window=4)
 
 
 def test_attention_dropout_in_training_is_refused(ids):

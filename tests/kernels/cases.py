@@ -1,16 +1,22 @@
-"""Random attention problems for property tests."""
+"""Random attention problems, and what to hold kernels against."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from modelopt_lite.kernels.problem import AttentionProblem
+from modelopt_lite.kernels.reference import kept_scores
 from modelopt_lite.kernels.top_n import top_n_plan
+from modelopt_lite.plan import DENSE
 
 SCALE = 0.25  # a power of two: scores of the inputs below are exact in every precision
+# Lengths around tile borders, 0 and 1 among them: (queries, keys) of each sequence.
+RAGGED = ((257, 257), (1, 1), (0, 0), (63, 63), (130, 400), (1, 300), (64, 129), (0, 5))
 
 
 @dataclass
@@ -125,3 +131,101 @@ def cases(draw: st.DrawFn, longest: int = 80, batch: int = 3, placed: bool = Fal
         n=n,
         m=m,
     )
+
+
+def packed_problem(
+    lengths=RAGGED,
+    heads=(4, 2),
+    dims=(64, 64),
+    dtype=torch.bfloat16,
+    plan=DENSE,
+    *,
+    device="cuda",
+    is_causal=True,
+    sliding_window=None,
+    softcap=None,
+    s_aux=False,
+    exact=True,
+    seed=0,
+):
+    """Make packed query, key, value, with gaps of NaN between sequences, ``s_aux`` or None, and the problem.
+
+    ``exact``: queries and keys are small multiples of 1/2, so that scores are exact in every precision and many tie.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def packed(lengths):
+        starts, row = [], 3
+        for length in lengths:
+            starts.append(row)
+            row += length + 2
+        tensors = (torch.tensor(x, device=device, dtype=torch.int32) for x in (starts, lengths))
+        return (*tensors, max(lengths)), row
+
+    def tensor(packing, rows, heads, dim, exact):
+        x = torch.full((rows, heads, dim), torch.nan, device=device, dtype=dtype)
+        for start, length in zip(packing[0].tolist(), packing[1].tolist(), strict=True):
+            shape = (length, heads, dim)
+            values = (
+                torch.randint(-2, 3, shape, generator=generator, device=device) / 2
+                if exact
+                else torch.randn(shape, generator=generator, device=device)
+            )
+            x[start : start + length] = values.to(dtype)
+        return x
+
+    packing_q, rows_q = packed([length for length, _ in lengths])
+    packing_k, rows_k = packed([length for _, length in lengths])
+    q = tensor(packing_q, rows_q, heads[0], dims[0], exact)
+    k = tensor(packing_k, rows_k, heads[1], dims[0], exact)
+    v = tensor(packing_k, rows_k, heads[1], dims[1], exact=False)
+    extra = torch.randn(heads[0], generator=generator, device=device) if s_aux else None
+    scale = 2.0 ** -math.ceil(math.log2(dims[0]) / 2)
+    problem = AttentionProblem(*packing_q, *packing_k, is_causal, scale, sliding_window, softcap, plan)
+    return q, k, v, extra, problem
+
+
+def pytorch_attention(q, k, v, s_aux, problem):
+    """Compute PyTorch's attention in the precision of the inputs, over the keys that the oracle keeps; FP64."""
+    output = torch.zeros(*q.shape[:2], v.shape[2], device=q.device, dtype=torch.float64)
+    for rows, keys, first_q, first_k in problem.sequences():
+        if rows.start == rows.stop:
+            continue
+        kept = kept_scores(q[rows].detach().double(), k[keys].detach().double(), problem, first_q, first_k) > -torch.inf
+        alive = kept.any(-1, keepdim=True)
+        mask = kept | ~alive  # a row without a key would be NaN, and so would all gradients
+        # Contiguous, as PyTorch's kernels are picky about alignment.
+        qs, ks, vs = (x.transpose(0, 1).contiguous() for x in (q[rows], k[keys], v[keys]))
+        ks, vs = (x.repeat_interleave(q.shape[1] // k.shape[1], 0) for x in (ks, vs))
+        if problem.softcap is None and s_aux is None:
+            options = {"attn_mask": mask[None], "scale": problem.softmax_scale}
+            result = scaled_dot_product_attention(qs[None], ks[None], vs[None], **options)[0]
+        else:
+            # In PyTorch's operations, as Transformers' eager attention has them.
+            scores = qs @ ks.mT * problem.softmax_scale
+            if problem.softcap is not None:
+                scores = torch.tanh(scores / problem.softcap) * problem.softcap
+            scores = scores.masked_fill(~mask, -torch.inf)
+            if s_aux is not None:
+                scores = torch.cat([scores, s_aux.to(q.dtype)[:, None, None].expand(*scores.shape[:2], 1)], -1)
+            weights = torch.softmax(scores.float(), -1).to(q.dtype)[..., : mask.shape[-1]]
+            result = weights @ vs
+        output[rows] = result.masked_fill(~alive, 0.0).transpose(0, 1).double()
+    return output
+
+
+def gradients(attend, grad, q, k, v, s_aux):
+    """Differentiate ``attend``, a function of the last four, whose output has the gradient ``grad``; None of None."""
+    inputs = [None if x is None else x.detach().requires_grad_() for x in (q, k, v, s_aux)]
+    output = attend(*inputs)
+    given = [x for x in inputs if x is not None]
+    grads = torch.autograd.grad(output, given, grad.to(output.dtype), allow_unused=True, materialize_grads=True)
+    return (*grads, None)[:4]
+
+
+def error_bound(theirs, expected, rounding):
+    """Return how far a kernel may be off: twice as far as PyTorch in the same precision, whose result is ``theirs``.
+
+    Where PyTorch is exact by chance, ``rounding`` remains, relative to the largest element.
+    """
+    return 2 * torch.maximum((theirs.double() - expected).abs().max(), rounding * expected.abs().max())

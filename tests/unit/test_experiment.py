@@ -13,9 +13,11 @@ from transformers import AutoModelForCausalLM
 
 import modelopt_lite as mtsa
 from modelopt_lite import ConfigError
+from modelopt_lite.conversion import LayerSummary, Summary
 from modelopt_lite.experiment import AssetError, ExperimentConfig, assets, run_experiment
 from modelopt_lite.experiment.quality import CHUNK, Measurement, compare_predictions, summarize
-from modelopt_lite.experiment.report import draw_quality
+from modelopt_lite.experiment.report import draw_quality, layer_tables
+from modelopt_lite.stats import ModelStatistics
 
 SPARSE = {"sparse_cfg": {"*": {"method": "sparse_softmax", "sparsity_n": 1, "dense_window_size": 2}}}
 WINDOW = 40
@@ -120,7 +122,7 @@ def test_run_measures_what_it_says(settings, model_folder):
             mtsa.sparsify(model, config)
         rows = [line for line in lines if line["kind"] == "window" and line["variant"] == name]
         assert [(row["window"], row["tokens"]) for row in rows] == [(0, WINDOW - 1), (1, WINDOW - 1)]
-        losses = []
+        losses, counted = [], ModelStatistics()
         for i, window in enumerate(windows):
             with torch.no_grad(), mtsa.collect_statistics(model) as statistics:
                 log_p[name, i] = model(window[None]).logits[0, :-1].log_softmax(-1)
@@ -132,8 +134,16 @@ def test_run_measures_what_it_says(settings, model_folder):
             assert rows[i]["sparsity"] == pytest.approx(statistics.total.sparsity, abs=1e-9)
             assert rows[i]["mass_kept"] == pytest.approx(statistics.total.mass_kept, abs=1e-5)
             losses.append(loss)
+            counted.merge(statistics)
         total = next(line for line in lines if line["kind"] == "variant" and line["variant"] == name)
         assert total["perplexity"] == pytest.approx(math.exp(sum(losses) / 2), rel=1e-4)
+        layers = [line for line in lines if line["kind"] == "layer" and line["variant"] == name]
+        assert [line["name"] for line in layers] == list(counted.layers)
+        for line in layers:
+            assert (line["method"], line["settings"]["sparsity_n"], line["active"]) == ("sparse_softmax", 1, True)
+            assert line["sparsity"] == pytest.approx(counted.layers[line["name"]].sparsity, abs=1e-9)
+            assert line["mass_kept"] == pytest.approx(counted.layers[line["name"]].mass_kept, abs=1e-5)
+    assert len(layers) == 2
     assert total["divergence"] > 0.01
     assert total["sparsity"] > 0.5
     assert all({"date", "device", "versions"} <= line.keys() for line in lines)
@@ -155,6 +165,31 @@ def test_run_folder(settings):
         assert result.continuations[variant.variant].strip("\n") in report
     assert settings["prompt"] in report
     assert [variant.variant for variant in result.variants] == ["dense", "1:4"] == [*result.continuations]
+
+
+def test_report_says_what_each_layer_did(settings):
+    method = SPARSE["sparse_cfg"]["*"]
+    half = {"sparse_cfg": {"*.0.*": method, "*.1.*": {**method, "enable": False}}}
+    result = run(settings | {"variants": {"<a>": {"sparse_cfg": {"*.1.*": method}}, "b": half}, "prompt": None})
+    report = (result.folder / "report.md").read_text(encoding="utf-8")
+    assert "## Layers" in report
+    assert "<details><summary>&lt;a&gt;: 1 of 2 layers matched, 1 active</summary>" in report
+    first, second = (f"model.layers.{i}.self_attn" for i in range(2))
+    (_, measured), *_ = result.layers.values()
+    kept, dropped = f"{100 * measured.mass_kept:.1f} %", f"{100 * measured.sparsity:.1f} %"
+    assert f"| {first} | LlamaAttention | - | - | - | - |" in report
+    assert f"| {second} | LlamaAttention | sparse_softmax | yes | {kept} | {dropped} |" in report
+    assert f"| {second} | LlamaAttention | sparse_softmax (off) | yes | - | - |" in report
+
+
+def test_report_names_a_layer_that_was_not_reached():
+    rows = Summary(
+        [LayerSummary(f"h.{i}", "Attention", "sparse_softmax", {}, True, bool(i), *(0.5, 0.9)[: 2 * i]) for i in (0, 1)]
+    )
+    lines = layer_tables({"x": rows})
+    assert "<details><summary>x: 2 of 2 layers matched, 1 active</summary>" in lines
+    assert "| h.0 | Attention | sparse_softmax | no | - | - |" in lines
+    assert "| h.1 | Attention | sparse_softmax | yes | 90.0 % | 50.0 % |" in lines
 
 
 def test_resolved_config_runs_again_from_anywhere(settings, tmp_path, monkeypatch):

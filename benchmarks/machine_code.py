@@ -1,0 +1,156 @@
+"""The Triton kernels as machine code, without a GPU: registers, shared memory and what stands in their hot loops.
+
+As a program, prints the instruction mix of the hot loops as the table in the docs, in instructions a warp for each tile
+of 64 queries and 64 keys:
+
+    python benchmarks/machine_code.py
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
+
+from modelopt_lite.kernels import backward, forward, launch
+from modelopt_lite.kernels.launch import KEY_SETTINGS, QUERY_SETTINGS, SETTINGS, Settings
+from modelopt_lite.kernels.top_n import top_n_plan
+
+KERNELS = {
+    # name: function, table of settings, tensors with strides, matrix products a tile
+    "forward": (forward.attention_forward, SETTINGS, 4, 2),
+    "queries": (backward.gradient_of_queries, QUERY_SETTINGS, 5, 3),
+    "keys": (backward.gradient_of_keys, KEY_SETTINGS, 6, 4),
+}
+TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+CLASSES = {
+    "matrix": r"HGMMA|HMMA|UTC\w*MMA",
+    "FMA pipe": r"FFMA|FMUL|FADD|IMAD|HFMA2",
+    "ALU pipe": r"FMNMX|FSETP?|FSEL|SEL|F2FP|LOP3|PLOP3|ISETP|IADD3|LEA|SHF|PRMT|VIMNMX|MOV|P2R|R2P",
+    "exponentials": r"MUFU",
+    "shuffles": r"SHFL",
+    "shared memory": r"LDS|STS",
+    "spills": r"LDL|STL",
+}
+"""Machine instructions by the unit that runs them; loads of matrix operands (LDSM) are among the others."""
+
+
+def compile_kernel(
+    kernel: str,
+    capability: int,
+    dtype: torch.dtype,
+    dims: tuple[int, int],
+    n_of_m: tuple[int, int] | None,
+    causal: bool,
+    settings: Settings | None = None,
+) -> CompiledKernel:
+    """Compile one of ``KERNELS`` as :mod:`modelopt_lite.kernels.launch` would, by default with its settings.
+
+    Args:
+        kernel: its name.
+        capability: compute capability of the GPU, which need not be there.
+        dtype: type of the tensors.
+        dims: dimension of queries and keys, and of values.
+        n_of_m: kept of how many, or None for dense.
+        causal: whether a query sees only keys at its own position and before.
+        settings: tiles and warps, instead of the table's.
+    """
+    function, table, strided, _ = KERNELS[kernel]
+    plan = top_n_plan(*(n_of_m or (0, 4)), 0, 64)
+    group = 1 if plan.is_dense else plan.group
+    block_d, block_dv = map(launch.block_dim, dims)
+    if settings is None:
+        settings = launch.default_settings(capability, dtype, max(block_d, block_dv), group, causal, table)
+    keys_box, queries_box = [group, settings.block_n // group, 1], [1, settings.block_m]
+    boxes = {
+        "key_descriptor": [*keys_box, block_d],
+        "value_descriptor": [*keys_box, block_dv],
+        "query_descriptor": [*queries_box, block_d],
+        "grad_descriptor": [*queries_box, block_dv],
+    }
+    sequences = 6 if kernel == "forward" else 4
+    places = {parameter.name: index for index, parameter in enumerate(function.params)}
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    for name, place in places.items():
+        if name == "sink_logits_ptr" or (name in boxes and not settings.descriptors):
+            signature[name], constants[place,] = "constexpr", None
+        elif name in boxes:
+            signature[name] = f"tensordesc<{TYPES[dtype]}{boxes[name]}>"
+        elif name.endswith("_ptr"):
+            signature[name] = "*fp32" if name in ("lse_ptr", "shift_ptr", "delta_ptr") else f"*{TYPES[dtype]}"
+        else:
+            signature[name] = "i32"
+    signature |= {
+        "strides": (("i32", "i32"),) * strided,
+        "sequences": ("*i64",) * 4 + ("constexpr",) * (sequences - 4),
+        "heads_of": ("i32", "i32"),
+        "numbers": ("fp32", "fp32"),
+        "hook_args": ("constexpr",) * len(plan.hook_constants),
+        "SCORE_HOOK": "constexpr",
+        "OPTIONS": "constexpr",
+    }
+    constants |= {(places["sequences"], index): None for index in range(4, sequences)}
+    constants |= {(places["hook_args"], index): number for index, number in enumerate(plan.hook_constants)}
+    constants[places["SCORE_HOOK"],] = plan.score_hook
+    constants[places["OPTIONS"],] = launch._options(settings, *dims, causal, None, None, plan)
+    aligned = [(place,) for name, place in places.items() if name.endswith("_ptr") and signature[name] != "constexpr"]
+    aligned += [(places["strides"], *pair) for pair in itertools.product(range(strided), range(2))]
+    return triton.compile(
+        ASTSource(function, signature, constants, {path: [["tt.divisibility", 16]] for path in aligned}),
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": settings.num_warps, "num_stages": settings.num_stages, "enable_fp_fusion": True},
+    )
+
+
+def inspect(kernel: CompiledKernel) -> dict[str, Any]:
+    """Return a kernel's bytes of shared memory, registers a thread, bytes a thread spills, and its hot loop."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [str(tool), "-res-usage", "-sass", file.name]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", report).groups())
+    return {
+        "shared": kernel.metadata.shared,
+        "registers": registers,
+        "spilled": stack + local,
+        "hot loop": Counter(instruction.partition(".")[0] for instruction in hot_loop(report)),
+    }
+
+
+def hot_loop(sass: str) -> list[str]:
+    """Return the names of the instructions of the last loop that multiplies matrices, the hot one in every kernel."""
+    # What is predicated never to run is left out.
+    code = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@(?!!PT)!?\w+ )?([A-Z][\w.]*)(.*?);", sass)
+    addresses = [int(address, 16) for address, _, _ in code]
+    end = max(index for index, (_, name, _) in enumerate(code) if name == "EXIT")  # behind it wait those who must
+    product = re.compile(f"{CLASSES['matrix']}|FFMA")
+    loops = []
+    for index, (_, name, operands) in enumerate(code[:end]):
+        target = re.search(r"0x([0-9a-f]+)$", operands.rstrip())
+        if name.startswith("BRA") and target and int(target[1], 16) <= addresses[index]:
+            first = addresses.index(int(target[1], 16))
+            if any(product.match(name) for _, name, _ in code[first:index]):
+                loops.append((first, index + 1))
+    inner = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    first, last = max(inner)
+    return [name for _, name, _ in code[first:last]]
+
+
+def classify(loop: Counter[str]) -> dict[str, int]:
+    """Sum the instructions of a hot loop over ``CLASSES``."""
+    return {
+        name: sum(count for instruction, count in loop.items() if re.fullmatch(pattern, instruction))
+        for name, pattern in CLASSES.items()
+    }

@@ -1,0 +1,587 @@
+"""The attention forward for Hopper GPUs (compute capability 9.0), in Gluon: the same rules as the portable kernel's.
+
+As many programs as multiprocessors take *items*, 128 queries of one head, from a common counter, longest first. In a
+program, one warp loads (queries, then keys and values through the tensor memory accelerator into a ring of stages) and
+two warpgroups compute 64 queries each, in turns, so that one's matrix products run under the other's softmax. In a
+warpgroup, the product of queries and keys of one tile is issued before that of weights and values of the tile before;
+so a stage of the ring holds the keys of tile ``t`` and the values of tile ``t - 1``.
+
+The structure is FlashAttention-3's (https://arxiv.org/abs/2407.08608). What differs is the selection of scores, the
+phases (:func:`modelopt_lite.kernels.tiles.key_spans`), and ``OPTIONS.frozen``: masked tiles come first, and their row
+maximum stays the reference of the others, as in :mod:`modelopt_lite.kernels.forward`. An item whose sums overflow is
+posted a second time, to be computed with the ordinary online softmax.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .forward import LN2, fill_gap
+from .tiles import LOG2E, join_groups, key_spans, maximum_of, scale_scores, select_scores, split_groups, weigh
+
+WARPGROUPS = tl.constexpr(2)
+ROWS = tl.constexpr(64)
+"""Queries of a warpgroup."""
+SLOTS = tl.constexpr(2)
+"""Items that are posted and not yet done."""
+ONLINE = tl.constexpr(1 << 30)
+"""Added to an item's number: compute it with the ordinary online softmax."""
+NOTHING = tl.constexpr(-1)
+"""Posted in place of an item's number; twice in a row, it is the end."""
+synchronize = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # renamed in Triton 3.7
+PIECE = tl.constexpr(16)
+"""Rows that are cleared at a time."""
+
+# A store that never happens, as sums are not negative: without it, the assembler lets the wait for the product of
+# weights and values come before the softmax that is to run beside it.
+PIN = tl.constexpr(
+    "{ .reg .pred p; .reg .b32 a; mov.b32 a, 0; setp.lt.f32 p, $2, 0fBF800000; setp.lt.or.f32 p, $3, 0fBF800000, p; "
+    "@p st.shared.b32 [a], $2; mov.b32 $0, 0; mov.b32 $1, 0; }"
+)
+
+
+@triton.jit
+def prepare(
+    counter_ptr, out_ptr, lse_ptr, out_strides, starts_ptr, lengths_ptr, batch, total, heads, OPTIONS: tl.constexpr
+):
+    """Set the counter of items to 0, and what belongs to no sequence."""
+    program = tl.program_id(0)
+    if program == 0:
+        tl.store(counter_ptr, 0)
+    first_token = program * OPTIONS.block_m
+    fill_gap(out_ptr, lse_ptr, out_strides, starts_ptr, lengths_ptr, batch, total, heads, first_token, OPTIONS)
+
+
+@gluon.jit
+def read_number(memory):
+    """Read one number from shared memory."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    return gl.max(memory.load(layout), 0)
+
+
+@gluon.jit
+def write_number(memory, number):
+    """Write one number to shared memory."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    memory.store(gl.full([1], 0, gl.int32, layout) + number)
+
+
+@gluon.jit
+def find_rows(item, problem, OPTIONS: gl.constexpr):
+    """Return the first row, the sequence and the head of an item.
+
+    Items come in waves of heads whose keys and values fit into the L2 cache; in a wave, the longest tiles first.
+    """
+    _, heads_of, batch, tiles_per_head, heads_per_wave, _ = problem
+    heads = heads_of[0]
+    wave = item // (tiles_per_head * heads_per_wave)
+    item -= wave * tiles_per_head * heads_per_wave
+    heads_in_wave = gl.minimum(heads_per_wave, batch * heads - wave * heads_per_wave)
+    row_start = (tiles_per_head - 1 - item // heads_in_wave) * OPTIONS.block_m
+    head = wave * heads_per_wave + item % heads_in_wave
+    return row_start, head // heads, head % heads
+
+
+@gluon.jit
+def find_keys(row_start, sequence, online, problem, SPARSE: gl.constexpr, OPTIONS: gl.constexpr):
+    """Return the sequence's lengths and rules, and the key tiles of an item.
+
+    Returns:
+        ``(query_length, rules, last, tiles, masked)``: the last key tile, which is the first to be computed as it may
+        reach past the sequence; the others' ranges ``(hot_begin, band_begin, band_end, keys_begin)``; and how many
+        tiles there are, of them masked.
+    """
+    sequences, _, _, _, _, distances = problem
+    num_sinks, window, sliding_window = distances
+    query_length = gl.load(sequences[1] + sequence).to(gl.int32)
+    length = gl.load(sequences[3] + sequence).to(gl.int32)
+    first_position = length - query_length + row_start
+    last_position = length - query_length + gl.minimum(row_start + OPTIONS.block_m, query_length) - 1
+    if not OPTIONS.sparse_decode:
+        window = gl.where(query_length == 1, length, window)
+    rules = (first_position, length, num_sinks, window, sliding_window)
+    spans = key_spans(first_position, last_position, rules, SPARSE, OPTIONS)
+    keys_begin, hot_begin, band_begin, band_end, _, _, keys_end = spans
+    last = gl.maximum(keys_begin, (keys_end - 1) // OPTIONS.block_n * OPTIONS.block_n)
+    if online:
+        hot_begin = last
+    hot_begin = gl.minimum(hot_begin, last)
+    band_begin = gl.minimum(gl.maximum(band_begin, hot_begin), last)
+    band_end = gl.minimum(gl.maximum(band_end, band_begin), last)
+    masked = 1 + (hot_begin - keys_begin + band_end - band_begin) // OPTIONS.block_n
+    hot = (band_begin - hot_begin + last - band_end) // OPTIONS.block_n
+    if OPTIONS.keeps_nothing:
+        hot = hot * 0
+    return query_length, rules, (keys_begin, hot_begin, band_begin, band_end, last), masked + hot, masked
+
+
+@gluon.jit
+def locate_tile(index, ranges, masked, OPTIONS: gl.constexpr):
+    """Return an item's key tile: first the last of its keys, then those before the hot ones, the band backwards, and
+    the hot ones."""
+    keys_begin, hot_begin, band_begin, band_end, last = ranges
+    before_hot = keys_begin + (index - 1) * OPTIONS.block_n
+    in_band = band_end - OPTIONS.block_n - (before_hot - hot_begin)
+    hot = hot_begin + (index - masked) * OPTIONS.block_n
+    hot += gl.where(hot >= band_begin, band_end - band_begin, 0)
+    first = gl.where(index >= masked, hot, gl.where(before_hot < hot_begin, before_hot, in_band))
+    return gl.where(index == 0, last, first)
+
+
+@gluon.jit
+def load_rows(descriptor, row, head, barrier, memory, OPTIONS: gl.constexpr):
+    """Have a tile of keys or values loaded, deinterleaved."""
+    tma.async_copy_global_to_shared(
+        descriptor, [row % OPTIONS.group, row // OPTIONS.group, head, 0], barrier, memory
+    )
+
+
+@gluon.jit
+def load_items(
+    descriptors, buffers, mail, barriers, counter_ptr, problem, SPARSE: gl.constexpr, OPTIONS: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """Post items and load what they need: the part of one warp."""
+    query_descriptor, key_descriptor, value_descriptor = descriptors
+    query_memory, key_memory, value_memory = buffers
+    posted_item, verdicts = mail
+    posted, done, query_loaded, loaded, freed, _, _ = barriers
+    sequences, heads_of, batch, tiles_per_head, _, _ = problem
+    QUERY_BYTES: gl.constexpr = OPTIONS.block_m * OPTIONS.block_d * 2
+    KEY_BYTES: gl.constexpr = OPTIONS.block_n * OPTIONS.block_d * 2
+    VALUE_BYTES: gl.constexpr = OPTIONS.block_n * OPTIONS.block_dv * 2
+    items = batch * heads_of[0] * tiles_per_head
+
+    step = 0
+    post = 0
+    idle = 0
+    while idle < 2:
+        slot = post % SLOTS
+        mbarrier.wait(done.index(slot), (post // SLOTS & 1) ^ 1)
+        overflowed = 0
+        if post >= SLOTS:
+            overflowed = read_number(verdicts.index(2 * slot)) | read_number(verdicts.index(2 * slot + 1))
+        item = gl.to_tensor(NOTHING)
+        if overflowed != 0:
+            item = read_number(posted_item.index(slot)) + ONLINE
+        else:
+            candidate = gl.atomic_add(counter_ptr, 1)
+            looking = candidate < items
+            while looking:
+                place = find_rows(candidate, problem, OPTIONS)
+                if place[0] < gl.load(sequences[1] + place[1]).to(gl.int32):
+                    item = candidate
+                    looking = False
+                else:
+                    candidate = gl.atomic_add(counter_ptr, 1)
+                    looking = candidate < items
+        write_number(posted_item.index(slot), item)
+        mbarrier.arrive(posted.index(slot), count=1)
+        post += 1
+        idle = gl.where(item < 0, idle + 1, 0)
+
+        if item >= 0:
+            row_start, sequence, head = find_rows(item % ONLINE, problem, OPTIONS)
+            found = find_keys(row_start, sequence, item >= ONLINE, problem, SPARSE, OPTIONS)
+            ranges, tiles, masked = found[2], found[3], found[4]
+            first_query = (gl.load(sequences[0] + sequence) + row_start).to(gl.int32)
+            first_key = gl.load(sequences[2] + sequence).to(gl.int32)
+            kv_head = head // heads_of[1]
+            mbarrier.expect(query_loaded.index(slot), QUERY_BYTES)
+            for w in gl.static_range(WARPGROUPS):
+                tma.async_copy_global_to_shared(
+                    query_descriptor, [first_query + w * ROWS, head, 0], query_loaded.index(slot),
+                    query_memory.index(WARPGROUPS * slot + w),
+                )  # fmt: skip
+            # keys of the first tile, keys and values of two tiles, values of the last tile
+            stage = step % STAGES
+            row = first_key + locate_tile(0, ranges, masked, OPTIONS)
+            mbarrier.wait(freed.index(stage), (step // STAGES & 1) ^ 1)
+            mbarrier.expect(loaded.index(stage), KEY_BYTES)
+            load_rows(key_descriptor, row, kv_head, loaded.index(stage), key_memory.index(stage), OPTIONS)
+            step += 1
+            for index in range(1, tiles):
+                stage = step % STAGES
+                row_before = row
+                row = first_key + locate_tile(index, ranges, masked, OPTIONS)
+                mbarrier.wait(freed.index(stage), (step // STAGES & 1) ^ 1)
+                mbarrier.expect(loaded.index(stage), KEY_BYTES + VALUE_BYTES)
+                load_rows(key_descriptor, row, kv_head, loaded.index(stage), key_memory.index(stage), OPTIONS)
+                load_rows(value_descriptor, row_before, kv_head, loaded.index(stage), value_memory.index(stage), OPTIONS)
+                step += 1
+            stage = step % STAGES
+            mbarrier.wait(freed.index(stage), (step // STAGES & 1) ^ 1)
+            mbarrier.expect(loaded.index(stage), VALUE_BYTES)
+            load_rows(value_descriptor, row, kv_head, loaded.index(stage), value_memory.index(stage), OPTIONS)
+            step += 1
+
+
+@gluon.jit
+def sum_in_thread(weights, OPTIONS: gl.constexpr):
+    """Sum what a thread has of each row, without a shuffle: ``[ROWS, 4]``."""
+    return gl.sum(gl.sum(weights.reshape([ROWS, OPTIONS.block_n // 8, 4, 2]), 3), 1)
+
+
+@gluon.jit
+def spread(numbers, tile):
+    """Bring a number a row to where the rows of a tile are."""
+    return gl.convert_layout(numbers, gl.SliceLayout(1, tile.type.layout))[:, None]
+
+
+@gluon.jit
+def soften_frozen(
+    scores, first, positions, shift, rules, numbers, hook_args, SCORE_HOOK: gl.constexpr, OPTIONS: gl.constexpr
+):
+    """Take products of queries and keys of a hot tile, or of a part of its groups, into a softmax whose maximum stays.
+
+    Returns:
+        The weights, laid out as the scores.
+    """
+    SCORES: gl.constexpr = scores.type.layout
+    scores, to_log2 = scale_scores(scores, numbers, OPTIONS)
+    parts, keep = select(scores, first, positions, rules, hook_args, SCORE_HOOK, OPTIONS, False)
+    return gl.convert_layout(weigh_parts(parts, keep, shift, to_log2, SCORE_HOOK, OPTIONS), SCORES, assert_trivial=True)
+
+
+@gluon.jit
+def soften_online(
+    scores, first, positions, running_max, partial_sum, rules, numbers, hook_args,
+    SCORE_HOOK: gl.constexpr, OPTIONS: gl.constexpr, MASKED: gl.constexpr,
+):  # fmt: skip
+    """Take products of queries and keys into the ordinary softmax.
+
+    Returns:
+        The weights, laid out as the scores, the factor for what was summed before, and the new maximum and sum.
+    """
+    SCORES: gl.constexpr = scores.type.layout
+    scores, to_log2 = scale_scores(scores, numbers, OPTIONS)
+    parts, keep = select(scores, first, positions, rules, hook_args, SCORE_HOOK, OPTIONS, MASKED)
+    tile_max = gl.convert_layout(gl.max(maximum_of(parts), 1), gl.SliceLayout(1, SCORES)) * to_log2
+    new_max = gl.maximum(running_max, tile_max)
+    shift = new_max
+    if MASKED or not OPTIONS.keeps_group_max:
+        # Nothing kept so far: any finite number does.
+        shift = gl.where(new_max == float("-inf"), 0.0, new_max)
+    rescale = gl.exp2(running_max - shift)
+    weights = weigh_parts(parts, keep, shift, to_log2, SCORE_HOOK, OPTIONS)
+    weights = gl.convert_layout(weights, SCORES, assert_trivial=True)
+    partial_sum = partial_sum * spread(rescale, partial_sum) + sum_in_thread(weights, OPTIONS)
+    return weights, rescale, new_max, partial_sum
+
+
+@gluon.jit
+def select(
+    scores, first, positions, rules, hook_args, SCORE_HOOK: gl.constexpr, OPTIONS: gl.constexpr, MASKED: gl.constexpr
+):
+    """Split scores into the places of their groups, of which the first begins at key ``first``, and select."""
+    part = split_groups(scores, OPTIONS.group)[0]
+    PART: gl.constexpr = part.type.layout
+    groups = first + OPTIONS.group * gl.arange(0, part.shape[1], gl.SliceLayout(0, PART))[None, :]
+    return select_scores(scores, spread(positions, part), groups, rules, hook_args, SCORE_HOOK, OPTIONS, MASKED)
+
+
+@gluon.jit
+def weigh_parts(parts, keep, shift, to_log2, SCORE_HOOK: gl.constexpr, OPTIONS: gl.constexpr):
+    """Return the weights of selected scores, joined to one tile."""
+    weights = ()
+    for r in gl.static_range(len(parts)):
+        weight = gl.exp2(parts[r] * to_log2 - spread(shift, parts[r]))
+        if SCORE_HOOK is not None and OPTIONS.keeps_group_max:
+            weight = weigh(weight, keep[r])
+        weights = weights + (weight,)
+    return join_groups(weights)
+
+
+@gluon.jit
+def advance(
+    step, first, positions, query, weights, accumulator, running_max, partial_sum, rules, numbers, hook_args,
+    key_memory, value_memory, loaded, freed, turn, WARPGROUP: gl.constexpr, SCORE_HOOK: gl.constexpr,
+    OPTIONS: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr, FROZEN: gl.constexpr,
+):  # fmt: skip
+    """Multiply queries with the keys of one tile, weights with the values of the tile before, and take the softmax."""
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, OPTIONS.block_n, 16])
+    OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, OPTIONS.block_dv, 16])
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, OUTPUT, 2)
+    stage = step % STAGES
+    mbarrier.wait(loaded.index(stage), step // STAGES & 1)
+    # Here, behind a loop that waits, rounding cannot move to where the registers of the product before are in use.
+    weights = gl.convert_layout(weights.to(query.dtype), OPERAND, assert_trivial=True)
+    mbarrier.wait(turn.index(WARPGROUP), step & 1)
+    keys = key_memory.index(stage).reshape([OPTIONS.block_n, OPTIONS.block_d]).permute([1, 0])
+    values = value_memory.index(stage).reshape([OPTIONS.block_n, OPTIONS.block_dv])
+    zeros = gl.full([ROWS, OPTIONS.block_n], 0, gl.float32, SCORES)
+    scores = warpgroup_mma(query, keys, zeros, use_acc=False, is_async=True)
+    accumulator = warpgroup_mma(weights, values, accumulator, is_async=True)
+    scores = warpgroup_mma_wait(1, deps=[scores])
+    mbarrier.arrive(turn.index(1 - WARPGROUP), count=1)
+    if FROZEN:
+        if OPTIONS.group == 8:
+            # One half of the groups after the other, or the flags of all take more registers than there are.
+            GROUPS: gl.constexpr = OPTIONS.block_n // 16
+            left, right = scores.reshape([ROWS, 8, 2, GROUPS]).permute([0, 1, 3, 2]).split()
+            left = soften_frozen(
+                left.reshape([ROWS, 8 * GROUPS]), first, positions, running_max, rules, numbers, hook_args,
+                SCORE_HOOK, OPTIONS,
+            )  # fmt: skip
+            right = soften_frozen(
+                right.reshape([ROWS, 8 * GROUPS]), first + 8 * GROUPS, positions, running_max, rules, numbers,
+                hook_args, SCORE_HOOK, OPTIONS,
+            )  # fmt: skip
+            weights = gl.join(left.reshape([ROWS, 8, GROUPS]), right.reshape([ROWS, 8, GROUPS]))
+            weights = weights.permute([0, 1, 3, 2]).reshape([ROWS, OPTIONS.block_n])
+            weights = gl.convert_layout(weights, SCORES, assert_trivial=True)
+        else:
+            weights = soften_frozen(
+                scores, first, positions, running_max, rules, numbers, hook_args, SCORE_HOOK, OPTIONS
+            )
+        partial_sum += sum_in_thread(weights, OPTIONS)
+    else:
+        weights, rescale, running_max, partial_sum = soften_online(
+            scores, first, positions, running_max, partial_sum, rules, numbers, hook_args, SCORE_HOOK, OPTIONS, MASKED
+        )
+    gl.inline_asm_elementwise(PIN, "=r,=r,r,r", [partial_sum], dtype=gl.int32, is_pure=False, pack=2)
+    accumulator = warpgroup_mma_wait(0, deps=[accumulator])
+    mbarrier.arrive(freed.index(stage), count=1)
+    if not FROZEN:
+        accumulator = accumulator * spread(rescale, accumulator)
+    return weights, accumulator, running_max, partial_sum
+
+
+@gluon.jit
+def clear_rows(memory, first, length, WARPGROUP: gl.constexpr, OPTIONS: gl.constexpr):
+    """Clear this warpgroup's half of a tile of values where it reaches past the sequence.
+
+    What lies there may be anything, and zero times infinity is not zero.
+    """
+    BLOCK_N: gl.constexpr = OPTIONS.block_n
+    GROUP: gl.constexpr = OPTIONS.group
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    tile = memory.reshape([BLOCK_N, OPTIONS.block_dv])
+    for piece in gl.static_range(BLOCK_N // PIECE // WARPGROUPS):
+        rows = (piece * WARPGROUPS + WARPGROUP) * PIECE + gl.arange(0, PIECE, gl.SliceLayout(1, LAYOUT))
+        keys = first + GROUP * (rows % (BLOCK_N // GROUP)) + rows // (BLOCK_N // GROUP)
+        part = tile.slice((piece * WARPGROUPS + WARPGROUP) * PIECE, PIECE, 0)
+        values = part.load(LAYOUT)
+        part.store(gl.where((keys < length)[:, None], values, gl.zeros_like(values)))
+    fence_async_shared()
+
+
+@gluon.jit
+def attend_item(
+    item, step, clearings, query_memory, key_memory, value_memory, barriers, pointers, out_strides, problem, numbers,
+    hook_args, WARPGROUP: gl.constexpr, SCORE_HOOK: gl.constexpr, OPTIONS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Compute one warpgroup's queries of an item.
+
+    Returns:
+        Whether the sums overflowed (the output is not valid then), and how often this warpgroup has cleared rows.
+    """
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, OPTIONS.block_n, 16])
+    OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, OPTIONS.block_dv, 16])
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, OUTPUT, 2)
+    ROW: gl.constexpr = gl.SliceLayout(1, SCORES)
+    _, _, _, loaded, freed, turn, cleared = barriers
+    out_ptr, lse_ptr, sink_logits_ptr = pointers
+    sequences, heads_of, _, _, _, _ = problem
+    query = query_memory.reshape([ROWS, OPTIONS.block_d])
+    online = item >= ONLINE
+    row_start, sequence, head = find_rows(item % ONLINE, problem, OPTIONS)
+    query_length, rules, ranges, tiles, masked = find_keys(
+        row_start, sequence, online, problem, SCORE_HOOK is not None, OPTIONS
+    )
+    first_position, length, _, window, _ = rules
+    spared = 0
+    if WARPGROUP > 0 and (OPTIONS.causal or SCORE_HOOK is not None):
+        # Of the band, which comes backwards, this warpgroup's queries need less.
+        band_begin = first_position + WARPGROUP * ROWS
+        if SCORE_HOOK is not None:
+            band_begin -= gl.maximum(window - 1, 0)
+        band_begin = band_begin // OPTIONS.block_n * OPTIONS.block_n
+        spared = (gl.minimum(gl.maximum(band_begin, ranges[2]), ranges[3]) - ranges[2]) // OPTIONS.block_n
+    row_start += WARPGROUP * ROWS
+    # [ROWS]; what lies past the last row counts as the last one and is not stored.
+    rows = row_start + gl.arange(0, ROWS, ROW)
+    positions = length - query_length + gl.minimum(rows, query_length - 1)
+
+    accumulator = gl.full([ROWS, OPTIONS.block_dv], 0, gl.float32, OUTPUT)
+    running_max = gl.full([ROWS], float("-inf"), gl.float32, ROW)
+    zeros = gl.full([ROWS, OPTIONS.block_n], 0, gl.float32, SCORES)
+    partial_sum = sum_in_thread(zeros, OPTIONS)
+    if sink_logits_ptr is not None:
+        running_max = gl.full([ROWS], 0, gl.float32, ROW) + gl.load(sink_logits_ptr + head).to(gl.float32) * LOG2E
+        lanes = gl.arange(0, 4, gl.SliceLayout(0, partial_sum.type.layout))
+        partial_sum += gl.where(lanes == 0, 1.0, 0.0)[None, :]
+
+    first = locate_tile(0, ranges, masked, OPTIONS)
+    stage = step % STAGES
+    mbarrier.wait(loaded.index(stage), step // STAGES & 1)
+    mbarrier.wait(turn.index(WARPGROUP), step & 1)
+    keys = key_memory.index(stage).reshape([OPTIONS.block_n, OPTIONS.block_d]).permute([1, 0])
+    scores = warpgroup_mma(query, keys, zeros, use_acc=False, is_async=True)
+    scores = warpgroup_mma_wait(0, deps=[scores])
+    mbarrier.arrive(turn.index(1 - WARPGROUP), count=1)
+    mbarrier.arrive(freed.index(stage), count=1)
+    step += 1
+    weights, _, running_max, partial_sum = soften_online(
+        scores, first, positions, running_max, partial_sum, rules, numbers, hook_args, SCORE_HOOK, OPTIONS, True
+    )
+    if first + OPTIONS.block_n > length:
+        stage = step % STAGES
+        mbarrier.wait(loaded.index(stage), step // STAGES & 1)
+        clear_rows(value_memory.index(stage), first, length, WARPGROUP, OPTIONS)
+        mbarrier.arrive(cleared, count=1)
+        mbarrier.wait(cleared, clearings & 1)
+        clearings += 1
+
+    for index in range(1, masked - spared):
+        weights, accumulator, running_max, partial_sum = advance(
+            step, locate_tile(index, ranges, masked, OPTIONS), positions, query, weights, accumulator, running_max,
+            partial_sum, rules, numbers, hook_args, key_memory, value_memory, loaded, freed, turn,
+            WARPGROUP, SCORE_HOOK, OPTIONS, STAGES, True, False,
+        )  # fmt: skip
+        step += 1
+    for index in range(masked - spared, tiles):
+        weights, accumulator, running_max, partial_sum = advance(
+            step, locate_tile(index, ranges, masked, OPTIONS), positions, query, weights, accumulator, running_max,
+            partial_sum, rules, numbers, hook_args, key_memory, value_memory, loaded, freed, turn,
+            WARPGROUP, SCORE_HOOK, OPTIONS, STAGES, False, OPTIONS.frozen,
+        )  # fmt: skip
+        step += 1
+
+    stage = step % STAGES
+    mbarrier.wait(loaded.index(stage), step // STAGES & 1)
+    mbarrier.wait(turn.index(WARPGROUP), step & 1)
+    values = value_memory.index(stage).reshape([OPTIONS.block_n, OPTIONS.block_dv])
+    weights = gl.convert_layout(weights.to(query.dtype), OPERAND, assert_trivial=True)
+    accumulator = warpgroup_mma(weights, values, accumulator, is_async=True)
+    mbarrier.arrive(turn.index(1 - WARPGROUP), count=1)
+    accumulator = warpgroup_mma_wait(0, deps=[accumulator])
+    mbarrier.arrive(freed.index(stage), count=1)
+
+    # [ROWS]
+    total_weight = gl.convert_layout(gl.sum(partial_sum, 1), ROW)
+    stored = rows < query_length
+    overflowed = 0
+    if OPTIONS.frozen:
+        # Zero times a finite number is zero.
+        suspicious = gl.convert_layout(gl.sum(accumulator * 0.0, 1), ROW) + total_weight * 0.0 != 0.0
+        overflowed = gl.max((suspicious & stored).to(gl.int32), 0)
+        if online:
+            overflowed = 0
+    inverse = gl.where(total_weight == 0.0, 0.0, 1.0 / total_weight)
+    out_rows = gl.load(sequences[0] + sequence).to(gl.int64) + rows
+    lse = (running_max + gl.log2(total_weight)) * LN2
+    gl.store(lse_ptr + out_rows * heads_of[0] + head, lse, mask=stored)
+
+    # Through shared memory, in the place of the queries, to be written in whole lines.
+    query.store((accumulator * spread(inverse, accumulator)).to(query.dtype))
+    LINES: gl.constexpr = gl.BlockedLayout([1, 8], [256 // OPTIONS.block_dv, OPTIONS.block_dv // 8], [4, 1], [1, 0])
+    result = query.load(LINES)
+    rows = row_start + gl.arange(0, ROWS, gl.SliceLayout(1, LINES))
+    out_rows = gl.load(sequences[0] + sequence).to(gl.int64) + rows
+    offsets_d = gl.arange(0, OPTIONS.block_dv, gl.SliceLayout(0, LINES))
+    out_pointers = (
+        out_ptr + head.to(gl.int64) * out_strides[1] + (out_rows[:, None] * out_strides[0] + offsets_d[None, :])
+    )
+    gl.store(out_pointers, result, mask=(rows < query_length)[:, None])
+    return overflowed, clearings, step + 1
+
+
+@gluon.jit
+def attend_items(
+    buffers, mail, barriers, pointers, out_strides, problem, numbers, hook_args,
+    WARPGROUP: gl.constexpr, SCORE_HOOK: gl.constexpr, OPTIONS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Compute the items that are posted: the part of a warpgroup."""
+    query_memory, key_memory, value_memory = buffers
+    posted_item, verdicts = mail
+    posted, done, query_loaded, _, _, turn, _ = barriers
+    if WARPGROUP == 0:
+        mbarrier.arrive(turn.index(0), count=1)
+    step = 0
+    clearings = 0
+    post = 0
+    loads = 0
+    idle = 0
+    while idle < 2:
+        slot = post % SLOTS
+        mbarrier.wait(posted.index(slot), post // SLOTS & 1)
+        item = read_number(posted_item.index(slot))
+        overflowed = 0
+        if item >= 0:
+            mbarrier.wait(query_loaded.index(slot), post // SLOTS & 1)
+            overflowed, clearings, step = attend_item(
+                item, step, clearings, query_memory.index(WARPGROUPS * slot + WARPGROUP), key_memory, value_memory,
+                barriers, pointers, out_strides, problem, numbers, hook_args, WARPGROUP, SCORE_HOOK, OPTIONS, STAGES,
+            )  # fmt: skip
+        write_number(verdicts.index(2 * slot + WARPGROUP), overflowed)
+        mbarrier.arrive(done.index(slot), count=1)
+        post += 1
+        idle = gl.where(item < 0, idle + 1, 0)
+
+
+@gluon.jit(
+    do_not_specialize=["batch", "tiles_per_head", "heads_per_wave", "distances", "hook_args"]
+)
+def attention_forward_hopper(
+    query_descriptor, key_descriptor, value_descriptor, out_ptr, lse_ptr, sink_logits_ptr, counter_ptr, out_strides,
+    sequences, heads_of, numbers, batch, tiles_per_head, heads_per_wave, distances, hook_args,
+    SCORE_HOOK: gl.constexpr, OPTIONS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Compute attention of packed sequences and its log-sum-exp; see :func:`modelopt_lite.kernels.launch.forward`."""
+    ELEMENT: gl.constexpr = query_descriptor.dtype
+    query_memory = gl.allocate_shared_memory(
+        ELEMENT, [SLOTS * WARPGROUPS, ROWS, 1, OPTIONS.block_d], query_descriptor.layout
+    )
+    TILE: gl.constexpr = [STAGES, OPTIONS.group, OPTIONS.block_n // OPTIONS.group, 1]
+    key_memory = gl.allocate_shared_memory(ELEMENT, TILE + [OPTIONS.block_d], key_descriptor.layout)
+    value_memory = gl.allocate_shared_memory(ELEMENT, TILE + [OPTIONS.block_dv], value_descriptor.layout)
+    NUMBER: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
+    posted_item = gl.allocate_shared_memory(gl.int32, [SLOTS, 1], NUMBER)
+    verdicts = gl.allocate_shared_memory(gl.int32, [SLOTS * WARPGROUPS, 1], NUMBER)
+    posted = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIER)
+    done = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIER)
+    query_loaded = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIER)
+    loaded = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    freed = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    turn = gl.allocate_shared_memory(gl.int64, [WARPGROUPS, 1], BARRIER)
+    cleared = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    for slot in gl.static_range(SLOTS):
+        mbarrier.init(posted.index(slot), count=1)
+        mbarrier.init(done.index(slot), count=WARPGROUPS)
+        mbarrier.init(query_loaded.index(slot), count=1)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(loaded.index(stage), count=1)
+        mbarrier.init(freed.index(stage), count=WARPGROUPS)
+    for warpgroup in gl.static_range(WARPGROUPS):
+        mbarrier.init(turn.index(warpgroup), count=1)
+    mbarrier.init(cleared, count=WARPGROUPS)
+    fence_async_shared()
+    synchronize()
+
+    descriptors = (query_descriptor, key_descriptor, value_descriptor)
+    buffers = (query_memory, key_memory, value_memory)
+    mail = (posted_item, verdicts)
+    barriers = (posted, done, query_loaded, loaded, freed, turn, cleared)
+    pointers = (out_ptr, lse_ptr, sink_logits_ptr)
+    problem = (sequences, heads_of, batch, tiles_per_head, heads_per_wave, distances)
+    gl.warp_specialize(
+        [
+            (attend_items, (buffers, mail, barriers, pointers, out_strides, problem, numbers, hook_args, 0, SCORE_HOOK, OPTIONS, STAGES)),
+            (attend_items, (buffers, mail, barriers, pointers, out_strides, problem, numbers, hook_args, 1, SCORE_HOOK, OPTIONS, STAGES)),
+            (load_items, (descriptors, buffers, mail, barriers, counter_ptr, problem, SCORE_HOOK is not None, OPTIONS, STAGES)),
+        ],
+        [4, 1],
+        [240, 24],
+    )
