@@ -34,7 +34,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from modelopt_lite.kernels import attention
-from modelopt_lite.kernels.launch import Settings, forward
+from modelopt_lite.kernels.launch import Settings, forward, kernel_for
 from modelopt_lite.kernels.top_n import top_n_plan
 from modelopt_lite.plan import AttentionPlan
 
@@ -64,8 +64,10 @@ def inputs(batch: int, seq_len: int, heads: tuple[int, int], head_dim: int, dtyp
     )
 
 
-def triton_call(q: Tensor, k: Tensor, v: Tensor, causal: bool, name: str, settings: Settings | None = None) -> Call:
-    """Return a call of this project's kernel; tensors are ``[batch, seq, heads, dim]``."""
+def own_call(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, name: str, kernel: str, settings: Settings | None = None
+) -> Call:
+    """Return a call of one of this project's kernels; tensors are ``[batch, seq, heads, dim]``."""
     packing = packing_of(q)
     return functools.partial(
         forward,
@@ -79,6 +81,7 @@ def triton_call(q: Tensor, k: Tensor, v: Tensor, causal: bool, name: str, settin
         s_aux=None,
         plan=plan_of(name),
         settings=settings,
+        kernel=kernel,
     )
 
 
@@ -106,7 +109,7 @@ def differentiated(forward_call: Callable[..., Tensor], q: Tensor, k: Tensor, v:
     return call
 
 
-def triton_training_call(q: Tensor, k: Tensor, v: Tensor, causal: bool, name: str) -> Call:
+def own_training_call(q: Tensor, k: Tensor, v: Tensor, causal: bool, name: str) -> Call:
     """Return a call of this project's attention and its gradients."""
     packing, plan = packing_of(q), plan_of(name)
 
@@ -184,8 +187,15 @@ def measure_problem(
     """Measure all kernels on one problem."""
     batch = arguments.batch or max(1, 8192 // seq_len if seq_len <= 1024 else 1)
     q, k, v = inputs(batch, seq_len, heads, head_dim, dtype)
-    ours = triton_call if which == "forward" else triton_training_call
-    calls: dict[Any, Call] = {("triton", name): ours(q, k, v, causal, name) for name in arguments.names}
+    calls: dict[Any, Call] = {}
+    if which == "forward":
+        kernels = {"triton": "portable"}
+        if kernel_for(*(x.flatten(0, 1) for x in (q, k, v)), seq_len, plan_of("dense")) == "hopper":
+            kernels["hopper"] = "hopper"
+        for label, kernel in kernels.items():
+            calls |= {(label, name): own_call(q, k, v, causal, name, kernel) for name in arguments.names}
+    else:
+        calls |= {("triton", name): own_training_call(q, k, v, causal, name) for name in arguments.names}
     for peer in arguments.peers:
         # The package of FlashAttention-3 has no backward.
         if peer != "fa3" or (flash_attention_3 is not None and which == "forward"):

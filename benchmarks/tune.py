@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from attention import DTYPES, Call, inputs, measure, packing_of, plan_of, triton_call
+from attention import DTYPES, Call, inputs, measure, own_call, packing_of, plan_of
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
@@ -88,13 +88,13 @@ class Problem(NamedTuple):
     def call(self, q: Tensor, k: Tensor, v: Tensor, settings: Settings) -> Call:
         """Return a call of the kernel's whole pass; tensors are ``[batch, seq, heads, dim]``."""
         if self.kernel == "forward":
-            return triton_call(q, k, v, True, self.name, settings)
+            return own_call(q, k, v, True, self.name, "portable", settings)
         described = (gpu(), DTYPES[self.dtype], block_dim(self.head_dim), self.group, True)
         if self.kernel == "queries":
             both = settings, default_settings(*described, KEY_SETTINGS)
         else:
             both = default_settings(*described, QUERY_SETTINGS), settings
-        out, lse = triton_call(q, k, v, True, self.name)()
+        out, lse = own_call(q, k, v, True, self.name, "portable")()
         packing = packing_of(q)
         return functools.partial(
             backward,

@@ -268,7 +268,7 @@ def attention_mask(
 
     Args:
         batch_size: number of sequences.
-        q_length: number of queries; Transformers before 5.2 passes ``cache_position`` instead.
+        q_length: number of queries; Transformers before 5.4 passes ``cache_position`` instead.
         kv_length: number of key slots that the attention will get, used or not.
         q_offset: slot of the first query, counting slots that the cache has dropped.
         kv_offset: slots the cache has dropped at its front.

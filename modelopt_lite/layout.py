@@ -297,6 +297,8 @@ def attend(
         "plan": plan,
     }
     if flags is not None and flags.statistics is not None and flags.enabled and layout.max_q > 1:
+        if query.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise UnsupportedError(f"{layer_name(module)}: statistics cannot be collected in a CUDA graph")
         prefill = layout.lengths_q.masked_fill(layout.lengths_q == 1, 0)
         flags.statistics.add(attention_statistics(query, key, **{**arguments, "b_seq_len": prefill}))
     backend: Backend = "auto" if flags is None else flags.method.backend

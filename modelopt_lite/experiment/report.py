@@ -75,7 +75,7 @@ def write_report(
         f"- Text: {', '.join(f'`{name}`' for name in config.text)}; {windows}",
         f"- Date: {environment['date']}",
         f"- Versions: {versions}",
-        "- To repeat it: `modelopt-lite run config.yaml`; every single window is in `results.jsonl`",
+        "- To repeat it: `modelopt-lite run config.yaml`; every single window, and every layer, is in `results.jsonl`",
         "",
         *markdown_table(COLUMNS, [table_row(result) for result in results]),
         "",

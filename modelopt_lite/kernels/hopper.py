@@ -41,6 +41,8 @@ NOTHING = tl.constexpr(-1)
 synchronize = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # renamed in Triton 3.7
 PIECE = tl.constexpr(16)
 """Rows that are cleared at a time."""
+IN_TURN = tl.constexpr(4)
+"""Groups of more keys take so long to select from that waiting for the other warpgroup does not pay."""
 
 # A store that never happens, as sums are not negative: without it, the assembler lets the wait for the product of
 # weights and values come before the softmax that is to run beside it.
@@ -127,8 +129,10 @@ def find_keys(row_start, sequence, online, problem, SPARSE: gl.constexpr, OPTION
 
 @gluon.jit
 def locate_tile(index, ranges, masked, OPTIONS: gl.constexpr):
-    """Return an item's key tile: first the last of its keys, then those before the hot ones, the band backwards, and
-    the hot ones."""
+    """Return the first key of an item's tile.
+
+    The last keys come first, then what is before the hot tiles, then the band backwards, then the hot tiles.
+    """
     keys_begin, hot_begin, band_begin, band_end, last = ranges
     before_hot = keys_begin + (index - 1) * OPTIONS.block_n
     in_band = band_end - OPTIONS.block_n - (before_hot - hot_begin)
@@ -141,9 +145,7 @@ def locate_tile(index, ranges, masked, OPTIONS: gl.constexpr):
 @gluon.jit
 def load_rows(descriptor, row, head, barrier, memory, OPTIONS: gl.constexpr):
     """Have a tile of keys or values loaded, deinterleaved."""
-    tma.async_copy_global_to_shared(
-        descriptor, [row % OPTIONS.group, row // OPTIONS.group, head, 0], barrier, memory
-    )
+    tma.async_copy_global_to_shared(descriptor, [row % OPTIONS.group, row // OPTIONS.group, head, 0], barrier, memory)
 
 
 @gluon.jit
@@ -217,7 +219,9 @@ def load_items(
                 mbarrier.wait(freed.index(stage), (step // STAGES & 1) ^ 1)
                 mbarrier.expect(loaded.index(stage), KEY_BYTES + VALUE_BYTES)
                 load_rows(key_descriptor, row, kv_head, loaded.index(stage), key_memory.index(stage), OPTIONS)
-                load_rows(value_descriptor, row_before, kv_head, loaded.index(stage), value_memory.index(stage), OPTIONS)
+                load_rows(
+                    value_descriptor, row_before, kv_head, loaded.index(stage), value_memory.index(stage), OPTIONS
+                )
                 step += 1
             stage = step % STAGES
             mbarrier.wait(freed.index(stage), (step // STAGES & 1) ^ 1)
@@ -316,14 +320,16 @@ def advance(
     mbarrier.wait(loaded.index(stage), step // STAGES & 1)
     # Here, behind a loop that waits, rounding cannot move to where the registers of the product before are in use.
     weights = gl.convert_layout(weights.to(query.dtype), OPERAND, assert_trivial=True)
-    mbarrier.wait(turn.index(WARPGROUP), step & 1)
+    if OPTIONS.group <= IN_TURN:
+        mbarrier.wait(turn.index(WARPGROUP), step & 1)
     keys = key_memory.index(stage).reshape([OPTIONS.block_n, OPTIONS.block_d]).permute([1, 0])
     values = value_memory.index(stage).reshape([OPTIONS.block_n, OPTIONS.block_dv])
     zeros = gl.full([ROWS, OPTIONS.block_n], 0, gl.float32, SCORES)
     scores = warpgroup_mma(query, keys, zeros, use_acc=False, is_async=True)
     accumulator = warpgroup_mma(weights, values, accumulator, is_async=True)
+    if OPTIONS.group <= IN_TURN:
+        mbarrier.arrive(turn.index(1 - WARPGROUP), count=1)
     scores = warpgroup_mma_wait(1, deps=[scores])
-    mbarrier.arrive(turn.index(1 - WARPGROUP), count=1)
     if FROZEN:
         if OPTIONS.group == 8:
             # One half of the groups after the other, or the flags of all take more registers than there are.
@@ -425,11 +431,13 @@ def attend_item(
     first = locate_tile(0, ranges, masked, OPTIONS)
     stage = step % STAGES
     mbarrier.wait(loaded.index(stage), step // STAGES & 1)
-    mbarrier.wait(turn.index(WARPGROUP), step & 1)
+    if OPTIONS.group <= IN_TURN:
+        mbarrier.wait(turn.index(WARPGROUP), step & 1)
     keys = key_memory.index(stage).reshape([OPTIONS.block_n, OPTIONS.block_d]).permute([1, 0])
     scores = warpgroup_mma(query, keys, zeros, use_acc=False, is_async=True)
+    if OPTIONS.group <= IN_TURN:
+        mbarrier.arrive(turn.index(1 - WARPGROUP), count=1)
     scores = warpgroup_mma_wait(0, deps=[scores])
-    mbarrier.arrive(turn.index(1 - WARPGROUP), count=1)
     mbarrier.arrive(freed.index(stage), count=1)
     step += 1
     weights, _, running_max, partial_sum = soften_online(
@@ -460,11 +468,13 @@ def attend_item(
 
     stage = step % STAGES
     mbarrier.wait(loaded.index(stage), step // STAGES & 1)
-    mbarrier.wait(turn.index(WARPGROUP), step & 1)
+    if OPTIONS.group <= IN_TURN:
+        mbarrier.wait(turn.index(WARPGROUP), step & 1)
     values = value_memory.index(stage).reshape([OPTIONS.block_n, OPTIONS.block_dv])
     weights = gl.convert_layout(weights.to(query.dtype), OPERAND, assert_trivial=True)
     accumulator = warpgroup_mma(weights, values, accumulator, is_async=True)
-    mbarrier.arrive(turn.index(1 - WARPGROUP), count=1)
+    if OPTIONS.group <= IN_TURN:
+        mbarrier.arrive(turn.index(1 - WARPGROUP), count=1)
     accumulator = warpgroup_mma_wait(0, deps=[accumulator])
     mbarrier.arrive(freed.index(stage), count=1)
 
@@ -511,7 +521,6 @@ def attend_items(
     step = 0
     clearings = 0
     post = 0
-    loads = 0
     idle = 0
     while idle < 2:
         slot = post % SLOTS
@@ -530,9 +539,7 @@ def attend_items(
         idle = gl.where(item < 0, idle + 1, 0)
 
 
-@gluon.jit(
-    do_not_specialize=["batch", "tiles_per_head", "heads_per_wave", "distances", "hook_args"]
-)
+@gluon.jit(do_not_specialize=["batch", "tiles_per_head", "heads_per_wave", "distances", "hook_args"])
 def attention_forward_hopper(
     query_descriptor, key_descriptor, value_descriptor, out_ptr, lse_ptr, sink_logits_ptr, counter_ptr, out_strides,
     sequences, heads_of, numbers, batch, tiles_per_head, heads_per_wave, distances, hook_args,
@@ -578,9 +585,44 @@ def attention_forward_hopper(
     problem = (sequences, heads_of, batch, tiles_per_head, heads_per_wave, distances)
     gl.warp_specialize(
         [
-            (attend_items, (buffers, mail, barriers, pointers, out_strides, problem, numbers, hook_args, 0, SCORE_HOOK, OPTIONS, STAGES)),
-            (attend_items, (buffers, mail, barriers, pointers, out_strides, problem, numbers, hook_args, 1, SCORE_HOOK, OPTIONS, STAGES)),
-            (load_items, (descriptors, buffers, mail, barriers, counter_ptr, problem, SCORE_HOOK is not None, OPTIONS, STAGES)),
+            (
+                attend_items,
+                (
+                    buffers,
+                    mail,
+                    barriers,
+                    pointers,
+                    out_strides,
+                    problem,
+                    numbers,
+                    hook_args,
+                    0,
+                    SCORE_HOOK,
+                    OPTIONS,
+                    STAGES,
+                ),
+            ),
+            (
+                attend_items,
+                (
+                    buffers,
+                    mail,
+                    barriers,
+                    pointers,
+                    out_strides,
+                    problem,
+                    numbers,
+                    hook_args,
+                    1,
+                    SCORE_HOOK,
+                    OPTIONS,
+                    STAGES,
+                ),
+            ),
+            (
+                load_items,
+                (descriptors, buffers, mail, barriers, counter_ptr, problem, SCORE_HOOK is not None, OPTIONS, STAGES),
+            ),
         ],
         [4, 1],
         [240, 24],

@@ -60,7 +60,7 @@ LOP3 = constexpr(tuple(f"lop3.b32 $0, $1, $2, $3, {table};" for table in range(2
 
 
 @jit
-def combine(x, y, z, TABLE):  # noqa: N803
+def combine(x, y, z, TABLE):
     """Combine three tiles of flags made by comparisons, in one instruction: bit ``4 * x + 2 * y + z`` of ``TABLE``.
 
     ``TABLE`` is even, as flags are numbers and all but the bits of 1.0 have to stay 0.
@@ -69,9 +69,7 @@ def combine(x, y, z, TABLE):  # noqa: N803
         index = (4.0 * x + 2.0 * y + z).to(tl.int32)
         flag = (((index * 0 + TABLE) >> index) & 1).to(tl.float32)
     else:
-        flag = tl.inline_asm_elementwise(
-            LOP3[TABLE], "=f,f,f,f", [x, y, z], dtype=tl.float32, is_pure=True, pack=1
-        )
+        flag = tl.inline_asm_elementwise(LOP3[TABLE], "=f,f,f,f", [x, y, z], dtype=tl.float32, is_pure=True, pack=1)
     return flag
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from typing import Any, NamedTuple
 
@@ -10,14 +11,15 @@ import torch
 import triton
 from torch import Tensor
 from triton.experimental.gluon.language import NVMMASharedLayout
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as SharedDescriptor
+from triton.compiler.errors import CompilationError
 from triton.language import constexpr
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..plan import AttentionPlan
 from .backward import gradient_of_keys, gradient_of_queries, gradient_rows
 from .forward import attention_forward
-from .hopper import ROWS, WARPGROUPS, attention_forward_hopper, prepare
+from .hopper import ROWS, attention_forward_hopper, prepare
 from .tiles import LOG2E
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -90,8 +92,9 @@ SETTINGS = (
     SettingsRow(80, 2, 256, 16, Settings(128, 32, 8, 2, False, False)),
     SettingsRow(80, 4, 256, 16, Settings(32, 32, 8, 1, False, False)),
 )
-# The Hopper kernel's; its warps are those of one warpgroup.
+# The Hopper kernel's; the warps are those of one warpgroup.
 HOPPER_SETTINGS = Settings(128, 128, 4, 2, True, True)
+HOPPER_HEAD_DIMS = (64, 128)
 # The same for both kernels of the backward. benchmarks/tune.py measures candidates; none has been timed yet.
 QUERY_SETTINGS = (
     SettingsRow(100, 2, 128, 16, Settings(128, 64, 8, 2, True, False)),
@@ -115,6 +118,10 @@ WAVE = 512
 """Programs of ``gradient_of_keys`` that are in flight at one time, at least: some more than an H200 holds."""
 BLOCK_ROWS = 64
 """Tokens a program of ``gradient_rows``."""
+_PORTABLE_ONLY: set[Any] = set()
+"""Hooks that Gluon was found not to compile."""
+
+logger = logging.getLogger(__name__)
 
 
 def forward(
@@ -138,6 +145,7 @@ def forward(
     first_k: Tensor | None = None,
     out: Tensor | None = None,
     settings: Settings | None = None,
+    kernel: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute attention on the GPU that holds the tensors, without waiting for it; :func:`refusal` has been asked.
 
@@ -160,94 +168,155 @@ def forward(
         first_q: position of each sequence's first query, ``[batch]``; by default the queries are the last tokens.
         first_k: position of each sequence's first key, ``[batch]``; by default 0.
         out: where to write, ``[tokens, query heads, value_dim]``; allocated if None.
-        settings: tiles and warps, instead of the table's.
+        settings: tiles and warps of the portable kernel, instead of the table's.
+        kernel: ``"portable"`` or ``"hopper"``, instead of what :func:`kernel_for` chooses.
 
     Returns:
         ``out`` and the logarithms of the softmax denominators, ``[tokens, query heads]`` in FP32. Rows without a
         visible key and rows of no sequence are 0 and -inf.
     """
-    total, query_heads, head_dim = q.shape
-    kv_heads, value_dim = v.shape[1:]
-    batch = starts_q.shape[0]
     if out is None:
-        out = torch.empty(total, query_heads, value_dim, dtype=q.dtype, device=q.device)
-    lse = torch.empty(total, query_heads, dtype=torch.float32, device=q.device)
-    if total == 0:
+        out = torch.empty(q.shape[0], q.shape[1], v.shape[2], dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    if q.shape[0] == 0:
         return out, lse
+    packing = starts_q, lengths_q, max_q, starts_k, lengths_k, max_k
+    rules = is_causal, softmax_scale, sliding_window, softcap, plan
+    is_placed = first_q is not None or first_k is not None or (sliding_window is not None and not is_causal)
+    if settings is not None or is_placed:
+        kernel = "portable"
+    with torch.cuda.device_of(q):
+        if (kernel or kernel_for(q, k, v, max_q, plan)) == "hopper":
+            try:
+                _launch_hopper(q, k, v, out, lse, s_aux, *packing, *rules)
+                return out, lse
+            except CompilationError as error:
+                if plan.score_hook is None or kernel == "hopper":
+                    raise
+                _PORTABLE_ONLY.add(plan.score_hook)
+                logger.warning(
+                    "the score_hook %s is left to the portable kernel, as Gluon cannot compile it: %s",
+                    plan.score_hook.__name__,
+                    error,
+                )
+        _launch_portable(q, k, v, out, lse, s_aux, *packing, *rules, is_placed, first_q, first_k, settings)
+    return out, lse
 
+
+def _launch_portable(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    s_aux: Tensor | None,
+    starts_q: Tensor,
+    lengths_q: Tensor,
+    max_q: int,
+    starts_k: Tensor,
+    lengths_k: Tensor,
+    max_k: int,
+    is_causal: bool,
+    softmax_scale: float,
+    sliding_window: int | None,
+    softcap: float | None,
+    plan: AttentionPlan,
+    is_placed: bool,
+    first_q: Tensor | None,
+    first_k: Tensor | None,
+    settings: Settings | None,
+) -> None:
+    (total, query_heads, head_dim), (kv_heads, value_dim), batch = q.shape, v.shape[1:], starts_q.shape[0]
     block_d, block_dv = block_dim(head_dim), block_dim(value_dim)
     group = 1 if plan.is_dense else plan.group
-    is_placed = first_q is not None or first_k is not None or (sliding_window is not None and not is_causal)
-    is_hopper = settings is None and not is_placed and kernel_for(q, k, v, max_q) == "hopper"
-    if is_hopper:
-        settings = HOPPER_SETTINGS._replace(frozen=q.dtype == torch.bfloat16)
-    elif settings is None:
+    if settings is None:
         capability = compute_capability(q.device)
         settings = default_settings(capability, q.dtype, max(block_d, block_dv), group, is_causal)
     options = _options(settings, head_dim, value_dim, is_causal, sliding_window, softcap, plan)
-    tiles = triton.cdiv(max_q, settings.block_m)
-    heads_per_wave = min(_heads_per_wave(max_k, k, v) * (query_heads // kv_heads), batch * query_heads)
-    distances = tuple(min(x, FAR) for x in (plan.num_sink_tokens, plan.dense_window_size, sliding_window or 0))
-    if is_hopper:
-        counter = torch.empty(1, dtype=torch.int32, device=q.device)
-        with torch.cuda.device_of(q):
-            prepare[(triton.cdiv(total, settings.block_m),)](
-                counter, out, lse, out.stride()[:2], starts_q, lengths_q, batch, total, query_heads, OPTIONS=options
-            )
-            attention_forward_hopper[(min(processors(q.device), batch * query_heads * tiles),)](
-                _gluon_descriptor(q, list(q.shape), list(q.stride()), [ROWS.value, 1, block_d]),
-                *(_gluon_descriptor(*_keys_as_groups(x, group, block, settings)) for x, block in ((k, block_d), (v, block_dv))),
-                out,
-                lse,
-                s_aux,
-                counter,
-                out.stride()[:2],
-                (starts_q, lengths_q, starts_k, lengths_k),
-                (query_heads, query_heads // kv_heads),
-                (softmax_scale, softcap or 0.0),
-                batch,
-                tiles,
-                heads_per_wave,
-                distances,
-                _hook_args(plan),
-                SCORE_HOOK=plan.score_hook,
-                OPTIONS=options,
-                STAGES=settings.num_stages,
-                num_warps=settings.num_warps,
-                enable_fp_fusion=True,
-            )
-        return out, lse
     if is_placed:
         first_k = torch.zeros_like(starts_k) if first_k is None else first_k
         first_q = first_k + lengths_k - lengths_q if first_q is None else first_q
         options = options._replace(placed=True, frozen=False, sinks=True)
-    programs = batch * query_heads * tiles + triton.cdiv(total, settings.block_m)
-    with torch.cuda.device_of(q):
-        attention_forward[(programs,)](
-            q,
-            k,
-            v,
-            out,
-            lse,
-            s_aux,
-            *(_descriptor(x, group, block, settings) for x, block in ((k, block_d), (v, block_dv))),
-            tuple(x.stride()[:2] for x in (q, k, v, out)),
-            (starts_q, lengths_q, starts_k, lengths_k, first_q, first_k),
-            (query_heads, query_heads // kv_heads),
-            (softmax_scale, softcap or 0.0),
-            batch,
-            total,
-            tiles,
-            heads_per_wave,
-            *distances,
-            _hook_args(plan),
-            SCORE_HOOK=plan.score_hook,
-            OPTIONS=options,
-            num_warps=settings.num_warps,
-            num_stages=settings.num_stages,
-            enable_fp_fusion=True,
-        )
-    return out, lse
+    tiles = triton.cdiv(max_q, settings.block_m)
+    heads_per_wave = _heads_per_wave(max_k, k, v) * (query_heads // kv_heads)
+    attention_forward[(batch * query_heads * tiles + triton.cdiv(total, settings.block_m),)](
+        q,
+        k,
+        v,
+        out,
+        lse,
+        s_aux,
+        *(_descriptor(x, group, block, settings) for x, block in ((k, block_d), (v, block_dv))),
+        tuple(x.stride()[:2] for x in (q, k, v, out)),
+        (starts_q, lengths_q, starts_k, lengths_k, first_q, first_k),
+        (query_heads, query_heads // kv_heads),
+        (softmax_scale, softcap or 0.0),
+        batch,
+        total,
+        tiles,
+        min(heads_per_wave, batch * query_heads),
+        *_distances(plan, sliding_window),
+        _hook_args(plan),
+        SCORE_HOOK=plan.score_hook,
+        OPTIONS=options,
+        num_warps=settings.num_warps,
+        num_stages=settings.num_stages,
+        enable_fp_fusion=True,
+    )
+
+
+def _launch_hopper(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    s_aux: Tensor | None,
+    starts_q: Tensor,
+    lengths_q: Tensor,
+    max_q: int,
+    starts_k: Tensor,
+    lengths_k: Tensor,
+    max_k: int,
+    is_causal: bool,
+    softmax_scale: float,
+    sliding_window: int | None,
+    softcap: float | None,
+    plan: AttentionPlan,
+) -> None:
+    (total, query_heads, head_dim), (kv_heads, value_dim), batch = q.shape, v.shape[1:], starts_q.shape[0]
+    group = 1 if plan.is_dense else plan.group
+    settings = HOPPER_SETTINGS._replace(frozen=q.dtype == torch.bfloat16)
+    options = _options(settings, head_dim, value_dim, is_causal, sliding_window, softcap, plan)
+    tiles = triton.cdiv(max_q, settings.block_m)
+    items = batch * query_heads * tiles
+    counter = torch.empty(1, dtype=torch.int32, device=q.device)
+    prepare[(triton.cdiv(total, settings.block_m),)](
+        counter, out, lse, out.stride()[:2], starts_q, lengths_q, batch, total, query_heads, OPTIONS=options
+    )
+    attention_forward_hopper[(min(items, processors(q.device)),)](
+        _shared_descriptor(q, list(q.shape), list(q.stride()), [ROWS.value, 1, head_dim]),
+        _shared_descriptor(*_keys_as_groups(k, group, head_dim, settings)),
+        _shared_descriptor(*_keys_as_groups(v, group, value_dim, settings)),
+        out,
+        lse,
+        s_aux,
+        counter,
+        out.stride()[:2],
+        (starts_q, lengths_q, starts_k, lengths_k),
+        (query_heads, query_heads // kv_heads),
+        (softmax_scale, softcap or 0.0),
+        batch,
+        tiles,
+        min(_heads_per_wave(max_k, k, v) * (query_heads // kv_heads), batch * query_heads),
+        _distances(plan, sliding_window),
+        _hook_args(plan),
+        SCORE_HOOK=plan.score_hook,
+        OPTIONS=options,
+        STAGES=settings.num_stages,
+        num_warps=settings.num_warps,
+        enable_fp_fusion=True,
+    )
 
 
 def backward(
@@ -421,11 +490,17 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> str | None:
     return None
 
 
-def kernel_for(q: Tensor, k: Tensor, v: Tensor, max_q: int) -> str:
-    """Say which forward kernel runs arguments that :func:`refusal` does not refuse: ``"hopper"`` or ``"portable"``.
+def kernel_for(q: Tensor, k: Tensor, v: Tensor, max_q: int, plan: AttentionPlan) -> str:
+    """Say which forward kernel runs what :func:`refusal` does not refuse and has no positions: the one place to choose.
 
     The environment variable ``MODELOPT_LITE_KERNEL`` may name one: ``portable`` for always, ``hopper`` for wherever it
-    can, even where its tiles of 128 queries are too large to pay.
+    can, also where its tiles of 128 queries are too large to pay.
+
+    Returns:
+        ``"hopper"`` or ``"portable"``.
+
+    Raises:
+        ValueError: if that variable is something else.
     """
     wanted = os.environ.get("MODELOPT_LITE_KERNEL", "")
     if wanted not in ("", "hopper", "portable"):
@@ -434,11 +509,12 @@ def kernel_for(q: Tensor, k: Tensor, v: Tensor, max_q: int) -> str:
         compute_capability(q.device) == 90
         and q.dtype in (torch.float16, torch.bfloat16)
         and q.shape[2] == v.shape[2]
-        and q.shape[2] in (64, 128)
+        and q.shape[2] in HOPPER_HEAD_DIMS
         and all(map(_is_aligned, (q, k, v)))
+        and plan.score_hook not in _PORTABLE_ONLY
     )
-    pays = max_q > ROWS.value
-    return "hopper" if can and wanted != "portable" and (pays or wanted == "hopper") else "portable"
+    pays = max_q > ROWS.value or wanted == "hopper"
+    return "hopper" if can and pays and wanted != "portable" else "portable"
 
 
 def block_dim(dim: int) -> int:
@@ -526,6 +602,11 @@ def _options(
     )
 
 
+def _distances(plan: AttentionPlan, sliding_window: int | None) -> tuple[int, ...]:
+    """Return the sink tokens and both windows, in tokens."""
+    return tuple(min(x, FAR) for x in (plan.num_sink_tokens, plan.dense_window_size, sliding_window or 0))
+
+
 def _hook_args(plan: AttentionPlan) -> tuple[Any, ...]:
     return (*map(constexpr, plan.hook_constants), *map(float, plan.hook_args))
 
@@ -556,13 +637,13 @@ def _keys_as_groups(
     return x, shape, strides, [group, settings.block_n // group, 1, block_d]
 
 
-def _gluon_descriptor(x: Tensor, shape: list[int], strides: list[int], box: list[int]) -> GluonDescriptor:
-    return GluonDescriptor(x, shape, strides, box, _shared_layout(len(box)))
+def _shared_descriptor(x: Tensor, shape: list[int], strides: list[int], box: list[int]) -> SharedDescriptor:
+    """Describe a tensor, and how its boxes lie in shared memory for matrix instructions."""
+    return SharedDescriptor(x, shape, strides, box, _shared_layout(len(box)))
 
 
 @functools.cache
 def _shared_layout(rank: int) -> NVMMASharedLayout:
-    """Return how a tile of 16-bit rows lies in shared memory for matrix instructions."""
     return NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=rank)
 
 

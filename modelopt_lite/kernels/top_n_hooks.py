@@ -25,8 +25,7 @@ def _four_of_eight(groups: int) -> str:
     score = [[f"${(8 + place) * groups + group}" for place in range(8)] for group in range(groups)]
     # pairs of places, the larger of which comes first afterwards
     network = [(0, 1), (2, 3), (4, 5), (6, 7), (0, 2), (1, 3), (4, 6), (5, 7), (1, 2), (5, 6)]
-    lines = [".reg .pred done, equal, room;", ".reg .b32 number, left;", f".reg .f32 fourth<{groups}>, x<8>, low;"]
-    lines += ["mov.b32 number, 0;"]
+    lines = [".reg .pred done, equal, room;", ".reg .b32 left;", f".reg .f32 fourth<{groups}>, x<8>, low;"]
     for group in range(groups):
         x = list(score[group])
         for step, (i, j) in enumerate(network):
@@ -38,9 +37,16 @@ def _four_of_eight(groups: int) -> str:
         lines += ["min.f32 x0, x0, x1;", "min.f32 x2, x2, x3;", f"min.f32 fourth{group}, x0, x2;"]
         for r in range(8):
             lines += [f"set.ge.f32.f32 {flag[group][r]}, {score[group][r]}, fourth{group};"]
-            # 1.0 is 0x3F800000; added up as integers, flags are counted.
-            lines += [f"add.u32 number, number, {flag[group][r]};"]
-    lines += [f"setp.eq.u32 done, number, {4 * groups * 0x3F800000 % 2**32};", "@done bra DONE;"]
+    # 1.0 is 0x3F800000; added up as integers, flags are counted.
+    terms = [flag[group][r] for group in range(groups) for r in range(8)]
+    lines += [f".reg .b32 number<{len(terms)}>;"]
+    index = 0
+    while len(terms) > 1:  # in threes, which is one instruction
+        lines += [f"add.u32 number{index}, {terms[0]}, {terms[1]};"]
+        lines += [f"add.u32 number{index}, number{index}, {x};" for x in terms[2:3]]
+        terms = [*terms[3:], f"number{index}"]
+        index += 1
+    lines += [f"setp.eq.u32 done, {terms[0]}, {4 * groups * 0x3F800000 % 2**32};", "@done bra DONE;"]
     for group in range(groups):
         # With fewer than four visible scores all are kept, and it does not matter what is said of the others.
         lines += [f"setp.eq.f32 done, fourth{group}, 0fFF800000;", f"@done bra NEXT{group};", "mov.b32 left, 4;"]
@@ -54,8 +60,8 @@ def _four_of_eight(groups: int) -> str:
     return "{ " + " ".join(lines) + " DONE: }"
 
 
-FOUR_OF_EIGHT = constexpr(_four_of_eight(2))
-FOUR_OF_EIGHT_OPERANDS = constexpr(",".join(["=&f"] * 16 + ["f"] * 16))
+FOUR_OF_EIGHT = constexpr(_four_of_eight(4))
+FOUR_OF_EIGHT_OPERANDS = constexpr(",".join(["=&f"] * 32 + ["f"] * 32))
 
 
 @jit
@@ -156,7 +162,7 @@ def keep_of_four(scores, N: tl.constexpr):
 
 @jit
 def keep_four_of_eight(scores):
-    """Keep four of eight, two groups at a time."""
+    """Keep four of eight, four groups at a time."""
     a, b, c, d, e, f, g, h = scores
     return tl.inline_asm_elementwise(
         FOUR_OF_EIGHT,
@@ -166,7 +172,7 @@ def keep_four_of_eight(scores):
             tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32
         ),
         is_pure=True,
-        pack=2,
+        pack=4,
     )  # fmt: skip
 
 

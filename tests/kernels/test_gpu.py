@@ -10,6 +10,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from modelopt_lite import UnsupportedError
 from modelopt_lite.kernels import attention
 from modelopt_lite.kernels.forward import attention_forward
+from modelopt_lite.kernels.hopper import attention_forward_hopper
+from modelopt_lite.kernels.language import jit, tl
 from modelopt_lite.kernels.problem import AttentionProblem
 from modelopt_lite.kernels.reference import attention_reference, kept_scores
 from modelopt_lite.kernels.top_n import top_n_plan
@@ -22,6 +24,11 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 N_OF_M = [(n, m) for m in (2, 4, 8, 16) for n in range(1, m)]
 # Lengths around tile borders, 0 and 1 among them: (queries, keys) of each sequence.
 RAGGED = [(257, 257), (1, 1), (0, 0), (63, 63), (130, 400), (1, 300), (64, 129), (0, 5)]
+
+
+@jit
+def keep_even_hook(scores, q_pos, k_pos, args):
+    return ((tl.zeros_like(scores[0]) == 0.0) & (k_pos[0] % 2 == 0),)
 
 
 @pytest.fixture(autouse=True)
@@ -288,18 +295,35 @@ def test_sinks_and_window_alone(dtype, is_causal, sinks, window):
     check(*make(dtype=dtype, is_causal=is_causal, plan=plan))
 
 
-def test_nothing_is_compiled_again_for_other_numbers():
-    def compiled():
-        return sum(len(cache[0]) for cache in attention_forward.device_caches.values())
+@pytest.mark.parametrize(("kernel", "dim"), [(attention_forward, 32), (attention_forward_hopper, 64)])
+def test_nothing_is_compiled_again_for_other_numbers(kernel, dim, monkeypatch):
+    """Whether there are sink tokens is known at compile time, how many is not."""
+    monkeypatch.setenv("MODELOPT_LITE_KERNEL", "hopper")  # where it can, which is not for a head_dim of 32
 
-    for number, (sinks, window, sliding) in enumerate(((0, 0, 1), (1, 1, 16), (16, 16, 100))):
+    def compiled():
+        return sum(len(cache[0]) for cache in kernel.device_caches.values())
+
+    before = compiled()
+    for number, (sinks, window, sliding) in enumerate(((1, 0, 1), (2, 1, 16), (16, 16, 100))):
         for length in (1, 16, 17, 100, 1024):
             plan = top_n_plan(2, 4, sinks, window)
-            lengths = [(length, length + number)] * (1 + sinks)
-            run(*make(lengths=lengths, heads=(2, 2), dims=(32, 32), plan=plan, sliding_window=sliding))
-            if number == 0 and length == 1:
-                before = compiled()
-    assert compiled() == before
+            lengths = [(length, length + number)] * sinks
+            run(*make(lengths=lengths, heads=(2, 2), dims=(dim, dim), plan=plan, sliding_window=sliding))
+    assert compiled() == before + 1
+
+
+def test_a_hook_that_gluon_cannot_compile_is_left_to_the_portable_kernel(caplog):
+    q, k, v, s_aux, problem = make(
+        lengths=((200, 200),),
+        plan=AttentionPlan(
+            keep=lambda scores, q_pos, k_pos: (k_pos % 2 == 0).expand(scores.shape), score_hook=keep_even_hook
+        ),
+    )
+    check(q, k, v, s_aux, problem)
+    assert "keep_even_hook is left to the portable kernel" in caplog.text
+    caplog.clear()
+    check(q, k, v, s_aux, problem)
+    assert not caplog.text
 
 
 def test_what_the_kernel_cannot_run_is_refused():
