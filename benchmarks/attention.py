@@ -175,6 +175,14 @@ def measure(calls: dict[Any, Call], heat: float, rounds: int) -> dict[Any, float
     return {key: statistics.median(taken) for key, taken in times.items()}
 
 
+def peak_memory(call: Call) -> int:
+    """Return the MiB that a call takes at most, besides what is there before it."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    return round((torch.cuda.max_memory_allocated() - before) / 2**20)
+
+
 def measure_problem(
     arguments: argparse.Namespace,
     which: str,
@@ -201,6 +209,7 @@ def measure_problem(
         if peer != "fa3" or (flash_attention_3 is not None and which == "forward"):
             calls[(peer, "dense")] = peer_call(peer, q, k, v, causal, which)
     times = measure(calls, arguments.heat, arguments.rounds)
+    peaks = {key: peak_memory(calls[key]) for key in times}
     flop = PASSES[which] * 4 * batch * heads[0] * seq_len**2 * head_dim * (0.5 if causal else 1.0)
     ratios = {peer: times.get((peer, "dense")) for peer in ("cudnn", "fa3")}
     return [
@@ -216,6 +225,7 @@ def measure_problem(
             "dtype": dtype,
             "causal": causal,
             "ms": round(ms, 4),
+            "peak_mib": peaks[kernel, name],
             "tflops": round(flop / ms / 1e9, 1),
             **{f"ratio_to_{peer}": round(other / ms, 3) if other else None for peer, other in ratios.items()},
         }

@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import LOG2E, join_groups, key_spans, load_tile, scale_scores, select_scores, weigh
+from .tiles import LOG2E, as_if_of, join_groups, key_spans, load_tile, scale_scores, select_scores, weigh
 
 BOUNDED_N = tl.constexpr(32)
 """Keys of a tile that may reach past the sequence, for ``gradient_of_queries``."""
@@ -114,6 +114,8 @@ def differentiate_softmax(
             weight = weigh(weight, keep[r])
         weights = weights + (weight,)
     weights = join_groups(weights)
+    if GROUP > 1 and not OPTIONS.hopper:
+        weights = as_if_of(products, weights)
     grad_scores = weights * (grad_weights - delta)
     if OPTIONS.softcap:
         tanh_of_scores = scores / numbers[1]
@@ -218,6 +220,8 @@ def gradient_of_queries(
     BLOCK_M: tl.constexpr = OPTIONS.block_m
     BLOCK_N: tl.constexpr = OPTIONS.block_n
     BLOCK_D: tl.constexpr = OPTIONS.block_d
+    # Where registers are full, what does not change is worth computing again.
+    AGAIN: tl.constexpr = BLOCK_D > 128 or not OPTIONS.hopper
     starts_q, lengths_q, starts_k, lengths_k = sequences
     query_strides, key_strides, value_strides, grad_strides, grad_query_strides = strides
     heads, heads_per_kv = heads_of
@@ -261,21 +265,21 @@ def gradient_of_queries(
     keys_begin, hot_begin, band_begin, band_end, full_end, bounded_begin, keys_end = key_spans(
         first_position, last_position, rules, SCORE_HOOK is not None, OPTIONS
     )
-    for offset in tl.range(0, hot_begin - keys_begin + band_end - band_begin, BLOCK_N):
+    for offset in tl.range(0, hot_begin - keys_begin + band_end - band_begin, BLOCK_N, disable_licm=AGAIN):
         first = keys_begin + offset
         first += tl.where(first >= hot_begin, band_begin - hot_begin, 0)
         accumulator = add_key_tile(
             query, grad, shift, delta, first, accumulator, key, value, rules, numbers, hook_args,
             SCORE_HOOK, OPTIONS, BLOCK_N, MASKED=True, BOUNDED=False,
         )  # fmt: skip
-    for first in tl.range(bounded_begin, keys_end, BOUNDED_N, num_stages=1):
+    for first in tl.range(bounded_begin, keys_end, BOUNDED_N, num_stages=1, disable_licm=AGAIN):
         accumulator = add_key_tile(
             query, grad, shift, delta, first, accumulator, key, value, rules, numbers, hook_args,
             SCORE_HOOK, OPTIONS, BOUNDED_N, MASKED=True, BOUNDED=True,
         )  # fmt: skip
     # Without sinks and recent keys, hot tiles are empty to a rule that keeps nothing.
     hot_end = hot_begin if OPTIONS.keeps_nothing else full_end - (band_end - band_begin)
-    for begin in tl.range(hot_begin, hot_end, BLOCK_N):
+    for begin in tl.range(hot_begin, hot_end, BLOCK_N, disable_licm=AGAIN):
         first = begin
         if not OPTIONS.causal:
             first += tl.where(first >= band_begin, band_end - band_begin, 0)

@@ -19,11 +19,11 @@ import triton.language as tl
 
 from .tiles import (
     LOG2E,
+    as_if_of,
     join_groups,
     key_spans,
     load_tile,
     maximum_of,
-    regroup,
     scale_scores,
     select_scores,
     weigh,
@@ -78,13 +78,7 @@ def attend_tile(
     if FROZEN:
         shift = running_max
     else:
-        if OPTIONS.hopper:
-            tile_max = tl.max(maximum_of(parts), 1)
-        else:
-            # Seeing one product feed the other without a split, the compiler lays both out alike.
-            tile_max = tl.max(scores, 1)
-            if MASKED or not OPTIONS.keeps_group_max:
-                tile_max = tl.minimum(tile_max, tl.max(maximum_of(parts), 1))
+        tile_max = tl.max(maximum_of(parts), 1)
         new_max = tl.maximum(running_max, tile_max * to_log2)
         if MASKED or not OPTIONS.keeps_group_max:
             # Nothing kept so far: any finite number does.
@@ -104,14 +98,11 @@ def attend_tile(
         weights = weights + (weight,)
     # [BLOCK_M, BLOCK_N]
     probabilities = join_groups(weights)
+    if GROUP > 1 and not OPTIONS.hopper:
+        probabilities = as_if_of(scores, probabilities)
     partial_sum += tl.sum(probabilities.reshape(BLOCK_M, BLOCK_N // LANES, LANES), 1)
-    REGROUPED: tl.constexpr = GROUP > 1 and not OPTIONS.hopper
-    if REGROUPED:
-        probabilities = regroup(probabilities)
     # [BLOCK_N, BLOCK_DV]
-    value_tile = load_tile(
-        value, first, length, OPTIONS.value_dim, BLOCK_N, OPTIONS.block_dv, GROUP, BOUNDED, lower, REGROUPED
-    )
+    value_tile = load_tile(value, first, length, OPTIONS.value_dim, BLOCK_N, OPTIONS.block_dv, GROUP, BOUNDED, lower)
     accumulator = tl.dot(probabilities.to(value_tile.dtype), value_tile, accumulator, input_precision="ieee")
     return accumulator, running_max, partial_sum
 

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from triton.compiler.errors import CompilationError
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as SharedDescriptor
-from triton.compiler.errors import CompilationError
 from triton.language import constexpr
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -89,8 +89,10 @@ SETTINGS = (
     SettingsRow(90, 2, 128, 16, Settings(128, 128, 8, 2, True, True)),
     SettingsRow(90, 2, 256, 16, Settings(128, 64, 8, 2, True, False)),
     SettingsRow(80, 2, 128, 16, Settings(128, 64, 8, 2, False, False)),
-    SettingsRow(80, 2, 256, 16, Settings(128, 32, 8, 2, False, False)),
-    SettingsRow(80, 4, 256, 16, Settings(32, 32, 8, 1, False, False)),
+    SettingsRow(80, 2, 256, 4, Settings(32, 32, 4, 2, False, False)),
+    SettingsRow(80, 2, 256, 16, Settings(16, 64, 4, 2, False, False)),
+    SettingsRow(80, 4, 128, 16, Settings(32, 32, 8, 1, False, False)),
+    SettingsRow(80, 4, 256, 16, Settings(16, 32, 8, 1, False, False)),
 )
 # The Hopper kernel's; the warps are those of one warpgroup.
 HOPPER_SETTINGS = Settings(128, 128, 4, 2, True, True)
@@ -102,16 +104,21 @@ QUERY_SETTINGS = (
     SettingsRow(90, 2, 128, 8, Settings(64, 64, 4, 2, True, False)),
     SettingsRow(90, 2, 128, 16, Settings(64, 128, 4, 2, True, False)),
     SettingsRow(90, 2, 256, 16, Settings(128, 32, 8, 2, True, False)),
-    SettingsRow(80, 2, 128, 16, Settings(64, 64, 4, 2, False, False)),
+    SettingsRow(80, 2, 64, 16, Settings(128, 64, 8, 2, False, False)),
+    SettingsRow(80, 2, 128, 16, Settings(128, 32, 8, 2, False, False)),
     SettingsRow(80, 2, 256, 16, Settings(64, 32, 8, 1, False, False)),
     SettingsRow(80, 4, 256, 16, Settings(32, 32, 8, 1, False, False)),
 )
 KEY_SETTINGS = (
+    SettingsRow(100, 2, 128, 16, Settings(128, 64, 8, 1, True, False)),
+    SettingsRow(100, 2, 256, 16, Settings(64, 64, 8, 1, True, False)),
     SettingsRow(90, 2, 64, 16, Settings(64, 64, 4, 3, True, False)),
     SettingsRow(90, 2, 128, 16, Settings(64, 64, 4, 2, True, False)),
-    SettingsRow(90, 2, 256, 16, Settings(64, 64, 8, 1, True, False)),
-    SettingsRow(80, 2, 128, 16, Settings(64, 64, 8, 1, False, False)),
-    SettingsRow(80, 2, 256, 16, Settings(32, 64, 8, 1, False, False)),
+    SettingsRow(90, 2, 256, 4, Settings(128, 64, 8, 1, True, False)),
+    SettingsRow(90, 2, 256, 16, Settings(32, 64, 8, 1, False, False)),
+    SettingsRow(80, 2, 64, 16, Settings(64, 32, 8, 1, False, False)),
+    SettingsRow(80, 2, 128, 16, Settings(32, 64, 8, 1, False, False)),
+    SettingsRow(80, 2, 256, 16, Settings(32, 32, 8, 1, False, False)),
     SettingsRow(80, 4, 256, 16, Settings(32, 32, 8, 1, False, False)),
 )
 WAVE = 512

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .language import less_share
+from .language import INTERPRETED, less_share
 
 LOG2E = tl.constexpr(1.4426950408889634)
 MAX_HALVINGS = tl.constexpr(4)
@@ -26,7 +26,6 @@ def load_tile(
     GROUP: tl.constexpr,
     BOUNDED: tl.constexpr,
     lower,
-    REGROUPED: tl.constexpr = False,
 ):
     """Load rows ``[first, first + BLOCK_N)`` of one head of one sequence, deinterleaved: ``[BLOCK_N, BLOCK_D]``.
 
@@ -41,7 +40,6 @@ def load_tile(
         BOUNDED: whether the tile may reach past the sequence. Such a tile is not read through the descriptor, which
             would find the next sequence there.
         lower: first row that exists; what a ``BOUNDED`` tile has before it is zero.
-        REGROUPED: whether rows come in the order that :func:`regroup` gives columns; without a descriptor.
     """
     pointer, stride, descriptor, start, head = source
     row = start + first
@@ -50,8 +48,6 @@ def load_tile(
         tile = descriptor.load([row % GROUP, row // GROUP, head, 0]).reshape(BLOCK_N, BLOCK_D)
     else:
         places = tl.arange(0, BLOCK_N)
-        if REGROUPED:
-            places = places // 16 * 16 + places // 2 % 2 * 8 + places // 4 % 4 * 2 + places % 2
         offsets_n = GROUP * (places % (BLOCK_N // GROUP)) + places // (BLOCK_N // GROUP)
         offsets_d = tl.arange(0, BLOCK_D)
         # [BLOCK_N, BLOCK_D]
@@ -93,14 +89,18 @@ def join_groups(parts):
 
 
 @triton.jit
-def regroup(tile):
-    """Reorder columns such that what a thread has of a product's 16 columns, 2 and 2, comes to be 4 in a row.
+def as_if_of(product, tile):
+    """Return a tile that was joined from parts of a matrix product as if it came from the product straight away.
 
-    The matrix instructions before Hopper take columns in any order, and this is the one that the compiler asks for
-    when the tile has been joined. Without it, threads would have to exchange what they have.
+    Before Hopper, the compiler lays both out alike only where one leads to the other without transpositions, as which
+    splits and joins count, and takes what has been joined for narrower numbers than it holds. It does not look into
+    assembly, and this is an instruction that costs nothing.
     """
-    sixteens = tile.reshape(tile.shape[0], tile.shape[1] // 16, 2, 4, 2)
-    return sixteens.permute(0, 1, 3, 2, 4).reshape(tile.shape[0], tile.shape[1])
+    if not INTERPRETED:
+        tile = tl.inline_asm_elementwise(
+            "mov.f32 $0, $1;", "=f,f,f", [tile, product], dtype=tl.float32, is_pure=False, pack=1
+        )
+    return tile
 
 
 @triton.jit

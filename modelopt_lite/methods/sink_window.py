@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..kernels.language import jit, tl
+from ..kernels.language import jit
 from ..plan import AttentionPlan
 from ..registry import register_sparse_method
 from .base import SinkTokens, SparseAttentionMethod, WindowSize
