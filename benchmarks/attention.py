@@ -233,8 +233,19 @@ def measure_problem(
     ]
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Return rows as a Markdown table: a problem a line, TFLOP/s and in brackets the ratio to cuDNN."""
+def speed(row: dict[str, Any], _: dict[Any, dict[str, Any]]) -> str:
+    """Return TFLOP/s and in brackets the ratio to cuDNN."""
+    return f"{row['tflops']:.0f}" + ("" if row["ratio_to_cudnn"] is None else f" ({row['ratio_to_cudnn']:.2f})")
+
+
+def memory(row: dict[str, Any], found: dict[Any, dict[str, Any]]) -> str:
+    """Return peak memory in MiB and in brackets the ratio to FlexAttention."""
+    flex = found.get(("flex", "dense"))
+    return f"{row['peak_mib']}" + ("" if flex is None else f" ({row['peak_mib'] / flex['peak_mib']:.2f})")
+
+
+def table(rows: list[dict[str, Any]], cell: Callable[..., str] = speed) -> str:
+    """Return rows as a Markdown table: a problem a line, what ``cell`` says of each kernel."""
     problem = ("pass", "head_dim", "query_heads", "kv_heads", "causal", "dtype", "batch", "seq_len")
     columns = list(dict.fromkeys((row["kernel"], row["name"]) for row in rows))
     lines = ["| pass | D | heads | causal | type | batch | S | " + " | ".join(map(" ".join, columns)) + " |"]
@@ -252,9 +263,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             seq_len,
         ]
         for column in columns:
-            row = found.get(column)
-            ratio = "" if row is None or row["ratio_to_cudnn"] is None else f" ({row['ratio_to_cudnn']:.2f})"
-            cells.append("" if row is None else f"{row['tflops']:.0f}{ratio}")
+            cells.append(cell(found[column], found) if column in found else "")
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
@@ -275,9 +284,14 @@ def main() -> None:
     parser.add_argument("--heat", type=float, default=2.0, help="seconds of heating before each problem")
     parser.add_argument("--output", type=Path, help="by default benchmarks/results/attention-<device>.json")
     parser.add_argument("--show", type=Path, help="only print the table of a JSON file")
+    parser.add_argument("--show-memory", type=Path, help="only print the peak memory of forward and backward in one")
     arguments = parser.parse_args()
     if arguments.show:
         print(table(json.loads(arguments.show.read_text())["rows"]))
+        return
+    if arguments.show_memory:
+        shown = json.loads(arguments.show_memory.read_text())["rows"]
+        print(table([row for row in shown if row["pass"] == "forward_backward"], memory))
         return
 
     torch._dynamo.config.recompile_limit = 1000

@@ -1,9 +1,9 @@
-"""The Triton kernels as machine code, without a GPU: registers, shared memory and what stands in their hot loops.
+"""The portable kernels as machine code, without a GPU: registers, shared memory and what stands in their hot loops.
 
-As a program, prints the instruction mix of the hot loops as the table in the docs, in instructions a warp for each tile
-of 64 queries and 64 keys:
+As a program, prints the table in the docs: what a warp executes of a hot loop, for each tile of 64 queries and 64 keys
+with a head dimension of 128 in BF16 on Hopper. Needs no GPU.
 
-    python benchmarks/machine_code.py
+    python benchmarks/machine_code.py > docs/_generated/machine_code.md
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from modelopt_lite.kernels.launch import KEY_SETTINGS, QUERY_SETTINGS, SETTINGS,
 from modelopt_lite.kernels.top_n import top_n_plan
 
 KERNELS = {
-    # name: function, table of settings, tensors with strides, matrix products a tile
-    "forward": (forward.attention_forward, SETTINGS, 4, 2),
-    "queries": (backward.gradient_of_queries, QUERY_SETTINGS, 5, 3),
-    "keys": (backward.gradient_of_keys, KEY_SETTINGS, 6, 4),
+    # function, its table of settings, number of tensors with strides
+    "forward": (forward.attention_forward, SETTINGS, 4),
+    "queries": (backward.gradient_of_queries, QUERY_SETTINGS, 5),
+    "keys": (backward.gradient_of_keys, KEY_SETTINGS, 6),
 }
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 CLASSES = {
@@ -64,12 +64,11 @@ def compile_kernel(
         causal: whether a query sees only keys at its own position and before.
         settings: tiles and warps, instead of the table's.
     """
-    function, table, strided, _ = KERNELS[kernel]
+    function, _, strided = KERNELS[kernel]
     plan = top_n_plan(*(n_of_m or (0, 4)), 0, 64)
     group = 1 if plan.is_dense else plan.group
     block_d, block_dv = map(launch.block_dim, dims)
-    if settings is None:
-        settings = launch.default_settings(capability, dtype, max(block_d, block_dv), group, causal, table)
+    settings = settings or table_settings(kernel, capability, dtype, dims, n_of_m, causal)
     keys_box, queries_box = [group, settings.block_n // group, 1], [1, settings.block_m]
     boxes = {
         "key_descriptor": [*keys_box, block_d],
@@ -112,6 +111,19 @@ def compile_kernel(
     )
 
 
+def table_settings(
+    kernel: str,
+    capability: int,
+    dtype: torch.dtype,
+    dims: tuple[int, int],
+    n_of_m: tuple[int, int] | None,
+    causal: bool,
+) -> Settings:
+    """Return the settings that a kernel is launched with; arguments are those of :func:`compile_kernel`."""
+    block_d, group = launch.block_dim(max(dims)), 1 if n_of_m is None else n_of_m[1]
+    return launch.default_settings(capability, dtype, block_d, group, causal, KERNELS[kernel][1])
+
+
 def inspect(kernel: CompiledKernel) -> dict[str, Any]:
     """Return a kernel's bytes of shared memory, registers a thread, bytes a thread spills, and its hot loop."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -148,9 +160,26 @@ def hot_loop(sass: str) -> list[str]:
     return [name for _, name, _ in code[first:last]]
 
 
-def classify(loop: Counter[str]) -> dict[str, int]:
+def classify(loop: dict[str, int]) -> dict[str, int]:
     """Sum the instructions of a hot loop over ``CLASSES``."""
     return {
         name: sum(count for instruction, count in loop.items() if re.fullmatch(pattern, instruction))
         for name, pattern in CLASSES.items()
     }
+
+
+def main() -> None:
+    """Print the table."""
+    print("| kernel | |", " | ".join(["all", *CLASSES]), "|")
+    print("| --- | --- |" + " ---: |" * (1 + len(CLASSES)))
+    for kernel, n_of_m in itertools.product(KERNELS, (None, (2, 4), (4, 8))):
+        variant = (kernel, 90, torch.bfloat16, (128, 128), n_of_m, True)
+        loop = inspect(compile_kernel(*variant))["hot loop"]
+        settings = table_settings(*variant)
+        tiles = settings.block_m * settings.block_n / 64**2 * 4 / settings.num_warps
+        counts = (f"{count / tiles:.0f}" for count in (sum(loop.values()), *classify(loop).values()))
+        print(f"| {kernel} | {'{}:{}'.format(*n_of_m) if n_of_m else 'dense'} |", " | ".join(counts), "|")
+
+
+if __name__ == "__main__":
+    main()

@@ -255,27 +255,25 @@ def _layout_of_lengths(
 
 def attention_mask(
     batch_size: int,
-    q_length: int | None = None,
-    kv_length: int = 0,
+    q_length: int,
+    kv_length: int,
     q_offset: int | Tensor = 0,
     kv_offset: int = 0,
     mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: Tensor | Layout | None = None,
-    cache_position: Tensor | None = None,
     **hints: Any,
 ) -> Layout:
     """Mask in the form Transformers asks for it: what a query sees, and which slots hold real tokens.
 
     Args:
         batch_size: number of sequences.
-        q_length: number of queries; Transformers before 5.4 passes ``cache_position`` instead.
+        q_length: number of queries.
         kv_length: number of key slots that the attention will get, used or not.
         q_offset: slot of the first query, counting slots that the cache has dropped.
         kv_offset: slots the cache has dropped at its front.
         mask_function: the model's mask pattern.
         attention_mask: the padding mask ``[batch, used slots]``, booleans, or None if there is no padding; or what
             this function made before.
-        cache_position: the queries' slots.
         hints: what Transformers offers to other masks.
 
     Returns:
@@ -287,12 +285,9 @@ def attention_mask(
     """
     if isinstance(attention_mask, Layout):
         return attention_mask
-    if cache_position is not None:
-        q_length, q_offset = cache_position.shape[0], cache_position[0]
-    assert q_length is not None
     device = hints.get("device")
     if device is None:
-        device = next((x.device for x in (attention_mask, cache_position) if x is not None), "cpu")
+        device = "cpu" if attention_mask is None else attention_mask.device
     pattern = _recognise(mask_function, hints)
     options: dict[str, Any] = {"is_causal": pattern.is_causal, "sliding_window": pattern.sliding_window}
     if attention_mask is None and q_length == kv_length and pattern.may_be_packed:

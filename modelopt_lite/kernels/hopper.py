@@ -539,10 +539,14 @@ def attend_items(
         idle = gl.where(item < 0, idle + 1, 0)
 
 
-@gluon.jit(do_not_specialize=["batch", "tiles_per_head", "heads_per_wave", "distances", "hook_args"])
+@gluon.jit(
+    do_not_specialize=[
+        "batch", "tiles_per_head", "heads_per_wave", "num_sinks", "window", "sliding_window", "hook_args"
+    ]
+)  # fmt: skip
 def attention_forward_hopper(
     query_descriptor, key_descriptor, value_descriptor, out_ptr, lse_ptr, sink_logits_ptr, counter_ptr, out_strides,
-    sequences, heads_of, numbers, batch, tiles_per_head, heads_per_wave, distances, hook_args,
+    sequences, heads_of, numbers, batch, tiles_per_head, heads_per_wave, num_sinks, window, sliding_window, hook_args,
     SCORE_HOOK: gl.constexpr, OPTIONS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Compute attention of packed sequences and its log-sum-exp; see :func:`modelopt_lite.kernels.launch.forward`."""
@@ -582,7 +586,7 @@ def attention_forward_hopper(
     mail = (posted_item, verdicts)
     barriers = (posted, done, query_loaded, loaded, freed, turn, cleared)
     pointers = (out_ptr, lse_ptr, sink_logits_ptr)
-    problem = (sequences, heads_of, batch, tiles_per_head, heads_per_wave, distances)
+    problem = (sequences, heads_of, batch, tiles_per_head, heads_per_wave, (num_sinks, window, sliding_window))
     gl.warp_specialize(
         [
             (

@@ -91,7 +91,7 @@ SETTINGS = (
     SettingsRow(80, 2, 128, 16, Settings(128, 64, 8, 2, False, False)),
     SettingsRow(80, 2, 256, 4, Settings(32, 32, 4, 2, False, False)),
     SettingsRow(80, 2, 256, 16, Settings(16, 64, 4, 2, False, False)),
-    SettingsRow(80, 4, 128, 16, Settings(32, 32, 8, 1, False, False)),
+    SettingsRow(80, 4, 64, 16, Settings(32, 32, 8, 1, False, False)),
     SettingsRow(80, 4, 256, 16, Settings(16, 32, 8, 1, False, False)),
 )
 # The Hopper kernel's; the warps are those of one warpgroup.
@@ -107,7 +107,8 @@ QUERY_SETTINGS = (
     SettingsRow(80, 2, 64, 16, Settings(128, 64, 8, 2, False, False)),
     SettingsRow(80, 2, 128, 16, Settings(128, 32, 8, 2, False, False)),
     SettingsRow(80, 2, 256, 16, Settings(64, 32, 8, 1, False, False)),
-    SettingsRow(80, 4, 256, 16, Settings(32, 32, 8, 1, False, False)),
+    SettingsRow(80, 4, 64, 16, Settings(32, 32, 8, 1, False, False)),
+    SettingsRow(80, 4, 256, 16, Settings(16, 32, 8, 1, False, False)),
 )
 KEY_SETTINGS = (
     SettingsRow(100, 2, 128, 16, Settings(128, 64, 8, 1, True, False)),
@@ -119,7 +120,7 @@ KEY_SETTINGS = (
     SettingsRow(80, 2, 64, 16, Settings(64, 32, 8, 1, False, False)),
     SettingsRow(80, 2, 128, 16, Settings(32, 64, 8, 1, False, False)),
     SettingsRow(80, 2, 256, 16, Settings(32, 32, 8, 1, False, False)),
-    SettingsRow(80, 4, 256, 16, Settings(32, 32, 8, 1, False, False)),
+    SettingsRow(80, 4, 256, 16, Settings(16, 32, 8, 1, False, False)),
 )
 WAVE = 512
 """Programs of ``gradient_of_keys`` that are in flight at one time, at least: some more than an H200 holds."""
@@ -316,7 +317,7 @@ def _launch_hopper(
         batch,
         tiles,
         min(_heads_per_wave(max_k, k, v) * (query_heads // kv_heads), batch * query_heads),
-        _distances(plan, sliding_window),
+        *_distances(plan, sliding_window),
         _hook_args(plan),
         SCORE_HOOK=plan.score_hook,
         OPTIONS=options,
