@@ -44,7 +44,8 @@ class AttentionPlan:
         score_hook: the same rule as a ``@triton.jit`` function, for the fused kernels; ``None`` if the method
             has only a PyTorch rule. Called as ``score_hook(scores, q_pos, k_pos, args)`` with a tuple of
             ``group`` score tiles (tile ``r`` holds key ``group * i + r`` of group ``i``), returns a tuple of
-            ``group`` boolean tiles.
+            ``group`` tiles that say what is kept: booleans, or faster, flags of
+            :mod:`modelopt_lite.kernels.language`, 1.0 where a key is kept, or ``dropped(flag)`` where it is not.
         hook_constants: integers that ``score_hook`` needs at compile time; they come first in its ``args``.
         hook_args: numbers that ``score_hook`` needs at run time; they follow in its ``args``.
         keeps_group_max: a promise that the largest visible score of every group is kept, which saves the fused
