@@ -4,7 +4,6 @@ Triton compiles for a GPU only where its interpreter is off, so this file runs i
 """
 
 import dataclasses
-import functools
 import itertools
 import json
 import os
@@ -17,8 +16,8 @@ from machine_code import classify, compile_kernel, inspect
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-# Shuffles, and loads and stores of shared memory, in the hot loop. Rows' maxima: a thread shares its two rows with three
-# others. On sm_100, where it shares its row with one, weights also move to where the tensor memory wants them.
+# Shuffles, and loads and stores of shared memory, in the hot loop. Rows' maxima: a thread shares its two rows with
+# three others. On sm_100, where it shares its row with one, weights also move to where the tensor memory wants them.
 TRAFFIC = {80: (4, 0), 90: (4, 0), 100: (9, 8)}
 # Bytes that spill, before and after the hot loop: with groups of 16 keys, and there alone, other tiles cost more.
 SPILLS = {(90, (8, 16)): 80}
@@ -34,8 +33,11 @@ VARIANTS = [
 ]
 
 
-def pretend_gpu(launch, *kernels):
-    """Have ``launch`` compile these of its kernels for a GPU that is not there, and not run them."""
+def pretend_gpu(launch, *kernels, compiled=None):
+    """Have ``launch`` compile these of its kernels for a GPU that is not there, and not run them.
+
+    What is compiled is appended to the list ``compiled``.
+    """
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
@@ -54,7 +56,12 @@ def pretend_gpu(launch, *kernels):
             self.kernel = kernel
 
         def __getitem__(self, grid):
-            return functools.partial(self.kernel.warmup, grid=grid)
+            def launch(*arguments, **options):
+                kernel = self.kernel.warmup(*arguments, grid=grid, **options)
+                if compiled is not None:
+                    compiled.append(kernel)
+
+            return launch
 
     driver.set_active(AbsentGpu())
     for kernel in kernels:
@@ -91,7 +98,14 @@ def count_compilations():
         )
     first = torch.zeros_like(length)
     for plan, placement in ((SinkWindow().plan(), {}), (top_n_plan(2, 4, 4, 64), {"first_q": first, "first_k": first})):
-        options = {"sliding_window": None, "softcap": None, "s_aux": None, "plan": plan, "kernel": "portable", **placement}
+        options = {
+            "sliding_window": None,
+            "softcap": None,
+            "s_aux": None,
+            "plan": plan,
+            "kernel": "portable",
+            **placement,
+        }
         launch.forward(q, k, k, *packing, *packing, is_causal=False, softmax_scale=1.0, **options)
     return sum(len(cache[0]) for cache in attention_forward.device_caches.values())
 
