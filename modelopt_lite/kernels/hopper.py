@@ -96,12 +96,12 @@ def find_rows(item, problem, OPTIONS: gl.constexpr):
 
 @gluon.jit
 def find_keys(row_start, sequence, online, problem, SPARSE: gl.constexpr, OPTIONS: gl.constexpr):
-    """Return the sequence's lengths and rules, and the key tiles of an item.
+    """Return what an item's queries may see, and in which tiles.
 
     Returns:
-        ``(query_length, rules, last, tiles, masked)``: the last key tile, which is the first to be computed as it may
-        reach past the sequence; the others' ranges ``(hot_begin, band_begin, band_end, keys_begin)``; and how many
-        tiles there are, of them masked.
+        ``(query_length, rules, ranges, tiles, masked)``: the sequence's queries; what
+        :func:`~modelopt_lite.kernels.tiles.select_scores` takes; where tiles lie, for :func:`locate_tile`; how many there
+        are, and how many of these, the first ones, are masked.
     """
     sequences, _, _, _, _, distances = problem
     num_sinks, window, sliding_window = distances
