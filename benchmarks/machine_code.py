@@ -1,9 +1,9 @@
 """The portable kernels as machine code, without a GPU: registers, shared memory and what stands in their hot loops.
 
 As a program, prints the table in the docs: what a warp executes of a hot loop, for each tile of 64 queries and 64 keys
-with a head dimension of 128 in BF16 on Hopper. Needs no GPU.
+with a head dimension of 128 in BF16 on Hopper.
 
-    python benchmarks/machine_code.py > docs/_generated/machine_code.md
+    python benchmarks/machine_code.py
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 As many programs as multiprocessors take *items*, 128 queries of one head, from a common counter, longest first. In a
 program, one warp loads (queries, then keys and values through the tensor memory accelerator into a ring of stages) and
-two warpgroups compute 64 queries each, in turns, so that one's matrix products run under the other's softmax. In a
-warpgroup, the product of queries and keys of one tile is issued before that of weights and values of the tile before;
+two warpgroups compute 64 queries each, mostly in turns, so that one's matrix products run under the other's softmax. In
+a warpgroup, the product of queries and keys of one tile is issued before that of weights and values of the tile before;
 so a stage of the ring holds the keys of tile ``t`` and the values of tile ``t - 1``.
 
 The structure is FlashAttention-3's (https://arxiv.org/abs/2407.08608). What differs is the selection of scores, the
@@ -35,7 +35,7 @@ ROWS = tl.constexpr(64)
 SLOTS = tl.constexpr(2)
 """Items that are posted and not yet done."""
 ONLINE = tl.constexpr(1 << 30)
-"""Added to an item's number: compute it with the ordinary online softmax."""
+"""Added to an item's number, of which there are fewer: compute it with the ordinary online softmax."""
 NOTHING = tl.constexpr(-1)
 """Posted in place of an item's number; twice in a row, it is the end."""
 synchronize = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # renamed in Triton 3.7
@@ -56,7 +56,7 @@ PIN = tl.constexpr(
 def prepare(
     counter_ptr, out_ptr, lse_ptr, out_strides, starts_ptr, lengths_ptr, batch, total, heads, OPTIONS: tl.constexpr
 ):
-    """Set the counter of items to 0, and what belongs to no sequence."""
+    """Set the counter of items to 0, and fill what belongs to no sequence."""
     program = tl.program_id(0)
     if program == 0:
         tl.store(counter_ptr, 0)
@@ -100,8 +100,8 @@ def find_keys(row_start, sequence, online, problem, SPARSE: gl.constexpr, OPTION
 
     Returns:
         ``(query_length, rules, ranges, tiles, masked)``: the sequence's queries; what
-        :func:`~modelopt_lite.kernels.tiles.select_scores` takes; where tiles lie, for :func:`locate_tile`; how many there
-        are, and how many of these, the first ones, are masked.
+        :func:`~modelopt_lite.kernels.tiles.select_scores` takes; where tiles lie, for :func:`locate_tile`; how many
+        there are, and how many of these, the first ones, are masked.
     """
     sequences, _, _, _, _, distances = problem
     num_sinks, window, sliding_window = distances
@@ -117,7 +117,7 @@ def find_keys(row_start, sequence, online, problem, SPARSE: gl.constexpr, OPTION
     last = gl.maximum(keys_begin, (keys_end - 1) // OPTIONS.block_n * OPTIONS.block_n)
     if online:
         hot_begin = last
-    hot_begin = gl.minimum(hot_begin, last)
+    hot_begin = gl.minimum(gl.maximum(hot_begin, keys_begin), last)
     band_begin = gl.minimum(gl.maximum(band_begin, hot_begin), last)
     band_end = gl.minimum(gl.maximum(band_end, band_begin), last)
     masked = 1 + (hot_begin - keys_begin + band_end - band_begin) // OPTIONS.block_n
@@ -237,6 +237,20 @@ def sum_in_thread(weights, OPTIONS: gl.constexpr):
 
 
 @gluon.jit
+def take_turn(turn, step, WARPGROUP: gl.constexpr, OPTIONS: gl.constexpr):
+    """Wait for the other warpgroup to have issued its matrix products."""
+    if OPTIONS.group <= IN_TURN:
+        mbarrier.wait(turn.index(WARPGROUP), step & 1)
+
+
+@gluon.jit
+def pass_turn(turn, WARPGROUP: gl.constexpr, OPTIONS: gl.constexpr):
+    """Let the other warpgroup issue its matrix products."""
+    if OPTIONS.group <= IN_TURN:
+        mbarrier.arrive(turn.index(1 - WARPGROUP), count=1)
+
+
+@gluon.jit
 def spread(numbers, tile):
     """Bring a number a row to where the rows of a tile are."""
     return gl.convert_layout(numbers, gl.SliceLayout(1, tile.type.layout))[:, None]
@@ -320,15 +334,13 @@ def advance(
     mbarrier.wait(loaded.index(stage), step // STAGES & 1)
     # Here, behind a loop that waits, rounding cannot move to where the registers of the product before are in use.
     weights = gl.convert_layout(weights.to(query.dtype), OPERAND, assert_trivial=True)
-    if OPTIONS.group <= IN_TURN:
-        mbarrier.wait(turn.index(WARPGROUP), step & 1)
+    take_turn(turn, step, WARPGROUP, OPTIONS)
     keys = key_memory.index(stage).reshape([OPTIONS.block_n, OPTIONS.block_d]).permute([1, 0])
     values = value_memory.index(stage).reshape([OPTIONS.block_n, OPTIONS.block_dv])
     zeros = gl.full([ROWS, OPTIONS.block_n], 0, gl.float32, SCORES)
     scores = warpgroup_mma(query, keys, zeros, use_acc=False, is_async=True)
     accumulator = warpgroup_mma(weights, values, accumulator, is_async=True)
-    if OPTIONS.group <= IN_TURN:
-        mbarrier.arrive(turn.index(1 - WARPGROUP), count=1)
+    pass_turn(turn, WARPGROUP, OPTIONS)
     scores = warpgroup_mma_wait(1, deps=[scores])
     if FROZEN:
         if OPTIONS.group == 8:
@@ -431,12 +443,10 @@ def attend_item(
     first = locate_tile(0, ranges, masked, OPTIONS)
     stage = step % STAGES
     mbarrier.wait(loaded.index(stage), step // STAGES & 1)
-    if OPTIONS.group <= IN_TURN:
-        mbarrier.wait(turn.index(WARPGROUP), step & 1)
+    take_turn(turn, step, WARPGROUP, OPTIONS)
     keys = key_memory.index(stage).reshape([OPTIONS.block_n, OPTIONS.block_d]).permute([1, 0])
     scores = warpgroup_mma(query, keys, zeros, use_acc=False, is_async=True)
-    if OPTIONS.group <= IN_TURN:
-        mbarrier.arrive(turn.index(1 - WARPGROUP), count=1)
+    pass_turn(turn, WARPGROUP, OPTIONS)
     scores = warpgroup_mma_wait(0, deps=[scores])
     mbarrier.arrive(freed.index(stage), count=1)
     step += 1
@@ -468,13 +478,11 @@ def attend_item(
 
     stage = step % STAGES
     mbarrier.wait(loaded.index(stage), step // STAGES & 1)
-    if OPTIONS.group <= IN_TURN:
-        mbarrier.wait(turn.index(WARPGROUP), step & 1)
+    take_turn(turn, step, WARPGROUP, OPTIONS)
     values = value_memory.index(stage).reshape([OPTIONS.block_n, OPTIONS.block_dv])
     weights = gl.convert_layout(weights.to(query.dtype), OPERAND, assert_trivial=True)
     accumulator = warpgroup_mma(weights, values, accumulator, is_async=True)
-    if OPTIONS.group <= IN_TURN:
-        mbarrier.arrive(turn.index(1 - WARPGROUP), count=1)
+    pass_turn(turn, WARPGROUP, OPTIONS)
     accumulator = warpgroup_mma_wait(0, deps=[accumulator])
     mbarrier.arrive(freed.index(stage), count=1)
 
@@ -486,7 +494,7 @@ def attend_item(
         # Zero times a finite number is zero.
         suspicious = gl.convert_layout(gl.sum(accumulator * 0.0, 1), ROW) + total_weight * 0.0 != 0.0
         overflowed = gl.max((suspicious & stored).to(gl.int32), 0)
-        if online:
+        if online | (tiles == masked - spared):  # there is no other way to compute it
             overflowed = 0
     inverse = gl.where(total_weight == 0.0, 0.0, 1.0 / total_weight)
     out_rows = gl.load(sequences[0] + sequence).to(gl.int64) + rows
@@ -497,6 +505,7 @@ def attend_item(
     query.store((accumulator * spread(inverse, accumulator)).to(query.dtype))
     LINES: gl.constexpr = gl.BlockedLayout([1, 8], [256 // OPTIONS.block_dv, OPTIONS.block_dv // 8], [4, 1], [1, 0])
     result = query.load(LINES)
+    fence_async_shared()  # before the next queries are loaded there
     rows = row_start + gl.arange(0, ROWS, gl.SliceLayout(1, LINES))
     out_rows = gl.load(sequences[0] + sequence).to(gl.int64) + rows
     offsets_d = gl.arange(0, OPTIONS.block_dv, gl.SliceLayout(0, LINES))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import logging
 import os
@@ -97,7 +98,7 @@ SETTINGS = (
 # The Hopper kernel's; the warps are those of one warpgroup.
 HOPPER_SETTINGS = Settings(128, 128, 4, 2, True, True)
 HOPPER_HEAD_DIMS = (64, 128)
-# The same for both kernels of the backward. benchmarks/tune.py measures candidates; none has been timed yet.
+# The same for both kernels of the backward, but that only these rows, and no other candidates, have been timed.
 QUERY_SETTINGS = (
     SettingsRow(100, 2, 128, 16, Settings(128, 64, 8, 2, True, False)),
     SettingsRow(90, 2, 64, 8, Settings(64, 64, 4, 3, True, False)),
@@ -294,6 +295,7 @@ def _launch_hopper(
 ) -> None:
     (total, query_heads, head_dim), (kv_heads, value_dim), batch = q.shape, v.shape[1:], starts_q.shape[0]
     group = 1 if plan.is_dense else plan.group
+    k, v = _with_room(k, group), _with_room(v, group)
     settings = HOPPER_SETTINGS._replace(frozen=q.dtype == torch.bfloat16)
     options = _options(settings, head_dim, value_dim, is_causal, sliding_window, softcap, plan)
     tiles = triton.cdiv(max_q, settings.block_m)
@@ -605,7 +607,7 @@ def _options(
         keeps_nothing=plan.keeps_nothing,
         sparse_decode=plan.sparse_decode,
         frozen=settings.frozen,
-        # From Hopper on. Before, the compiler takes a flag that becomes a number for 8-bit data and shuffles for it.
+        # From Hopper on, the compiler lays out a tile's products alike without help.
         hopper=settings.descriptors,
     )
 
@@ -653,6 +655,32 @@ def _shared_descriptor(x: Tensor, shape: list[int], strides: list[int], box: lis
 @functools.cache
 def _shared_layout(rank: int) -> NVMMASharedLayout:
     return NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=rank)
+
+
+def _with_room(x: Tensor, group: int) -> Tensor:
+    """Return keys or values that boxes may reach past, for kernels that load the last rows by descriptor.
+
+    A descriptor bounds each dimension by itself, so that overlapping rows go on for up to ``2 * group - 2`` rows. What
+    is there does not matter, but it has to be memory.
+    """
+    if group == 1:
+        return x
+    rows = x.shape[0] + 2 * group - 2
+    end = sum((size - 1) * stride for size, stride in zip((rows, *x.shape[1:]), x.stride(), strict=True)) + 1
+    begin, size = ctypes.c_uint64(), ctypes.c_size_t()
+    pointer = ctypes.c_uint64(x.data_ptr())
+    failed = _driver().cuMemGetAddressRange_v2(ctypes.byref(begin), ctypes.byref(size), pointer)
+    if not failed and x.data_ptr() + end * x.element_size() <= begin.value + size.value:
+        return x
+    room = x.new_empty(rows, *x.shape[1:])
+    room[: x.shape[0]] = x
+    return room[: x.shape[0]]
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    """Return NVIDIA's driver, which knows the memory that a pointer belongs to."""
+    return ctypes.CDLL("libcuda.so.1")
 
 
 def _query_descriptor(x: Tensor, block_d: int, settings: Settings) -> Any:

@@ -36,8 +36,8 @@ def _four_of_eight(groups: int) -> str:
         lines += [f"max.f32 x{i}, x{i}, x{7 - i};" for i in range(4)]
         lines += ["min.f32 x0, x0, x1;", "min.f32 x2, x2, x3;", f"min.f32 fourth{group}, x0, x2;"]
         for r in range(8):
-            lines += [f"set.ge.f32.f32 {flag[group][r]}, {score[group][r]}, fourth{group};"]
-    # 1.0 is 0x3F800000; added up as integers, flags are counted.
+            lines += [f"set.geu.f32.f32 {flag[group][r]}, {score[group][r]}, fourth{group};"]
+    # 1.0 is 0x3F800000; added up as integers, flags are counted. NaN counts, too, so that no group has too few.
     terms = [flag[group][r] for group in range(groups) for r in range(8)]
     lines += [f".reg .b32 number<{len(terms)}>;"]
     index = 0

@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from cases import cases
+from cases import cases, gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_forward_interpreter import HOOKS, n_of_m, sequences
@@ -56,11 +56,8 @@ def run(grad, q, k, v, s_aux, problem, kernel_settings, forward_settings=FORWARD
 
 def oracle(grad, q, k, v, s_aux, problem):
     """Differentiate the oracle; what is poisoned belongs to no sequence and gets no gradient."""
-    inputs = [x.double().nan_to_num().requires_grad_() for x in (q, k, v)]
-    inputs += [] if s_aux is None else [s_aux.double().requires_grad_()]
-    out, _ = attention_reference(*inputs[:3], None if s_aux is None else inputs[3], problem)
-    grads = torch.autograd.grad(out, inputs, grad.double().nan_to_num(), allow_unused=True, materialize_grads=True)
-    return (*grads, None)[:4]
+    doubles = (None if x is None else x.double().nan_to_num() for x in (q, k, v, s_aux))
+    return gradients(lambda *x: attention_reference(*x, problem)[0], grad.nan_to_num(), *doubles)
 
 
 def output_gradient(q, v):

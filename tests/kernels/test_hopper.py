@@ -1,5 +1,9 @@
-"""The Hopper kernel as machine code, without a GPU: like the portable one's test, this runs itself as a program."""
+"""The Hopper kernel without a GPU: when it is chosen, what its launch makes sure of, and its machine code.
 
+Like the portable kernel's test, this file runs itself as a program to compile.
+"""
+
+import functools
 import json
 import os
 import subprocess
@@ -9,6 +13,8 @@ import pytest
 import torch
 from machine_code import classify, inspect
 from test_forward_compile import pretend_gpu
+
+from modelopt_lite.plan import DENSE
 
 BF16, FP16 = torch.bfloat16, torch.float16
 SHARED_LIMIT = 227 * 1024
@@ -48,12 +54,74 @@ def compile_all():
     found = []
     pretend_gpu(launch, attention_forward_hopper, prepare, compiled=found)
     launch.processors = lambda device: 132
+    launch._with_room = lambda x, group: x
     for variant in VARIANTS:
         run([300], *variant)
     found = [kernel for kernel in found if kernel.metadata.name == "attention_forward_hopper"]
     for lengths, window in zip(([1], [16], [17], [1000], [5, 6], [16] * 16), (0, 1, 16, 64, 100, 2**40), strict=True):
         run(lengths, *VARIANTS[1], window=window)
     return found, sum(len(cache[0]) for cache in attention_forward_hopper.device_caches.values()) - len(VARIANTS)
+
+
+@pytest.fixture
+def absent_gpu(monkeypatch):
+    from modelopt_lite.kernels import launch
+
+    monkeypatch.delenv("MODELOPT_LITE_KERNEL", raising=False)
+    monkeypatch.setattr(launch, "compute_capability", lambda device: 90)
+    return launch
+
+
+@pytest.mark.parametrize(
+    ("tokens", "dims", "dtype", "expected"),
+    [
+        (65, (64, 64), BF16, "hopper"),
+        (4096, (128, 128), FP16, "hopper"),
+        (64, (64, 64), BF16, "portable"),
+        (4096, (128, 128), torch.float32, "portable"),
+        (4096, (96, 96), BF16, "portable"),
+        (4096, (128, 64), BF16, "portable"),
+    ],
+)
+def test_choice(absent_gpu, monkeypatch, tokens, dims, dtype, expected):
+    q, v = (torch.zeros(tokens, 2, dim, dtype=dtype) for dim in dims)
+    choose = functools.partial(absent_gpu.kernel_for, q, q, v, tokens, DENSE)
+    assert choose() == expected
+    monkeypatch.setenv("MODELOPT_LITE_KERNEL", "portable")
+    assert choose() == "portable"
+    monkeypatch.setenv("MODELOPT_LITE_KERNEL", "hopper")
+    assert choose() == ("hopper" if expected == "hopper" or tokens == 64 else "portable")
+    monkeypatch.setenv("MODELOPT_LITE_KERNEL", "fast")
+    with pytest.raises(ValueError, match="MODELOPT_LITE_KERNEL: 'fast' is not allowed; hopper, portable or nothing"):
+        choose()
+    monkeypatch.delenv("MODELOPT_LITE_KERNEL")
+    monkeypatch.setattr(absent_gpu, "compute_capability", lambda device: 100)
+    assert choose() == "portable"
+
+
+@pytest.mark.parametrize("group", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize(
+    "view", [lambda x: x, lambda x: x[:, 1:3, :8], lambda x: x[3:-2]], ids=["all", "heads", "rows"]
+)
+def test_rows_past_the_end_are_memory(absent_gpu, monkeypatch, group, view):
+    """Keys are copied exactly if boxes reach past the memory they lie in."""
+    whole = torch.randn(20, 4, 16)
+    x = view(whole)
+    last = (x.shape[0] + 2 * group - 3) * 64 + (x.shape[1] - 1) * 16 + x.shape[2]
+    needed = x.data_ptr() + 4 * last - whole.data_ptr()
+
+    class Driver:
+        def cuMemGetAddressRange_v2(self, begin, size, pointer):
+            begin._obj.value, size._obj.value = whole.data_ptr(), self.size
+            return self.failed
+
+    driver = Driver()
+    monkeypatch.setattr(absent_gpu, "_driver", lambda: driver)
+    for driver.size, driver.failed in ((needed, 0), (needed - 1, 0), (needed, 1)):
+        found = absent_gpu._with_room(x, group)
+        assert torch.equal(found, x)
+        assert (found is x) == (group == 1 or (driver.size == needed and not driver.failed))
+        assert found is x or found.untyped_storage().nbytes() >= 4 * (x.shape[0] + 2 * group - 2) * x[0].numel()
 
 
 @pytest.fixture(scope="module")
