@@ -126,38 +126,48 @@ def table_settings(
 
 def inspect(kernel: CompiledKernel) -> dict[str, Any]:
     """Return a kernel's bytes of shared memory, registers a thread, bytes a thread spills, and its hot loop."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        command = [str(tool), "-res-usage", "-sass", file.name]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", report).groups())
+        usage = run_tool("cuobjdump", "-res-usage", file.name)
+        sass = run_tool("nvdisasm", "--no-dataflow", "--print-code", file.name)
+    registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage).groups())
     return {
         "shared": kernel.metadata.shared,
         "registers": registers,
         "spilled": stack + local,
-        "hot loop": Counter(instruction.partition(".")[0] for instruction in hot_loop(report)),
+        "hot loop": Counter(instruction.partition(".")[0] for instruction in hot_loop(sass)),
     }
+
+
+def run_tool(name: str, *arguments: str) -> str:
+    """Return what one of NVIDIA's tools that come with Triton prints."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin" / name
+    return subprocess.run([str(tool), *arguments], capture_output=True, text=True, check=True).stdout
 
 
 def hot_loop(sass: str) -> list[str]:
     """Return the names of the instructions of the last loop that multiplies matrices, the hot one in every kernel."""
+    code: list[tuple[str, str]] = []
+    labels: dict[str, int] = {}
     # What is predicated never to run is left out.
-    code = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@(?!!PT)!?\w+ )?([A-Z][\w.]*)(.*?);", sass)
-    addresses = [int(address, 16) for address, _, _ in code]
-    end = max(index for index, (_, name, _) in enumerate(code) if name == "EXIT")  # behind it wait those who must
+    line = re.compile(r"^(\.L_x_\d+):|/\*[0-9a-f]{4,}\*/\s+(?:@(?!!PT)!?\w+ )?([A-Z][\w.]*)(.*?);", re.MULTILINE)
+    for label, name, operands in line.findall(sass):
+        if label:
+            labels[label] = len(code)
+        else:
+            code.append((name, operands))
+    end = max(index for index, (name, _) in enumerate(code) if name == "EXIT")  # behind it wait those who must
     product = re.compile(f"{CLASSES['matrix']}|FFMA")
     loops = []
-    for index, (_, name, operands) in enumerate(code[:end]):
-        target = re.search(r"0x([0-9a-f]+)$", operands.rstrip())
-        if name.startswith("BRA") and target and int(target[1], 16) <= addresses[index]:
-            first = addresses.index(int(target[1], 16))
-            if any(product.match(name) for _, name, _ in code[first:index]):
-                loops.append((first, index + 1))
+    for index, (name, operands) in enumerate(code[:end]):
+        target = re.search(r"`\((\.L_x_\d+)\)", operands)
+        first = labels[target[1]] if name.startswith("BRA") and target else end
+        if first <= index and any(product.match(name) for name, _ in code[first:index]):
+            loops.append((first, index + 1))
     inner = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
     first, last = max(inner)
-    return [name for _, name, _ in code[first:last]]
+    return [name for name, _ in code[first:last]]
 
 
 def classify(loop: dict[str, int]) -> dict[str, int]:
