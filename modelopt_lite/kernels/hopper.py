@@ -52,7 +52,7 @@ PIN = tl.constexpr(
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "total"])
 def prepare(
     counter_ptr, out_ptr, lse_ptr, out_strides, starts_ptr, lengths_ptr, batch, total, heads, OPTIONS: tl.constexpr
 ):
@@ -518,10 +518,10 @@ def attend_item(
 
 @gluon.jit
 def attend_items(
-    buffers, mail, barriers, pointers, out_strides, problem, numbers, hook_args,
-    WARPGROUP: gl.constexpr, SCORE_HOOK: gl.constexpr, OPTIONS: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
+    work, hook_args, WARPGROUP: gl.constexpr, SCORE_HOOK: gl.constexpr, OPTIONS: gl.constexpr, STAGES: gl.constexpr
+):
     """Compute the items that are posted: the part of a warpgroup."""
+    buffers, mail, barriers, pointers, out_strides, problem, numbers = work
     query_memory, key_memory, value_memory = buffers
     posted_item, verdicts = mail
     posted, done, query_loaded, _, _, turn, _ = barriers
@@ -596,42 +596,12 @@ def attention_forward_hopper(
     barriers = (posted, done, query_loaded, loaded, freed, turn, cleared)
     pointers = (out_ptr, lse_ptr, sink_logits_ptr)
     problem = (sequences, heads_of, batch, tiles_per_head, heads_per_wave, (num_sinks, window, sliding_window))
+    # Numbers known at compile time would not be so any more inside a tuple in a tuple.
+    work = (buffers, mail, barriers, pointers, out_strides, problem, numbers)
     gl.warp_specialize(
         [
-            (
-                attend_items,
-                (
-                    buffers,
-                    mail,
-                    barriers,
-                    pointers,
-                    out_strides,
-                    problem,
-                    numbers,
-                    hook_args,
-                    0,
-                    SCORE_HOOK,
-                    OPTIONS,
-                    STAGES,
-                ),
-            ),
-            (
-                attend_items,
-                (
-                    buffers,
-                    mail,
-                    barriers,
-                    pointers,
-                    out_strides,
-                    problem,
-                    numbers,
-                    hook_args,
-                    1,
-                    SCORE_HOOK,
-                    OPTIONS,
-                    STAGES,
-                ),
-            ),
+            (attend_items, (work, hook_args, 0, SCORE_HOOK, OPTIONS, STAGES)),
+            (attend_items, (work, hook_args, 1, SCORE_HOOK, OPTIONS, STAGES)),
             (
                 load_items,
                 (descriptors, buffers, mail, barriers, counter_ptr, problem, SCORE_HOOK is not None, OPTIONS, STAGES),

@@ -21,6 +21,7 @@ from ..plan import AttentionPlan
 from .backward import gradient_of_keys, gradient_of_queries, gradient_rows
 from .forward import attention_forward
 from .hopper import ROWS, attention_forward_hopper, prepare
+from .problem import AttentionProblem
 from .tiles import LOG2E
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -190,14 +191,14 @@ def forward(
     if q.shape[0] == 0:
         return out, lse
     packing = starts_q, lengths_q, max_q, starts_k, lengths_k, max_k
-    rules = is_causal, softmax_scale, sliding_window, softcap, plan
+    problem = AttentionProblem(*packing, is_causal, softmax_scale, sliding_window, softcap, plan, first_q, first_k)
     is_placed = first_q is not None or first_k is not None or (sliding_window is not None and not is_causal)
     if settings is not None or is_placed:
         kernel = "portable"
     with torch.cuda.device_of(q):
         if (kernel or kernel_for(q, k, v, max_q, plan)) == "hopper":
             try:
-                _launch_hopper(q, k, v, out, lse, s_aux, *packing, *rules)
+                _launch_hopper(q, k, v, out, lse, s_aux, problem)
                 return out, lse
             except CompilationError as error:
                 if plan.score_hook is None or kernel == "hopper":
@@ -208,7 +209,7 @@ def forward(
                     plan.score_hook.__name__,
                     error,
                 )
-        _launch_portable(q, k, v, out, lse, s_aux, *packing, *rules, is_placed, first_q, first_k, settings)
+        _launch_portable(q, k, v, out, lse, s_aux, problem, is_placed, settings)
     return out, lse
 
 
@@ -219,35 +220,25 @@ def _launch_portable(
     out: Tensor,
     lse: Tensor,
     s_aux: Tensor | None,
-    starts_q: Tensor,
-    lengths_q: Tensor,
-    max_q: int,
-    starts_k: Tensor,
-    lengths_k: Tensor,
-    max_k: int,
-    is_causal: bool,
-    softmax_scale: float,
-    sliding_window: int | None,
-    softcap: float | None,
-    plan: AttentionPlan,
+    problem: AttentionProblem,
     is_placed: bool,
-    first_q: Tensor | None,
-    first_k: Tensor | None,
     settings: Settings | None,
 ) -> None:
-    (total, query_heads, head_dim), (kv_heads, value_dim), batch = q.shape, v.shape[1:], starts_q.shape[0]
+    p, plan = problem, problem.plan
+    (total, query_heads, head_dim), (kv_heads, value_dim), batch = q.shape, v.shape[1:], p.starts_q.shape[0]
     block_d, block_dv = block_dim(head_dim), block_dim(value_dim)
     group = 1 if plan.is_dense else plan.group
     if settings is None:
         capability = compute_capability(q.device)
-        settings = default_settings(capability, q.dtype, max(block_d, block_dv), group, is_causal)
-    options = _options(settings, head_dim, value_dim, is_causal, sliding_window, softcap, plan)
+        settings = default_settings(capability, q.dtype, max(block_d, block_dv), group, p.is_causal)
+    options = _options(settings, head_dim, value_dim, p.is_causal, p.sliding_window, p.softcap, plan)
+    first_q, first_k = p.first_q, p.first_k
     if is_placed:
-        first_k = torch.zeros_like(starts_k) if first_k is None else first_k
-        first_q = first_k + lengths_k - lengths_q if first_q is None else first_q
+        first_k = torch.zeros_like(p.starts_k) if first_k is None else first_k
+        first_q = first_k + p.lengths_k - p.lengths_q if first_q is None else first_q
         options = options._replace(placed=True, frozen=False, sinks=True)
-    tiles = triton.cdiv(max_q, settings.block_m)
-    heads_per_wave = _heads_per_wave(max_k, k, v) * (query_heads // kv_heads)
+    tiles = triton.cdiv(p.max_q, settings.block_m)
+    heads_per_wave = _heads_per_wave(p.max_k, k, v) * (query_heads // kv_heads)
     attention_forward[(batch * query_heads * tiles + triton.cdiv(total, settings.block_m),)](
         q,
         k,
@@ -257,14 +248,14 @@ def _launch_portable(
         s_aux,
         *(_descriptor(x, group, block, settings) for x, block in ((k, block_d), (v, block_dv))),
         tuple(x.stride()[:2] for x in (q, k, v, out)),
-        (starts_q, lengths_q, starts_k, lengths_k, first_q, first_k),
+        (p.starts_q, p.lengths_q, p.starts_k, p.lengths_k, first_q, first_k),
         (query_heads, query_heads // kv_heads),
-        (softmax_scale, softcap or 0.0),
+        (p.softmax_scale, p.softcap or 0.0),
         batch,
         total,
         tiles,
         min(heads_per_wave, batch * query_heads),
-        *_distances(plan, sliding_window),
+        *_distances(plan, p.sliding_window),
         _hook_args(plan),
         SCORE_HOOK=plan.score_hook,
         OPTIONS=options,
@@ -281,28 +272,19 @@ def _launch_hopper(
     out: Tensor,
     lse: Tensor,
     s_aux: Tensor | None,
-    starts_q: Tensor,
-    lengths_q: Tensor,
-    max_q: int,
-    starts_k: Tensor,
-    lengths_k: Tensor,
-    max_k: int,
-    is_causal: bool,
-    softmax_scale: float,
-    sliding_window: int | None,
-    softcap: float | None,
-    plan: AttentionPlan,
+    problem: AttentionProblem,
 ) -> None:
-    (total, query_heads, head_dim), (kv_heads, value_dim), batch = q.shape, v.shape[1:], starts_q.shape[0]
+    p, plan = problem, problem.plan
+    (total, query_heads, head_dim), (kv_heads, value_dim), batch = q.shape, v.shape[1:], p.starts_q.shape[0]
     group = 1 if plan.is_dense else plan.group
     k, v = _with_room(k, group), _with_room(v, group)
     settings = HOPPER_SETTINGS._replace(frozen=q.dtype == torch.bfloat16)
-    options = _options(settings, head_dim, value_dim, is_causal, sliding_window, softcap, plan)
-    tiles = triton.cdiv(max_q, settings.block_m)
+    options = _options(settings, head_dim, value_dim, p.is_causal, p.sliding_window, p.softcap, plan)
+    tiles = triton.cdiv(p.max_q, settings.block_m)
     items = batch * query_heads * tiles
     counter = torch.empty(1, dtype=torch.int32, device=q.device)
     prepare[(triton.cdiv(total, settings.block_m),)](
-        counter, out, lse, out.stride()[:2], starts_q, lengths_q, batch, total, query_heads, OPTIONS=options
+        counter, out, lse, out.stride()[:2], p.starts_q, p.lengths_q, batch, total, query_heads, OPTIONS=options
     )
     attention_forward_hopper[(min(items, processors(q.device)),)](
         _shared_descriptor(q, list(q.shape), list(q.stride()), [ROWS.value, 1, head_dim]),
@@ -313,13 +295,13 @@ def _launch_hopper(
         s_aux,
         counter,
         out.stride()[:2],
-        (starts_q, lengths_q, starts_k, lengths_k),
+        (p.starts_q, p.lengths_q, p.starts_k, p.lengths_k),
         (query_heads, query_heads // kv_heads),
-        (softmax_scale, softcap or 0.0),
+        (p.softmax_scale, p.softcap or 0.0),
         batch,
         tiles,
-        min(_heads_per_wave(max_k, k, v) * (query_heads // kv_heads), batch * query_heads),
-        *_distances(plan, sliding_window),
+        min(_heads_per_wave(p.max_k, k, v) * (query_heads // kv_heads), batch * query_heads),
+        *_distances(plan, p.sliding_window),
         _hook_args(plan),
         SCORE_HOOK=plan.score_hook,
         OPTIONS=options,

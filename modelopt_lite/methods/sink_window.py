@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..kernels.language import jit
+from ..kernels.language import jit, tl  # noqa: F401 - Triton's interpreter looks for it here
 from ..plan import AttentionPlan
 from ..registry import register_sparse_method
 from .base import SinkTokens, SparseAttentionMethod, WindowSize
