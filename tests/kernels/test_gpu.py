@@ -1,11 +1,11 @@
 """The fused kernel on a GPU: the whole contract against the oracle, in every precision."""
 
 import dataclasses
-import math
 
 import pytest
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from cases import error_bound, pytorch_attention
+from cases import packed_problem as make
 
 from modelopt_lite import UnsupportedError
 from modelopt_lite.kernels import attention
@@ -13,7 +13,7 @@ from modelopt_lite.kernels.forward import attention_forward
 from modelopt_lite.kernels.hopper import attention_forward_hopper
 from modelopt_lite.kernels.language import jit, tl
 from modelopt_lite.kernels.problem import AttentionProblem
-from modelopt_lite.kernels.reference import attention_reference, kept_scores
+from modelopt_lite.kernels.reference import attention_reference
 from modelopt_lite.kernels.top_n import top_n_plan
 from modelopt_lite.methods import SinkWindow
 from modelopt_lite.plan import DENSE, AttentionPlan
@@ -22,8 +22,6 @@ pytestmark = pytest.mark.gpu
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 N_OF_M = [(n, m) for m in (2, 4, 8, 16) for n in range(1, m)]
-# Lengths around tile borders, 0 and 1 among them: (queries, keys) of each sequence.
-RAGGED = [(257, 257), (1, 1), (0, 0), (63, 63), (130, 400), (1, 300), (64, 129), (0, 5)]
 
 
 @jit
@@ -41,57 +39,6 @@ def poison():
     yield
     torch.use_deterministic_algorithms(False)
     torch.backends.cuda.matmul.allow_tf32 = before
-
-
-def make(
-    lengths=tuple(RAGGED),
-    heads=(4, 2),
-    dims=(64, 64),
-    dtype=torch.bfloat16,
-    plan=DENSE,
-    *,
-    is_causal=True,
-    sliding_window=None,
-    softcap=None,
-    s_aux=False,
-    exact=True,
-    seed=0,
-):
-    """Make packed tensors with gaps of NaN between sequences, and the problem.
-
-    ``exact``: queries and keys are small multiples of 1/2, so that scores are exact in every precision and many tie.
-    """
-    generator = torch.Generator("cuda").manual_seed(seed)
-
-    def packed(lengths):
-        starts, row = [], 3
-        for length in lengths:
-            starts.append(row)
-            row += length + 2
-        tensors = (torch.tensor(x, device="cuda", dtype=torch.int32) for x in (starts, lengths))
-        return (*tensors, max(lengths)), row
-
-    def tensor(packing, rows, heads, dim, exact):
-        x = torch.full((rows, heads, dim), torch.nan, device="cuda", dtype=dtype)
-        for start, length in zip(packing[0].tolist(), packing[1].tolist(), strict=True):
-            shape = (length, heads, dim)
-            values = (
-                torch.randint(-2, 3, shape, generator=generator, device="cuda") / 2
-                if exact
-                else torch.randn(shape, generator=generator, device="cuda")
-            )
-            x[start : start + length] = values.to(dtype)
-        return x
-
-    packing_q, rows_q = packed([length for length, _ in lengths])
-    packing_k, rows_k = packed([length for _, length in lengths])
-    q = tensor(packing_q, rows_q, heads[0], dims[0], exact)
-    k = tensor(packing_k, rows_k, heads[1], dims[0], exact)
-    v = tensor(packing_k, rows_k, heads[1], dims[1], exact=False)
-    extra = torch.randn(heads[0], generator=generator, device="cuda") if s_aux else None
-    scale = 2.0 ** -math.ceil(math.log2(dims[0]) / 2)
-    problem = AttentionProblem(*packing_q, *packing_k, is_causal, scale, sliding_window, softcap, plan)
-    return q, k, v, extra, problem
 
 
 def run(q, k, v, s_aux, problem, **changes):
@@ -118,46 +65,15 @@ def run(q, k, v, s_aux, problem, **changes):
     )
 
 
-def pytorch(q, k, v, s_aux, problem):
-    """PyTorch's attention in the precision of the inputs, over the keys the oracle keeps."""
-    output = torch.zeros(*q.shape[:2], v.shape[2], device="cuda", dtype=torch.float64)
-    for in_q, in_k, first_q, first_k in problem.sequences():
-        if in_q.start == in_q.stop:
-            continue
-        mask = kept_scores(q[in_q].double(), k[in_k].double(), problem, first_q, first_k) > -torch.inf
-        repeat = q.shape[1] // k.shape[1]
-        # Contiguous, as PyTorch's kernels are picky about alignment.
-        qs, ks, vs = (x.transpose(0, 1).contiguous() for x in (q[in_q], k[in_k], v[in_k]))
-        ks, vs = (x.repeat_interleave(repeat, 0) for x in (ks, vs))
-        if problem.softcap is None and s_aux is None:
-            rows = scaled_dot_product_attention(qs[None], ks[None], vs[None], mask[None], scale=problem.softmax_scale)[
-                0
-            ]
-        else:
-            # In PyTorch's operations, as Transformers' eager attention has them.
-            scores = qs @ ks.mT * problem.softmax_scale
-            if problem.softcap is not None:
-                scores = torch.tanh(scores / problem.softcap) * problem.softcap
-            scores = scores.masked_fill(~mask, -torch.inf)
-            if s_aux is not None:
-                scores = torch.cat([scores, s_aux.to(q.dtype)[:, None, None].expand(*scores.shape[:2], 1)], -1)
-            weights = torch.softmax(scores.float(), -1).to(q.dtype)[..., : mask.shape[-1]]
-            rows = weights @ vs
-        rows = rows.masked_fill(~mask.any(-1)[..., None], 0.0)
-        output[in_q] = rows.transpose(0, 1).double()
-    return output
-
-
 def check(q, k, v, s_aux, problem, **changes):
     """Hold the kernel against the oracle: no worse than twice PyTorch in the same precision."""
     output, lse = run(q, k, v, s_aux, problem, **changes)
     expected, expected_lse = attention_reference(q, k, v, s_aux, problem)
     assert not output.isnan().any()
-    theirs = (pytorch(q, k, v, s_aux, problem) - expected).abs().max()
-    # Where PyTorch is exact by chance, half a unit in the last place of the largest output remains.
-    rounding = torch.finfo(q.dtype).eps / 2 * expected.abs().max()
-    ours = (output.double() - expected).abs().max()
-    assert ours <= 2 * torch.maximum(theirs, rounding), f"{ours=} {theirs=}"
+    theirs = pytorch_attention(q, k, v, s_aux, problem)
+    bound = error_bound(theirs, expected, torch.finfo(q.dtype).eps / 2)
+    error = (output.double() - expected).abs().max()
+    assert error <= bound, f"{error=} {bound=}"
     finite = expected_lse.isfinite()
     assert torch.equal(lse.isfinite(), finite)
     torch.testing.assert_close(lse[finite], expected_lse[finite].float(), rtol=1e-5, atol=2e-5)
