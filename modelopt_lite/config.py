@@ -166,6 +166,14 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
+def _read_yaml(text: str) -> Any:
+    loader = _UniqueKeyLoader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
 def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     _refuse_repeated([key for key, _ in pairs])
     return dict(pairs)
@@ -178,8 +186,8 @@ def _refuse_repeated(keys: list[Any]) -> None:
 
 
 _READERS = {
-    ".yaml": lambda text: yaml.load(text, Loader=_UniqueKeyLoader),  # noqa: S506 - a SafeLoader
-    ".yml": lambda text: yaml.load(text, Loader=_UniqueKeyLoader),  # noqa: S506
+    ".yaml": _read_yaml,
+    ".yml": _read_yaml,
     ".json": lambda text: json.loads(text, object_pairs_hook=_unique_pairs),
     ".toml": tomllib.loads,
 }

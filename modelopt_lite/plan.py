@@ -46,6 +46,8 @@ class AttentionPlan:
             ``group`` score tiles (tile ``r`` holds key ``group * i + r`` of group ``i``), returns a tuple of
             ``group`` tiles that say what is kept: booleans, or faster, flags of
             :mod:`modelopt_lite.kernels.language`, 1.0 where a key is kept, or ``dropped(flag)`` where it is not.
+            A hook that makes tiles of its own (``tl.zeros``, ``tl.arange``) is left to the portable kernel, with a
+            warning, on GPUs that have a faster one.
         hook_constants: integers that ``score_hook`` needs at compile time; they come first in its ``args``.
         hook_args: numbers that ``score_hook`` needs at run time; they follow in its ``args``.
         keeps_group_max: a promise that the largest visible score of every group is kept, which saves the fused

@@ -184,6 +184,9 @@ def forward(
     Returns:
         ``out`` and the logarithms of the softmax denominators, ``[tokens, query heads]`` in FP32. Rows without a
         visible key and rows of no sequence are 0 and -inf.
+
+    Raises:
+        ValueError: if ``kernel`` is ``"hopper"`` and the settings or the problem are for the portable one alone.
     """
     if out is None:
         out = torch.empty(q.shape[0], q.shape[1], v.shape[2], dtype=q.dtype, device=q.device)
@@ -192,8 +195,9 @@ def forward(
         return out, lse
     packing = starts_q, lengths_q, max_q, starts_k, lengths_k, max_k
     problem = AttentionProblem(*packing, is_causal, softmax_scale, sliding_window, softcap, plan, first_q, first_k)
-    is_placed = first_q is not None or first_k is not None or (sliding_window is not None and not is_causal)
-    if settings is not None or is_placed:
+    if settings is not None or problem.is_placed:
+        if kernel == "hopper":
+            raise ValueError("kernel: 'hopper' is not allowed with settings or positions; only portable takes these")
         kernel = "portable"
     with torch.cuda.device_of(q):
         if (kernel or kernel_for(q, k, v, max_q, plan)) == "hopper":
@@ -209,7 +213,7 @@ def forward(
                     plan.score_hook.__name__,
                     error,
                 )
-        _launch_portable(q, k, v, out, lse, s_aux, problem, is_placed, settings)
+        _launch_portable(q, k, v, out, lse, s_aux, problem, settings)
     return out, lse
 
 
@@ -221,7 +225,6 @@ def _launch_portable(
     lse: Tensor,
     s_aux: Tensor | None,
     problem: AttentionProblem,
-    is_placed: bool,
     settings: Settings | None,
 ) -> None:
     p, plan = problem, problem.plan
@@ -233,7 +236,7 @@ def _launch_portable(
         settings = default_settings(capability, q.dtype, max(block_d, block_dv), group, p.is_causal)
     options = _options(settings, head_dim, value_dim, p.is_causal, p.sliding_window, p.softcap, plan)
     first_q, first_k = p.first_q, p.first_k
-    if is_placed:
+    if p.is_placed:
         first_k = torch.zeros_like(p.starts_k) if first_k is None else first_k
         first_q = first_k + p.lengths_k - p.lengths_q if first_q is None else first_q
         options = options._replace(placed=True, frozen=False, sinks=True)

@@ -106,8 +106,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     packing = (starts_q, lengths_q, max_q, starts_k, lengths_k, max_k)
     plan = plan_by_key(plan_key)
-    is_placed = first_q is not None or first_k is not None or (sliding_window is not None and not is_causal)
-    if use_triton and not is_placed:  # the fused backward does not know these
+    problem = AttentionProblem(*packing, is_causal, softmax_scale, sliding_window, softcap, plan, first_q, first_k)
+    if use_triton and not problem.is_placed:  # the fused backward does not know these
         grad_q, grad_k, grad_v, grad_s_aux = launch.backward(
             grad,
             q,
@@ -124,7 +124,6 @@ def _backward(
             plan=plan,
         )
     else:
-        problem = AttentionProblem(*packing, is_causal, softmax_scale, sliding_window, softcap, plan, first_q, first_k)
         with torch.autocast(q.device.type, enabled=False):
             grad_q, grad_k, grad_v, grad_s_aux = backward_blocked(grad, q, k, v, s_aux, output, lse, problem)
     # An operator returns tensors, so no gradient is an empty one.

@@ -46,6 +46,12 @@ class AttentionProblem:
     first_q: Tensor | None = None
     first_k: Tensor | None = None
 
+    @property
+    def is_placed(self) -> bool:
+        """Whether positions are given, or a window without causality makes them matter."""
+        window_without_causality = self.sliding_window is not None and not self.is_causal
+        return self.first_q is not None or self.first_k is not None or window_without_causality
+
     def sequences(self) -> Iterator[Sequence]:
         """Yield each sequence's rows and positions; waits for their device."""
         columns = [x.tolist() for x in (self.starts_q, self.lengths_q, self.starts_k, self.lengths_k)]

@@ -6,8 +6,6 @@ Triton compiles for a GPU only where its interpreter is off, so this file runs i
 import dataclasses
 import itertools
 import json
-import os
-import subprocess
 import sys
 
 import pytest
@@ -57,15 +55,6 @@ def count_compilations():
             plan=dataclasses.replace(top_n_plan(2, 4, number, number), hook_args=(float(number),)),
         )
     return [sum(len(cache[0]) for cache in kernel.device_caches.values()) for kernel in kernels]
-
-
-@pytest.fixture(scope="module")
-def compiled():
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, __file__]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 @pytest.mark.slow

@@ -5,8 +5,6 @@ Like the portable kernel's test, this file runs itself as a program to compile.
 
 import functools
 import json
-import os
-import subprocess
 import sys
 
 import pytest
@@ -123,15 +121,6 @@ def test_rows_past_the_end_are_memory(absent_gpu, monkeypatch, group, view):
         assert torch.equal(found, x)
         assert (found is x) == (group == 1 or (driver.size == needed and not driver.failed))
         assert found is x or found.untyped_storage().nbytes() >= 4 * (x.shape[0] + 2 * group - 2) * x[0].numel()
-
-
-@pytest.fixture(scope="module")
-def compiled():
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, __file__]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 @pytest.mark.slow
