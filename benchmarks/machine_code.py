@@ -147,7 +147,7 @@ def run_tool(name: str, *arguments: str) -> str:
 
 
 def hot_loop(sass: str) -> list[str]:
-    """Return the names of the instructions of the last loop that multiplies matrices, the hot one in every kernel."""
+    """Return the instructions that the last loop to multiply matrices, the hot one in every kernel, runs as a rule."""
     code: list[tuple[str, str]] = []
     labels: dict[str, int] = {}
     # What is predicated never to run is left out.
@@ -166,8 +166,17 @@ def hot_loop(sass: str) -> list[str]:
         if first <= index and any(product.match(name) for name, _ in code[first:index]):
             loops.append((first, index + 1))
     inner = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
-    first, last = max(inner)
-    return [name for name, _ in code[first:last]]
+    index, last = max(inner)
+    names = []
+    while index < last:
+        name, operands = code[index]
+        names.append(name)
+        target = re.search(r"`\((\.L_x_\d+)\)", operands)
+        after = labels[target[1]] if name.startswith("BRA") and target else index
+        # Matrices that a branch can skip are multiplied again, which is rare.
+        skipped = index < after < last and any(product.match(name) for name, _ in code[index:after])
+        index = after if skipped else index + 1
+    return names
 
 
 def classify(loop: dict[str, int]) -> dict[str, int]:

@@ -48,14 +48,17 @@ class AttentionPlan:
             :mod:`modelopt_lite.kernels.language`, 1.0 where a key is kept, or ``dropped(flag)`` where it is not.
             A hook that makes tiles of its own (``tl.zeros``, ``tl.arange``) is left to the portable kernel, with a
             warning, on GPUs that have a faster one.
-        hook_constants: integers that ``score_hook`` needs at compile time; they come first in its ``args``.
-        hook_args: numbers that ``score_hook`` needs at run time; they follow in its ``args``.
+        hook_constants: integers that hooks need at compile time; they come first in their ``args``.
+        hook_args: numbers that hooks need at run time; they follow in their ``args``.
         keeps_group_max: a promise that the largest visible score of every group is kept, which saves the fused
             kernels the row maximum over what is left.
         scale_free: a promise that the rule decides alike if all scores are multiplied by one positive number, which
             saves the fused kernels a multiplication.
         keeps_nothing: a promise that the rule itself keeps no key at all, which saves computing those that are neither
             sinks nor recent.
+        quick_hook: a faster ``score_hook`` that may be wrong, or None. It returns one tile more, 0.0 where it is right
+            about a group and above 0 where it may not be. The Hopper kernel uses it, and computes a tile with any
+            such group again with ``score_hook``.
         key: identifies the plan in this process; not an argument.
 
     Raises:
@@ -73,6 +76,7 @@ class AttentionPlan:
     keeps_group_max: bool = False
     scale_free: bool = False
     keeps_nothing: bool = False
+    quick_hook: Any | None = None
     key: int = field(init=False, compare=False, repr=False, default_factory=_keys.__next__)
 
     def __post_init__(self) -> None:
@@ -83,6 +87,8 @@ class AttentionPlan:
                 raise ValueError(f"plan.{name}: {getattr(self, name)!r} is not allowed; an integer >= 0")
         if self.score_hook is not None and self.keep is None:
             raise ValueError("plan.score_hook: a fused rule needs its PyTorch twin in plan.keep")
+        if self.quick_hook is not None and self.score_hook is None:
+            raise ValueError("plan.quick_hook: a rule that may be wrong needs the right one in plan.score_hook")
         _living[self.key] = self
 
     def __deepcopy__(self, memo: object) -> AttentionPlan:

@@ -90,8 +90,8 @@ def collect_statistics(model: nn.Module) -> Iterator[ModelStatistics]:
     """Count what the sparse layers of a model keep, over every prefill inside the ``with`` block.
 
     Each prefill then computes its scores once more, about half the cost of its attention, on the torch backend.
-    Layers that are switched off, and decode steps, are not counted. Each prefill waits for its device, so CUDA graphs
-    are refused.
+    Layers that are switched off, and decode steps, are not counted. No prefill waits for its device to be counted. A
+    CUDA graph, whose replays would not be counted, is refused.
 
     Args:
         model: a model after :func:`~modelopt_lite.conversion.sparsify`; one without sparse layers counts nothing.

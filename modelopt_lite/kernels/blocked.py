@@ -123,8 +123,8 @@ class _Sequence:
         """Take a block of queries out of ``[kv_heads, repeat, len_q, dim]``: ``[kv_heads, repeat * queries, dim]``."""
         return x[:, :, queries].flatten(1, 2)
 
-    def tiles(self, queries: slice, skip_empty: bool = True) -> Iterator[_Tile]:
-        """Compute the tiles of a block of queries in which any key is visible, and unless told otherwise, kept."""
+    def tiles(self, queries: slice) -> Iterator[_Tile]:
+        """Compute the tiles of a block of queries in which any key may be kept."""
         problem, device = self.problem, self.q.device
         q = self.rows(self.q, queries)
         first, last = self.first_q + queries.start, self.first_q + queries.stop - 1
@@ -141,11 +141,9 @@ class _Sequence:
             high = low + self.block  # the block's keys: low <= j < high
             recent, sinks = self.plan.dense_window_size, self.plan.num_sink_tokens
             any_recent = low <= last and first - (high - 1) < recent
-            if skip_empty and self.plan.keeps_nothing and low >= sinks and not any_recent:
+            if self.plan.keeps_nothing and low >= sinks and not any_recent:
                 continue
-            scores = torch.bmm(q, self.k[block].mT).mul_(problem.softmax_scale)
-            if problem.softcap is not None:
-                scores.div_(problem.softcap).tanh_().mul_(problem.softcap)
+            scores = _scores(q, self.k[block].mT, problem)
             # The same memory as [kv_heads, repeat, queries, groups, group], and the positions stored alike.
             grouped = scores.unflatten(1, (self.repeat, -1)).unflatten(3, (self.group, -1)).mT
             k_pos = torch.arange(low, high, device=device).unflatten(0, (-1, self.group)).mT.contiguous().mT
@@ -179,6 +177,14 @@ def _sequences(q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem) -> It
     for item in problem.sequences():
         if item.queries.stop > item.queries.start:
             yield item, _Sequence(q, k, v, item, problem)
+
+
+def _scores(q: Tensor, k: Tensor, problem: AttentionProblem) -> Tensor:
+    """Multiply ``[heads, queries, head_dim]`` and ``[heads, head_dim, keys]``, and scale and cap the scores."""
+    scores = torch.bmm(q, k).mul_(problem.softmax_scale)
+    if problem.softcap is not None:
+        scores.div_(problem.softcap).tanh_().mul_(problem.softcap)
+    return scores
 
 
 def _union(a: Tensor | None, b: Tensor) -> Tensor:
@@ -288,22 +294,110 @@ def backward_blocked(
     return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), grad_s_aux
 
 
+class _Block(NamedTuple):
+    """Queries of one sequence whose place and number stay on the device.
+
+    Attributes:
+        rows: rows of the packed queries, ``[queries]``.
+        q_pos: positions of the queries, ``[queries, 1, 1]``.
+        is_query: which of them the sequence has, ``[queries, 1, 1]``.
+        is_decode: whether the sequence has no other query.
+        origin: position, at the beginning of a group, before which no key is visible.
+        first_k: position of the first key.
+        end_k: position behind the last key.
+        row_k: row of the packed keys where position 0 would be.
+        span: an upper bound of the keys from ``origin`` on that are visible.
+    """
+
+    rows: Tensor
+    q_pos: Tensor
+    is_query: Tensor
+    is_decode: Tensor
+    origin: Tensor
+    first_k: Tensor
+    end_k: Tensor
+    row_k: Tensor
+    span: int
+
+
+def _blocks(total_q: int, total_k: int, problem: AttentionProblem) -> Iterator[_Block]:
+    """Cut all sequences into blocks of queries, all of one size, by nothing but upper bounds of their lengths.
+
+    The rows of all together bound the number of blocks, so that a long one among many short ones costs few.
+    """
+    p, device, batch = problem, problem.lengths_q.device, problem.lengths_q.shape[0]
+    longest, span = min(p.max_q, total_q), min(p.max_k, total_k)
+    if 0 in (batch, longest, span):
+        return
+    each = -(-longest // max(1, min(QUERY_BLOCK, total_q // batch)))  # blocks of the longest sequence
+    size = -(-longest // each)
+    # Numbered from each sequence's end, those that exist first: the i-th has the number i // batch or a higher one.
+    place = torch.arange(each * batch, device=device)
+    absent = place // batch * size >= p.lengths_q[place % batch]
+    place = place[absent.int().argsort(stable=True)[: total_q // size + batch]]
+    number, sequence = place // batch, place % batch
+    start_q, len_q, start_k, len_k = (x[sequence] for x in (p.starts_q, p.lengths_q, p.starts_k, p.lengths_k))
+    first_k = torch.zeros_like(len_k) if p.first_k is None else p.first_k[sequence]
+    end_k = first_k + len_k
+    first_q = end_k - len_q if p.first_q is None else p.first_q[sequence]
+    query = (len_q - (number + 1) * size)[:, None] + torch.arange(size, device=device)
+    is_query, query = query >= 0, query.clamp(min=0)
+    rows = (start_q[:, None] + query).clamp(max=total_q - 1)
+    q_pos = first_q[:, None] + query
+    origin, reach = first_k, span
+    if p.sliding_window is not None:
+        origin = origin.maximum(q_pos[:, 0] - p.sliding_window + 1)
+        reach = size + (p.sliding_window - 1) * (1 if p.is_causal else 2)
+    alignment = max(GROUP_SIZES)
+    origin = origin // alignment * alignment
+    q_pos, is_query = q_pos[:, :, None, None], is_query[:, :, None, None]
+    columns = (rows, q_pos, is_query, len_q == 1, origin, first_k, end_k, start_k - first_k)
+    # The last of causal queries sees all keys, the one before it one fewer, and so on.
+    fewer = size if p.is_causal and p.first_q is None else 0
+    spans = [max(0, min(span - i // batch * fewer, reach)) + alignment - 1 for i in range(len(place))]
+    yield from map(_Block, *columns, spans)
+
+
 @torch.no_grad()
 def statistics_blocked(q: Tensor, k: Tensor, problem: AttentionProblem) -> AttentionStatistics:
-    """Count what a plan keeps of a computation."""
+    """Count what a plan keeps of a computation, without waiting for its device."""
+    plan, window = problem.plan, problem.sliding_window
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    heads, kv_heads, alignment = q.shape[1], k.shape[1], max(GROUP_SIZES)
+    repeat = heads // kv_heads
     rows, visible, kept = (torch.zeros((), dtype=torch.int64, device=q.device) for _ in range(3))
     mass = torch.zeros((), dtype=torch.float64, device=q.device)
-    for _, sequence in _sequences(q, k, k, problem):
-        for queries in sequence.query_blocks():
-            highest, total = _start_of_softmax(sequence, queries, None)
-            kept_total = total
-            for tile in sequence.tiles(queries, skip_empty=False):
-                seen = tile.scores != -torch.inf
-                visible += seen.sum()
-                kept += (seen if tile.kept is None else seen & tile.kept).sum()
-                highest, total, shrink = _add_to_softmax(highest, total, tile.scores)
-                weights = tile.scores if tile.kept is None else tile.scores.mul_(tile.kept)
-                kept_total = kept_total * shrink + weights.sum(-1)
-            rows += (total > 0).sum()
-            mass += (kept_total / total).where(total > 0, 0.0).sum(dtype=torch.float64)
+    for block in _blocks(q.shape[0], k.shape[0], problem):
+        query = q[block.rows].to(dtype).unflatten(1, (kv_heads, repeat)).permute(1, 2, 0, 3).flatten(1, 2)
+        highest = query.new_full(query.shape[:2], -torch.inf)
+        total = kept_total = torch.zeros_like(highest)
+        tiles = -(-block.span * len(block.rows) * heads // TILE_SCORES)
+        width = -(-block.span // (tiles * alignment)) * alignment
+        for low in range(0, block.span, width):
+            slots = torch.arange(low, low + width, device=q.device).unflatten(0, (-1, plan.group)).mT.contiguous()
+            k_pos = block.origin + slots.mT  # [groups, group], stored like the scores
+            key = k[(block.row_k + k_pos.mT.flatten()).clamp(0, k.shape[0] - 1)].to(dtype)
+            scores = _scores(query, key.permute(1, 2, 0), problem)
+            grouped = scores.unflatten(1, (repeat, -1)).unflatten(3, (plan.group, -1)).mT
+            behind = block.q_pos - k_pos  # [queries, groups, group]
+            seen = block.is_query & (k_pos >= block.first_k) & (k_pos < block.end_k)
+            if problem.is_causal:
+                seen &= behind >= 0
+            if window is not None:
+                seen &= behind.abs() < window
+            grouped.masked_fill_(~seen, -torch.inf)
+            visible += heads * seen.sum()
+
+            chosen = seen
+            if plan.keep is not None:
+                chosen = (k_pos < plan.num_sink_tokens) | ((behind >= 0) & (behind < plan.dense_window_size))
+                if not plan.sparse_decode:
+                    chosen |= block.is_decode
+                chosen = seen & (chosen | plan.keep(grouped, block.q_pos, k_pos))
+            chosen = chosen.expand_as(grouped).mT.flatten(3, 4).flatten(1, 2)
+            kept += chosen.sum()
+            highest, total, shrink = _add_to_softmax(highest, total, scores)
+            kept_total = kept_total * shrink + scores.mul_(chosen).sum(-1)
+        rows += (total > 0).sum()
+        mass += (kept_total / total).where(total > 0, 0.0).sum(dtype=torch.float64)
     return AttentionStatistics(rows, visible, kept, mass)

@@ -175,10 +175,10 @@ def bounded_span(first_position, last_position, rules, OPTIONS: tl.constexpr):
 
 @triton.jit
 def fill_gap(
-    out_ptr, lse_ptr, out_strides, starts_ptr, lengths_ptr, batch, total, heads, first_token, OPTIONS: tl.constexpr
-):
+    out_ptr, lse_ptr, out_strides, starts_ptr, lengths_ptr, batch, total, heads, first_token, BLOCK_M: tl.constexpr,
+    OPTIONS: tl.constexpr,
+):  # fmt: skip
     """Write zeros, and an LSE of -inf, to those of the next ``BLOCK_M`` tokens that belong to no sequence."""
-    BLOCK_M: tl.constexpr = OPTIONS.block_m
     BLOCK_DV: tl.constexpr = OPTIONS.block_dv
     # [BLOCK_M]
     tokens = first_token + tl.arange(0, BLOCK_M)
@@ -267,7 +267,9 @@ def attention_forward(
     program = tl.program_id(0)
     if program >= batch * heads * tiles_per_head:
         first_token = (program - batch * heads * tiles_per_head) * BLOCK_M
-        fill_gap(out_ptr, lse_ptr, out_strides, starts_q, lengths_q, batch, total, heads, first_token, OPTIONS)
+        fill_gap(
+            out_ptr, lse_ptr, out_strides, starts_q, lengths_q, batch, total, heads, first_token, BLOCK_M, OPTIONS
+        )  # fmt: skip
         return
     wave = program // (tiles_per_head * heads_per_wave)
     program -= wave * tiles_per_head * heads_per_wave

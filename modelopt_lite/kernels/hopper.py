@@ -29,7 +29,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .forward import LN2, fill_gap
 from .tiles import LOG2E, join_groups, key_spans, maximum_of, scale_scores, select_scores, split_groups, weigh
 
-WARPGROUPS = tl.constexpr(2)
 ROWS = tl.constexpr(64)
 """Queries of a warpgroup."""
 SLOTS = tl.constexpr(2)
@@ -60,8 +59,9 @@ def prepare(
     program = tl.program_id(0)
     if program == 0:
         tl.store(counter_ptr, 0)
-    first_token = program * OPTIONS.block_m
-    fill_gap(out_ptr, lse_ptr, out_strides, starts_ptr, lengths_ptr, batch, total, heads, first_token, OPTIONS)
+    fill_gap(
+        out_ptr, lse_ptr, out_strides, starts_ptr, lengths_ptr, batch, total, heads, program * ROWS, ROWS, OPTIONS
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -149,11 +149,9 @@ def load_rows(descriptor, row, head, barrier, memory, OPTIONS: gl.constexpr):
 
 
 @gluon.jit
-def load_items(
-    descriptors, buffers, mail, barriers, counter_ptr, problem, SPARSE: gl.constexpr, OPTIONS: gl.constexpr,
-    STAGES: gl.constexpr,
-):  # fmt: skip
+def load_items(work, SPARSE: gl.constexpr, OPTIONS: gl.constexpr, STAGES: gl.constexpr):
     """Post items and load what they need: the part of one warp."""
+    descriptors, buffers, mail, barriers, counter_ptr, problem = work
     query_descriptor, key_descriptor, value_descriptor = descriptors
     query_memory, key_memory, value_memory = buffers
     posted_item, verdicts = mail
@@ -162,6 +160,7 @@ def load_items(
     QUERY_BYTES: gl.constexpr = OPTIONS.block_m * OPTIONS.block_d * 2
     KEY_BYTES: gl.constexpr = OPTIONS.block_n * OPTIONS.block_d * 2
     VALUE_BYTES: gl.constexpr = OPTIONS.block_n * OPTIONS.block_dv * 2
+    WARPGROUPS: gl.constexpr = OPTIONS.block_m // ROWS
     items = batch * heads_of[0] * tiles_per_head
 
     step = 0
@@ -172,7 +171,8 @@ def load_items(
         mbarrier.wait(done.index(slot), (post // SLOTS & 1) ^ 1)
         overflowed = 0
         if post >= SLOTS:
-            overflowed = read_number(verdicts.index(2 * slot)) | read_number(verdicts.index(2 * slot + 1))
+            for w in gl.static_range(WARPGROUPS):
+                overflowed |= read_number(verdicts.index(WARPGROUPS * slot + w))
         item = gl.to_tensor(NOTHING)
         if overflowed != 0:
             item = read_number(posted_item.index(slot)) + ONLINE
@@ -238,16 +238,17 @@ def sum_in_thread(weights, OPTIONS: gl.constexpr):
 
 @gluon.jit
 def take_turn(turn, step, WARPGROUP: gl.constexpr, OPTIONS: gl.constexpr):
-    """Wait for the other warpgroup to have issued its matrix products."""
+    """Wait for the warpgroup before to have issued its matrix products."""
     if OPTIONS.group <= IN_TURN:
         mbarrier.wait(turn.index(WARPGROUP), step & 1)
 
 
 @gluon.jit
 def pass_turn(turn, WARPGROUP: gl.constexpr, OPTIONS: gl.constexpr):
-    """Let the other warpgroup issue its matrix products."""
+    """Let the next warpgroup issue its matrix products."""
+    WARPGROUPS: gl.constexpr = OPTIONS.block_m // ROWS
     if OPTIONS.group <= IN_TURN:
-        mbarrier.arrive(turn.index(1 - WARPGROUP), count=1)
+        mbarrier.arrive(turn.index((WARPGROUP + 1) % WARPGROUPS), count=1)
 
 
 @gluon.jit
@@ -257,74 +258,49 @@ def spread(numbers, tile):
 
 
 @gluon.jit
-def soften_frozen(
-    scores, first, positions, shift, rules, numbers, hook_args, SCORE_HOOK: gl.constexpr, OPTIONS: gl.constexpr
-):
-    """Take products of queries and keys of a hot tile, or of a part of its groups, into a softmax whose maximum stays.
-
-    Returns:
-        The weights, laid out as the scores.
-    """
-    SCORES: gl.constexpr = scores.type.layout
-    scores, to_log2 = scale_scores(scores, numbers, OPTIONS)
-    parts, keep = select(scores, first, positions, rules, hook_args, SCORE_HOOK, OPTIONS, False)
-    return gl.convert_layout(weigh_parts(parts, keep, shift, to_log2, SCORE_HOOK, OPTIONS), SCORES, assert_trivial=True)
-
-
-@gluon.jit
-def soften_online(
+def soften(
     scores, first, positions, running_max, partial_sum, rules, numbers, hook_args,
-    SCORE_HOOK: gl.constexpr, OPTIONS: gl.constexpr, MASKED: gl.constexpr,
+    SCORE_HOOK: gl.constexpr, OPTIONS: gl.constexpr, MASKED: gl.constexpr, FROZEN: gl.constexpr,
 ):  # fmt: skip
-    """Take products of queries and keys into the ordinary softmax.
+    """Take products of queries and keys, of which the first is ``first``, into the softmax.
 
     Returns:
-        The weights, laid out as the scores, the factor for what was summed before, and the new maximum and sum.
+        The weights, laid out as the scores; the factor for what was summed before, and the new maximum and sum; and
+        what a quick hook says of the groups, in a tuple. If ``FROZEN``, the maximum stays and the factor is 1.
     """
     SCORES: gl.constexpr = scores.type.layout
     scores, to_log2 = scale_scores(scores, numbers, OPTIONS)
-    parts, keep = select(scores, first, positions, rules, hook_args, SCORE_HOOK, OPTIONS, MASKED)
-    tile_max = gl.convert_layout(gl.max(maximum_of(parts), 1), gl.SliceLayout(1, SCORES)) * to_log2
-    new_max = gl.maximum(running_max, tile_max)
-    shift = new_max
-    if MASKED or not OPTIONS.keeps_group_max:
-        # Nothing kept so far: any finite number does.
-        shift = gl.where(new_max == float("-inf"), 0.0, new_max)
-    rescale = gl.exp2(running_max - shift)
-    weights = weigh_parts(parts, keep, shift, to_log2, SCORE_HOOK, OPTIONS)
-    weights = gl.convert_layout(weights, SCORES, assert_trivial=True)
-    partial_sum = partial_sum * spread(rescale, partial_sum) + sum_in_thread(weights, OPTIONS)
-    return weights, rescale, new_max, partial_sum
-
-
-@gluon.jit
-def select(
-    scores, first, positions, rules, hook_args, SCORE_HOOK: gl.constexpr, OPTIONS: gl.constexpr, MASKED: gl.constexpr
-):
-    """Split scores into the places of their groups, of which the first begins at key ``first``, and select."""
     part = split_groups(scores, OPTIONS.group)[0]
     PART: gl.constexpr = part.type.layout
     groups = first + OPTIONS.group * gl.arange(0, part.shape[1], gl.SliceLayout(0, PART))[None, :]
-    return select_scores(scores, spread(positions, part), groups, rules, hook_args, SCORE_HOOK, OPTIONS, MASKED)
-
-
-@gluon.jit
-def weigh_parts(parts, keep, shift, to_log2, SCORE_HOOK: gl.constexpr, OPTIONS: gl.constexpr):
-    """Return the weights of selected scores, joined to one tile."""
+    parts, keep = select_scores(scores, spread(positions, part), groups, rules, hook_args, SCORE_HOOK, OPTIONS, MASKED)
+    shift = running_max
+    rescale = 1.0
+    if not FROZEN:
+        tile_max = gl.convert_layout(gl.max(maximum_of(parts), 1), gl.SliceLayout(1, SCORES)) * to_log2
+        new_max = gl.maximum(running_max, tile_max)
+        shift = new_max
+        if MASKED or not OPTIONS.keeps_group_max:
+            # Nothing kept so far: any finite number does.
+            shift = gl.where(new_max == float("-inf"), 0.0, new_max)
+        rescale = gl.exp2(running_max - shift)
+        running_max = new_max
+        partial_sum = partial_sum * spread(rescale, partial_sum)
     weights = ()
     for r in gl.static_range(len(parts)):
         weight = gl.exp2(parts[r] * to_log2 - spread(shift, parts[r]))
         if SCORE_HOOK is not None and OPTIONS.keeps_group_max:
             weight = weigh(weight, keep[r])
         weights = weights + (weight,)
-    return join_groups(weights)
+    weights = gl.convert_layout(join_groups(weights), SCORES, assert_trivial=True)
+    return weights, rescale, running_max, partial_sum + sum_in_thread(weights, OPTIONS), keep[OPTIONS.group :]
 
 
 @gluon.jit
 def advance(
     step, first, positions, query, weights, accumulator, running_max, partial_sum, rules, numbers, hook_args,
     key_memory, value_memory, loaded, freed, turn, WARPGROUP: gl.constexpr, SCORE_HOOK: gl.constexpr,
-    OPTIONS: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr, FROZEN: gl.constexpr,
+    QUICK_HOOK: gl.constexpr, OPTIONS: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr, FROZEN: gl.constexpr,
 ):  # fmt: skip
     """Multiply queries with the keys of one tile, weights with the values of the tile before, and take the softmax."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, OPTIONS.block_n, 16])
@@ -342,42 +318,32 @@ def advance(
     accumulator = warpgroup_mma(weights, values, accumulator, is_async=True)
     pass_turn(turn, WARPGROUP, OPTIONS)
     scores = warpgroup_mma_wait(1, deps=[scores])
-    if FROZEN:
-        if OPTIONS.group == 8:
-            # One half of the groups after the other, or the flags of all take more registers than there are.
-            GROUPS: gl.constexpr = OPTIONS.block_n // 16
-            left, right = scores.reshape([ROWS, 8, 2, GROUPS]).permute([0, 1, 3, 2]).split()
-            left = soften_frozen(
-                left.reshape([ROWS, 8 * GROUPS]), first, positions, running_max, rules, numbers, hook_args,
-                SCORE_HOOK, OPTIONS,
-            )  # fmt: skip
-            right = soften_frozen(
-                right.reshape([ROWS, 8 * GROUPS]), first + 8 * GROUPS, positions, running_max, rules, numbers,
-                hook_args, SCORE_HOOK, OPTIONS,
-            )  # fmt: skip
-            weights = gl.join(left.reshape([ROWS, 8, GROUPS]), right.reshape([ROWS, 8, GROUPS]))
-            weights = weights.permute([0, 1, 3, 2]).reshape([ROWS, OPTIONS.block_n])
-            weights = gl.convert_layout(weights, SCORES, assert_trivial=True)
-        else:
-            weights = soften_frozen(
-                scores, first, positions, running_max, rules, numbers, hook_args, SCORE_HOOK, OPTIONS
-            )
-        partial_sum += sum_in_thread(weights, OPTIONS)
-    else:
-        weights, rescale, running_max, partial_sum = soften_online(
-            scores, first, positions, running_max, partial_sum, rules, numbers, hook_args, SCORE_HOOK, OPTIONS, MASKED
-        )
-    gl.inline_asm_elementwise(PIN, "=r,=r,r,r", [partial_sum], dtype=gl.int32, is_pure=False, pack=2)
+    QUICK: gl.constexpr = QUICK_HOOK is not None
+    HOOK: gl.constexpr = QUICK_HOOK if QUICK else SCORE_HOOK
+    weights, rescale, new_max, new_sum, doubt = soften(
+        scores, first, positions, running_max, partial_sum, rules, numbers, hook_args,
+        HOOK, OPTIONS, MASKED, FROZEN,
+    )  # fmt: skip
+    gl.inline_asm_elementwise(PIN, "=r,=r,r,r", [new_sum], dtype=gl.int32, is_pure=False, pack=2)
     accumulator = warpgroup_mma_wait(0, deps=[accumulator])
+    if QUICK:  # noqa: SIM102 - conditions at compile time and at run time do not mix
+        if gl.max(doubt[0].reshape([ROWS * OPTIONS.block_n // OPTIONS.group]), 0) > 0.0:
+            # As rare as equal scores: not worth registers for scores that have become weights.
+            scores = warpgroup_mma(query, keys, zeros, use_acc=False, is_async=True)
+            scores = warpgroup_mma_wait(0, deps=[scores])
+            weights, rescale, new_max, new_sum, _ = soften(
+                scores, first, positions, running_max, partial_sum, rules, numbers, hook_args,
+                SCORE_HOOK, OPTIONS, MASKED, FROZEN,
+            )  # fmt: skip
     mbarrier.arrive(freed.index(stage), count=1)
     if not FROZEN:
         accumulator = accumulator * spread(rescale, accumulator)
-    return weights, accumulator, running_max, partial_sum
+    return weights, accumulator, new_max, new_sum
 
 
 @gluon.jit
 def clear_rows(memory, first, length, WARPGROUP: gl.constexpr, OPTIONS: gl.constexpr):
-    """Clear this warpgroup's half of a tile of values where it reaches past the sequence.
+    """Clear this warpgroup's share of a tile of values where it reaches past the sequence.
 
     What lies there may be anything, and zero times infinity is not zero.
     """
@@ -385,10 +351,10 @@ def clear_rows(memory, first, length, WARPGROUP: gl.constexpr, OPTIONS: gl.const
     GROUP: gl.constexpr = OPTIONS.group
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     tile = memory.reshape([BLOCK_N, OPTIONS.block_dv])
-    for piece in gl.static_range(BLOCK_N // PIECE // WARPGROUPS):
-        rows = (piece * WARPGROUPS + WARPGROUP) * PIECE + gl.arange(0, PIECE, gl.SliceLayout(1, LAYOUT))
+    for piece in gl.static_range(WARPGROUP, BLOCK_N // PIECE, OPTIONS.block_m // ROWS):
+        rows = piece * PIECE + gl.arange(0, PIECE, gl.SliceLayout(1, LAYOUT))
         keys = first + GROUP * (rows % (BLOCK_N // GROUP)) + rows // (BLOCK_N // GROUP)
-        part = tile.slice((piece * WARPGROUPS + WARPGROUP) * PIECE, PIECE, 0)
+        part = tile.slice(piece * PIECE, PIECE, 0)
         values = part.load(LAYOUT)
         part.store(gl.where((keys < length)[:, None], values, gl.zeros_like(values)))
     fence_async_shared()
@@ -397,7 +363,8 @@ def clear_rows(memory, first, length, WARPGROUP: gl.constexpr, OPTIONS: gl.const
 @gluon.jit
 def attend_item(
     item, step, clearings, query_memory, key_memory, value_memory, barriers, pointers, out_strides, problem, numbers,
-    hook_args, WARPGROUP: gl.constexpr, SCORE_HOOK: gl.constexpr, OPTIONS: gl.constexpr, STAGES: gl.constexpr,
+    hook_args, WARPGROUP: gl.constexpr, SCORE_HOOK: gl.constexpr, QUICK_HOOK: gl.constexpr, OPTIONS: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """Compute one warpgroup's queries of an item.
 
@@ -450,9 +417,10 @@ def attend_item(
     scores = warpgroup_mma_wait(0, deps=[scores])
     mbarrier.arrive(freed.index(stage), count=1)
     step += 1
-    weights, _, running_max, partial_sum = soften_online(
-        scores, first, positions, running_max, partial_sum, rules, numbers, hook_args, SCORE_HOOK, OPTIONS, True
-    )
+    weights, _, running_max, partial_sum, _ = soften(
+        scores, first, positions, running_max, partial_sum, rules, numbers, hook_args,
+        SCORE_HOOK, OPTIONS, True, False,
+    )  # fmt: skip
     if first + OPTIONS.block_n > length:
         stage = step % STAGES
         mbarrier.wait(loaded.index(stage), step // STAGES & 1)
@@ -465,14 +433,14 @@ def attend_item(
         weights, accumulator, running_max, partial_sum = advance(
             step, locate_tile(index, ranges, masked, OPTIONS), positions, query, weights, accumulator, running_max,
             partial_sum, rules, numbers, hook_args, key_memory, value_memory, loaded, freed, turn,
-            WARPGROUP, SCORE_HOOK, OPTIONS, STAGES, True, False,
+            WARPGROUP, SCORE_HOOK, QUICK_HOOK, OPTIONS, STAGES, True, False,
         )  # fmt: skip
         step += 1
     for index in range(masked - spared, tiles):
         weights, accumulator, running_max, partial_sum = advance(
             step, locate_tile(index, ranges, masked, OPTIONS), positions, query, weights, accumulator, running_max,
             partial_sum, rules, numbers, hook_args, key_memory, value_memory, loaded, freed, turn,
-            WARPGROUP, SCORE_HOOK, OPTIONS, STAGES, False, OPTIONS.frozen,
+            WARPGROUP, SCORE_HOOK, QUICK_HOOK, OPTIONS, STAGES, False, OPTIONS.frozen,
         )  # fmt: skip
         step += 1
 
@@ -518,13 +486,15 @@ def attend_item(
 
 @gluon.jit
 def attend_items(
-    work, hook_args, WARPGROUP: gl.constexpr, SCORE_HOOK: gl.constexpr, OPTIONS: gl.constexpr, STAGES: gl.constexpr
-):
+    work, hook_args, WARPGROUP: gl.constexpr, SCORE_HOOK: gl.constexpr, QUICK_HOOK: gl.constexpr,
+    OPTIONS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
     """Compute the items that are posted: the part of a warpgroup."""
     buffers, mail, barriers, pointers, out_strides, problem, numbers = work
     query_memory, key_memory, value_memory = buffers
     posted_item, verdicts = mail
     posted, done, query_loaded, _, _, turn, _ = barriers
+    WARPGROUPS: gl.constexpr = OPTIONS.block_m // ROWS
     if WARPGROUP == 0:
         mbarrier.arrive(turn.index(0), count=1)
     step = 0
@@ -540,9 +510,10 @@ def attend_items(
             mbarrier.wait(query_loaded.index(slot), post // SLOTS & 1)
             overflowed, clearings, step = attend_item(
                 item, step, clearings, query_memory.index(WARPGROUPS * slot + WARPGROUP), key_memory, value_memory,
-                barriers, pointers, out_strides, problem, numbers, hook_args, WARPGROUP, SCORE_HOOK, OPTIONS, STAGES,
+                barriers, pointers, out_strides, problem, numbers, hook_args, WARPGROUP, SCORE_HOOK, QUICK_HOOK,
+                OPTIONS, STAGES,
             )  # fmt: skip
-        write_number(verdicts.index(2 * slot + WARPGROUP), overflowed)
+        write_number(verdicts.index(WARPGROUPS * slot + WARPGROUP), overflowed)
         mbarrier.arrive(done.index(slot), count=1)
         post += 1
         idle = gl.where(item < 0, idle + 1, 0)
@@ -556,10 +527,11 @@ def attend_items(
 def attention_forward_hopper(
     query_descriptor, key_descriptor, value_descriptor, out_ptr, lse_ptr, sink_logits_ptr, counter_ptr, out_strides,
     sequences, heads_of, numbers, batch, tiles_per_head, heads_per_wave, num_sinks, window, sliding_window, hook_args,
-    SCORE_HOOK: gl.constexpr, OPTIONS: gl.constexpr, STAGES: gl.constexpr,
+    SCORE_HOOK: gl.constexpr, QUICK_HOOK: gl.constexpr, OPTIONS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Compute attention of packed sequences and its log-sum-exp; see :func:`modelopt_lite.kernels.launch.forward`."""
     ELEMENT: gl.constexpr = query_descriptor.dtype
+    WARPGROUPS: gl.constexpr = OPTIONS.block_m // ROWS
     query_memory = gl.allocate_shared_memory(
         ELEMENT, [SLOTS * WARPGROUPS, ROWS, 1, OPTIONS.block_d], query_descriptor.layout
     )
@@ -598,15 +570,25 @@ def attention_forward_hopper(
     problem = (sequences, heads_of, batch, tiles_per_head, heads_per_wave, (num_sinks, window, sliding_window))
     # Numbers known at compile time would not be so any more inside a tuple in a tuple.
     work = (buffers, mail, barriers, pointers, out_strides, problem, numbers)
-    gl.warp_specialize(
-        [
-            (attend_items, (work, hook_args, 0, SCORE_HOOK, OPTIONS, STAGES)),
-            (attend_items, (work, hook_args, 1, SCORE_HOOK, OPTIONS, STAGES)),
-            (
-                load_items,
-                (descriptors, buffers, mail, barriers, counter_ptr, problem, SCORE_HOOK is not None, OPTIONS, STAGES),
-            ),
-        ],
-        [4, 1],
-        [240, 24],
-    )
+    to_load = (descriptors, buffers, mail, barriers, counter_ptr, problem)
+    if WARPGROUPS == 3:
+        gl.warp_specialize(
+            [
+                (attend_items, (work, hook_args, 0, SCORE_HOOK, QUICK_HOOK, OPTIONS, STAGES)),
+                (attend_items, (work, hook_args, 1, SCORE_HOOK, QUICK_HOOK, OPTIONS, STAGES)),
+                (attend_items, (work, hook_args, 2, SCORE_HOOK, QUICK_HOOK, OPTIONS, STAGES)),
+                (load_items, (to_load, SCORE_HOOK is not None, OPTIONS, STAGES)),
+            ],
+            [4, 4, 1],
+            [160, 160, 24],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (attend_items, (work, hook_args, 0, SCORE_HOOK, QUICK_HOOK, OPTIONS, STAGES)),
+                (attend_items, (work, hook_args, 1, SCORE_HOOK, QUICK_HOOK, OPTIONS, STAGES)),
+                (load_items, (to_load, SCORE_HOOK is not None, OPTIONS, STAGES)),
+            ],
+            [4, 1],
+            [240, 24],
+        )

@@ -56,6 +56,22 @@ def more_than(x, y):
     return flag
 
 
+@jit
+def hide_above(score, x, bound):
+    """Hide an FP32 score, that is, set it to -inf, where the integer ``x`` is above ``bound``.
+
+    As plain comparisons and selections, all comparisons of a tile come first and are kept as bits until they are used.
+    """
+    if INTERPRETED:
+        shown = tl.where(x > bound, float("-inf"), score)
+    else:
+        shown = tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.gt.s32 p, $2, $3; selp.f32 $0, 0fFF800000, $1, p; }", "=f,f,r,r", [score, x, bound],
+            dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    return shown
+
+
 LOP3 = constexpr(tuple(f"lop3.b32 $0, $1, $2, $3, {table};" for table in range(256)))
 
 
@@ -92,4 +108,6 @@ def less_share(x, share):
     return rest
 
 
-__all__ = ["INTERPRETED", "at_least", "combine", "constexpr", "dropped", "jit", "less_share", "more_than", "tl"]
+__all__ = [
+    "INTERPRETED", "at_least", "combine", "constexpr", "dropped", "hide_above", "jit", "less_share", "more_than", "tl",
+]  # fmt: skip

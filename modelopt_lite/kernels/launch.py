@@ -78,6 +78,9 @@ class SettingsRow(NamedTuple):
 
 OLDEST = 80
 """Compute capability from which on GPUs have what the kernel needs."""
+SMALL = 0
+"""Compute capability that 8.6, 8.9 and 12.0 or later count as in the tables: these GPUs offer a program 99 KB of shared
+memory, where 8.0 offers 163 KB, and multiply matrices as 8.0 does."""
 
 # The first row that fits. Those of capability 90 for 16-bit types up to a dimension of 128 are what
 # benchmarks/tune.py found fastest on an H200 with BF16; the others fit the GPU, and have not been timed.
@@ -90,11 +93,11 @@ SETTINGS = (
     SettingsRow(90, 2, 128, 8, Settings(64, 64, 4, 3, True, True)),
     SettingsRow(90, 2, 128, 16, Settings(128, 128, 8, 2, True, True)),
     SettingsRow(90, 2, 256, 16, Settings(128, 64, 8, 2, True, False)),
-    SettingsRow(80, 2, 128, 16, Settings(128, 64, 8, 2, False, False)),
-    SettingsRow(80, 2, 256, 4, Settings(32, 32, 4, 2, False, False)),
-    SettingsRow(80, 2, 256, 16, Settings(16, 64, 4, 2, False, False)),
-    SettingsRow(80, 4, 64, 16, Settings(32, 32, 8, 1, False, False)),
-    SettingsRow(80, 4, 256, 16, Settings(16, 32, 8, 1, False, False)),
+    SettingsRow(SMALL, 2, 128, 16, Settings(128, 64, 8, 2, False, False)),
+    SettingsRow(SMALL, 2, 256, 4, Settings(32, 32, 4, 2, False, False)),
+    SettingsRow(SMALL, 2, 256, 16, Settings(16, 64, 4, 2, False, False)),
+    SettingsRow(SMALL, 4, 64, 16, Settings(32, 32, 8, 1, False, False)),
+    SettingsRow(SMALL, 4, 256, 16, Settings(16, 32, 8, 1, False, False)),
 )
 # The Hopper kernel's; the warps are those of one warpgroup.
 HOPPER_SETTINGS = Settings(128, 128, 4, 2, True, True)
@@ -106,11 +109,11 @@ QUERY_SETTINGS = (
     SettingsRow(90, 2, 128, 8, Settings(64, 64, 4, 2, True, False)),
     SettingsRow(90, 2, 128, 16, Settings(64, 128, 4, 2, True, False)),
     SettingsRow(90, 2, 256, 16, Settings(128, 32, 8, 2, True, False)),
-    SettingsRow(80, 2, 64, 16, Settings(128, 64, 8, 2, False, False)),
-    SettingsRow(80, 2, 128, 16, Settings(128, 32, 8, 2, False, False)),
-    SettingsRow(80, 2, 256, 16, Settings(64, 32, 8, 1, False, False)),
-    SettingsRow(80, 4, 64, 16, Settings(32, 32, 8, 1, False, False)),
-    SettingsRow(80, 4, 256, 16, Settings(16, 32, 8, 1, False, False)),
+    SettingsRow(SMALL, 2, 64, 16, Settings(128, 64, 8, 2, False, False)),
+    SettingsRow(SMALL, 2, 128, 16, Settings(128, 32, 8, 2, False, False)),
+    SettingsRow(SMALL, 2, 256, 16, Settings(64, 32, 8, 1, False, False)),
+    SettingsRow(SMALL, 4, 64, 16, Settings(32, 32, 8, 1, False, False)),
+    SettingsRow(SMALL, 4, 256, 16, Settings(16, 32, 8, 1, False, False)),
 )
 KEY_SETTINGS = (
     SettingsRow(100, 2, 128, 16, Settings(128, 64, 8, 1, True, False)),
@@ -119,10 +122,12 @@ KEY_SETTINGS = (
     SettingsRow(90, 2, 128, 16, Settings(64, 64, 4, 2, True, False)),
     SettingsRow(90, 2, 256, 4, Settings(128, 64, 8, 1, True, False)),
     SettingsRow(90, 2, 256, 16, Settings(32, 64, 8, 1, False, False)),
-    SettingsRow(80, 2, 64, 16, Settings(64, 32, 8, 1, False, False)),
-    SettingsRow(80, 2, 128, 16, Settings(32, 64, 8, 1, False, False)),
-    SettingsRow(80, 2, 256, 16, Settings(32, 32, 8, 1, False, False)),
+    SettingsRow(SMALL, 2, 64, 16, Settings(64, 32, 8, 1, False, False)),
+    SettingsRow(SMALL, 2, 128, 16, Settings(32, 64, 8, 1, False, False)),
+    SettingsRow(SMALL, 2, 256, 16, Settings(32, 32, 8, 1, False, False)),
+    SettingsRow(SMALL, 4, 128, 16, Settings(16, 32, 8, 1, False, False)),
     SettingsRow(80, 4, 256, 16, Settings(16, 32, 8, 1, False, False)),
+    SettingsRow(SMALL, 4, 256, 16, Settings(16, 16, 8, 1, False, False)),
 )
 WAVE = 512
 """Programs of ``gradient_of_keys`` that are in flight at one time, at least: some more than an H200 holds."""
@@ -286,7 +291,7 @@ def _launch_hopper(
     tiles = triton.cdiv(p.max_q, settings.block_m)
     items = batch * query_heads * tiles
     counter = torch.empty(1, dtype=torch.int32, device=q.device)
-    prepare[(triton.cdiv(total, settings.block_m),)](
+    prepare[(triton.cdiv(total, ROWS.value),)](
         counter, out, lse, out.stride()[:2], p.starts_q, p.lengths_q, batch, total, query_heads, OPTIONS=options
     )
     attention_forward_hopper[(min(items, processors(q.device)),)](
@@ -307,6 +312,7 @@ def _launch_hopper(
         *_distances(plan, p.sliding_window),
         _hook_args(plan),
         SCORE_HOOK=plan.score_hook,
+        QUICK_HOOK=plan.quick_hook,
         OPTIONS=options,
         STAGES=settings.num_stages,
         num_warps=settings.num_warps,
@@ -548,6 +554,8 @@ def default_settings(
         is_causal: whether a query sees only keys at its own position and before.
         table: the kernel's table.
     """
+    if capability in (86, 89) or capability >= 120:
+        capability = SMALL
     row = next(
         row
         for row in table

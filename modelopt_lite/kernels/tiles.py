@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .language import INTERPRETED, less_share
+from .language import INTERPRETED, hide_above, less_share
 
 LOG2E = tl.constexpr(1.4426950408889634)
 MAX_HALVINGS = tl.constexpr(4)
@@ -196,7 +196,8 @@ def select_scores(
 
     Returns:
         ``GROUP`` tiles of scores, ``-inf`` where a key is not visible and, unless the plan keeps every group's
-        maximum, where it is not kept; and as many tiles that say what is kept, none without a hook.
+        maximum, where it is not kept; and as many tiles that say what is kept, none without a hook, followed by
+        what a quick hook says of the groups.
     """
     GROUP: tl.constexpr = OPTIONS.group
     length = rules[1]
@@ -212,14 +213,14 @@ def select_scores(
         masked = ()
         last_visible = q_pos if OPTIONS.causal else length - 1
         for r in tl.static_range(GROUP):
-            visible = k_pos[r] <= last_visible
+            part = hide_above(parts[r], k_pos[r], last_visible)
             if OPTIONS.sliding:
-                visible = visible & (k_pos[r] > q_pos - sliding_window)
+                part = hide_above(part, q_pos - sliding_window + 1, k_pos[r])
             if OPTIONS.placed:
-                visible = visible & (k_pos[r] >= rules[5]) & (k_pos[r] < length)
+                part = hide_above(hide_above(part, rules[5], k_pos[r]), k_pos[r], length - 1)
                 if OPTIONS.sliding and not OPTIONS.causal:
-                    visible = visible & (k_pos[r] < q_pos + sliding_window)
-            masked = masked + (tl.where(visible, parts[r], float("-inf")),)
+                    part = hide_above(part, k_pos[r], q_pos + sliding_window - 1)
+            masked = masked + (part,)
         parts = masked
 
     keep = ()
@@ -234,7 +235,7 @@ def select_scores(
                 if OPTIONS.sinks:
                     exempt = exempt | (k_pos[r] < num_sinks)
                 exempted = exempted + (is_kept(keep[r]) | exempt,)
-            keep = exempted
+            keep = exempted + keep[GROUP:]
         if not OPTIONS.keeps_group_max:
             kept = ()
             for r in tl.static_range(GROUP):

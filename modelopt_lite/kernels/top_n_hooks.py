@@ -13,28 +13,57 @@ MOST = constexpr(0b11101000)
 MOST_LAST_INVERTED = constexpr(0b11010100)
 
 
+def _comparators(size: int) -> list[tuple[int, int]]:
+    """Return Batcher's odd-even merge sort: pairs of places, the larger number of which comes first afterwards.
+
+    Args:
+        size: how many numbers are sorted, a power of two.
+    """
+    pairs = []
+    for half in (2**k for k in range(size.bit_length() - 1)):  # sorted runs of this length are merged in pairs
+        for run in range(0, size, 2 * half):
+            pairs += [(run + i, run + i + half) for i in range(half)]
+            step = half // 2
+            while step > 0:
+                pairs += [(run + i, run + i + step) for i in range(step, 2 * half - step) if i // step % 2]
+                step //= 2
+    return pairs
+
+
+def _find_nth_largest(n: int, scores: list[str], result: str) -> list[str]:
+    """Write PTX that finds the n-th largest of a group's scores, whose halves it sorts in registers ``x``."""
+    half = len(scores) // 2
+    x = list(scores)
+    lines = []
+    for first in (0, half):
+        for i, j in ((first + i, first + j) for i, j in _comparators(half)):
+            lines += [f"min.f32 low, {x[i]}, {x[j]};", f"max.f32 x{i}, {x[i]}, {x[j]};", f"mov.f32 x{j}, low;"]
+            x[i], x[j] = f"x{i}", f"x{j}"
+    # It is the least one kept if the largest i of one half and n - i of the other are, for the best i.
+    found = ""
+    for i in range(max(0, n - half), min(n, half) + 1):
+        least = [x[i - 1]] * (i > 0) + [x[half + n - i - 1]] * (i < n)
+        if len(least) == 2:
+            lines += [f"min.f32 low, {least[0]}, {least[1]};"]
+            least = ["low"]
+        lines += [f"max.f32 {result}, {found}, {least[0]};" if found else f"mov.f32 {result}, {least[0]};"]
+        found = result
+    return lines
+
+
 def _four_of_eight(groups: int) -> str:
     """Write PTX that keeps the four largest scores of each of some groups of 8.
 
-    Both halves of a group are sorted, which tells its fourth largest score, and all are compared with that. Where more
-    than four are at least as large, some are equal to it, and only the first of these stay: a branch, as it is rare.
+    All scores are compared with the fourth largest. Where more than four are at least as large, some are equal to it,
+    and only the first of these stay: a branch, as it is rare.
 
     Operands are the flags of each place, then the scores of each place, ``groups`` registers each.
     """
     flag = [[f"${place * groups + group}" for place in range(8)] for group in range(groups)]
     score = [[f"${(8 + place) * groups + group}" for place in range(8)] for group in range(groups)]
-    # pairs of places, the larger of which comes first afterwards
-    network = [(0, 1), (2, 3), (4, 5), (6, 7), (0, 2), (1, 3), (4, 6), (5, 7), (1, 2), (5, 6)]
     lines = [".reg .pred done, equal, room;", ".reg .b32 left;", f".reg .f32 fourth<{groups}>, x<8>, low;"]
     for group in range(groups):
-        x = list(score[group])
-        for step, (i, j) in enumerate(network):
-            if step < 4:
-                lines += [f"max.f32 x{i}, {x[i]}, {x[j]};", f"min.f32 x{j}, {x[i]}, {x[j]};"]
-            else:
-                lines += [f"min.f32 low, x{i}, x{j};", f"max.f32 x{i}, x{i}, x{j};", f"mov.f32 x{j}, low;"]
-        lines += [f"max.f32 x{i}, x{i}, x{7 - i};" for i in range(4)]
-        lines += ["min.f32 x0, x0, x1;", "min.f32 x2, x2, x3;", f"min.f32 fourth{group}, x0, x2;"]
+        lines += _find_nth_largest(4, score[group], f"fourth{group}")
         for r in range(8):
             lines += [f"set.geu.f32.f32 {flag[group][r]}, {score[group][r]}, fourth{group};"]
     # 1.0 is 0x3F800000; added up as integers, flags are counted. NaN counts, too, so that no group has too few.
@@ -60,8 +89,26 @@ def _four_of_eight(groups: int) -> str:
     return "{ " + " ".join(lines) + " DONE: }"
 
 
+def _at_least_nth(n: int, m: int) -> str:
+    """Write PTX that keeps all scores of a group of ``m`` that are at least as large as the n-th largest.
+
+    Operands are the flags of each place, a flag that says whether there are more than ``n``, and the scores.
+    """
+    scores = [f"${m + 1 + place}" for place in range(m)]
+    lines = [f".reg .f32 bound, x<{m}>, low;", *_find_nth_largest(n, scores, "bound")]
+    # What is hidden is not kept, even if fewer are visible.
+    lines += ["max.f32 bound, bound, 0fFF7FFFFF;", f"mov.f32 low, {-float(n)!r};"]
+    for place in range(m):
+        lines += [f"set.geu.f32.f32 ${place}, {scores[place]}, bound;"]
+        lines += [f"add{'.sat' if place == m - 1 else ''}.f32 {f'${m}' if place == m - 1 else 'low'}, low, ${place};"]
+    return "{ " + " ".join(lines) + " }"
+
+
 FOUR_OF_EIGHT = constexpr(_four_of_eight(4))
 FOUR_OF_EIGHT_OPERANDS = constexpr(",".join(["=&f"] * 32 + ["f"] * 32))
+# For groups of 8, then of 16.
+AT_LEAST_NTH = constexpr(tuple(_at_least_nth(max(n, 1), m) for m in (8, 16) for n in range(m)))
+AT_LEAST_NTH_OPERANDS = constexpr(tuple(",".join(["=&f"] * (m + 1) + ["f"] * m) for m in (8, 16)))
 
 
 @jit
@@ -173,6 +220,27 @@ def keep_four_of_eight(scores):
         ),
         is_pure=True,
         pack=4,
+    )  # fmt: skip
+
+
+@jit
+def keep_top_n_quickly(scores, q_pos, k_pos, args):
+    """Keep the ``args[0]`` largest scores of groups of 8 or 16, and more where others are equal to the least of them.
+
+    Args:
+        scores: one score tile a place in the group.
+        q_pos: not used.
+        k_pos: not used.
+        args: ``(n,)``, known at compile time.
+
+    Returns:
+        What to keep, one tile a place, then one that is 1.0 where more than ``n`` of a group are kept, else 0.0.
+    """
+    N: tl.constexpr = args[0]
+    M: tl.constexpr = len(scores)
+    return tl.inline_asm_elementwise(
+        AT_LEAST_NTH[M - 8 + N], AT_LEAST_NTH_OPERANDS[M // 16], scores, dtype=(tl.float32,) * (M + 1), is_pure=True,
+        pack=1,
     )  # fmt: skip
 
 

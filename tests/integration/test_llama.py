@@ -1,6 +1,7 @@
 """A tiny random Llama, sparsified: padding, chunks, caches, switches, and the way back."""
 
 import copy
+from contextlib import nullcontext
 from itertools import pairwise
 
 import pytest
@@ -24,7 +25,7 @@ from transformers import (
 
 import modelopt_lite as mtsa
 from modelopt_lite import layout
-from modelopt_lite.huggingface import ATTENTION_NAME, attention_forward, paged_attention_forward
+from modelopt_lite.huggingface import ATTENTION_NAME, attention_forward, attention_mask, paged_attention_forward
 
 # Sparsity that bites on short inputs.
 CONFIG = {
@@ -312,6 +313,38 @@ def test_statistics(sparse, ids):
     assert all(
         module.sparse_attention.statistics is None for module in sparse.modules() if hasattr(module, "sparse_attention")
     )
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature")
+@pytest.mark.parametrize("device", ["meta", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("measured", [False, True])
+@pytest.mark.parametrize("inputs", ["whole", "padded", "packed"])
+def test_a_prefill_waits_for_no_device(sparse, ids, inputs, measured, device, monkeypatch):
+    """On the meta device tensors have no values, so that reading one is an error."""
+    arguments, device = {}, torch.device(device)
+    if device.type == "meta":  # where PyTorch has no autocast
+        monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type: False)
+        monkeypatch.setattr(torch, "autocast", lambda device_type, enabled: nullcontext())
+    if inputs == "padded":
+        real = padded(ids, (LENGTH, 20), "left")["attention_mask"].bool()
+        # Made beforehand, as that does wait, once a forward.
+        arguments = {"attention_mask": attention_mask(2, LENGTH, LENGTH, attention_mask=real).on(device)}
+    elif inputs == "packed":
+        ids, lengths = ids.view(1, -1), torch.tensor([0, 12, LENGTH, 2 * LENGTH], dtype=torch.int32, device=device)
+        arguments = {"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths, "max_length_q": LENGTH, "max_length_k": LENGTH}
+    sparse, ids = sparse.to(device), ids.to(device)
+    with mtsa.collect_statistics(sparse) if measured else nullcontext() as statistics:
+        if device.type == "cuda":
+            logits(sparse, ids, **arguments)  # compiles the kernels
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            logits(sparse, ids, **arguments)
+        finally:
+            if device.type == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
+    if measured and device.type == "meta":
+        with pytest.raises(RuntimeError, match="meta"):
+            assert statistics.total.rows
 
 
 def test_save_and_restore(sparse, model, ids, tmp_path):

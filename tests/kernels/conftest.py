@@ -8,6 +8,14 @@ import sys
 import pytest
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the markers
+def pytest_collection_modifyitems(items):
+    """Let one process run a module's tests of machine code, or each process would compile all of it."""
+    for item in items:
+        if "compiled" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
 @pytest.fixture(scope="module")
 def compiled(request):
     """What the test's module prints as a program, where Triton's interpreter is off: JSON, a line each."""

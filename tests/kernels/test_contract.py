@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modelopt_lite.kernels import attention, attention_statistics, blocked
-from modelopt_lite.kernels.reference import attention_reference
+from modelopt_lite.kernels.reference import attention_reference, kept_scores
 from modelopt_lite.kernels.top_n import keep_top_n, top_n_plan
 from modelopt_lite.methods import SinkWindow
 from modelopt_lite.plan import DENSE, AttentionPlan
@@ -35,6 +35,13 @@ def run(case: Case, **overrides):
     return attention(case.q, case.k, case.v, **{**case.arguments(), "plan": case.problem.plan, **overrides})
 
 
+def statistics_of(case: Case, slack: int = 0, **overrides):
+    arguments = {name: x for name, x in case.arguments().items() if name != "s_aux"}
+    arguments["max_input_len"] += slack
+    arguments["max_input_len_k"] += slack
+    return attention_statistics(case.q, case.k, **{**arguments, "plan": case.problem.plan, **overrides})
+
+
 @given(cases(longest=24, batch=1) | cases(longest=24, batch=1, placed=True))
 @many_cases
 def test_oracle_is_the_contract(case):
@@ -52,13 +59,7 @@ def test_oracle_is_the_contract(case):
         **case.selection(),
     )
     torch.testing.assert_close(output[queries], expected, rtol=1e-12, atol=1e-12)
-    statistics = attention_statistics(
-        case.q,
-        case.k,
-        **{name: x for name, x in case.arguments().items() if name != "s_aux"},
-        plan=case.problem.plan,
-    )
-    assert statistics.kept == counts.sum()
+    assert statistics_of(case).kept == counts.sum()
 
 
 @given(cases() | cases(placed=True))
@@ -226,6 +227,36 @@ def test_an_equal_mix_keeps_half_of_the_dense_mass():
     assert statistics.mass == pytest.approx(mass, rel=1e-6)
 
 
+@given(cases() | cases(placed=True), st.sampled_from([0, 1, 100]))
+@many_cases
+def test_statistics_equal_oracle(case, slack):
+    """Whatever the upper bounds of the lengths."""
+    found = statistics_of(case, slack)
+    rows = visible = kept = mass = 0
+    for queries, keys, *firsts in case.problem.sequences():
+        if queries.start == queries.stop:
+            continue
+        q, k = case.q[queries].double(), case.k[keys].double()
+        dense = kept_scores(q, k, dataclasses.replace(case.problem, plan=DENSE), *firsts)
+        chosen = kept_scores(q, k, case.problem, *firsts) > -torch.inf
+        seen = dense > -torch.inf
+        rows, visible, kept = rows + seen.any(-1).sum(), visible + seen.sum(), kept + chosen.sum()
+        mass += dense.softmax(-1)[chosen].sum()
+    assert found[:3] == (rows, visible, kept)
+    torch.testing.assert_close(float(found.mass), float(mass), **FP32)
+
+
+@given(cases(longest=24) | cases(longest=24, placed=True))
+@settings(max_examples=10, deadline=None)
+def test_statistics_wait_for_no_device(case):
+    """On the meta device tensors have no values, so that reading one is an error."""
+    fields = ("starts_q", "lengths_q", "starts_k", "lengths_k", "first_q", "first_k")
+    moved = {name: x.to("meta") for name in fields if (x := getattr(case.problem, name)) is not None}
+    problem = dataclasses.replace(case.problem, **moved)
+    found = blocked.statistics_blocked(case.q.to("meta"), case.k.to("meta"), problem)
+    assert all(count.is_meta for count in found)
+
+
 @given(cases(), st.integers(0, 9), st.sampled_from([0, 1, 5, 30]))
 @many_cases
 def test_sinks_and_window_alone(case, sinks, window):
@@ -234,10 +265,7 @@ def test_sinks_and_window_alone(case, sinks, window):
     problem = dataclasses.replace(case.problem, plan=plan)
     expected, _ = attention_reference(case.q, case.k, case.v, case.s_aux, problem)
     torch.testing.assert_close(run(case, plan=plan), expected.float(), **FP32)
-    arguments = {name: x for name, x in case.arguments().items() if name != "s_aux"}
-    counted = attention_statistics(case.q, case.k, **arguments, plan=plan)
-    everything = attention_statistics(case.q, case.k, **arguments, plan=DENSE)
-    assert counted.visible == everything.visible
+    assert statistics_of(case, plan=plan).visible == statistics_of(case, plan=DENSE).visible
 
 
 def test_a_rule_of_ones_own():

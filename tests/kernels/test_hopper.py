@@ -25,10 +25,10 @@ VARIANTS = [
     (BF16, 64, (2, 4), False),
     (FP16, 128, (2, 4), True),
 ]
-# Instructions that spill registers in the hot loop: flags of a group of 8 are all made before the first is used.
-SPILLS = {(4, 8): 30}
-# With FP16 the loop has the rows' maxima, four shuffles of two rows.
-SHUFFLES = {BF16: 0, FP16: 4}
+# Shuffles, accesses to shared memory and spills in the hot loop. The one store pins the order and never happens; with
+# FP16 there are the rows' maxima, two shuffles for each of two rows; with a quick hook the question whether any thread
+# has to compute again.
+TRAFFIC = {(FP16, (2, 4)): (4, 1, 0), (BF16, (4, 8)): (7, 5, 4)}
 
 
 def compile_all():
@@ -132,9 +132,8 @@ def test_kernel_fits_the_gpu(compiled, index):
     assert found["shared"] <= SHARED_LIMIT
     assert found["registers"] == REGISTERS
     assert loop["matrix"] == 8 + head_dim // 16  # instructions that take 16 keys of the values, or 16 dimensions
-    assert loop["spills"] <= SPILLS.get(n_of_m, 0)
-    assert loop["shuffles"] == SHUFFLES[dtype]
-    assert loop["shared memory"] <= 1  # the store that pins the order and never happens
+    traffic = (loop["shuffles"], loop["shared memory"], loop["spills"])
+    assert all(x <= limit for x, limit in zip(traffic, TRAFFIC.get((dtype, n_of_m), (0, 1, 0)), strict=True)), traffic
 
 
 @pytest.mark.slow
