@@ -51,6 +51,11 @@ PIN = tl.constexpr(
 )
 
 
+ANY_OF_WARP = tl.constexpr(
+    "{ .reg .pred p; setp.gt.f32 p, $1, 0f00000000; vote.sync.any.pred p, p, 0xffffffff; selp.b32 $0, 1, 0, p; }"
+)
+
+
 @triton.jit(do_not_specialize=["batch", "total"])
 def prepare(
     counter_ptr, out_ptr, lse_ptr, out_strides, starts_ptr, lengths_ptr, batch, total, heads, OPTIONS: tl.constexpr
@@ -154,7 +159,7 @@ def load_items(work, SPARSE: gl.constexpr, OPTIONS: gl.constexpr, STAGES: gl.con
     descriptors, buffers, mail, barriers, counter_ptr, problem = work
     query_descriptor, key_descriptor, value_descriptor = descriptors
     query_memory, key_memory, value_memory = buffers
-    posted_item, verdicts = mail
+    posted_item, verdicts, _ = mail
     posted, done, query_loaded, loaded, freed, _, _ = barriers
     sequences, heads_of, batch, tiles_per_head, _, _ = problem
     QUERY_BYTES: gl.constexpr = OPTIONS.block_m * OPTIONS.block_d * 2
@@ -237,6 +242,25 @@ def sum_in_thread(weights, OPTIONS: gl.constexpr):
 
 
 @gluon.jit
+def is_any(flags, memory, OPTIONS: gl.constexpr):
+    """Say whether any of a warpgroup's flags, of which each group has one, is above 0.
+
+    All wait for it, and a reduction would need five shuffles and two rounds through shared memory. Callers take turns
+    with two places in memory, so that one is read by all before it is written again.
+    """
+    GROUPS: gl.constexpr = OPTIONS.block_n // OPTIONS.group
+    # [warps, lanes], of what a thread has itself
+    flags = flags.reshape([ROWS // 16, 2, 8, GROUPS // 8, 4, 2])
+    flags = gl.max(gl.max(gl.max(flags, 5), 3), 1).reshape([ROWS // 16 * 32])
+    flags = gl.inline_asm_elementwise(ANY_OF_WARP, "=r,f", [flags], dtype=gl.int32, is_pure=False, pack=1)
+    memory.store(flags)
+    found = 0
+    for warp in gl.static_range(ROWS // 16):
+        found |= read_number(memory.slice(32 * warp, 1))
+    return found != 0
+
+
+@gluon.jit
 def take_turn(turn, step, WARPGROUP: gl.constexpr, OPTIONS: gl.constexpr):
     """Wait for the warpgroup before to have issued its matrix products."""
     if OPTIONS.group <= IN_TURN:
@@ -299,7 +323,7 @@ def soften(
 @gluon.jit
 def advance(
     step, first, positions, query, weights, accumulator, running_max, partial_sum, rules, numbers, hook_args,
-    key_memory, value_memory, loaded, freed, turn, WARPGROUP: gl.constexpr, SCORE_HOOK: gl.constexpr,
+    key_memory, value_memory, doubts, loaded, freed, turn, WARPGROUP: gl.constexpr, SCORE_HOOK: gl.constexpr,
     QUICK_HOOK: gl.constexpr, OPTIONS: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr, FROZEN: gl.constexpr,
 ):  # fmt: skip
     """Multiply queries with the keys of one tile, weights with the values of the tile before, and take the softmax."""
@@ -324,10 +348,12 @@ def advance(
         scores, first, positions, running_max, partial_sum, rules, numbers, hook_args,
         HOOK, OPTIONS, MASKED, FROZEN,
     )  # fmt: skip
+    if QUICK:
+        again = is_any(doubt[0], doubts.index(2 * WARPGROUP + step % 2), OPTIONS)
     gl.inline_asm_elementwise(PIN, "=r,=r,r,r", [new_sum], dtype=gl.int32, is_pure=False, pack=2)
     accumulator = warpgroup_mma_wait(0, deps=[accumulator])
     if QUICK:  # noqa: SIM102 - conditions at compile time and at run time do not mix
-        if gl.max(doubt[0].reshape([ROWS * OPTIONS.block_n // OPTIONS.group]), 0) > 0.0:
+        if again:
             # As rare as equal scores: not worth registers for scores that have become weights.
             scores = warpgroup_mma(query, keys, zeros, use_acc=False, is_async=True)
             scores = warpgroup_mma_wait(0, deps=[scores])
@@ -362,9 +388,9 @@ def clear_rows(memory, first, length, WARPGROUP: gl.constexpr, OPTIONS: gl.const
 
 @gluon.jit
 def attend_item(
-    item, step, clearings, query_memory, key_memory, value_memory, barriers, pointers, out_strides, problem, numbers,
-    hook_args, WARPGROUP: gl.constexpr, SCORE_HOOK: gl.constexpr, QUICK_HOOK: gl.constexpr, OPTIONS: gl.constexpr,
-    STAGES: gl.constexpr,
+    item, step, clearings, query_memory, key_memory, value_memory, doubts, barriers, pointers, out_strides, problem,
+    numbers, hook_args, WARPGROUP: gl.constexpr, SCORE_HOOK: gl.constexpr, QUICK_HOOK: gl.constexpr,
+    OPTIONS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Compute one warpgroup's queries of an item.
 
@@ -432,14 +458,14 @@ def attend_item(
     for index in range(1, masked - spared):
         weights, accumulator, running_max, partial_sum = advance(
             step, locate_tile(index, ranges, masked, OPTIONS), positions, query, weights, accumulator, running_max,
-            partial_sum, rules, numbers, hook_args, key_memory, value_memory, loaded, freed, turn,
+            partial_sum, rules, numbers, hook_args, key_memory, value_memory, doubts, loaded, freed, turn,
             WARPGROUP, SCORE_HOOK, QUICK_HOOK, OPTIONS, STAGES, True, False,
         )  # fmt: skip
         step += 1
     for index in range(masked - spared, tiles):
         weights, accumulator, running_max, partial_sum = advance(
             step, locate_tile(index, ranges, masked, OPTIONS), positions, query, weights, accumulator, running_max,
-            partial_sum, rules, numbers, hook_args, key_memory, value_memory, loaded, freed, turn,
+            partial_sum, rules, numbers, hook_args, key_memory, value_memory, doubts, loaded, freed, turn,
             WARPGROUP, SCORE_HOOK, QUICK_HOOK, OPTIONS, STAGES, False, OPTIONS.frozen,
         )  # fmt: skip
         step += 1
@@ -492,7 +518,7 @@ def attend_items(
     """Compute the items that are posted: the part of a warpgroup."""
     buffers, mail, barriers, pointers, out_strides, problem, numbers = work
     query_memory, key_memory, value_memory = buffers
-    posted_item, verdicts = mail
+    posted_item, verdicts, doubts = mail
     posted, done, query_loaded, _, _, turn, _ = barriers
     WARPGROUPS: gl.constexpr = OPTIONS.block_m // ROWS
     if WARPGROUP == 0:
@@ -510,7 +536,7 @@ def attend_items(
             mbarrier.wait(query_loaded.index(slot), post // SLOTS & 1)
             overflowed, clearings, step = attend_item(
                 item, step, clearings, query_memory.index(WARPGROUPS * slot + WARPGROUP), key_memory, value_memory,
-                barriers, pointers, out_strides, problem, numbers, hook_args, WARPGROUP, SCORE_HOOK, QUICK_HOOK,
+                doubts, barriers, pointers, out_strides, problem, numbers, hook_args, WARPGROUP, SCORE_HOOK, QUICK_HOOK,
                 OPTIONS, STAGES,
             )  # fmt: skip
         write_number(verdicts.index(WARPGROUPS * slot + WARPGROUP), overflowed)
@@ -542,6 +568,7 @@ def attention_forward_hopper(
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     posted_item = gl.allocate_shared_memory(gl.int32, [SLOTS, 1], NUMBER)
     verdicts = gl.allocate_shared_memory(gl.int32, [SLOTS * WARPGROUPS, 1], NUMBER)
+    doubts = gl.allocate_shared_memory(gl.int32, [2 * WARPGROUPS, 32 * ROWS // 16], NUMBER)
     posted = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIER)
     done = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIER)
     query_loaded = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIER)
@@ -564,7 +591,7 @@ def attention_forward_hopper(
 
     descriptors = (query_descriptor, key_descriptor, value_descriptor)
     buffers = (query_memory, key_memory, value_memory)
-    mail = (posted_item, verdicts)
+    mail = (posted_item, verdicts, doubts)
     barriers = (posted, done, query_loaded, loaded, freed, turn, cleared)
     pointers = (out_ptr, lse_ptr, sink_logits_ptr)
     problem = (sequences, heads_of, batch, tiles_per_head, heads_per_wave, (num_sinks, window, sliding_window))

@@ -99,8 +99,11 @@ SETTINGS = (
     SettingsRow(SMALL, 4, 64, 16, Settings(32, 32, 8, 1, False, False)),
     SettingsRow(SMALL, 4, 256, 16, Settings(16, 32, 8, 1, False, False)),
 )
-# The Hopper kernel's; the warps are those of one warpgroup.
-HOPPER_SETTINGS = Settings(128, 128, 4, 2, True, True)
+# The Hopper kernel's; block_m is 64 for each warpgroup, and the warps are those of one.
+HOPPER_SETTINGS = (
+    SettingsRow(90, 2, 64, 4, Settings(192, 64, 4, 4, True, True)),
+    SettingsRow(90, 2, 128, 16, Settings(128, 128, 4, 2, True, True)),
+)
 HOPPER_HEAD_DIMS = (64, 128)
 # The same for both kernels of the backward, but that only these rows, and no other candidates, have been timed.
 QUERY_SETTINGS = (
@@ -286,7 +289,7 @@ def _launch_hopper(
     (total, query_heads, head_dim), (kv_heads, value_dim), batch = q.shape, v.shape[1:], p.starts_q.shape[0]
     group = 1 if plan.is_dense else plan.group
     k, v = _with_room(k, group), _with_room(v, group)
-    settings = HOPPER_SETTINGS._replace(frozen=q.dtype == torch.bfloat16)
+    settings = hopper_settings(q.dtype, head_dim, group)
     options = _options(settings, head_dim, value_dim, p.is_causal, p.sliding_window, p.softcap, plan)
     tiles = triton.cdiv(p.max_q, settings.block_m)
     items = batch * query_heads * tiles
@@ -572,6 +575,12 @@ def default_settings(
         # The ptxas that Triton 3.6 brings along crashes on these with descriptors.
         settings = settings._replace(descriptors=False)
     return settings
+
+
+def hopper_settings(dtype: torch.dtype, head_dim: int, group: int) -> Settings:
+    """Return the Hopper kernel's launch settings; arguments as in :func:`default_settings`."""
+    row = next(row for row in HOPPER_SETTINGS if head_dim <= row.block_d and group <= row.group)
+    return row.settings._replace(frozen=dtype == torch.bfloat16)
 
 
 def _options(

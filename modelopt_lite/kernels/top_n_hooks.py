@@ -66,16 +66,14 @@ def _four_of_eight(groups: int) -> str:
         lines += _find_nth_largest(4, score[group], f"fourth{group}")
         for r in range(8):
             lines += [f"set.geu.f32.f32 {flag[group][r]}, {score[group][r]}, fourth{group};"]
-    # 1.0 is 0x3F800000; added up as integers, flags are counted. NaN counts, too, so that no group has too few.
-    terms = [flag[group][r] for group in range(groups) for r in range(8)]
-    lines += [f".reg .b32 number<{len(terms)}>;"]
-    index = 0
-    while len(terms) > 1:  # in threes, which is one instruction
-        lines += [f"add.u32 number{index}, {terms[0]}, {terms[1]};"]
-        lines += [f"add.u32 number{index}, number{index}, {x};" for x in terms[2:3]]
-        terms = [*terms[3:], f"number{index}"]
-        index += 1
-    lines += [f"setp.eq.u32 done, {terms[0]}, {4 * groups * 0x3F800000 % 2**32};", "@done bra DONE;"]
+    # 1.0 is 0x3F800000; added up as integers, flags are counted. NaN counts, too, so that no group has too few. Each
+    # group by itself, as some are not there where a thread has fewer, and nothing may follow from what they seem to be.
+    lines += [".reg .b32 number;", "setp.eq.u32 done, 0, 0;"]
+    for group in range(groups):
+        lines += [f"add.u32 number, {flag[group][0]}, {flag[group][1]};"]
+        lines += [f"add.u32 number, number, {flag[group][r]};" for r in range(2, 8)]
+        lines += [f"setp.eq.and.u32 done, number, {4 * 0x3F800000 % 2**32}, done;"]
+    lines += ["@done bra DONE;"]
     for group in range(groups):
         # With fewer than four visible scores all are kept, and it does not matter what is said of the others.
         lines += [f"setp.eq.f32 done, fourth{group}, 0fFF800000;", f"@done bra NEXT{group};", "mov.b32 left, 4;"]
