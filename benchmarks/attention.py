@@ -51,8 +51,10 @@ PEERS = ["cudnn", "fa2", "fa3", "flex"]
 PASSES = {"forward": 1.0, "forward_backward": 3.5}
 """What is measured, and its work in units of the forward's: two matrix products against seven."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-BURST_MS = 100
+BURST_MS = 60
 """How long a kernel runs at a time."""
+GRAPH_MS = 1.0
+"""Calls of the forward that are shorter run in a CUDA graph."""
 
 
 def inputs(batch: int, seq_len: int, heads: tuple[int, int], head_dim: int, dtype: str) -> tuple[Tensor, ...]:
@@ -149,8 +151,11 @@ def peer_call(peer: str, q: Tensor, k: Tensor, v: Tensor, causal: bool, which: s
     return functools.partial(forward_call, q, k, v) if which == "forward" else differentiated(forward_call, q, k, v)
 
 
-def measure(calls: dict[Any, Call], heat: float, rounds: int) -> dict[Any, float]:
-    """Return the median time of each call in ms. A call that fails is reported and left out."""
+def measure(calls: dict[Any, Call], heat: float, rounds: int, graphs: bool = True) -> dict[Any, float]:
+    """Return the median time of each call in ms. A call that fails is reported and left out.
+
+    With ``graphs``, short calls are timed in CUDA graphs, as otherwise the host's work would count as well.
+    """
     usable = {}
     for key, call in calls.items():
         try:
@@ -171,8 +176,16 @@ def measure(calls: dict[Any, Call], heat: float, rounds: int) -> dict[Any, float
     for _ in range(rounds):
         random_order.shuffle(order)
         for key, call in order:
-            times[key].append(triton.testing.do_bench(call, warmup=25, rep=BURST_MS, return_mode="median"))
+            times[key].append(time_once(call, graphs))
     return {key: statistics.median(taken) for key, taken in times.items()}
+
+
+def time_once(call: Call, graphs: bool) -> float:
+    """Return the median time of a call in ms."""
+    ms: float = triton.testing.do_bench(call, warmup=BURST_MS / 4, rep=BURST_MS, return_mode="median")
+    if graphs and ms < GRAPH_MS:
+        ms = triton.testing.do_bench_cudagraph(call, rep=BURST_MS / 10, return_mode="median")
+    return ms
 
 
 def peak_memory(call: Call) -> int:
@@ -208,7 +221,7 @@ def measure_problem(
         # The package of FlashAttention-3 has no backward.
         if peer != "fa3" or (flash_attention_3 is not None and which == "forward"):
             calls[(peer, "dense")] = peer_call(peer, q, k, v, causal, which)
-    times = measure(calls, arguments.heat, arguments.rounds)
+    times = measure(calls, arguments.heat, arguments.rounds, which == "forward")
     peaks = {key: peak_memory(calls[key]) for key in times}
     flop = PASSES[which] * 4 * batch * heads[0] * seq_len**2 * head_dim * (0.5 if causal else 1.0)
     ratios = {peer: times.get((peer, "dense")) for peer in ("cudnn", "fa3")}

@@ -1,15 +1,16 @@
 """The attention forward for Hopper GPUs (compute capability 9.0), in Gluon: the same rules as the portable kernel's.
 
-As many programs as multiprocessors take *items*, 128 queries of one head, from a common counter, longest first. In a
-program, one warp loads (queries, then keys and values through the tensor memory accelerator into a ring of stages) and
-two warpgroups compute 64 queries each, mostly in turns, so that one's matrix products run under the other's softmax. In
-a warpgroup, the product of queries and keys of one tile is issued before that of weights and values of the tile before;
-so a stage of the ring holds the keys of tile ``t`` and the values of tile ``t - 1``.
+As many programs as multiprocessors take *items*, 128 or 192 queries of one head, from a common counter, longest first.
+In a program, one warp loads (queries, then keys and values through the tensor memory accelerator into a ring of stages)
+and two or three warpgroups compute 64 queries each, some in turns, so that one's matrix products run under the others'
+softmax. In a warpgroup, the product of queries and keys of one tile is issued before that of weights and values of the
+tile before; so a stage of the ring holds the keys of tile ``t`` and the values of tile ``t - 1``.
 
 The structure is FlashAttention-3's (https://arxiv.org/abs/2407.08608). What differs is the selection of scores, the
 phases (:func:`modelopt_lite.kernels.tiles.key_spans`), and ``OPTIONS.frozen``: masked tiles come first, and their row
 maximum stays the reference of the others, as in :mod:`modelopt_lite.kernels.forward`. An item whose sums overflow is
-posted a second time, to be computed with the ordinary online softmax.
+posted a second time, to be computed with the ordinary online softmax. A tile of which a plan's quick hook is not sure
+is computed a second time at once, while its keys are still there.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ synchronize = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # ren
 PIECE = tl.constexpr(16)
 """Rows that are cleared at a time."""
 IN_TURN = tl.constexpr(4)
-"""Groups of more keys take so long to select from that waiting for the other warpgroup does not pay."""
+"""Groups of more keys take so long to select from, and a head_dim of 64 so short to multiply, that waiting for the other
+warpgroups does not pay."""
 
 # A store that never happens, as sums are not negative: without it, the assembler lets the wait for the product of
 # weights and values come before the softmax that is to run beside it.
@@ -263,7 +265,7 @@ def is_any(flags, memory, OPTIONS: gl.constexpr):
 @gluon.jit
 def take_turn(turn, step, WARPGROUP: gl.constexpr, OPTIONS: gl.constexpr):
     """Wait for the warpgroup before to have issued its matrix products."""
-    if OPTIONS.group <= IN_TURN:
+    if OPTIONS.group <= IN_TURN and OPTIONS.block_d > 64:
         mbarrier.wait(turn.index(WARPGROUP), step & 1)
 
 
@@ -271,7 +273,7 @@ def take_turn(turn, step, WARPGROUP: gl.constexpr, OPTIONS: gl.constexpr):
 def pass_turn(turn, WARPGROUP: gl.constexpr, OPTIONS: gl.constexpr):
     """Let the next warpgroup issue its matrix products."""
     WARPGROUPS: gl.constexpr = OPTIONS.block_m // ROWS
-    if OPTIONS.group <= IN_TURN:
+    if OPTIONS.group <= IN_TURN and OPTIONS.block_d > 64:
         mbarrier.arrive(turn.index((WARPGROUP + 1) % WARPGROUPS), count=1)
 
 
