@@ -1,8 +1,8 @@
 """Speed of the forward kernels where a batch is ragged, and where many scores are equal.
 
 Both are ratios to an ordinary problem of the same work, measured in turns as in ``attention.py``: a batch of 16
-sequences of 512 to 8192 tokens against 16 equal ones, and keys of which three at a time are the same, or all are, against
-random keys. Prints a table and writes JSON.
+sequences of 512 to 8192 tokens against 16 equal ones, and keys of which three at a time are the same, or all are,
+against random keys. Prints a table and writes JSON.
 
     python benchmarks/attention_cases.py
 """

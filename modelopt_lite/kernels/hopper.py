@@ -42,7 +42,7 @@ synchronize = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # ren
 PIECE = tl.constexpr(16)
 """Rows that are cleared at a time."""
 IN_TURN = tl.constexpr(4)
-"""Groups of more keys take so long to select from, and a head_dim of 64 so short to multiply, that waiting for the other
+"""Groups of more keys take so long to select from, and a head_dim of 64 so short to multiply, that waiting for other
 warpgroups does not pay."""
 
 # A store that never happens, as sums are not negative: without it, the assembler lets the wait for the product of
