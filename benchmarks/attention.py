@@ -34,7 +34,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from modelopt_lite.kernels import attention
-from modelopt_lite.kernels.launch import Settings, forward, kernel_for
+from modelopt_lite.kernels.launch import FAR, Settings, forward, kernel_for
 from modelopt_lite.kernels.top_n import top_n_plan
 from modelopt_lite.plan import AttentionPlan
 
@@ -211,7 +211,7 @@ def measure_problem(
     calls: dict[Any, Call] = {}
     if which == "forward":
         kernels = {"triton": "portable"}
-        if kernel_for(*(x.flatten(0, 1) for x in (q, k, v)), seq_len, plan_of("dense")) == "hopper":
+        if kernel_for(*(x.flatten(0, 1) for x in (q, k, v)), FAR, plan_of("dense")) == "hopper":
             kernels["hopper"] = "hopper"
         for label, kernel in kernels.items():
             calls |= {(label, name): own_call(q, k, v, causal, name, kernel) for name in arguments.names}

@@ -498,7 +498,7 @@ def kernel_for(q: Tensor, k: Tensor, v: Tensor, max_q: int, plan: AttentionPlan)
     """Say which forward kernel runs what :func:`refusal` does not refuse and has no positions: the one place to choose.
 
     The environment variable ``MODELOPT_LITE_KERNEL`` may name one: ``portable`` for always, ``hopper`` for wherever it
-    can, also where its tiles of 128 queries are too large to pay.
+    can, also where the portable one is faster.
 
     Returns:
         ``"hopper"`` or ``"portable"``.
@@ -517,7 +517,9 @@ def kernel_for(q: Tensor, k: Tensor, v: Tensor, max_q: int, plan: AttentionPlan)
         and all(map(_is_aligned, (q, k, v)))
         and plan.score_hook not in _PORTABLE_ONLY
     )
-    pays = max_q > ROWS.value or wanted == "hopper"
+    # For shorter ones its large tiles do not pay; see benchmarks/results/attention-nvidia-h200.json.
+    longest_portable = 4096 if q.shape[2] <= 64 else 2048 if not plan.is_dense and plan.group > 4 else ROWS.value
+    pays = max_q > longest_portable or wanted == "hopper"
     return "hopper" if can and pays and wanted != "portable" else "portable"
 
 

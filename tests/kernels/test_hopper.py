@@ -12,6 +12,7 @@ import torch
 from machine_code import classify, inspect
 from test_forward_compile import pretend_gpu
 
+from modelopt_lite.kernels.top_n import top_n_plan
 from modelopt_lite.plan import DENSE
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -39,7 +40,6 @@ def compile_all():
     """
     from modelopt_lite.kernels import launch
     from modelopt_lite.kernels.hopper import attention_forward_hopper, prepare
-    from modelopt_lite.kernels.top_n import top_n_plan
 
     def run(lengths, dtype, head_dim, n_of_m, causal, window=64):
         q, k = (torch.zeros(sum(lengths), heads, head_dim, dtype=dtype) for heads in (4, 2))
@@ -72,24 +72,28 @@ def absent_gpu(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "dims", "dtype", "expected"),
+    ("tokens", "dims", "dtype", "plan", "expected"),
     [
-        (65, (64, 64), BF16, "hopper"),
-        (4096, (128, 128), FP16, "hopper"),
-        (64, (64, 64), BF16, "portable"),
-        (4096, (128, 128), torch.float32, "portable"),
-        (4096, (96, 96), BF16, "portable"),
-        (4096, (128, 64), BF16, "portable"),
+        (65, (128, 128), BF16, DENSE, "hopper"),
+        (65, (128, 128), BF16, top_n_plan(2, 4, 0, 64), "hopper"),
+        (4096, (128, 128), FP16, top_n_plan(4, 8, 0, 64), "hopper"),
+        (8192, (64, 64), BF16, DENSE, "hopper"),
+        (64, (128, 128), BF16, DENSE, "short"),
+        (2048, (128, 128), BF16, top_n_plan(4, 8, 0, 64), "short"),
+        (4096, (64, 64), BF16, DENSE, "short"),
+        (4096, (128, 128), torch.float32, DENSE, "portable"),
+        (4096, (96, 96), BF16, DENSE, "portable"),
+        (4096, (128, 64), BF16, DENSE, "portable"),
     ],
 )
-def test_choice(absent_gpu, monkeypatch, tokens, dims, dtype, expected):
+def test_choice(absent_gpu, monkeypatch, tokens, dims, dtype, plan, expected):
     q, v = (torch.zeros(tokens, 2, dim, dtype=dtype) for dim in dims)
-    choose = functools.partial(absent_gpu.kernel_for, q, q, v, tokens, DENSE)
-    assert choose() == expected
+    choose = functools.partial(absent_gpu.kernel_for, q, q, v, tokens, plan)
+    assert choose() == ("hopper" if expected == "hopper" else "portable")
     monkeypatch.setenv("MODELOPT_LITE_KERNEL", "portable")
     assert choose() == "portable"
     monkeypatch.setenv("MODELOPT_LITE_KERNEL", "hopper")
-    assert choose() == ("hopper" if expected == "hopper" or tokens == 64 else "portable")
+    assert choose() == ("portable" if expected == "portable" else "hopper")
     monkeypatch.setenv("MODELOPT_LITE_KERNEL", "fast")
     with pytest.raises(ValueError, match="MODELOPT_LITE_KERNEL: 'fast' is not allowed; hopper, portable or nothing"):
         choose()
