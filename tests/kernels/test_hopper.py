@@ -27,7 +27,7 @@ VARIANTS = [
     (FP16, 128, (2, 4), True),
 ]
 # Shuffles, accesses to shared memory and spills in the hot loop. The one store pins the order and never happens; with
-# FP16 there are the rows' maxima, two shuffles for each of two rows; with a quick hook the warps tell each other whether
+# FP16 there are the rows' maxima, two shuffles for each of two rows; with a quick hook warps tell each other whether
 # any has to compute again.
 TRAFFIC = {(FP16, (2, 4)): (4, 1, 0), (BF16, (4, 8)): (0, 5, 4)}
 
