@@ -1,8 +1,8 @@
 """Speed of the attention kernels on this GPU against cuDNN, FlashAttention-2 and -3 and FlexAttention.
 
 All kernels of one problem run in this process and take turns, after heating; each counts by the median of its CUDA
-events. TFLOP/s count the work of dense attention, also for sparse kernels; forward and backward together count as 3.5
-times the forward. Prints a table and writes JSON.
+events, short forward passes in CUDA graphs. TFLOP/s count the work of dense attention, also for sparse kernels; forward
+and backward together count as 3.5 times the forward. Prints a table and writes JSON.
 
     python benchmarks/attention.py                                              # everything, about half an hour
     python benchmarks/attention.py --seq-lens 16384 --head-dims 128 --heads 32/8 --causal yes --names dense 2:4
@@ -54,7 +54,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 BURST_MS = 60
 """How long a kernel runs at a time."""
 GRAPH_MS = 1.0
-"""Calls of the forward that are shorter run in a CUDA graph."""
+"""If all calls of a problem's forward are shorter, they run in CUDA graphs."""
 
 
 def inputs(batch: int, seq_len: int, heads: tuple[int, int], head_dim: int, dtype: str) -> tuple[Tensor, ...]:
@@ -154,7 +154,7 @@ def peer_call(peer: str, q: Tensor, k: Tensor, v: Tensor, causal: bool, which: s
 def measure(calls: dict[Any, Call], heat: float, rounds: int, graphs: bool = True) -> dict[Any, float]:
     """Return the median time of each call in ms. A call that fails is reported and left out.
 
-    With ``graphs``, short calls are timed in CUDA graphs, as otherwise the host's work would count as well.
+    With ``graphs``, calls that are all short are timed in CUDA graphs, or the host's work would count as well.
     """
     usable = {}
     for key, call in calls.items():
@@ -169,6 +169,9 @@ def measure(calls: dict[Any, Call], heat: float, rounds: int, graphs: bool = Tru
         for call in usable.values():
             call()
         torch.cuda.synchronize()
+    bench = functools.partial(triton.testing.do_bench, warmup=BURST_MS / 4, rep=BURST_MS, return_mode="median")
+    if graphs and all(bench(call) < GRAPH_MS for call in usable.values()):
+        bench = functools.partial(triton.testing.do_bench_cudagraph, rep=BURST_MS / 10, return_mode="median")
     # Each runs for a while at a time, as the GPU's clocks follow the power that a kernel draws; and in another order
     # each round, as they follow it slowly.
     times: dict[Any, list[float]] = {key: [] for key in usable}
@@ -176,16 +179,8 @@ def measure(calls: dict[Any, Call], heat: float, rounds: int, graphs: bool = Tru
     for _ in range(rounds):
         random_order.shuffle(order)
         for key, call in order:
-            times[key].append(time_once(call, graphs))
+            times[key].append(bench(call))
     return {key: statistics.median(taken) for key, taken in times.items()}
-
-
-def time_once(call: Call, graphs: bool) -> float:
-    """Return the median time of a call in ms."""
-    ms: float = triton.testing.do_bench(call, warmup=BURST_MS / 4, rep=BURST_MS, return_mode="median")
-    if graphs and ms < GRAPH_MS:
-        ms = triton.testing.do_bench_cudagraph(call, rep=BURST_MS / 10, return_mode="median")
-    return ms
 
 
 def peak_memory(call: Call) -> int:

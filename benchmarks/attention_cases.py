@@ -85,7 +85,7 @@ def main() -> None:
             }
             ms = measure(calls, arguments.heat, arguments.rounds)
             # Both batches have the same work up to rounding of the equal length.
-            found = {
+            rates = {
                 "ragged": ms["equal"] / ms["ragged"] * sum(x**2 for x in LENGTHS) / (len(LENGTHS) * equal**2),
                 "threes": ms["random"] / ms["threes"],
                 "alike": ms["random"] / ms["alike"],
@@ -93,9 +93,9 @@ def main() -> None:
             rows.append(
                 {"kernel": "triton" if kernel == "portable" else kernel, "name": name}
                 | {f"{case}_ms": round(taken, 4) for case, taken in ms.items()}
-                | {f"{case}_rate": round(rate, 3) for case, rate in found.items()}
+                | {f"{case}_rate": round(rate, 3) for case, rate in rates.items()}
             )
-            print(f"| {kernel} | {name} |", " | ".join(f"{rate:.2f}" for rate in found.values()), "|", flush=True)
+            print(f"| {kernel} | {name} |", " | ".join(f"{rate:.2f}" for rate in rates.values()), "|", flush=True)
     versions = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__}
     found = {"device": device, "versions": versions, "date": datetime.date.today().isoformat(), "rows": rows}
     output.write_text(json.dumps(found, indent=1) + "\n")

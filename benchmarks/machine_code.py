@@ -1,7 +1,7 @@
-"""The portable kernels as machine code, without a GPU: registers, shared memory and what stands in their hot loops.
+"""The kernels as machine code, without a GPU: registers, shared memory and what stands in their hot loops.
 
-As a program, prints the table in the docs: what a warp executes of a hot loop, for each tile of 64 queries and 64 keys
-with a head dimension of 128 in BF16 on Hopper.
+As a program, prints the portable kernels' table in the docs: what a warp executes of a hot loop, for each tile of 64
+queries and 64 keys with a head dimension of 128 in BF16 on Hopper.
 
     python benchmarks/machine_code.py
 """

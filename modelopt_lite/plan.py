@@ -56,13 +56,13 @@ class AttentionPlan:
             saves the fused kernels a multiplication.
         keeps_nothing: a promise that the rule itself keeps no key at all, which saves computing those that are neither
             sinks nor recent.
-        quick_hook: a faster ``score_hook`` that may be wrong, or None. It returns one tile more, 0.0 where it is right
-            about a group and above 0 where it may not be. The Hopper kernel uses it, and computes a tile with any
-            such group again with ``score_hook``.
+        quick_hook: a faster ``score_hook`` that may be wrong, or None. It returns one tile more, FP32 and of the shape
+            of the others, 0.0 where it is right about a group and above 0 where it may not be. The Hopper kernel uses
+            it, and computes a tile with any such group again with ``score_hook``.
         key: identifies the plan in this process; not an argument.
 
     Raises:
-        ValueError: if a field is out of its range or a hook comes without its PyTorch rule.
+        ValueError: if a field is out of its range or a hook comes without what it stands in for.
     """
 
     keep: KeepRule | None = None

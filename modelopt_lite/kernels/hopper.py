@@ -53,6 +53,7 @@ PIN = tl.constexpr(
 )
 
 
+# 1 for all threads of a warp if any of them has a flag above 0.
 ANY_OF_WARP = tl.constexpr(
     "{ .reg .pred p; setp.gt.f32 p, $1, 0f00000000; vote.sync.any.pred p, p, 0xffffffff; selp.b32 $0, 1, 0, p; }"
 )
@@ -397,7 +398,8 @@ def attend_item(
     """Compute one warpgroup's queries of an item.
 
     Returns:
-        Whether the sums overflowed (the output is not valid then), and how often this warpgroup has cleared rows.
+        Whether the sums overflowed (the output is not valid then), how often this warpgroup has cleared rows, and the
+        next step.
     """
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, OPTIONS.block_n, 16])
     OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, OPTIONS.block_dv, 16])

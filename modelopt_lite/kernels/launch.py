@@ -137,7 +137,7 @@ WAVE = 512
 BLOCK_ROWS = 64
 """Tokens a program of ``gradient_rows``."""
 _PORTABLE_ONLY: set[Any] = set()
-"""Hooks that Gluon was found not to compile."""
+"""Hooks, each with its quick one or None, that Gluon was found not to compile."""
 
 logger = logging.getLogger(__name__)
 
@@ -215,10 +215,11 @@ def forward(
             except CompilationError as error:
                 if plan.score_hook is None or kernel == "hopper":
                     raise
-                _PORTABLE_ONLY.add(plan.score_hook)
+                hooks = plan.score_hook, plan.quick_hook
+                _PORTABLE_ONLY.add(hooks)
                 logger.warning(
-                    "the score_hook %s is left to the portable kernel, as Gluon cannot compile it: %s",
-                    plan.score_hook.__name__,
+                    "the hook %s is left to the portable kernel, as Gluon cannot compile it: %s",
+                    " or ".join(hook.__name__ for hook in hooks if hook is not None),
                     error,
                 )
         _launch_portable(q, k, v, out, lse, s_aux, problem, settings)
@@ -515,7 +516,7 @@ def kernel_for(q: Tensor, k: Tensor, v: Tensor, max_q: int, plan: AttentionPlan)
         and q.shape[2] == v.shape[2]
         and q.shape[2] in HOPPER_HEAD_DIMS
         and all(map(_is_aligned, (q, k, v)))
-        and plan.score_hook not in _PORTABLE_ONLY
+        and (plan.score_hook, plan.quick_hook) not in _PORTABLE_ONLY
     )
     # For shorter ones its large tiles do not pay; see benchmarks/results/attention-nvidia-h200.json.
     longest_portable = 4096 if q.shape[2] <= 64 else 2048 if not plan.is_dense and plan.group > 4 else ROWS.value
@@ -580,7 +581,7 @@ def default_settings(
 
 
 def hopper_settings(dtype: torch.dtype, head_dim: int, group: int) -> Settings:
-    """Return the Hopper kernel's launch settings; arguments as in :func:`default_settings`."""
+    """Return the Hopper kernel's launch settings for one of ``HOPPER_HEAD_DIMS`` and a group size."""
     row = next(row for row in HOPPER_SETTINGS if head_dim <= row.block_d and group <= row.group)
     return row.settings._replace(frozen=dtype == torch.bfloat16)
 

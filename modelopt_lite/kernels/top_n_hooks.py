@@ -31,7 +31,10 @@ def _comparators(size: int) -> list[tuple[int, int]]:
 
 
 def _find_nth_largest(n: int, scores: list[str], result: str) -> list[str]:
-    """Write PTX that finds the n-th largest of a group's scores, whose halves it sorts in registers ``x``."""
+    """Write PTX that finds the n-th largest of a group's scores.
+
+    Callers declare the registers that it works in, ``x0`` and so on, one a score, and ``low``.
+    """
     half = len(scores) // 2
     x = list(scores)
     lines = []
@@ -104,7 +107,7 @@ def _at_least_nth(n: int, m: int) -> str:
 
 FOUR_OF_EIGHT = constexpr(_four_of_eight(4))
 FOUR_OF_EIGHT_OPERANDS = constexpr(",".join(["=&f"] * 32 + ["f"] * 32))
-# For groups of 8, then of 16.
+# For groups of 8, then of 16; there is no n of 0, but a place for it.
 AT_LEAST_NTH = constexpr(tuple(_at_least_nth(max(n, 1), m) for m in (8, 16) for n in range(m)))
 AT_LEAST_NTH_OPERANDS = constexpr(tuple(",".join(["=&f"] * (m + 1) + ["f"] * m) for m in (8, 16)))
 

@@ -98,6 +98,7 @@ def test_bad_arguments(changes, message):
 BAD_PLANS = {
     "group": ({"group": 3}, "plan.group: 3 is not allowed"),
     "sinks": ({"num_sink_tokens": -1}, "plan.num_sink_tokens: -1 is not allowed"),
+    "quick hook alone": ({"quick_hook": object()}, "plan.quick_hook: a rule that may be wrong needs the right one in"),
     "hook alone": ({"score_hook": object()}, "plan.score_hook: a fused rule needs its PyTorch twin in plan.keep"),
 }
 

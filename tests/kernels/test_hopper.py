@@ -25,6 +25,8 @@ VARIANTS = [
     (BF16, 128, (4, 8), True),
     (BF16, 64, (2, 4), False),
     (FP16, 128, (2, 4), True),
+    (FP16, 128, (4, 8), True),
+    (BF16, 128, (8, 16), False),
 ]
 # Shuffles, accesses to shared memory and spills in the hot loop. The one store pins the order and never happens; with
 # FP16 there are the rows' maxima, two shuffles for each of two rows; with a quick hook warps tell each other whether

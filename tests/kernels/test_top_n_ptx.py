@@ -1,0 +1,114 @@
+"""The assembly of N:M selection, which Triton's interpreter does not run, instruction by instruction on the CPU."""
+
+import itertools
+import random
+import re
+from math import inf, isnan, nan
+
+import pytest
+
+from modelopt_lite.kernels.top_n_hooks import _at_least_nth, _comparators, _four_of_eight
+
+ONE = 0x3F800000
+CONSTANTS = {"0fFF800000": -inf, "0fFF7FFFFF": -3.4028234663852886e38, "0f3F800000": 1.0, "0f00000000": 0.0}
+FUNCTIONS = {
+    "mov": lambda x: x,
+    "min": lambda x, y: y if isnan(x) else x if isnan(y) else min(x, y),
+    "max": lambda x, y: y if isnan(x) else x if isnan(y) else max(x, y),
+    "set.geu": lambda x, y: float(not x < y),
+    "add": lambda x, y: x + y,
+    "add.sat": lambda x, y: min(max(x + y, 0.0), 1.0),
+    # Flags, 1.0 or 0.0, whose bits are added up.
+    "add.u32": lambda x, y: (bits(x) + bits(y)) % 2**32,
+    "sub": lambda x, y: x - y,
+    "setp.eq": lambda x, y: x == y,
+    "setp.eq.and": lambda x, y, z: x == y and z,
+    "setp.gt": lambda x, y: x > y,
+    "selp": lambda x, y, z: x if z else y,
+}
+
+
+def bits(flag):
+    return round(flag * ONE) if isinstance(flag, float) else flag
+
+
+def run(program, operands):
+    """Run a program on operands by number, and return all registers."""
+    steps = re.findall(r"[^\s;:{}][^;:{}]*[;:]", program)
+    labels = {step[:-1]: place for place, step in enumerate(steps) if step.endswith(":")}
+    registers = {f"${number}": value for number, value in operands.items()}
+
+    def value(name):
+        if name in registers or name in CONSTANTS:
+            return registers.get(name, CONSTANTS.get(name))
+        return float(name) if "." in name else int(name)
+
+    place = 0
+    while place < len(steps):
+        step = steps[place][:-1]
+        place += 1
+        condition, name, rest = re.fullmatch(r"(?:@(\w+) )?(\S+)(.*)", step).groups()
+        if name.startswith(".") or step in labels or (condition and not registers[condition]):
+            continue
+        if name == "bra":
+            place = labels[rest.strip()]
+            continue
+        target, *sources = (x.strip() for x in rest.split(","))
+        name = re.sub(r"\.(f32|s32|b32)", "", name.replace("setp.eq.u32", "setp.eq").replace("and.u32", "and"))
+        registers[target] = FUNCTIONS[name](*map(value, sources))
+    return registers
+
+
+def rule(scores, n):
+    """Return which visible scores are the ``n`` largest, ties to the first."""
+    order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
+    return [i in order[:n] and score > -inf for i, score in enumerate(scores)]
+
+
+def groups(m, seed):
+    """Make groups with and without ties, visible wholly, in part and not at all."""
+    generator = random.Random(seed)
+    for kind in range(24):
+        score = generator.random if kind % 2 else lambda: float(generator.randrange(4))
+        visible = m if kind % 3 else generator.randrange(m + 1)
+        yield [score() - 1.0 for _ in range(visible)] + [-inf] * (m - visible)
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_comparators_sort(size):
+    for numbers in itertools.product((0, 1), repeat=size):  # which is enough, by the 0-1 principle
+        numbers = list(numbers)
+        for i, j in _comparators(size):
+            numbers[i], numbers[j] = max(numbers[i], numbers[j]), min(numbers[i], numbers[j])
+        assert numbers == sorted(numbers, reverse=True)
+
+
+@pytest.mark.parametrize("absent", [None, nan, inf, 0.5])
+def test_four_of_eight(absent):
+    """Groups that a thread does not have may hold anything."""
+    program = _four_of_eight(4)
+    for seed in range(8):
+        scores = list(itertools.islice(groups(8, seed), 4))
+        if absent is not None:
+            scores[1:] = [[absent] * 8] * 3
+        found = run(program, {32 + 4 * r + g: scores[g][r] for g in range(4) for r in range(8)})
+        for g in range(4 if absent is None else 1):
+            kept = [found[f"${4 * r + g}"] == 1.0 and scores[g][r] > -inf for r in range(8)]
+            assert kept == rule(scores[g], 4)
+
+
+@pytest.mark.parametrize(("n", "m"), [(n, m) for m in (8, 16) for n in range(1, m)])
+def test_quick_rule_is_right_or_in_doubt(n, m):
+    program = _at_least_nth(n, m)
+    for scores in groups(m, n):
+        found = run(program, {m + 1 + r: score for r, score in enumerate(scores)})
+        kept = [found[f"${r}"] == 1.0 for r in range(m)]
+        assert found[f"${m}"] == float(sum(kept) > n)
+        assert kept == rule(scores, n) or (
+            sum(kept) > n and all(k or not r for k, r in zip(kept, rule(scores, n), strict=True))
+        )
+
+
+def test_quick_rule_keeps_nan():
+    found = run(_at_least_nth(4, 8), {9 + r: nan if r == 3 else float(r) for r in range(8)})
+    assert found["$3"] == 1.0
