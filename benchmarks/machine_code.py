@@ -173,8 +173,8 @@ def hot_loop(sass: str) -> list[str]:
         names.append(name)
         target = re.search(r"`\((\.L_x_\d+)\)", operands)
         after = labels[target[1]] if name.startswith("BRA") and target else index
-        # Matrices that a branch can skip are multiplied again, which is rare.
-        skipped = index < after < last and any(product.match(name) for name, _ in code[index:after])
+        # What whole warpgroups can skip is multiplied again, which is rare.
+        skipped = index < after < last and any(name.startswith("HGMMA") for name, _ in code[index:after])
         index = after if skipped else index + 1
     return names
 
