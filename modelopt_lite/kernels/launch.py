@@ -105,6 +105,8 @@ HOPPER_SETTINGS = (
     SettingsRow(90, 2, 128, 16, Settings(128, 128, 4, 2, True, True)),
 )
 HOPPER_HEAD_DIMS = (64, 128)
+HOPPER_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
+"""Whether Triton is new enough for the Hopper kernel."""
 # The same for both kernels of the backward, but that only these rows, and no other candidates, have been timed.
 QUERY_SETTINGS = (
     SettingsRow(100, 2, 128, 16, Settings(128, 64, 8, 2, True, False)),
@@ -511,7 +513,8 @@ def kernel_for(q: Tensor, k: Tensor, v: Tensor, max_q: int, plan: AttentionPlan)
     if wanted not in ("", "hopper", "portable"):
         raise ValueError(f"MODELOPT_LITE_KERNEL: {wanted!r} is not allowed; hopper, portable or nothing")
     can = (
-        compute_capability(q.device) == 90
+        HOPPER_TRITON
+        and compute_capability(q.device) == 90
         and q.dtype in (torch.float16, torch.bfloat16)
         and q.shape[2] == v.shape[2]
         and q.shape[2] in HOPPER_HEAD_DIMS

@@ -105,8 +105,10 @@ def test_choice(absent_gpu, monkeypatch, tokens, dims, dtype, plan, expected):
     with pytest.raises(ValueError, match="MODELOPT_LITE_KERNEL: 'fast' is not allowed; hopper, portable or nothing"):
         choose()
     monkeypatch.delenv("MODELOPT_LITE_KERNEL")
-    monkeypatch.setattr(absent_gpu, "compute_capability", lambda device: 100)
-    assert choose() == "portable"
+    for name, value in (("compute_capability", lambda device: 100), ("HOPPER_TRITON", False)):
+        with monkeypatch.context() as patch:
+            patch.setattr(absent_gpu, name, value)
+            assert choose() == "portable"
 
 
 @pytest.mark.parametrize("group", [1, 2, 4, 8, 16])
