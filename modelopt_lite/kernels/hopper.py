@@ -52,7 +52,6 @@ PIN = tl.constexpr(
     "@p st.shared.b32 [a], $2; mov.b32 $0, 0; mov.b32 $1, 0; }"
 )
 
-
 # 1 for all threads of a warp if any of them has a flag above 0.
 ANY_OF_WARP = tl.constexpr(
     "{ .reg .pred p; setp.gt.f32 p, $1, 0f00000000; vote.sync.any.pred p, p, 0xffffffff; selp.b32 $0, 1, 0, p; }"
