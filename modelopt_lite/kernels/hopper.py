@@ -58,17 +58,40 @@ ANY_OF_WARP = tl.constexpr(
 )
 
 
-@triton.jit(do_not_specialize=["batch", "total"])
+@triton.jit(do_not_specialize=["batch", "total", "tail_start", "key_rows"])
 def prepare(
-    counter_ptr, out_ptr, lse_ptr, out_strides, starts_ptr, lengths_ptr, batch, total, heads, OPTIONS: tl.constexpr
-):
-    """Set the counter of items to 0, and fill what belongs to no sequence."""
+    counter_ptr, out_ptr, lse_ptr, key_ptr, value_ptr, key_tail_ptr, value_tail_ptr, out_strides, key_strides,
+    value_strides, starts_ptr, lengths_ptr, batch, total, heads, tail_start, key_rows, kv_heads, OPTIONS: tl.constexpr,
+):  # fmt: skip
+    """Set the counter of items to 0, fill what belongs to no sequence, and copy the last keys and values.
+
+    First come the programs that fill, ``ROWS`` tokens each, then those that copy, ``ROWS`` keys of one head each.
+    """
     program = tl.program_id(0)
     if program == 0:
         tl.store(counter_ptr, 0)
-    fill_gap(
-        out_ptr, lse_ptr, out_strides, starts_ptr, lengths_ptr, batch, total, heads, program * ROWS, ROWS, OPTIONS
-    )  # fmt: skip
+    fillers = tl.cdiv(total, ROWS)
+    if program < fillers:
+        fill_gap(
+            out_ptr, lse_ptr, out_strides, starts_ptr, lengths_ptr, batch, total, heads, program * ROWS, ROWS, OPTIONS
+        )  # fmt: skip
+    elif key_tail_ptr is not None:
+        head = (program - fillers) % kv_heads
+        # [ROWS, 1]
+        rows = (program - fillers) // kv_heads * ROWS + tl.arange(0, ROWS)[:, None]
+        count = key_rows - tail_start
+        copy_rows(key_ptr, key_tail_ptr, key_strides, tail_start, rows, count, head, kv_heads, OPTIONS.block_d)
+        copy_rows(value_ptr, value_tail_ptr, value_strides, tail_start, rows, count, head, kv_heads, OPTIONS.block_dv)
+
+
+@triton.jit
+def copy_rows(source_ptr, tail_ptr, strides, tail_start, rows, count, head, heads, BLOCK_D: tl.constexpr):
+    """Copy one head of rows ``[ROWS, 1]`` of a tail, of which there are ``count``."""
+    offsets_d = tl.arange(0, BLOCK_D)[None, :]
+    mask = rows < count
+    far_rows = tail_start + rows.to(tl.int64)
+    tile = tl.load(source_ptr + head.to(tl.int64) * strides[1] + far_rows * strides[0] + offsets_d, mask=mask)
+    tl.store(tail_ptr + (rows * heads + head) * BLOCK_D + offsets_d, tile, mask=mask)
 
 
 @gluon.jit
@@ -150,16 +173,27 @@ def locate_tile(index, ranges, masked, OPTIONS: gl.constexpr):
 
 
 @gluon.jit
-def load_rows(descriptor, row, head, barrier, memory, OPTIONS: gl.constexpr):
-    """Have a tile of keys or values loaded, deinterleaved."""
-    tma.async_copy_global_to_shared(descriptor, [row % OPTIONS.group, row // OPTIONS.group, head, 0], barrier, memory)
+def load_rows(source, row, head, barrier, memory, OPTIONS: gl.constexpr):
+    """Have a tile of keys or values loaded, deinterleaved.
+
+    The source is ``(descriptor, descriptor of the tail, the tail's first row)``, and that row is a multiple of the
+    group; see :func:`modelopt_lite.kernels.launch._tails`.
+    """
+    descriptor, tail, tail_start = source
+    GROUP: gl.constexpr = OPTIONS.group
+    if GROUP == 1:
+        tma.async_copy_global_to_shared(descriptor, [0, row, head, 0], barrier, memory)
+    elif row < tail_start:
+        tma.async_copy_global_to_shared(descriptor, [row % GROUP, row // GROUP, head, 0], barrier, memory)
+    else:
+        tma.async_copy_global_to_shared(tail, [row % GROUP, (row - tail_start) // GROUP, head, 0], barrier, memory)
 
 
 @gluon.jit
 def load_items(work, SPARSE: gl.constexpr, OPTIONS: gl.constexpr, STAGES: gl.constexpr):
     """Post items and load what they need: the part of one warp."""
     descriptors, buffers, mail, barriers, counter_ptr, problem = work
-    query_descriptor, key_descriptor, value_descriptor = descriptors
+    query_descriptor, keys, values = descriptors
     query_memory, key_memory, value_memory = buffers
     posted_item, verdicts, _ = mail
     posted, done, query_loaded, loaded, freed, _, _ = barriers
@@ -217,7 +251,7 @@ def load_items(work, SPARSE: gl.constexpr, OPTIONS: gl.constexpr, STAGES: gl.con
             row = first_key + locate_tile(0, ranges, masked, OPTIONS)
             mbarrier.wait(freed.index(stage), (step // STAGES & 1) ^ 1)
             mbarrier.expect(loaded.index(stage), KEY_BYTES)
-            load_rows(key_descriptor, row, kv_head, loaded.index(stage), key_memory.index(stage), OPTIONS)
+            load_rows(keys, row, kv_head, loaded.index(stage), key_memory.index(stage), OPTIONS)
             step += 1
             for index in range(1, tiles):
                 stage = step % STAGES
@@ -225,15 +259,13 @@ def load_items(work, SPARSE: gl.constexpr, OPTIONS: gl.constexpr, STAGES: gl.con
                 row = first_key + locate_tile(index, ranges, masked, OPTIONS)
                 mbarrier.wait(freed.index(stage), (step // STAGES & 1) ^ 1)
                 mbarrier.expect(loaded.index(stage), KEY_BYTES + VALUE_BYTES)
-                load_rows(key_descriptor, row, kv_head, loaded.index(stage), key_memory.index(stage), OPTIONS)
-                load_rows(
-                    value_descriptor, row_before, kv_head, loaded.index(stage), value_memory.index(stage), OPTIONS
-                )
+                load_rows(keys, row, kv_head, loaded.index(stage), key_memory.index(stage), OPTIONS)
+                load_rows(values, row_before, kv_head, loaded.index(stage), value_memory.index(stage), OPTIONS)
                 step += 1
             stage = step % STAGES
             mbarrier.wait(freed.index(stage), (step // STAGES & 1) ^ 1)
             mbarrier.expect(loaded.index(stage), VALUE_BYTES)
-            load_rows(value_descriptor, row, kv_head, loaded.index(stage), value_memory.index(stage), OPTIONS)
+            load_rows(values, row, kv_head, loaded.index(stage), value_memory.index(stage), OPTIONS)
             step += 1
 
 
@@ -550,12 +582,13 @@ def attend_items(
 
 @gluon.jit(
     do_not_specialize=[
-        "batch", "tiles_per_head", "heads_per_wave", "num_sinks", "window", "sliding_window", "hook_args"
+        "tail_start", "batch", "tiles_per_head", "heads_per_wave", "num_sinks", "window", "sliding_window", "hook_args"
     ]
 )  # fmt: skip
 def attention_forward_hopper(
-    query_descriptor, key_descriptor, value_descriptor, out_ptr, lse_ptr, sink_logits_ptr, counter_ptr, out_strides,
-    sequences, heads_of, numbers, batch, tiles_per_head, heads_per_wave, num_sinks, window, sliding_window, hook_args,
+    query_descriptor, key_descriptor, value_descriptor, key_tail_descriptor, value_tail_descriptor, tail_start, out_ptr,
+    lse_ptr, sink_logits_ptr, counter_ptr, out_strides, sequences, heads_of, numbers, batch, tiles_per_head,
+    heads_per_wave, num_sinks, window, sliding_window, hook_args,
     SCORE_HOOK: gl.constexpr, QUICK_HOOK: gl.constexpr, OPTIONS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Compute attention of packed sequences and its log-sum-exp; see :func:`modelopt_lite.kernels.launch.forward`."""
@@ -592,7 +625,9 @@ def attention_forward_hopper(
     fence_async_shared()
     synchronize()
 
-    descriptors = (query_descriptor, key_descriptor, value_descriptor)
+    keys = (key_descriptor, key_tail_descriptor, tail_start)
+    values = (value_descriptor, value_tail_descriptor, tail_start)
+    descriptors = (query_descriptor, keys, values)
     buffers = (query_memory, key_memory, value_memory)
     mail = (posted_item, verdicts, doubts)
     barriers = (posted, done, query_loaded, loaded, freed, turn, cleared)

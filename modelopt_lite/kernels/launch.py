@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import logging
 import os
@@ -291,19 +290,38 @@ def _launch_hopper(
     p, plan = problem, problem.plan
     (total, query_heads, head_dim), (kv_heads, value_dim), batch = q.shape, v.shape[1:], p.starts_q.shape[0]
     group = 1 if plan.is_dense else plan.group
-    k, v = _with_room(k, group), _with_room(v, group)
     settings = hopper_settings(q.dtype, head_dim, group)
     options = _options(settings, head_dim, value_dim, p.is_causal, p.sliding_window, p.softcap, plan)
     tiles = triton.cdiv(p.max_q, settings.block_m)
     items = batch * query_heads * tiles
     counter = torch.empty(1, dtype=torch.int32, device=q.device)
-    prepare[(triton.cdiv(total, ROWS.value),)](
-        counter, out, lse, out.stride()[:2], p.starts_q, p.lengths_q, batch, total, query_heads, OPTIONS=options
+    key_tail, value_tail, tail_start = _tails(k, group, settings)
+    copies = triton.cdiv(k.shape[0] - tail_start, ROWS.value) * kv_heads
+    prepare[(triton.cdiv(total, ROWS.value) + copies,)](
+        counter,
+        out,
+        lse,
+        k,
+        v,
+        key_tail,
+        value_tail,
+        out.stride()[:2],
+        k.stride()[:2],
+        v.stride()[:2],
+        p.starts_q,
+        p.lengths_q,
+        batch,
+        total,
+        query_heads,
+        tail_start,
+        k.shape[0],
+        kv_heads,
+        OPTIONS=options,
     )
     attention_forward_hopper[(min(items, processors(q.device)),)](
         _shared_descriptor(q, list(q.shape), list(q.stride()), [ROWS.value, 1, head_dim]),
-        _shared_descriptor(*_keys_as_groups(k, group, head_dim, settings)),
-        _shared_descriptor(*_keys_as_groups(v, group, value_dim, settings)),
+        *(None if x is None else _key_descriptor(x, group, settings) for x in (k, v, key_tail, value_tail)),
+        tail_start,
         out,
         lse,
         s_aux,
@@ -635,22 +653,22 @@ def _heads_per_wave(longest: int, x: Tensor, y: Tensor) -> int:
 
 
 def _descriptor(x: Tensor, group: int, block_d: int, settings: Settings) -> Any:
-    """Describe keys or values for the tensor memory accelerator, or return None where it cannot read them.
-
-    The dimensions are ``[phase, group, head, dim]``, so that one box holds deinterleaved groups. A sequence may begin
-    anywhere, so there are twice as many phases as keys in a group: rows overlap, each has several addresses.
-    """
+    """Describe keys or values for the tensor memory accelerator, or return None where it cannot read them."""
     if not (settings.descriptors and _is_aligned(x)):
         return None
-    return TensorDescriptor(*_keys_as_groups(x, group, block_d, settings))
+    return TensorDescriptor(*_keys_as_groups(x, x.shape[0], group, block_d, settings))
 
 
 def _keys_as_groups(
-    x: Tensor, group: int, block_d: int, settings: Settings
+    x: Tensor, rows: int, group: int, block_d: int, settings: Settings
 ) -> tuple[Tensor, list[int], list[int], list[int]]:
-    """Return a descriptor's tensor, shape, strides and box."""
-    phases = 1 if group == 1 else 2 * group
-    shape = [phases, triton.cdiv(x.shape[0], group), *x.shape[1:]]
+    """Return a descriptor's tensor, shape, strides and box, for the first ``rows`` rows.
+
+    The dimensions are ``[phase, group, head, dim]``, so that one box holds deinterleaved groups. A sequence may begin
+    anywhere, so there are about twice as many phases as keys in a group: rows overlap, each has several addresses. As
+    each dimension is bounded by itself, boxes reach up to ``2 * group - 2`` rows further.
+    """
+    shape = [2 * group - 1, triton.cdiv(rows, group), *x.shape[1:]]
     strides = [x.stride(0), group * x.stride(0), x.stride(1), 1]
     return x, shape, strides, [group, settings.block_n // group, 1, block_d]
 
@@ -665,30 +683,28 @@ def _shared_layout(rank: int) -> NVMMASharedLayout:
     return NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=rank)
 
 
-def _with_room(x: Tensor, group: int) -> Tensor:
-    """Return keys or values that boxes may reach past, for kernels that load the last rows by descriptor.
+def _key_descriptor(x: Tensor, group: int, settings: Settings) -> SharedDescriptor:
+    """Describe keys or values, or a tail of them, so that no box reaches past the last row.
 
-    A descriptor bounds each dimension by itself, so that overlapping rows go on for up to ``2 * group - 2`` rows. What
-    is there does not matter, but it has to be memory.
+    A tensor of so few rows that this leaves none is not loaded from; see :func:`_tails`.
     """
+    rows = max(1, x.shape[0] - (2 * group - 2))
+    return _shared_descriptor(*_keys_as_groups(x, rows, group, x.shape[2], settings))
+
+
+def _tails(k: Tensor, group: int, settings: Settings) -> tuple[Tensor | None, Tensor | None, int]:
+    """Return where the last keys and the last values are copied to, if anywhere, and the first row that is.
+
+    Tiles that begin before that row are whole in what :func:`_key_descriptor` describes. The others are loaded from
+    the copies, which have as many rows more as their descriptors leave out: what these hold does not matter, as they
+    belong to no sequence.
+    """
+    rows = k.shape[0]
     if group == 1:
-        return x
-    rows = x.shape[0] + 2 * group - 2
-    end = sum((size - 1) * stride for size, stride in zip((rows, *x.shape[1:]), x.stride(), strict=True)) + 1
-    begin, size = ctypes.c_uint64(), ctypes.c_size_t()
-    pointer = ctypes.c_uint64(x.data_ptr())
-    failed = _driver().cuMemGetAddressRange_v2(ctypes.byref(begin), ctypes.byref(size), pointer)
-    if not failed and x.data_ptr() + end * x.element_size() <= begin.value + size.value:
-        return x
-    room = x.new_empty(rows, *x.shape[1:])
-    room[: x.shape[0]] = x
-    return room[: x.shape[0]]
-
-
-@functools.cache
-def _driver() -> ctypes.CDLL:
-    """Return NVIDIA's driver, which knows the memory that a pointer belongs to."""
-    return ctypes.CDLL("libcuda.so.1")
+        return None, None, rows
+    start = max(0, rows // group * group - settings.block_n)
+    keys, values = k.new_empty(2, rows - start + 2 * group - 2, *k.shape[1:])
+    return keys, values, start
 
 
 def _query_descriptor(x: Tensor, block_d: int, settings: Settings) -> Any:

@@ -5,6 +5,7 @@ Like the portable kernel's test, this file runs itself as a program to compile.
 
 import functools
 import json
+import os
 import sys
 
 import pytest
@@ -59,7 +60,6 @@ def compile_all():
     found = []
     pretend_gpu(launch, attention_forward_hopper, prepare, compiled=found)
     launch.processors = lambda device: 132
-    launch._with_room = lambda x, group: x
     for variant in VARIANTS:
         run([300], *variant)
     found = [kernel for kernel in found if kernel.metadata.name == "attention_forward_hopper"]
@@ -111,29 +111,82 @@ def test_choice(absent_gpu, monkeypatch, tokens, dims, dtype, plan, expected):
             assert choose() == "portable"
 
 
-@pytest.mark.parametrize("group", [1, 2, 4, 8, 16])
-@pytest.mark.parametrize(
-    "view", [lambda x: x, lambda x: x[:, 1:3, :8], lambda x: x[3:-2]], ids=["all", "heads", "rows"]
-)
-def test_rows_past_the_end_are_memory(absent_gpu, monkeypatch, group, view):
-    """Keys are copied exactly if boxes reach past the memory they lie in."""
-    whole = torch.randn(20, 4, 16)
-    x = view(whole)
-    last = (x.shape[0] + 2 * group - 3) * 64 + (x.shape[1] - 1) * 16 + x.shape[2]
-    needed = x.data_ptr() + 4 * last - whole.data_ptr()
+class Recorder:
+    """In the place of a kernel: keeps what it is launched with."""
 
-    class Driver:
-        def cuMemGetAddressRange_v2(self, begin, size, pointer):
-            begin._obj.value, size._obj.value = whole.data_ptr(), self.size
-            return self.failed
+    def __getitem__(self, grid):
+        return self
 
-    driver = Driver()
-    monkeypatch.setattr(absent_gpu, "_driver", lambda: driver)
-    for driver.size, driver.failed in ((needed, 0), (needed - 1, 0), (needed, 1)):
-        found = absent_gpu._with_room(x, group)
-        assert torch.equal(found, x)
-        assert (found is x) == (group == 1 or (driver.size == needed and not driver.failed))
-        assert found is x or found.untyped_storage().nbytes() >= 4 * (x.shape[0] + 2 * group - 2) * x[0].numel()
+    def __call__(self, *arguments, **options):
+        self.arguments = arguments
+
+
+@pytest.fixture
+def launch_for(absent_gpu, monkeypatch):
+    """Launch for a few queries, and return what the kernel gets of keys and values, and its results."""
+    recorder = Recorder()
+    monkeypatch.setattr(absent_gpu, "attention_forward_hopper", recorder)
+    monkeypatch.setattr(absent_gpu, "processors", lambda device: 132)
+
+    def launch_for(k, v, group, tokens=1):
+        q = torch.zeros(tokens, 2, k.shape[2], dtype=BF16)
+        packing = (torch.tensor([0]), torch.tensor([1]), 1, torch.tensor([0]), torch.tensor([k.shape[0]]), k.shape[0])
+        options = {"is_causal": True, "softmax_scale": 1.0, "sliding_window": None, "softcap": None, "s_aux": None}
+        plan = DENSE if group == 1 else top_n_plan(1, group, 0, 0)
+        out = torch.full_like(q, torch.nan)
+        results = absent_gpu.forward(q, k, v, *packing, **options, plan=plan, out=out, kernel="hopper")
+        keys, values, key_tail, value_tail, tail_start = recorder.arguments[1:6]
+        return ((keys, key_tail), (values, value_tail)), tail_start, results
+
+    return launch_for
+
+
+@pytest.mark.parametrize(("group", "head_dim"), [(2, 64), (4, 64), (1, 128), (2, 128), (4, 128), (8, 128), (16, 128)])
+def test_boxes_hold_the_rows_of_their_tiles(absent_gpu, launch_for, monkeypatch, group, head_dim):
+    """What boxes of the accelerator would find is right up to the last row, and all that they can reach is memory."""
+    monkeypatch.setattr(absent_gpu, "prepare", Recorder())
+    block_n = absent_gpu.hopper_settings(BF16, head_dim, group).block_n
+    # [group, groups of a tile]
+    place, number = torch.arange(group)[:, None], torch.arange(block_n // group)
+    heads = 1000 * torch.arange(3)
+    for rows in range(1, 401):
+        # [rows, heads, 2]; keys and values lie beside each other, and nothing lies behind the last row
+        marks = torch.arange(rows)[:, None, None] + heads[:, None] + torch.tensor([0, 500])
+        k, v = marks.to(torch.int16).repeat_interleave(head_dim, 2)[:, 1:].split(head_dim, 2)
+        pairs, tail_start, _ = launch_for(k, v, group)
+        # [first rows of tiles, group, groups]
+        first = torch.arange(rows)[:, None, None]
+        expected = first + place + group * number
+        for x, (whole, tail) in zip((k, v), pairs, strict=True):
+            if tail is not None:
+                tail.base.fill_(-1)[: rows - tail_start] = x[tail_start:]
+            for descriptor, start in ((whole, 0), (tail, tail_start)):
+                tiles = (first < tail_start if descriptor is whole else first >= tail_start).flatten()
+                if not tiles.any():
+                    continue
+                # Refused if any of it is outside of the storage.
+                memory = descriptor.base.as_strided(descriptor.shape, descriptor.strides)
+                assert descriptor.block_shape == [*expected.shape[1:], 1, head_dim]
+                row = first[tiles]
+                phases, groups = torch.broadcast_tensors(row % group + place, (row - start) // group + number)
+                inside = (phases < memory.shape[0]) & (groups < memory.shape[1])
+                found = torch.full(inside.shape, -1)
+                found[inside] = memory[phases[inside], groups[inside], 1, -1].long()
+                exist = expected[tiles] < rows
+                assert torch.equal(found[exist], expected[tiles][exist] + x[0, 1, -1])
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
+@pytest.mark.parametrize(("group", "rows"), [(1, 300), (2, 1), (2, 301), (4, 128), (8, 263), (16, 400)])
+def test_prepare(launch_for, group, rows):
+    k, v = torch.randn(rows, 5, 256).to(BF16)[:, 2:].split(128, 2)
+    pairs, tail_start, (out, lse) = launch_for(k, v, group, tokens=70)
+    for x, (_, tail) in zip((k, v), pairs, strict=True):
+        assert (tail is None) == (group == 1)
+        assert tail is None or torch.equal(tail.base[: rows - tail_start], x[tail_start:])
+    assert out[0].isnan().all()  # which the other kernel writes
+    assert not out[1:].any()
+    assert lse[1:].isneginf().all()
 
 
 @pytest.mark.slow
