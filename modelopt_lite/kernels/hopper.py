@@ -270,22 +270,20 @@ def load_items(work, SPARSE: gl.constexpr, OPTIONS: gl.constexpr, STAGES: gl.con
 
 
 @gluon.jit
-def sum_in_thread(weights, OPTIONS: gl.constexpr):
+def sum_in_thread(tile):
     """Sum what a thread has of each row, without a shuffle: ``[ROWS, 4]``."""
-    return gl.sum(gl.sum(weights.reshape([ROWS, OPTIONS.block_n // 8, 4, 2]), 3), 1)
+    return gl.sum(gl.sum(tile.reshape([ROWS, tile.shape[1] // 8, 4, 2]), 3), 1)
 
 
 @gluon.jit
-def is_any(flags, memory, OPTIONS: gl.constexpr):
-    """Say whether any of a warpgroup's flags, of which each group has one, is above 0.
+def is_any(doubts, memory):
+    """Say whether any group of a warpgroup's rows is in doubt.
 
     All wait for it, and a reduction would need five shuffles and two rounds through shared memory. Callers take turns
     with two places in memory, so that one is read by all before it is written again.
     """
-    GROUPS: gl.constexpr = OPTIONS.block_n // OPTIONS.group
-    # [warps, lanes], of what a thread has itself
-    flags = flags.reshape([ROWS // 16, 2, 8, GROUPS // 8, 4, 2])
-    flags = gl.max(gl.max(gl.max(flags, 5), 3), 1).reshape([ROWS // 16 * 32])
+    # [warps, lanes]
+    flags = gl.sum(sum_in_thread(doubts).reshape([ROWS // 16, 2, 8, 4]), 1).reshape([ROWS // 16 * 32])
     flags = gl.inline_asm_elementwise(ANY_OF_WARP, "=r,f", [flags], dtype=gl.int32, is_pure=False, pack=1)
     memory.store(flags)
     found = 0
@@ -351,7 +349,7 @@ def soften(
             weight = weigh(weight, keep[r])
         weights = weights + (weight,)
     weights = gl.convert_layout(join_groups(weights), SCORES, assert_trivial=True)
-    return weights, rescale, running_max, partial_sum + sum_in_thread(weights, OPTIONS), keep[OPTIONS.group :]
+    return weights, rescale, running_max, partial_sum + sum_in_thread(weights), keep[OPTIONS.group :]
 
 
 @gluon.jit
@@ -376,14 +374,14 @@ def advance(
     accumulator = warpgroup_mma(weights, values, accumulator, is_async=True)
     pass_turn(turn, WARPGROUP, OPTIONS)
     scores = warpgroup_mma_wait(1, deps=[scores])
-    QUICK: gl.constexpr = QUICK_HOOK is not None
+    QUICK: gl.constexpr = QUICK_HOOK is not None and not MASKED
     HOOK: gl.constexpr = QUICK_HOOK if QUICK else SCORE_HOOK
     weights, rescale, new_max, new_sum, doubt = soften(
         scores, first, positions, running_max, partial_sum, rules, numbers, hook_args,
         HOOK, OPTIONS, MASKED, FROZEN,
     )  # fmt: skip
     if QUICK:
-        again = is_any(doubt[0], doubts.index(2 * WARPGROUP + step % 2), OPTIONS)
+        again = is_any(doubt[0], doubts.index(2 * WARPGROUP + step % 2))
     gl.inline_asm_elementwise(PIN, "=r,=r,r,r", [new_sum], dtype=gl.int32, is_pure=False, pack=2)
     accumulator = warpgroup_mma_wait(0, deps=[accumulator])
     if QUICK:  # noqa: SIM102 - conditions at compile time and at run time do not mix
@@ -458,11 +456,21 @@ def attend_item(
     # [ROWS]; what lies past the last row counts as the last one and is not stored.
     rows = row_start + gl.arange(0, ROWS, ROW)
     positions = length - query_length + gl.minimum(rows, query_length - 1)
+    # whole lines, for what is neither a factor nor a product
+    LINES: gl.constexpr = gl.BlockedLayout([1, 8], [256 // OPTIONS.block_dv, OPTIONS.block_dv // 8], [4, 1], [1, 0])
+    if QUICK_HOOK is not None:  # noqa: SIM102 - conditions at compile time and at run time do not mix
+        if row_start + ROWS > query_length:
+            # Past the last query of all there are zeros, whose scores are all equal, and never sure.
+            exist = row_start + gl.arange(0, ROWS, gl.SliceLayout(1, LINES)) < query_length
+            ones = gl.full([ROWS, OPTIONS.block_d], 1, query.dtype, LINES)
+            query.store(gl.where(exist[:, None], query.load(LINES), ones))
+            fence_async_shared()
+            synchronize()
 
     accumulator = gl.full([ROWS, OPTIONS.block_dv], 0, gl.float32, OUTPUT)
     running_max = gl.full([ROWS], float("-inf"), gl.float32, ROW)
     zeros = gl.full([ROWS, OPTIONS.block_n], 0, gl.float32, SCORES)
-    partial_sum = sum_in_thread(zeros, OPTIONS)
+    partial_sum = sum_in_thread(zeros)
     if sink_logits_ptr is not None:
         running_max = gl.full([ROWS], 0, gl.float32, ROW) + gl.load(sink_logits_ptr + head).to(gl.float32) * LOG2E
         lanes = gl.arange(0, 4, gl.SliceLayout(0, partial_sum.type.layout))
@@ -532,7 +540,6 @@ def attend_item(
 
     # Through shared memory, in the place of the queries, to be written in whole lines.
     query.store((accumulator * spread(inverse, accumulator)).to(query.dtype))
-    LINES: gl.constexpr = gl.BlockedLayout([1, 8], [256 // OPTIONS.block_dv, OPTIONS.block_dv // 8], [4, 1], [1, 0])
     result = query.load(LINES)
     fence_async_shared()  # before the next queries are loaded there
     rows = row_start + gl.arange(0, ROWS, gl.SliceLayout(1, LINES))

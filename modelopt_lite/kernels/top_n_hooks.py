@@ -93,15 +93,13 @@ def _four_of_eight(groups: int) -> str:
 def _at_least_nth(n: int, m: int) -> str:
     """Write PTX that keeps all scores of a group of ``m`` that are at least as large as the n-th largest.
 
-    Operands are the flags of each place, a flag that says whether there are more than ``n``, and the scores.
+    Operands are the flags of each place, the number of scores kept beyond ``n``, and the scores.
     """
-    scores = [f"${m + 1 + place}" for place in range(m)]
+    flags, more, scores = [f"${r}" for r in range(m)], f"${m}", [f"${m + 1 + r}" for r in range(m)]
     lines = [f".reg .f32 bound, x<{m}>, low;", *_find_nth_largest(n, scores, "bound")]
-    # What is hidden is not kept, even if fewer are visible.
-    lines += ["max.f32 bound, bound, 0fFF7FFFFF;", f"mov.f32 low, {-float(n)!r};"]
-    for place in range(m):
-        lines += [f"set.geu.f32.f32 ${place}, {scores[place]}, bound;"]
-        lines += [f"add{'.sat' if place == m - 1 else ''}.f32 {f'${m}' if place == m - 1 else 'low'}, low, ${place};"]
+    lines += [f"set.geu.f32.f32 {flag}, {score}, bound;" for flag, score in zip(flags, scores, strict=True)]
+    lines += [f"add.f32 {more}, {flags[0]}, {-float(n)!r};"]
+    lines += [f"add.f32 {more}, {more}, {flag};" for flag in flags[1:]]
     return "{ " + " ".join(lines) + " }"
 
 
@@ -235,7 +233,7 @@ def keep_top_n_quickly(scores, q_pos, k_pos, args):
         args: ``(n,)``, known at compile time.
 
     Returns:
-        What to keep, one tile a place, then one that is 1.0 where more than ``n`` of a group are kept, else 0.0.
+        What to keep, one tile a place, then how many more than ``n`` that is.
     """
     N: tl.constexpr = args[0]
     M: tl.constexpr = len(scores)

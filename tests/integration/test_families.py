@@ -602,9 +602,11 @@ def test_continuous_batching(family, target):
         ids = torch.tensor([prompt], device=target[1])
         options = {"max_new_tokens": new, "min_new_tokens": new, "attention_mask": torch.ones_like(ids), **GENERATION}
         wanted.append(model.generate(ids, **options)[0, ids.shape[1] :].tolist())
+    # PyTorch's grouped products of experts read on the host in FP32, which no CUDA graph can.
+    whole = {"use_cuda_graph": False} if family == "gpt_oss" else {}
     with mtsa.continuous_batching(model) as inside:
         assert inside is model
-        assert in_continuous_batches(model, prompts, 256, new) == wanted
+        assert in_continuous_batches(model, prompts, 256, new, **whole) == wanted
         with mtsa.collect_statistics(model) as statistics:
             assert in_continuous_batches(model, prompts, 20, new, use_cuda_graph=False) == wanted
     assert all(layer.sparsity > 0.1 for layer in statistics.layers.values())
