@@ -540,7 +540,10 @@ def kernel_for(q: Tensor, k: Tensor, v: Tensor, max_q: int, plan: AttentionPlan)
         and (plan.score_hook, plan.quick_hook) not in _PORTABLE_ONLY
     )
     # For shorter ones its large tiles do not pay; see benchmarks/results/attention-nvidia-h200.json.
-    longest_portable = 4096 if q.shape[2] <= 64 else 2048 if not plan.is_dense and plan.group > 4 else ROWS.value
+    if q.shape[2] <= 64 and (plan.is_dense or plan.group <= 4):
+        longest_portable = 4096
+    else:
+        longest_portable = ROWS.value if plan.is_dense else 2048
     pays = max_q > longest_portable or wanted == "hopper"
     return "hopper" if can and pays and wanted != "portable" else "portable"
 
