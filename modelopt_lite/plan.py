@@ -57,8 +57,9 @@ class AttentionPlan:
         keeps_nothing: a promise that the rule itself keeps no key at all, which saves computing those that are neither
             sinks nor recent.
         quick_hook: a faster ``score_hook`` that may be wrong, or None. It returns one tile more, FP32 and of the shape
-            of the others, 0.0 where it is right about a group and above 0 where it may not be. The Hopper kernel uses
-            it where all keys are visible, and computes a tile with any such group again with ``score_hook``.
+            of the others, 0.0 where it is right about a group and above 0 where it may not be, never below and never
+            NaN, as these are added up. The Hopper kernel uses it where all keys are visible, and computes a tile with
+            any such group again with ``score_hook``.
         key: identifies the plan in this process; not an argument.
 
     Raises:

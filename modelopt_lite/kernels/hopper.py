@@ -9,8 +9,8 @@ tile before; so a stage of the ring holds the keys of tile ``t`` and the values 
 The structure is FlashAttention-3's (https://arxiv.org/abs/2407.08608). What differs is the selection of scores, the
 phases (:func:`modelopt_lite.kernels.tiles.key_spans`), and ``OPTIONS.frozen``: masked tiles come first, and their row
 maximum stays the reference of the others, as in :mod:`modelopt_lite.kernels.forward`. An item whose sums overflow is
-posted a second time, to be computed with the ordinary online softmax. A tile of which a plan's quick hook is not sure
-is computed a second time at once, while its keys are still there.
+posted a second time, to be computed with the ordinary online softmax. A hot tile of which a plan's quick hook is not
+sure is computed a second time at once, while its keys are still there.
 """
 
 from __future__ import annotations
@@ -276,14 +276,14 @@ def sum_in_thread(tile):
 
 
 @gluon.jit
-def is_any(doubts, memory):
+def is_any(doubt, memory):
     """Say whether any group of a warpgroup's rows is in doubt.
 
     All wait for it, and a reduction would need five shuffles and two rounds through shared memory. Callers take turns
     with two places in memory, so that one is read by all before it is written again.
     """
-    # [warps, lanes]
-    flags = gl.sum(sum_in_thread(doubts).reshape([ROWS // 16, 2, 8, 4]), 1).reshape([ROWS // 16 * 32])
+    # [warps * lanes]
+    flags = gl.sum(sum_in_thread(doubt).reshape([ROWS // 16, 2, 8, 4]), 1).reshape([ROWS // 16 * 32])
     flags = gl.inline_asm_elementwise(ANY_OF_WARP, "=r,f", [flags], dtype=gl.int32, is_pure=False, pack=1)
     memory.store(flags)
     found = 0
@@ -293,9 +293,9 @@ def is_any(doubts, memory):
 
 
 @gluon.jit
-def take_turn(turn, step, WARPGROUP: gl.constexpr, OPTIONS: gl.constexpr):
+def take_turn(turn, step, WARPGROUP: gl.constexpr):
     """Wait for the warpgroup before to have issued its matrix products."""
-    if OPTIONS.group <= IN_TURN and OPTIONS.block_d > 64:
+    if turn is not None:
         mbarrier.wait(turn.index(WARPGROUP), step & 1)
 
 
@@ -303,7 +303,7 @@ def take_turn(turn, step, WARPGROUP: gl.constexpr, OPTIONS: gl.constexpr):
 def pass_turn(turn, WARPGROUP: gl.constexpr, OPTIONS: gl.constexpr):
     """Let the next warpgroup issue its matrix products."""
     WARPGROUPS: gl.constexpr = OPTIONS.block_m // ROWS
-    if OPTIONS.group <= IN_TURN and OPTIONS.block_d > 64:
+    if turn is not None:
         mbarrier.arrive(turn.index((WARPGROUP + 1) % WARPGROUPS), count=1)
 
 
@@ -366,7 +366,7 @@ def advance(
     mbarrier.wait(loaded.index(stage), step // STAGES & 1)
     # Here, behind a loop that waits, rounding cannot move to where the registers of the product before are in use.
     weights = gl.convert_layout(weights.to(query.dtype), OPERAND, assert_trivial=True)
-    take_turn(turn, step, WARPGROUP, OPTIONS)
+    take_turn(turn, step, WARPGROUP)
     keys = key_memory.index(stage).reshape([OPTIONS.block_n, OPTIONS.block_d]).permute([1, 0])
     values = value_memory.index(stage).reshape([OPTIONS.block_n, OPTIONS.block_dv])
     zeros = gl.full([ROWS, OPTIONS.block_n], 0, gl.float32, SCORES)
@@ -460,7 +460,7 @@ def attend_item(
     LINES: gl.constexpr = gl.BlockedLayout([1, 8], [256 // OPTIONS.block_dv, OPTIONS.block_dv // 8], [4, 1], [1, 0])
     if QUICK_HOOK is not None:  # noqa: SIM102 - conditions at compile time and at run time do not mix
         if row_start + ROWS > query_length:
-            # Past the last query of all there are zeros, whose scores are all equal, and never sure.
+            # Past a sequence's last query there are often zeros, whose scores are all equal, and never sure.
             exist = row_start + gl.arange(0, ROWS, gl.SliceLayout(1, LINES)) < query_length
             ones = gl.full([ROWS, OPTIONS.block_d], 1, query.dtype, LINES)
             query.store(gl.where(exist[:, None], query.load(LINES), ones))
@@ -479,7 +479,7 @@ def attend_item(
     first = locate_tile(0, ranges, masked, OPTIONS)
     stage = step % STAGES
     mbarrier.wait(loaded.index(stage), step // STAGES & 1)
-    take_turn(turn, step, WARPGROUP, OPTIONS)
+    take_turn(turn, step, WARPGROUP)
     keys = key_memory.index(stage).reshape([OPTIONS.block_n, OPTIONS.block_d]).permute([1, 0])
     scores = warpgroup_mma(query, keys, zeros, use_acc=False, is_async=True)
     pass_turn(turn, WARPGROUP, OPTIONS)
@@ -515,7 +515,7 @@ def attend_item(
 
     stage = step % STAGES
     mbarrier.wait(loaded.index(stage), step // STAGES & 1)
-    take_turn(turn, step, WARPGROUP, OPTIONS)
+    take_turn(turn, step, WARPGROUP)
     values = value_memory.index(stage).reshape([OPTIONS.block_n, OPTIONS.block_dv])
     weights = gl.convert_layout(weights.to(query.dtype), OPERAND, assert_trivial=True)
     accumulator = warpgroup_mma(weights, values, accumulator, is_async=True)
@@ -563,7 +563,7 @@ def attend_items(
     posted_item, verdicts, doubts = mail
     posted, done, query_loaded, _, _, turn, _ = barriers
     WARPGROUPS: gl.constexpr = OPTIONS.block_m // ROWS
-    if WARPGROUP == 0:
+    if WARPGROUP == 0 and turn is not None:
         mbarrier.arrive(turn.index(0), count=1)
     step = 0
     clearings = 0
@@ -617,7 +617,6 @@ def attention_forward_hopper(
     query_loaded = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIER)
     loaded = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     freed = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    turn = gl.allocate_shared_memory(gl.int64, [WARPGROUPS, 1], BARRIER)
     cleared = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     for slot in gl.static_range(SLOTS):
         mbarrier.init(posted.index(slot), count=1)
@@ -626,8 +625,11 @@ def attention_forward_hopper(
     for stage in gl.static_range(STAGES):
         mbarrier.init(loaded.index(stage), count=1)
         mbarrier.init(freed.index(stage), count=WARPGROUPS)
-    for warpgroup in gl.static_range(WARPGROUPS):
-        mbarrier.init(turn.index(warpgroup), count=1)
+    turn: gl.constexpr = None
+    if OPTIONS.group <= IN_TURN and OPTIONS.block_d > 64:
+        turn = gl.allocate_shared_memory(gl.int64, [WARPGROUPS, 1], BARRIER)
+        for warpgroup in gl.static_range(WARPGROUPS):
+            mbarrier.init(turn.index(warpgroup), count=1)
     mbarrier.init(cleared, count=WARPGROUPS)
     fence_async_shared()
     synchronize()

@@ -235,7 +235,7 @@ def select_scores(
                 if OPTIONS.sinks:
                     exempt = exempt | (k_pos[r] < num_sinks)
                 exempted = exempted + (is_kept(keep[r]) | exempt,)
-            keep = exempted + keep[GROUP:]
+            keep = exempted
         if not OPTIONS.keeps_group_max:
             kept = ()
             for r in tl.static_range(GROUP):

@@ -132,7 +132,7 @@ def launch_for(absent_gpu, monkeypatch):
     monkeypatch.setattr(absent_gpu, "processors", lambda device: 132)
 
     def launch_for(k, v, group, tokens=1):
-        q = torch.zeros(tokens, 2, k.shape[2], dtype=BF16)
+        q = torch.zeros(tokens, 3, k.shape[2], dtype=BF16)
         packing = (torch.tensor([0]), torch.tensor([1]), 1, torch.tensor([0]), torch.tensor([k.shape[0]]), k.shape[0])
         options = {"is_causal": True, "softmax_scale": 1.0, "sliding_window": None, "softcap": None, "s_aux": None}
         plan = DENSE if group == 1 else top_n_plan(1, group, 0, 0)

@@ -108,6 +108,15 @@ def test_quick_rule_is_right_or_in_doubt(n, m):
         )
 
 
-def test_quick_rule_keeps_nan():
-    found = run(_at_least_nth(4, 8), {9 + r: nan if r == 3 else float(r) for r in range(8)})
-    assert found["$3"] == 1.0
+@pytest.mark.parametrize(("n", "m"), [(n, m) for m in (8, 16) for n in range(1, m)])
+def test_quick_rule_counts_nan(n, m):
+    """No group may count below ``n``, as that would hide another's doubt."""
+    generator = random.Random(n)
+    for _ in range(40):
+        first = generator.randrange(m)
+        scores = [generator.choice((nan, inf, -inf, -0.0, generator.random())) for _ in range(m)]
+        scores[first : first + m // 2] = [nan] * len(scores[first : first + m // 2])
+        found = run(_at_least_nth(n, m), {m + 1 + r: score for r, score in enumerate(scores)})
+        kept = [found[f"${r}"] == 1.0 for r in range(m)]
+        assert found[f"${m}"] == sum(kept) - n >= 0
+        assert all(k for k, score in zip(kept, scores, strict=True) if isnan(score))
