@@ -16,10 +16,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import LOG2E, as_if_of, join_groups, key_spans, load_tile, scale_scores, select_scores, weigh
-
-BOUNDED_N = tl.constexpr(32)
-"""Keys of a tile that may reach past the sequence, for ``gradient_of_queries``."""
+from .tiles import (
+    BOUNDED_N,
+    LOG2E,
+    as_if_of,
+    bounded_span,
+    join_groups,
+    key_spans,
+    load_tile,
+    scale_scores,
+    select_scores,
+    weigh,
+)
 
 
 @triton.jit(do_not_specialize=["total"])
@@ -144,9 +152,11 @@ def add_key_tile(
 ):
     """Add to the gradient of a tile of queries what the key tile that begins at position ``first`` gives."""
     GROUP: tl.constexpr = OPTIONS.group
+    length = rules[1]
+    lower = rules[5] if OPTIONS.placed else 0
     # [BLOCK_N, BLOCK_D], [BLOCK_N, BLOCK_DV]
-    key_tile = load_tile(key, first, rules[1], OPTIONS.head_dim, BLOCK_N, OPTIONS.block_d, GROUP, BOUNDED, 0)
-    value_tile = load_tile(value, first, rules[1], OPTIONS.value_dim, BLOCK_N, OPTIONS.block_dv, GROUP, BOUNDED, 0)
+    key_tile = load_tile(key, first, length, OPTIONS.head_dim, BLOCK_N, OPTIONS.block_d, GROUP, BOUNDED, lower)
+    value_tile = load_tile(value, first, length, OPTIONS.value_dim, BLOCK_N, OPTIONS.block_dv, GROUP, BOUNDED, lower)
     # [BLOCK_M, BLOCK_N]
     products = tl.dot(query, key_tile.T, input_precision="ieee")
     grad_weights = tl.dot(grad, value_tile.T, input_precision="ieee")
@@ -203,7 +213,8 @@ def gradient_of_queries(
         key_descriptor: tensor descriptor ``[group phase, groups, kv heads, head_dim]`` of the keys, or None.
         value_descriptor: the same of the values.
         strides: ``(token stride, head stride)`` of query, key, value, gradient of the output and of the query.
-        sequences: pointers ``(starts, lengths)`` of the queries, then of the keys, ``[batch]`` each.
+        sequences: pointers ``(starts, lengths)`` of the queries, then of the keys, then those of the positions of the
+            first query and the first key, None unless ``OPTIONS.placed``; ``[batch]`` each.
         heads_of: ``(query heads, query heads per kv head)``.
         numbers: ``(scale, softcap)``.
         batch: number of sequences.
@@ -222,7 +233,7 @@ def gradient_of_queries(
     BLOCK_D: tl.constexpr = OPTIONS.block_d
     # Where registers are full, what does not change is worth computing again.
     AGAIN: tl.constexpr = BLOCK_D > 128 or not OPTIONS.hopper
-    starts_q, lengths_q, starts_k, lengths_k = sequences
+    starts_q, lengths_q, starts_k, lengths_k, firsts_q, firsts_k = sequences
     query_strides, key_strides, value_strides, grad_strides, grad_query_strides = strides
     heads, heads_per_kv = heads_of
 
@@ -249,11 +260,20 @@ def gradient_of_queries(
     rows = start_q + query_rows
     shift = tl.load(shift_ptr + head * total + rows)
     delta = tl.load(delta_ptr + head * total + rows)
-    first_position = length - query_length + row_start
-    last_position = length - query_length + tl.minimum(row_start + BLOCK_M, query_length) - 1
+    first_query = length - query_length
+    if OPTIONS.placed:
+        # As if the keys before the first were there, as in the forward.
+        first_query = tl.load(firsts_q + sequence).to(tl.int32)
+        first_key = tl.load(firsts_k + sequence).to(tl.int32)
+        length += first_key
+        start_k -= first_key
+    first_position = first_query + row_start
+    last_position = first_query + tl.minimum(row_start + BLOCK_M, query_length) - 1
     if not OPTIONS.sparse_decode:
         window = tl.where(query_length == 1, length, window)
-    rules = (length - query_length + query_rows, length, num_sinks, window, sliding_window)
+        if OPTIONS.placed:
+            num_sinks = tl.where(query_length == 1, length, num_sinks)
+    rules = (first_query + query_rows, length, num_sinks, window, sliding_window)
 
     # [BLOCK_M, BLOCK_D], [BLOCK_M, BLOCK_DV]
     query = load_rows(query_ptr + head * query_strides[1], query_strides[0], rows, OPTIONS.head_dim, BLOCK_D)
@@ -262,9 +282,12 @@ def gradient_of_queries(
     value = (value_ptr + kv_head.to(tl.int64) * value_strides[1], value_strides[0], value_descriptor, start_k, kv_head)
 
     accumulator = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    keys_begin, hot_begin, band_begin, band_end, full_end, bounded_begin, keys_end = key_spans(
-        first_position, last_position, rules, SCORE_HOOK is not None, OPTIONS
-    )
+    if OPTIONS.placed:
+        rules = rules + (first_key,)
+        spans = bounded_span(first_position, last_position, rules, OPTIONS)
+    else:
+        spans = key_spans(first_position, last_position, rules, SCORE_HOOK is not None, OPTIONS)
+    keys_begin, hot_begin, band_begin, band_end, full_end, bounded_begin, keys_end = spans
     for offset in tl.range(0, hot_begin - keys_begin + band_end - band_begin, BLOCK_N, disable_licm=AGAIN):
         first = keys_begin + offset
         first += tl.where(first >= hot_begin, band_begin - hot_begin, 0)
@@ -306,6 +329,7 @@ def add_query_tile(
     grad,
     numbers_of_rows,
     query_length,
+    first_query,
     rules,
     numbers,
     hook_args,
@@ -336,7 +360,7 @@ def add_query_tile(
     products = tl.dot(query_tile, key_tile.T, input_precision="ieee")
     grad_weights = tl.dot(grad_tile, value_tile.T, input_precision="ieee")
     groups = first + GROUP * tl.arange(0, BLOCK_N // GROUP)[None, :]
-    q_pos = (rules[1] - query_length + offsets_m)[:, None]
+    q_pos = (first_query + offsets_m)[:, None]
     weights, grad_scores = differentiate_softmax(
         products, grad_weights, q_pos, groups, shift[:, None], delta[:, None], rules, numbers, hook_args,
         SCORE_HOOK, OPTIONS, MASKED,
@@ -372,7 +396,7 @@ def load_query_tile(
 
 
 @triton.jit
-def query_spans(first, query_length, rules, SPARSE: tl.constexpr, OPTIONS: tl.constexpr):
+def query_spans(first, query_length, first_query, rules, SPARSE: tl.constexpr, OPTIONS: tl.constexpr):
     """Sort the rows of the queries that see a key tile into phases; bounds are multiples of ``BLOCK_M``, or the end.
 
     Returns:
@@ -384,13 +408,15 @@ def query_spans(first, query_length, rules, SPARSE: tl.constexpr, OPTIONS: tl.co
     BLOCK_N: tl.constexpr = OPTIONS.block_n
     _, length, num_sinks, window, sliding_window = rules
     # Row of the query at the position of the tile's first key, and behind that of its last key.
-    own_begin = first - (length - query_length)
+    own_begin = first - first_query
     own_end = own_begin + BLOCK_N
     rows_end = query_length
     full_end = query_length // BLOCK_M * BLOCK_M
     rows_begin = query_length * 0
     if OPTIONS.causal:
         rows_begin = tl.maximum(own_begin, 0) // BLOCK_M * BLOCK_M
+    elif OPTIONS.sliding:
+        rows_begin = tl.maximum(own_begin - sliding_window + 1, 0) // BLOCK_M * BLOCK_M
     hot_begin = rows_begin
     band_begin = full_end
     band_end = full_end
@@ -409,7 +435,7 @@ def query_spans(first, query_length, rules, SPARSE: tl.constexpr, OPTIONS: tl.co
         else:
             band_begin = tl.maximum(own_begin, 0) // BLOCK_M * BLOCK_M
             band_end = exempt_end
-    masked_wholly = first + BLOCK_N > length
+    masked_wholly = (first + BLOCK_N > length) | OPTIONS.placed
     if SPARSE:
         masked_wholly |= first < num_sinks
     hot_begin = tl.where(masked_wholly, full_end, hot_begin)
@@ -466,7 +492,7 @@ def gradient_of_keys(
         query_descriptor: tensor descriptor ``[heads, tokens, head_dim]`` of the queries, or None.
         grad_descriptor: the same of the gradient of the output.
         strides: ``(token stride, head stride)`` of query, key, value, gradient of the output, of key and of value.
-        sequences: pointers ``(starts, lengths)`` of the queries, then of the keys, ``[batch]`` each.
+        sequences: as in :func:`gradient_of_queries`.
         heads_of: ``(kv heads, query heads per kv head)``.
         numbers: ``(scale, softcap)``.
         batch: number of sequences.
@@ -485,7 +511,7 @@ def gradient_of_keys(
     BLOCK_D: tl.constexpr = OPTIONS.block_d
     BLOCK_DV: tl.constexpr = OPTIONS.block_dv
     GROUP: tl.constexpr = OPTIONS.group
-    starts_q, lengths_q, starts_k, lengths_k = sequences
+    starts_q, lengths_q, starts_k, lengths_k, firsts_q, firsts_k = sequences
     query_strides, key_strides, value_strides, grad_strides, grad_key_strides, grad_value_strides = strides
     kv_heads, heads_per_kv = heads_of
 
@@ -498,24 +524,37 @@ def gradient_of_keys(
     sequence = (wave * heads_per_wave + program % heads_in_wave) // kv_heads
     kv_head = (wave * heads_per_wave + program % heads_in_wave) % kv_heads
     length = tl.load(lengths_k + sequence).to(tl.int32)
+    first_key = 0
+    if OPTIONS.placed:
+        # As if the keys before the first were there, as in the forward; groups count from the sequence's first token.
+        first_key = tl.load(firsts_k + sequence).to(tl.int32)
+        first += first_key // GROUP * GROUP
+        length += first_key
     if first >= length:
         return
     query_length = tl.load(lengths_q + sequence).to(tl.int32)
     start_q = tl.load(starts_q + sequence).to(tl.int64)
-    start_k = tl.load(starts_k + sequence).to(tl.int64)
+    start_k = tl.load(starts_k + sequence).to(tl.int64) - first_key
+    first_query = length - query_length
+    if OPTIONS.placed:
+        first_query = tl.load(firsts_q + sequence).to(tl.int32)
     if not OPTIONS.sparse_decode:
         window = tl.where(query_length == 1, length, window)
+        if OPTIONS.placed:
+            num_sinks = tl.where(query_length == 1, length, num_sinks)
     rules = (None, length, num_sinks, window, sliding_window)
 
-    # [BLOCK_N, BLOCK_D], [BLOCK_N, BLOCK_DV], deinterleaved; zero past the end
+    # [BLOCK_N, BLOCK_D], [BLOCK_N, BLOCK_DV], deinterleaved; zero before the first key and past the end
     key = (key_ptr + kv_head.to(tl.int64) * key_strides[1], key_strides[0], None, start_k, kv_head)
     value = (value_ptr + kv_head.to(tl.int64) * value_strides[1], value_strides[0], None, start_k, kv_head)
-    key_tile = load_tile(key, first, length, OPTIONS.head_dim, BLOCK_N, BLOCK_D, GROUP, True, 0)
-    value_tile = load_tile(value, first, length, OPTIONS.value_dim, BLOCK_N, BLOCK_DV, GROUP, True, 0)
+    key_tile = load_tile(key, first, length, OPTIONS.head_dim, BLOCK_N, BLOCK_D, GROUP, True, first_key)
+    value_tile = load_tile(value, first, length, OPTIONS.value_dim, BLOCK_N, BLOCK_DV, GROUP, True, first_key)
 
     rows_begin, hot_begin, band_begin, band_end, full_end, rows_end = query_spans(
-        first, query_length, rules, SCORE_HOOK is not None, OPTIONS
+        first, query_length, first_query, rules, SCORE_HOOK is not None, OPTIONS
     )
+    if OPTIONS.placed:
+        rules = rules + (first_key,)
     grad_key = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     grad_value = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     # A rule that keeps nothing leaves hot tiles empty.
@@ -532,12 +571,12 @@ def gradient_of_keys(
             row += tl.where(row >= hot_begin, band_begin - hot_begin, 0)
             grad_key, grad_value = add_query_tile(
                 key_tile, value_tile, first, row, grad_key, grad_value, query, grad, numbers_of_rows, query_length,
-                rules, numbers, hook_args, SCORE_HOOK, OPTIONS, MASKED=True, BOUNDED=False,
+                first_query, rules, numbers, hook_args, SCORE_HOOK, OPTIONS, MASKED=True, BOUNDED=False,
             )  # fmt: skip
         for row in tl.range(full_end, rows_end, BLOCK_M, num_stages=1, disable_licm=True):
             grad_key, grad_value = add_query_tile(
                 key_tile, value_tile, first, row, grad_key, grad_value, query, grad, numbers_of_rows, query_length,
-                rules, numbers, hook_args, SCORE_HOOK, OPTIONS, MASKED=True, BOUNDED=True,
+                first_query, rules, numbers, hook_args, SCORE_HOOK, OPTIONS, MASKED=True, BOUNDED=True,
             )  # fmt: skip
         for begin in tl.range(hot_begin, hot_end, BLOCK_M, disable_licm=True):
             row = begin
@@ -545,19 +584,22 @@ def gradient_of_keys(
                 row += tl.where(row >= band_begin, band_end - band_begin, 0)
             grad_key, grad_value = add_query_tile(
                 key_tile, value_tile, first, row, grad_key, grad_value, query, grad, numbers_of_rows, query_length,
-                rules, numbers, hook_args, SCORE_HOOK, OPTIONS, MASKED=False, BOUNDED=False,
+                first_query, rules, numbers, hook_args, SCORE_HOOK, OPTIONS, MASKED=False, BOUNDED=False,
             )  # fmt: skip
 
     # [BLOCK_N]; the keys of the tile's rows
     places = tl.arange(0, BLOCK_N)
     keys = first + GROUP * (places % (BLOCK_N // GROUP)) + places // (BLOCK_N // GROUP)
+    exist = keys < length
+    if OPTIONS.placed:
+        exist = exist & (keys >= first_key)
     head = kv_head.to(tl.int64)
     store_rows(
-        grad_key_ptr + head * grad_key_strides[1], grad_key_strides[0], start_k + keys, keys < length,
+        grad_key_ptr + head * grad_key_strides[1], grad_key_strides[0], start_k + keys, exist,
         grad_key * numbers[0], OPTIONS.head_dim,
     )  # fmt: skip
     store_rows(
-        grad_value_ptr + head * grad_value_strides[1], grad_value_strides[0], start_k + keys, keys < length,
+        grad_value_ptr + head * grad_value_strides[1], grad_value_strides[0], start_k + keys, exist,
         grad_value, OPTIONS.value_dim,
     )  # fmt: skip
 

@@ -18,8 +18,10 @@ import triton
 import triton.language as tl
 
 from .tiles import (
+    BOUNDED_N,
     LOG2E,
     as_if_of,
+    bounded_span,
     join_groups,
     key_spans,
     load_tile,
@@ -32,8 +34,6 @@ from .tiles import (
 LN2 = tl.constexpr(0.6931471805599453)
 LANES = tl.constexpr(8)
 """Partial sums of a row: as many as the columns that it spreads over its threads, so that none is shuffled."""
-BOUNDED_N = tl.constexpr(32)
-"""Keys of a tile that may reach past the sequence; few, as its pointers and masks take registers."""
 
 
 @triton.jit
@@ -152,25 +152,6 @@ def attend_tiles(
             SCORE_HOOK, OPTIONS, BLOCK_N, MASKED=False, BOUNDED=False, FROZEN=OPTIONS.frozen,
         )  # fmt: skip
     return accumulator, running_max, partial_sum
-
-
-@triton.jit
-def bounded_span(first_position, last_position, rules, OPTIONS: tl.constexpr):
-    """Return spans like :func:`key_spans` with bounded tiles only, which are right wherever queries and keys begin.
-
-    Slow, and rarely needed: after a sliding cache has dropped keys, in padded bidirectional and in cross-attention.
-    """
-    _, length, _, _, sliding_window, first_key = rules
-    keys_begin = first_key
-    keys_end = length
-    if OPTIONS.causal:
-        keys_end = tl.minimum(keys_end, last_position + 1)
-    if OPTIONS.sliding:
-        keys_begin = tl.maximum(keys_begin, first_position - sliding_window + 1)
-        if not OPTIONS.causal:
-            keys_end = tl.minimum(keys_end, last_position + sliding_window)
-    keys_begin = keys_begin // BOUNDED_N * BOUNDED_N
-    return keys_begin, keys_begin, keys_begin, keys_begin, keys_begin, keys_begin, keys_end
 
 
 @triton.jit

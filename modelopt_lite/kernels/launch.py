@@ -245,10 +245,7 @@ def _launch_portable(
         capability = compute_capability(q.device)
         settings = default_settings(capability, q.dtype, max(block_d, block_dv), group, p.is_causal)
     options = _options(settings, head_dim, value_dim, p.is_causal, p.sliding_window, p.softcap, plan)
-    first_q, first_k = p.first_q, p.first_k
     if p.is_placed:
-        first_k = torch.zeros_like(p.starts_k) if first_k is None else first_k
-        first_q = first_k + p.lengths_k - p.lengths_q if first_q is None else first_q
         options = options._replace(placed=True, frozen=False, sinks=True)
     tiles = triton.cdiv(p.max_q, settings.block_m)
     heads_per_wave = _heads_per_wave(p.max_k, k, v) * (query_heads // kv_heads)
@@ -261,7 +258,7 @@ def _launch_portable(
         s_aux,
         *(_descriptor(x, group, block, settings) for x, block in ((k, block_d), (v, block_dv))),
         tuple(x.stride()[:2] for x in (q, k, v, out)),
-        (p.starts_q, p.lengths_q, p.starts_k, p.lengths_k, first_q, first_k),
+        (p.starts_q, p.lengths_q, p.starts_k, p.lengths_k, *p.first_positions()),
         (query_heads, query_heads // kv_heads),
         (p.softmax_scale, p.softcap or 0.0),
         batch,
@@ -364,6 +361,8 @@ def backward(
     sliding_window: int | None,
     softcap: float | None,
     plan: AttentionPlan,
+    first_q: Tensor | None = None,
+    first_k: Tensor | None = None,
     settings: tuple[Settings, Settings] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Compute the gradients of :func:`forward` on its GPU, without waiting for it.
@@ -389,6 +388,8 @@ def backward(
         sliding_window: see there.
         softcap: see there.
         plan: see there; which keys take part is taken as given.
+        first_q: see there.
+        first_k: see there.
         settings: tiles and warps of the gradient of queries, and of that of keys and values, instead of the tables'.
 
     Returns:
@@ -407,21 +408,21 @@ def backward(
     block_d, block_dv = block_dim(head_dim), block_dim(value_dim)
     group = 1 if plan.is_dense else plan.group
     if settings is None:
-        problem = (compute_capability(q.device), q.dtype, max(block_d, block_dv), group, is_causal)
-        settings = default_settings(*problem, QUERY_SETTINGS), default_settings(*problem, KEY_SETTINGS)
+        place = (compute_capability(q.device), q.dtype, max(block_d, block_dv), group, is_causal)
+        settings = default_settings(*place, QUERY_SETTINGS), default_settings(*place, KEY_SETTINGS)
     for_queries, for_keys = settings
+    packing = (starts_q, lengths_q, max_q, starts_k, lengths_k, max_k)
+    p = AttentionProblem(*packing, is_causal, softmax_scale, sliding_window, softcap, plan, first_q, first_k)
+    shape = (head_dim, value_dim, is_causal, sliding_window, softcap, plan)
+    options = [_options(x, *shape) for x in settings]
+    if p.is_placed:
+        options = [x._replace(placed=True, sinks=True) for x in options]
     # Apart, so that both are aligned alike whatever the lengths.
     shift = torch.empty(query_heads, total, dtype=torch.float32, device=q.device)
     delta = torch.empty_like(shift)
-    sequences = (starts_q, lengths_q, starts_k, lengths_k)
+    sequences = (starts_q, lengths_q, starts_k, lengths_k, *p.first_positions())
     numbers = (softmax_scale, softcap or 0.0)
-    rules = (
-        min(plan.num_sink_tokens, max_k),
-        min(plan.dense_window_size, max_k),
-        min(sliding_window or 0, max_k),
-        _hook_args(plan),
-    )
-    shape = (head_dim, value_dim, is_causal, sliding_window, softcap, plan)
+    rules = (*_distances(plan, sliding_window), _hook_args(plan))
     with torch.cuda.device_of(q):
         gradient_rows[(triton.cdiv(total, BLOCK_ROWS) * query_heads,)](
             grad,
@@ -436,7 +437,8 @@ def backward(
             BLOCK_M=BLOCK_ROWS,
             BLOCK_DV=block_dv,
         )
-        tiles = triton.cdiv(max_k, for_keys.block_n)
+        # Where keys begin inside a group, the first tile has fewer.
+        tiles = triton.cdiv(max_k + (group - 1 if p.is_placed else 0), for_keys.block_n)
         # Few programs of such different lengths would leave multiprocessors idle at the end.
         heads_per_wave = max(_heads_per_wave(max_q, q, grad) // heads_per_kv, triton.cdiv(WAVE, max(tiles, 1)))
         gradient_of_keys[(batch * kv_heads * tiles,)](
@@ -459,7 +461,7 @@ def backward(
             min(heads_per_wave, batch * kv_heads),
             *rules,
             SCORE_HOOK=plan.score_hook,
-            OPTIONS=_options(for_keys, *shape),
+            OPTIONS=options[1],
             num_warps=for_keys.num_warps,
             num_stages=for_keys.num_stages,
             enable_fp_fusion=True,
@@ -485,7 +487,7 @@ def backward(
             min(heads_per_wave, batch * query_heads),
             *rules,
             SCORE_HOOK=plan.score_hook,
-            OPTIONS=_options(for_queries, *shape),
+            OPTIONS=options[0],
             num_warps=for_queries.num_warps,
             num_stages=for_queries.num_stages,
             enable_fp_fusion=True,

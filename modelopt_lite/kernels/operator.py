@@ -107,7 +107,7 @@ def _backward(
     packing = (starts_q, lengths_q, max_q, starts_k, lengths_k, max_k)
     plan = plan_by_key(plan_key)
     problem = AttentionProblem(*packing, is_causal, softmax_scale, sliding_window, softcap, plan, first_q, first_k)
-    if use_triton and not problem.is_placed:  # the fused backward does not know these
+    if use_triton:
         grad_q, grad_k, grad_v, grad_s_aux = launch.backward(
             grad,
             q,
@@ -122,6 +122,8 @@ def _backward(
             sliding_window=sliding_window,
             softcap=softcap,
             plan=plan,
+            first_q=first_q,
+            first_k=first_k,
         )
     else:
         with torch.autocast(q.device.type, enabled=False):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..plan import DENSE, AttentionPlan
@@ -51,6 +52,13 @@ class AttentionProblem:
         """Whether positions are given, or a window without causality makes them matter."""
         window_without_causality = self.sliding_window is not None and not self.is_causal
         return self.first_q is not None or self.first_k is not None or window_without_causality
+
+    def first_positions(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """Return the positions of each sequence's first query and first key; without waiting for their device."""
+        if not self.is_placed:
+            return None, None
+        first_k = torch.zeros_like(self.starts_k) if self.first_k is None else self.first_k
+        return first_k + self.lengths_k - self.lengths_q if self.first_q is None else self.first_q, first_k
 
     def sequences(self) -> Iterator[Sequence]:
         """Yield each sequence's rows and positions; waits for their device."""

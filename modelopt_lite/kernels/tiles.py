@@ -13,6 +13,8 @@ from .language import INTERPRETED, hide_above, less_share
 
 LOG2E = tl.constexpr(1.4426950408889634)
 MAX_HALVINGS = tl.constexpr(4)
+BOUNDED_N = tl.constexpr(32)
+"""Keys of a tile that may reach past the sequence; few, as its pointers and masks take registers."""
 
 
 @triton.jit
@@ -286,3 +288,22 @@ def key_spans(first_position, last_position, rules, SPARSE: tl.constexpr, OPTION
             band_end = tl.cdiv(last_position + 1, BLOCK_N) * BLOCK_N
             band_end = tl.minimum(tl.maximum(band_end, band_begin), full_end)
     return keys_begin, hot_begin, band_begin, band_end, full_end, full_end, keys_end
+
+
+@triton.jit
+def bounded_span(first_position, last_position, rules, OPTIONS: tl.constexpr):
+    """Return spans like :func:`key_spans` with bounded tiles only, which are right wherever queries and keys begin.
+
+    Slow, and rarely needed: after a sliding cache has dropped keys, in padded bidirectional and in cross-attention.
+    """
+    _, length, _, _, sliding_window, first_key = rules
+    keys_begin = first_key
+    keys_end = length
+    if OPTIONS.causal:
+        keys_end = tl.minimum(keys_end, last_position + 1)
+    if OPTIONS.sliding:
+        keys_begin = tl.maximum(keys_begin, first_position - sliding_window + 1)
+        if not OPTIONS.causal:
+            keys_end = tl.minimum(keys_end, last_position + sliding_window)
+    keys_begin = keys_begin // BOUNDED_N * BOUNDED_N
+    return keys_begin, keys_begin, keys_begin, keys_begin, keys_begin, keys_begin, keys_end

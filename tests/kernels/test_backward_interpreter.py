@@ -50,6 +50,8 @@ def run(grad, q, k, v, s_aux, problem, kernel_settings, forward_settings=None):
         "sliding_window": p.sliding_window,
         "softcap": p.softcap,
         "plan": p.plan,
+        "first_q": p.first_q,
+        "first_k": p.first_k,
     }
     if forward_settings is None:
         out, lse = attention_reference(q, k, v, s_aux, p)
@@ -85,8 +87,8 @@ def check(q, k, v, s_aux, problem, kernel_settings, tolerance=FP32, forward_sett
             )
 
 
-@given(cases(longest=50, batch=2), st.sampled_from([POINTERS, DESCRIPTORS]))
-@settings(max_examples=8, deadline=None)
+@given(cases(longest=50, batch=2) | cases(longest=50, batch=2, placed=True), st.sampled_from([POINTERS, DESCRIPTORS]))
+@settings(max_examples=16, deadline=None)
 def test_gradients_equal_the_oracles(case, kernel_settings):
     check(case.q, case.k, case.v, case.s_aux, case.problem, kernel_settings, forward_settings=FORWARD)
 
@@ -127,6 +129,20 @@ def test_half_precision():
 def test_exemptions_are_token_exact(causal, window, sinks):
     tensors, problem = sequences([(40, 53)], plan=n_of_m(1, 4, sinks, window), is_causal=causal)
     check(*tensors, None, problem, POINTERS)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("sliding_window", [None, 9])
+@pytest.mark.parametrize("plan", [DENSE, n_of_m(2, 4, 21, 6), n_of_m(3, 8)], ids=["dense", "2:4", "3:8"])
+def test_queries_and_keys_anywhere(plan, sliding_window, causal):
+    """Groups and sinks count from the sequence's first token; decode is dense wherever its query is."""
+    first_q, first_k = torch.tensor([40, 3, 60, 0]), torch.tensor([5, 0, 19, 30])
+    tensors, problem = sequences(
+        [(30, 41), (50, 33), (1, 37), (20, 7)], plan=plan, sliding_window=sliding_window, is_causal=causal,
+        first_q=first_q, first_k=first_k,
+    )  # fmt: skip
+    for kernel_settings in (POINTERS, DESCRIPTORS):
+        check(*tensors, None, problem, kernel_settings, forward_settings=FORWARD)
 
 
 def test_more_queries_than_keys():
