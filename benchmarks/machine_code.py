@@ -76,7 +76,6 @@ def compile_kernel(
         "query_descriptor": [*queries_box, block_d],
         "grad_descriptor": [*queries_box, block_dv],
     }
-    sequences = 6 if kernel == "forward" else 4
     places = {parameter.name: index for index, parameter in enumerate(function.params)}
     signature: dict[str, Any] = {}
     constants: dict[tuple[int, ...], Any] = {}
@@ -91,14 +90,14 @@ def compile_kernel(
             signature[name] = "i32"
     signature |= {
         "strides": (("i32", "i32"),) * strided,
-        "sequences": ("*i64",) * 4 + ("constexpr",) * (sequences - 4),
+        "sequences": ("*i64",) * 4 + ("constexpr",) * 2,
         "heads_of": ("i32", "i32"),
         "numbers": ("fp32", "fp32"),
         "hook_args": ("constexpr",) * len(plan.hook_constants),
         "SCORE_HOOK": "constexpr",
         "OPTIONS": "constexpr",
     }
-    constants |= {(places["sequences"], index): None for index in range(4, sequences)}
+    constants |= {(places["sequences"], index): None for index in (4, 5)}
     constants |= {(places["hook_args"], index): number for index, number in enumerate(plan.hook_constants)}
     constants[places["SCORE_HOOK"],] = plan.score_hook
     constants[places["OPTIONS"],] = launch._options(settings, *dims, causal, None, None, plan)

@@ -700,9 +700,10 @@ def _key_descriptor(x: Tensor, group: int, settings: Settings) -> SharedDescript
 def _tails(k: Tensor, group: int, settings: Settings) -> tuple[Tensor | None, Tensor | None, int]:
     """Return where the last keys and the last values are copied to, if anywhere, and the first row that is.
 
-    Boxes reach further than their tile; see :func:`_keys_as_groups`. Values have the keys' shape here. Tiles that begin before that row are whole in what :func:`_key_descriptor` describes. The others are loaded from
-    the copies, which have as many rows more as their descriptors leave out: what these hold does not matter, as they
-    belong to no sequence.
+    Boxes reach further than their tile; see :func:`_keys_as_groups`. Values have the keys' shape here. Tiles that begin
+    before that row are whole in what :func:`_key_descriptor` describes. The others are loaded from the copies, which
+    have as many rows more as their descriptors leave out: what these hold does not matter, as they belong to no
+    sequence.
     """
     rows = k.shape[0]
     if group == 1:

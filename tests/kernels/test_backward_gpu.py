@@ -170,8 +170,46 @@ def test_slices_of_a_fused_projection():
     check(q, k, v, s_aux, problem)
 
 
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("sliding_window", [None, 50])
 @pytest.mark.parametrize("plan", PLANS[:2], ids=NAMES[:2])
-def test_queries_and_keys_anywhere(plan):
-    q, k, v, s_aux, problem = make(plan=plan)
+def test_queries_and_keys_anywhere(plan, sliding_window, is_causal):
+    q, k, v, s_aux, problem = make(plan=plan, sliding_window=sliding_window, is_causal=is_causal)
     first_k = torch.tensor([0, 7, 3, 64, 33, 100, 5, 1], device=DEVICE)
     check(q, k, v, s_aux, dataclasses.replace(problem, first_k=first_k))
+
+
+@pytest.mark.parametrize("forward", ["hopper", "portable"])
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8), (8, 16)])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_the_same_keys_as_in_the_forward(head_dim, n, m, dtype, forward, monkeypatch):
+    """Bit for bit, of scores whose last digits depend on the order of their sums."""
+    monkeypatch.setenv("MODELOPT_LITE_KERNEL", forward)
+    length, width = 1000, head_dim // 2
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    q, k, v, grad = torch.randn(4, length, 1, head_dim, generator=generator, device=DEVICE).to(dtype)
+    # The last columns of keys do not change scores, and tell keys apart in the gradient of queries.
+    q[..., width:] = 0
+    packing = [torch.tensor([0], device=DEVICE), torch.tensor([length], device=DEVICE), length]
+    kept = [torch.zeros(length, length, dtype=torch.bool, device=DEVICE) for _ in range(3)]
+    for first in range(0, length, width):
+        block = slice(first, min(first + width, length))
+        count = block.stop - first
+        one_of_block = torch.zeros(length, 1, head_dim, dtype=dtype, device=DEVICE)
+        one_of_block[block, 0, width : width + count] = torch.eye(count, dtype=dtype, device=DEVICE)
+        marked = torch.cat([k[..., :width], one_of_block[..., width:]], -1)
+        inputs = [x.clone().requires_grad_() for x in (q, marked, v)]
+        options = {"is_causal": True, "plan": top_n_plan(n, m, 0, 0), "backend": BACKEND}
+        attention(*inputs, *packing, **options).backward(grad)
+        kept[0][:, block] = inputs[0].grad[:, 0, width : width + count] != 0
+        out = attention(q, marked, one_of_block, *packing, **options)
+        kept[1][:, block] = out[:, 0, width : width + count] > 0
+        values = v.clone().requires_grad_()
+        attention(q, marked, values, *packing, **options).backward(one_of_block)
+        kept[2][block] = values.grad[:, 0, width : width + count].T > 0
+    share = kept[1].sum() / length**2 * 2
+    assert abs(share - n / m) < 0.01
+    # The first query sees one key, whose weight is 1 and whose score has no gradient.
+    assert torch.equal(kept[0][1:], kept[1][1:])
+    assert torch.equal(kept[2], kept[1])
