@@ -7,11 +7,15 @@ After an interruption the same command goes on from the last checkpoint; what is
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import hashlib
 import json
 import math
+import os
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any, Literal
@@ -19,7 +23,7 @@ from typing import Annotated, Any, Literal
 import torch
 import typer
 from matplotlib.figure import Figure
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from pydantic import Field, ValidationInfo, field_validator
 from rich.console import Console
 from rich.table import Table
@@ -44,6 +48,8 @@ from modelopt_lite.experiment.runner import describe_environment
 
 COLUMNS = ("model", "perplexity", "change", "KL to dense")
 RESULT = "result.json"
+STATE = "trainer_state.json"
+TEXTS = "texts.sha256"
 console = Console(markup=False, highlight=False)
 
 
@@ -55,7 +61,9 @@ class FinetuneConfig(FileConfig):
     held_out: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] = Field(
         description="documents, by file name without .txt, to measure on; the others are trained on"
     )
-    variants: dict[str, mtsa.SparsityConfig] = Field(min_length=1, description="by name, what SparsityConfig takes")
+    variants: dict[Annotated[str, Field(min_length=1)], mtsa.SparsityConfig] = Field(
+        min_length=1, description="by name, what SparsityConfig takes"
+    )
     objective: Literal["distill", "language_model"] = Field(
         default="distill", description="learn the dense model's predictions, or the text"
     )
@@ -136,9 +144,8 @@ def measure(name: str, model: PreTrainedModel, teacher: PreTrainedModel, windows
     return {f"{name}_perplexity": math.exp(cross_entropy), f"{name}_kl": divergence}
 
 
-def cut_windows(config: FinetuneConfig, tokenizer: Any) -> tuple[list[Tensor], list[Tensor]]:
+def cut_windows(config: FinetuneConfig, documents: dict[str, str], tokenizer: Any) -> tuple[list[Tensor], list[Tensor]]:
     """Return the windows of the documents to train on, and the first of each held-out document."""
-    documents = read_corpus(config.texts, "texts")
     check_held_out(config.held_out, documents)
     length, train, held_out = config.sequence_length, [], {}
     for name, text in documents.items():
@@ -171,10 +178,7 @@ def finetune(
     if config.lora_rank is not None:
         lora = LoraConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules="all-linear")
         model = get_peft_model(model, lora)
-    complete = folder.glob("checkpoint-*/trainer_state.json")  # written last
-    steps = [int(file.parent.name.partition("-")[2]) for file in complete]
-    # Resumed at its last step, the Trainer would take one more.
-    last = max((step for step in steps if step < config.steps), default=None)
+    last = last_step(folder)
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=config.steps,
@@ -186,30 +190,59 @@ def finetune(
         warmup_steps=config.steps // 10,
         eval_strategy="steps",
         eval_steps=config.checkpoint_steps,
-        eval_on_start=last is None,
+        eval_on_start=last == 0,
         save_steps=config.checkpoint_steps,
         save_total_limit=2,
         logging_steps=10,
         report_to="none",
         seed=config.seed,
     )
-    trainer = SparseTrainer(
-        config,
-        dense.to(arguments.device),
-        model=model,
-        args=arguments,
-        train_dataset=[{"input_ids": window} for window in train],
-        eval_dataset=held_out,
-    )
-    trainer.train(resume_from_checkpoint=None if last is None else str(folder / f"checkpoint-{last}"))
-    model = trainer.model if config.lora_rank is None else trainer.model.merge_and_unload()
-    model.save_pretrained(folder / "model")
+    if last < config.steps:  # the Trainer would take one more step
+        trainer = SparseTrainer(
+            config,
+            dense.to(arguments.device),
+            model=model,
+            args=arguments,
+            train_dataset=[{"input_ids": window} for window in train],
+            eval_dataset=held_out,
+        )
+        trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{last}") if last else None)
+    checkpoint = folder / f"checkpoint-{config.steps}"
+    trained = load_trained(config, variant, dense, checkpoint)
+    trained.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
+    history = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["log_history"]
     result = {
         "environment": describe_environment(str(arguments.device)),
-        "measurements": [row for row in trainer.state.log_history if "sparse_kl" in row],
+        "measurements": [row for row in history if "sparse_kl" in row],
     }
-    (folder / RESULT).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    with whole(folder / RESULT) as file:
+        file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def last_step(folder: Path) -> int:
+    """Return the step of a variant's last complete checkpoint, or 0; a checkpoint's state is written last."""
+    steps = [0]
+    for file in folder.glob(f"checkpoint-*/{STATE}"):
+        with contextlib.suppress(json.JSONDecodeError):  # interrupted while it was written
+            steps.append(json.loads(file.read_text(encoding="utf-8"))["global_step"])
+    return max(steps)
+
+
+def load_trained(config: FinetuneConfig, variant: str, dense: PreTrainedModel, checkpoint: Path) -> PreTrainedModel:
+    """Return the model in a checkpoint, with adapters merged into its weights."""
+    if config.lora_rank is None:
+        return mtsa.from_pretrained(checkpoint)
+    model = mtsa.sparsify(copy.deepcopy(dense), config.variants[variant])
+    return PeftModel.from_pretrained(model, checkpoint).merge_and_unload()
+
+
+@contextlib.contextmanager
+def whole(file: Path) -> Iterator[Path]:
+    """Give a path to write to; what is there in the end becomes the file, which is complete or not there at all."""
+    unfinished = file.with_name(f"{file.name}.unfinished")
+    yield unfinished
+    unfinished.replace(file)
 
 
 def table_rows(curves: dict[str, list[dict[str, float]]]) -> list[tuple[str, ...]]:
@@ -292,6 +325,7 @@ def write_report(config: FinetuneConfig) -> None:
 
 def run(config: FinetuneConfig) -> None:
     """Train the variants that are not finished yet, and report on all."""
+    refuse_parallel()
     refuse_other_run(config)
     unfinished = [variant for variant in config.variants if not (config.folder(variant) / RESULT).exists()]
     if unfinished:
@@ -299,18 +333,44 @@ def run(config: FinetuneConfig) -> None:
             dense, tokenizer = load_model(config.model, torch.float32, "cpu", lambda what, *_: status.update(what))
             check_context(dense, config.sequence_length, "sequence_length")
             for variant, sparsity in config.variants.items():  # one that does not fit is found before any is trained
-                try:
+                with naming(variant):
                     mtsa.unsparsify(mtsa.sparsify(dense, sparsity))
-                except ConfigError as error:
-                    raise ConfigError(f"variants.{variant}.{error}") from error
             status.update("reading texts")
-            train, held_out = cut_windows(config, tokenizer)
+            documents = read_corpus(config.texts, "texts")
+            digest = hashlib.sha256(json.dumps(documents).encode()).hexdigest()
+            refuse_other_texts(config, digest)
+            train, held_out = cut_windows(config, documents, tokenizer)
         config.output_dir.mkdir(parents=True, exist_ok=True)
-        config.save(config.output_dir / "config.yaml")
+        with whole(config.output_dir / TEXTS) as file:
+            file.write_text(digest, encoding="utf-8")
+        with whole(config.output_dir / "config.yaml") as file:
+            config.save(file)
         for variant in unfinished:
             console.print(f"{variant}: {config.steps} steps")
-            finetune(config, variant, dense, tokenizer, train, held_out)
+            with naming(variant):
+                finetune(config, variant, dense, tokenizer, train, held_out)
     write_report(config)
+
+
+@contextlib.contextmanager
+def naming(variant: str) -> Iterator[None]:
+    """Put a variant's path before errors about its sparsity, or about layers that cannot have it."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"variants.{variant}.{error}") from error
+    except UnsupportedError as error:
+        raise UnsupportedError(f"variants.{variant}: {error}") from error
+
+
+def refuse_parallel() -> None:
+    """Refuse what multiplies the windows of a step, or writes the same files several times."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))  # launchers set it
+    if processes > 1:
+        raise UnsupportedError(f"{processes} processes are not supported; run without torchrun or another launcher")
+    gpus = TrainingArguments(report_to="none").n_gpu
+    if gpus > 1:
+        raise UnsupportedError(f"{gpus} GPUs are not supported; choose one with CUDA_VISIBLE_DEVICES")
 
 
 def refuse_other_run(config: FinetuneConfig) -> None:
@@ -323,6 +383,14 @@ def refuse_other_run(config: FinetuneConfig) -> None:
     if changed:
         folder = str(config.output_dir)
         raise ConfigError(f"output_dir: {folder!r} is not allowed; holds a run with another {', '.join(changed)}")
+
+
+def refuse_other_texts(config: FinetuneConfig, digest: str) -> None:
+    """Refuse an output folder whose checkpoints come from documents with other names or contents."""
+    file = config.output_dir / TEXTS
+    if file.exists() and file.read_text(encoding="utf-8") != digest:
+        allowed = f"must hold the documents that the run in {str(config.output_dir)!r} began with"
+        raise ConfigError(f"texts: {config.texts!r} is not allowed; {allowed}")
 
 
 def main(

@@ -5,35 +5,48 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from transformers import AutoModelForCausalLM, PreTrainedModel
+import transformers
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from .conversion import CONFIG_ATTRIBUTE, CONFIG_VERSION, sparsify
 from .errors import ConfigError
 
 
 def from_pretrained(path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
-    """Load a causal language model and make it sparse as it was when it was saved.
+    """Load a Transformers model and make it sparse as it was when it was saved.
 
     Saving needs nothing special: ``model.save_pretrained(path)`` after ``sparsify`` writes the configuration into
     ``config.json``, under ``sparse_attention_config``. Transformers' own ``from_pretrained`` loads the same folder
     dense. Only safetensors weights are read.
 
+    The model's class is the one that was saved, as ``architectures`` in ``config.json`` names it. If Transformers has
+    none of that name, or with ``trust_remote_code=True``, ``AutoModelForCausalLM`` chooses it.
+
     Args:
         path: a folder, or a name that Transformers knows.
-        kwargs: passed on to ``AutoModelForCausalLM.from_pretrained``.
+        kwargs: passed on to the class's ``from_pretrained``.
 
     Returns:
         The sparse model.
 
     Raises:
-        ConfigError: if the saved config holds no sparsity configuration, or one of another version.
+        ConfigError: if the saved config holds no sparsity configuration, or one of another version, or if the class
+            that was saved is not the one that ``AutoModelForCausalLM`` chooses.
         UnsupportedError: if the model has a layer that is not supported.
     """
-    model = AutoModelForCausalLM.from_pretrained(path, **{**kwargs, "use_safetensors": True})
-    saved = getattr(model.config, CONFIG_ATTRIBUTE, None)
+    config, _ = PreTrainedConfig.get_config_dict(path, **kwargs)
+    saved = config.get(CONFIG_ATTRIBUTE)
     if saved is None:
         raise ConfigError(f"{path}: config.json holds no {CONFIG_ATTRIBUTE}; load the model and call sparsify")
     if not isinstance(saved, dict) or saved.get("version") != CONFIG_VERSION:
         version = saved.get("version") if isinstance(saved, dict) else saved
         raise ConfigError(f"{path}: {CONFIG_ATTRIBUTE}.version: {version!r} is not allowed; {CONFIG_VERSION}")
+    names = config.get("architectures") or []
+    cls = getattr(transformers, names[0], None) if names and not kwargs.get("trust_remote_code") else None
+    model = (cls or AutoModelForCausalLM).from_pretrained(path, **{**kwargs, "use_safetensors": True})
+    if cls is None and names and type(model).__name__ != names[0]:
+        raise ConfigError(
+            f"{path}: architectures: {names[0]!r} is not what AutoModelForCausalLM loads, {type(model).__name__}; load "
+            "the model with its own class and call sparsify"
+        )
     return sparsify(model, {"sparse_cfg": dict(saved["sparse_cfg"])})

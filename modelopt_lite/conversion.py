@@ -26,7 +26,15 @@ from .huggingface import (
     uses_interface,
 )
 from .interception import InterceptedAttentionModule
-from .module import SparseAttentionFlags, SparseAttentionModule, convert, original_class, revert, sparse_modules
+from .module import (
+    SparseAttentionFlags,
+    SparseAttentionModule,
+    check_revertible,
+    convert,
+    original_class,
+    revert,
+    sparse_modules,
+)
 from .stats import ModelStatistics
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -54,8 +62,9 @@ def sparsify(
     """Make a model's attention sparse during prefill, in place; decode stays dense.
 
     Two kinds of attention modules are found by themselves: those of Transformers models that go through Transformers'
-    attention interface, and any whose forward calls ``torch.nn.functional.scaled_dot_product_attention``. A module
-    inside which something else makes that call has to be pointed out with ``attention``.
+    attention interface, and any whose forward calls ``torch.nn.functional.scaled_dot_product_attention``, itself or by
+    way of a method or function that it names. A module inside which something else makes that call stays dense unless
+    it is pointed out with ``attention``.
 
     Calling it again replaces the configuration. ``model.save_pretrained`` then writes the configuration into the
     model's ``config.json``, from where :func:`~modelopt_lite.checkpoint.from_pretrained` takes it.
@@ -72,7 +81,8 @@ def sparsify(
 
     Raises:
         ConfigError: if the configuration is wrong, or one of its patterns or ``attention`` matches no module.
-        UnsupportedError: if the model has a layer that is not supported; names it.
+        UnsupportedError: if the model has a layer that is not supported, or a sparse one whose class something else has
+            swapped since (see :func:`unsparsify`); names it.
         In both cases the model is untouched.
     """
     config = SparsityConfig.load(config)
@@ -80,6 +90,7 @@ def sparsify(
     modules = attention_modules(model, chosen)
     check_modules(model, modules, chosen)
     methods = config.assign(modules)
+    check_revertible(model)
     plans = {name: method.plan() for name, method in methods.items()}
 
     transformers = pretrained_models(model)
@@ -88,13 +99,12 @@ def sparsify(
             before = _Before(implementations(transformer), getattr(transformer.config, CONFIG_ATTRIBUTE, None))
             switch_on(transformer)
             setattr(transformer, _BEFORE_ATTRIBUTE, before)
-    for name, module in modules.items():
-        if name in methods:
-            method = methods[name]
-            flags = SparseAttentionFlags(name, method, plans[name], enabled=method.enable)
-            convert(module, flags, SparseAttentionModule if uses_interface(module) else InterceptedAttentionModule)
-        elif isinstance(module, SparseAttentionModule):
-            revert(module)
+    for sparse in sparse_modules(model).values():
+        revert(sparse)
+    for name, method in methods.items():
+        module = modules[name]
+        flags = SparseAttentionFlags(name, method, plans[name], enabled=method.enable)
+        convert(module, flags, SparseAttentionModule if uses_interface(module) else InterceptedAttentionModule)
     if "" in transformers:
         # JSON readers and writers may reorder a mapping, and the order of patterns counts: so pairs.
         entries = [list(entry) for entry in config.model_dump(mode="json")["sparse_cfg"].items()]
@@ -124,7 +134,12 @@ def unsparsify(model: ModelT) -> ModelT:
 
     Returns:
         The model.
+
+    Raises:
+        UnsupportedError: if something else has swapped the class of a sparse layer since :func:`sparsify`, as
+            ``fully_shard`` does with a layer that it shards by itself; names it. The model is untouched then.
     """
+    check_revertible(model)
     for module in sparse_modules(model).values():
         revert(module)
     for transformer in pretrained_models(model).values():
@@ -242,7 +257,7 @@ class LayerSummary:
         method: name of the sparsity method, or None if no pattern matched and the module was left as it is.
         settings: the method's fields.
         enabled: whether the module is switched on.
-        active: whether its last forward reached this package's attention; None before the first, or if compiled.
+        active: whether its last forward that was not compiled reached this package's attention; None before the first.
         sparsity: share of its visible scores that were dropped, if measured.
         mass_kept: mean share of the dense attention on kept keys, if measured.
     """

@@ -10,19 +10,19 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator
-from types import CodeType
-from typing import Any, NamedTuple
+from types import CodeType, FunctionType
+from typing import Any, NamedTuple, cast
 
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel, masking_utils
 from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function, causal_mask_function
 
 from .errors import UnsupportedError
 from .layout import Layout, attend, layer_name, packed_layout, padded_layout, whole_layout
-from .module import original_class
+from .module import original_class, sparse_modules
 
 ATTENTION_NAME = "modelopt_lite"
 # In continuous batching Transformers goes by the name: it is "flash" that takes packed sequences without a mask.
@@ -53,6 +53,8 @@ UNSUPPORTED_ARGUMENTS = {
 }
 # What continuous batching hands to every layer for its cache.
 PAGING_ARGUMENTS = ("block_table", "cu_seq_lens_k", "max_length_k", "read_index", "write_index")
+_NO_WEIGHTS = "output_attentions is not supported; unsparsify the model and use attn_implementation='eager'"
+_HOOK_ATTRIBUTE = "_refuses_attention_weights"
 SUPPORTED_LAYERS = (None, "full_attention", "sliding_attention")
 
 
@@ -208,7 +210,7 @@ def _refused_argument(mask: Layout | Tensor | None, dropout: float, kwargs: dict
     if dropout:
         return f"attention dropout ({dropout}) is not supported; set the model's attention_dropout to 0 or call eval()"
     if kwargs.pop("output_attentions", False):
-        return "output_attentions is not supported; unsparsify the model and use attn_implementation='eager'"
+        return _NO_WEIGHTS
     for name, value in kwargs.items():
         if value is not None and name not in IRRELEVANT_ARGUMENTS:
             return f"the argument {name}={type(value).__name__} of the model's attention is not supported"
@@ -226,8 +228,7 @@ def _layout_without_mask(
         raise UnsupportedError(
             f"{layer_name(module)}: a sliding window ({sliding_window}) without a mask is not supported"
         )
-    first_q = None if is_causal or len_q == slots else 0
-    return whole_layout(batch, len_q, slots, query.device, is_causal=is_causal, first_q=first_q)
+    return whole_layout(batch, len_q, slots, query.device, is_causal=is_causal)
 
 
 def _layout_of_lengths(
@@ -237,7 +238,7 @@ def _layout_of_lengths(
     refusal = None
     if not layout.unpadded or layout.len_q != layout.slots:
         refusal = "cu_seq_lens_q together with padding or a cache is not supported"
-    elif not isinstance(lengths_k, Tensor) or lengths_k.shape != lengths_q.shape:
+    elif not isinstance(lengths_k, Tensor) or not _may_equal(lengths_q, lengths_k):
         refusal = "cu_seq_lens_k is missing or does not match cu_seq_lens_q; packed sequences need both, and equal ones"
     if refusal:
         raise UnsupportedError(f"{layer_name(module)}: {refusal}")
@@ -251,6 +252,12 @@ def _layout_of_lengths(
         lengths_k=lengths,
         max_k=packing[2],
     )
+
+
+def _may_equal(one: Tensor, other: Tensor) -> bool:
+    """Compare shapes, and values where that waits for nothing."""
+    can_read = one.device.type == other.device.type == "cpu" and not torch.compiler.is_compiling()
+    return one.shape == other.shape and (not can_read or bool((one == other).all()))
 
 
 def attention_mask(
@@ -437,16 +444,43 @@ def uses_interface(module: nn.Module) -> bool:
 
 
 def calls_sdpa(module: nn.Module) -> bool:
-    """Whether a module's forward calls PyTorch's scaled_dot_product_attention itself."""
-    return "scaled_dot_product_attention" in _code(module).co_names
+    """Whether a module's forward calls PyTorch's scaled_dot_product_attention, or a helper that calls it.
+
+    Helpers are functions that the forward knows by one name: of its file, or methods of its class and of bases.
+    """
+    cls = original_class(module)
+    forward = _function(cls.forward)
+    names = _names(forward.__code__)
+    helpers = [forward.__globals__.get(name) for name in names]
+    helpers += [getattr(base, name, None) for base in cls.__mro__ for name in names]
+    return any(_names_sdpa(_function(found)) for found in (forward, *helpers))
+
+
+def _names_sdpa(function: FunctionType) -> bool:
+    names = _names(function.__code__)
+    return "scaled_dot_product_attention" in names or any(
+        function.__globals__.get(name) is scaled_dot_product_attention for name in names
+    )
+
+
+def _names(code: CodeType) -> set[str]:
+    """Return the globals and attributes that a function's code names, functions inside of it included."""
+    inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
+    return set(code.co_names).union(*map(_names, inner))
 
 
 def _code(module: nn.Module) -> CodeType:
-    forward = inspect.unwrap(original_class(module).forward)
-    return getattr(forward, "__code__", _code_of_nothing.__code__)
+    return _function(original_class(module).forward).__code__
 
 
-def _code_of_nothing() -> None:
+def _function(found: Any) -> FunctionType:
+    """Return the Python function that something is or decorates, one that does nothing if it is none."""
+    # Only of functions, as other objects may make up the attributes they are asked for.
+    function = inspect.unwrap(found) if isinstance(found, FunctionType) else None
+    return function if isinstance(function, FunctionType) else cast(FunctionType, _nothing)
+
+
+def _nothing() -> None:
     pass
 
 
@@ -528,6 +562,8 @@ def _unsupported(module: nn.Module, model: PreTrainedModel | None, is_chosen: bo
         return None
     if model is None:
         return "is a Transformers attention layer outside of a PreTrainedModel, which is not supported"
+    if "prepare_dynamic_mask" in _code(module).co_names:
+        return "makes an attention mask of its own, which is not supported"
     constants: set[Any] = set()
     for constant in _code(module).co_consts:
         constants.update(constant if isinstance(constant, tuple) else [constant])
@@ -558,14 +594,36 @@ def implementations(model: PreTrainedModel) -> dict[str, str]:
 def set_implementations(model: PreTrainedModel, names: dict[str, str]) -> None:
     """Set what :func:`implementations` returned."""
     model.set_attn_implementation(names if len(names) > 1 else names[""])
+    if ATTENTION_NAME not in names.values():
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel) and _HOOK_ATTRIBUTE in vars(module):
+                getattr(module, _HOOK_ATTRIBUTE).remove()
+                delattr(module, _HOOK_ATTRIBUTE)
+
+
+def _refuse_attention_weights(model: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
+    """Refuse, before a model's forward, to return attention weights; not all models tell their layers."""
+    wanted = kwargs.get("output_attentions")
+    if wanted is None:
+        wanted = getattr(model.config, "output_attentions", False)
+    if wanted and (modules := sparse_modules(model)):
+        raise UnsupportedError(f"{layer_name(next(iter(modules.values())))}: {_NO_WEIGHTS}")
 
 
 def switch_on(model: PreTrainedModel) -> None:
     """Make all of a model's attention run on this package's attention function, unless none asks for one.
 
+    The model and its parts refuse from then on to return attention weights, until :func:`set_implementations` sets
+    others than this package's.
+
     Raises:
         UnsupportedError: if the model does not let itself be switched, naming the first layer; it is as before then.
     """
+    # All of them: wrappers, such as those of PEFT, call the outermost model's forward itself, past its hooks.
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            hook = part.register_forward_pre_hook(_refuse_attention_weights, with_kwargs=True)
+            setattr(part, _HOOK_ATTRIBUTE, hook)
     modules = {name: module for name, module in model.named_modules() if uses_interface(module)}
     if not modules:
         return

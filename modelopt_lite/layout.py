@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .errors import UnsupportedError
 from .kernels import Backend, attention, attention_statistics
-from .module import SparseAttentionModule
+from .module import SparseAttentionModule, original_class
 from .plan import DENSE
 
 
@@ -281,6 +281,9 @@ def attend(
     plan = DENSE if flags is None else flags.plan
     # Without groups and sinks only distances count, which need not know what a cache has dropped.
     is_dense = plan.is_dense or (layout.max_q == 1 and not plan.sparse_decode)
+    if not is_dense and _is_cross_attention(module, layout):
+        # Before all keys no key is recent, so there is no dense window, wherever a chunk of queries begins.
+        layout = layout._replace(first_q=torch.full_like(layout.starts_q, -layout.len_q))
     arguments: dict[str, Any] = {
         "b_start_loc": layout.starts_q,
         "b_seq_len": layout.lengths_q,
@@ -308,6 +311,19 @@ def attend(
         raise UnsupportedError(f"{layer_name(module)}: {error}") from None
     output = output.view(layout.batch, layout.len_q, *output.shape[1:])
     return output if layout.restore_q is None else output[rows, layout.restore_q]
+
+
+def _is_cross_attention(module: nn.Module, layout: Layout) -> bool:
+    """Whether the keys are not those of the queries' own tokens, so that distances between them mean nothing."""
+    if layout.is_causal or layout.sliding_window is not None:
+        return False
+    # As many queries as keys may be a chance; then what the module says of itself decides.
+    return (
+        layout.len_q != layout.slots
+        or getattr(module, "is_cross_attention", False)
+        or getattr(module, "is_decoder", False)
+        or "Cross" in original_class(module).__name__
+    )
 
 
 def layer_name(module: nn.Module) -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from .errors import UnsupportedError
 from .methods import SparseAttentionMethod
 from .plan import DENSE, AttentionPlan
 
@@ -30,10 +31,10 @@ class SparseAttentionFlags:
         sparse_plan: the method's plan.
         enabled: whether the method applies; if not, the module is dense.
         statistics: counters to fill during prefill, or None.
-        reached: whether this package's attention has been called since the module's last forward ended.
-        active: whether its last forward called it; None before the first.
-        reported: whether a forward without such a call has been reported.
-        hook: what takes the report away again.
+        reached: whether this package's attention has been called since the module's forward began.
+        active: whether its last eager forward called it; None before the first.
+        reported: whether an eager forward without such a call has been reported.
+        hooks: what takes the check away again.
     """
 
     name: str
@@ -44,7 +45,7 @@ class SparseAttentionFlags:
     reached: bool = False
     active: bool | None = None
     reported: bool = False
-    hook: RemovableHandle | None = None
+    hooks: tuple[RemovableHandle, ...] = ()
 
     @property
     def plan(self) -> AttentionPlan:
@@ -58,9 +59,11 @@ class SparseAttentionModule(nn.Module):
     Made by :func:`convert` and undone by :func:`revert`, never instantiated.
 
     Attributes:
+        model_class: the model's own class.
         sparse_attention: the module's flags.
     """
 
+    model_class: ClassVar[type[nn.Module]]
     sparse_attention: SparseAttentionFlags
 
     def extra_repr(self) -> str:
@@ -73,49 +76,78 @@ class SparseAttentionModule(nn.Module):
 
 @functools.cache
 def _sparse_class(mixin: Any, cls: Any) -> type[SparseAttentionModule]:
-    return type(f"Sparse{cls.__name__}", (mixin, cls), {"__module__": cls.__module__})
+    return type(f"Sparse{cls.__name__}", (mixin, cls), {"__module__": cls.__module__, "model_class": cls})
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
     """Return the model's own class of a module, sparse or not."""
-    # The generated class has two bases, the mixin and the model's own.
-    return type(module).__bases__[1] if isinstance(module, SparseAttentionModule) else type(module)
+    return type(module).model_class if isinstance(module, SparseAttentionModule) else type(module)
 
 
 def convert(
     module: nn.Module, flags: SparseAttentionFlags, mixin: type[SparseAttentionModule] = SparseAttentionModule
 ) -> None:
-    """Make an attention module sparse, or give one that already is new flags."""
-    if isinstance(module, SparseAttentionModule):
-        revert(module)
+    """Make a dense attention module sparse."""
     bases: tuple[Any, Any] = (mixin, type(module))
     module.__class__ = _sparse_class(*bases)
-    flags.hook = module.register_forward_hook(_report_bypass)
+    flags.hooks = (module.register_forward_pre_hook(_begin), module.register_forward_hook(_report_bypass))
     cast(SparseAttentionModule, module).sparse_attention = flags
+
+
+def _begin(module: nn.Module, _args: Any) -> None:
+    # A forward that raised, or a compiled one that was called without hooks, may have left it set.
+    cast(SparseAttentionModule, module).sparse_attention.reached = False
 
 
 def _report_bypass(module: nn.Module, _args: Any, _output: Any) -> None:
     """Note after a forward whether the layer called this package's attention, and report once if not."""
-    if torch.compiler.is_compiling():
-        return
     flags = cast(SparseAttentionModule, module).sparse_attention
-    if flags.enabled and not flags.reached and not flags.reported:
-        flags.reported = True
-        logger.warning(
-            "%s (%s) is matched and switched on, but its forward did not call this package's attention: it was dense",
-            flags.name,
-            original_class(module).__name__,
-        )
-    flags.active, flags.reached = flags.reached, False
+    bypassed = flags.enabled and not flags.reached
+    if torch.compiler.is_compiling():
+        # Of the flags only ``reached`` may change, and must be as before in the end: in a traced graph whose
+        # activations are checkpointed the compiler allows no more.
+        if bypassed:
+            _warn_of_bypass(flags.name, original_class(module).__name__)
+    else:
+        if bypassed and not flags.reported:
+            flags.reported = True
+            _warn_of_bypass(flags.name, original_class(module).__name__)
+        flags.active = flags.reached
+    flags.reached = False
+
+
+def _warn_of_bypass(name: str, class_name: str) -> None:
+    logger.warning(
+        "%s (%s) is matched and switched on, but its forward did not call this package's attention: it was dense",
+        name,
+        class_name,
+    )
+
+
+# The compiler calls it while it traces, once for each graph.
+torch.compiler.assume_constant_result(_warn_of_bypass)
+
+
+def check_revertible(model: nn.Module) -> None:
+    """Check that each of a model's sparse attention modules can be given back its own class.
+
+    Raises:
+        UnsupportedError: if something else has swapped a module's class since, as ``fully_shard`` does; names it.
+    """
+    for name, module in sparse_modules(model).items():
+        if "model_class" not in vars(type(module)):
+            raise UnsupportedError(
+                f"{name} ({original_class(module).__name__}): its sparsity cannot be undone, because something else, "
+                f"such as fully_shard, has made it a {type(module).__name__}; undo that first, or do it before sparsify"
+            )
 
 
 def revert(module: SparseAttentionModule) -> None:
     """Give an attention module back its own class."""
-    own_class = original_class(module)
-    if module.sparse_attention.hook is not None:
-        module.sparse_attention.hook.remove()
+    for hook in module.sparse_attention.hooks:
+        hook.remove()
     del module.sparse_attention
-    cast(nn.Module, module).__class__ = own_class
+    cast(nn.Module, module).__class__ = original_class(module)
 
 
 def sparse_modules(model: nn.Module) -> dict[str, SparseAttentionModule]:

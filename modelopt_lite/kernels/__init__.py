@@ -58,8 +58,8 @@ def attention(
     Sequence ``b`` owns rows ``b_start_loc[b] : b_start_loc[b] + b_seq_len[b]`` of ``q``, and likewise of ``k`` and
     ``v``. With more keys than queries (chunked prefill, decode) the queries are the sequence's last tokens. Without
     the three ``_k`` arguments, keys have the layout of the queries. Sequences may share rows of ``k`` and ``v``; the
-    gradient of such a row is their sum on the torch backend, but incomplete, and another in each run, on the triton
-    backend, where all of them write to it.
+    gradient of such a row is their sum on the torch backend, but incomplete on the triton backend, where all write to
+    it and what came last stays, which may differ from run to run.
 
     Args:
         q: queries, ``[total_q, query_heads, head_dim]``; FP16, BF16, FP32 or FP64.

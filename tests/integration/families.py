@@ -42,7 +42,8 @@ class Family:
         peculiarity: what is peculiar to its attention.
         kind: ``"causal"`` (language model), ``"encoder"``, or ``"seq2seq"``.
         refused: for a family that is not supported, what the refusal says.
-        skips: parts of the contract that the family itself, dense, does not support, and why.
+        skips: parts of the contract that do not hold, and why: what packs sequences (``"position_ids"``,
+            ``"cu_seq_lens"``) is ignored by the dense model too, and ``"compile"`` is refused.
     """
 
     name: str
@@ -82,8 +83,8 @@ IGNORES_PACKING = {
 }
 _BY_ITS_MASK = "the family calls `scaled_dot_product_attention` with a finished mask, which is intercepted: "
 INTERCEPTED = {
-    "position_ids": f"{_BY_ITS_MASK}packed sequences are refused",
-    "cu_seq_lens": f"{_BY_ITS_MASK}packed sequences are refused",
+    "position_ids": f"{_BY_ITS_MASK}its own code ignores packed sequences without a word, dense as well",
+    "cu_seq_lens": f"{_BY_ITS_MASK}its own code ignores packed sequences without a word, dense as well",
     "compile": f"{_BY_ITS_MASK}while a graph is traced it cannot be read, and is refused",
 }
 _VISION = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32}
@@ -182,6 +183,7 @@ _ALL = [
         {**SMALL, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
         "not causal",
         kind="encoder",
+        skips=IGNORES_PACKING,
     ),
     Family(
         "modernbert",
@@ -190,6 +192,7 @@ _ALL = [
         {**SMALL, "local_attention": 2 * SLIDING_WINDOW, "cls_token_id": 1, "sep_token_id": 2},
         "not causal, alternating sliding window",
         kind="encoder",
+        skips=IGNORES_PACKING,
     ),
     Family(
         "whisper",

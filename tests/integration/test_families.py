@@ -1,7 +1,9 @@
 """One contract for every family: whatever the batch, the cache or the wrapper, the same result, or a refusal."""
 
 import copy
+import gc
 import logging
+import re
 from itertools import pairwise
 
 import pytest
@@ -51,15 +53,8 @@ def config_for(backend, n=1):
     return {"sparse_cfg": {"*": entry}}
 
 
-def dense_model(family, target, implementation=None, **overrides):
-    model = FAMILIES[family].make(**overrides).to(target[1])
-    if (
-        implementation is not None
-        and implementation in ("eager", "sdpa")
-        and model.config._attn_implementation != implementation
-    ):
-        model.set_attn_implementation(implementation)
-    return model
+def dense_model(family, target, **overrides):
+    return FAMILIES[family].make(**overrides).to(target[1])
 
 
 def sparse_model(family, target, n=1, **overrides):
@@ -71,20 +66,24 @@ def tokens(target, rows=2, length=LENGTH, seed=1):
     return torch.randint(3, VOCABULARY, (rows, length), generator=generator).to(target[1])
 
 
-def arguments(family, ids):
-    """The arguments of a forward of token ids."""
-    if FAMILIES[family].kind != "seq2seq":
-        return {"input_ids": ids}
-    generator = torch.Generator().manual_seed(2)
-    return {
-        "input_features": torch.randn(ids.shape[0], 8, 40, generator=generator).to(ids.device),
-        "decoder_input_ids": ids,
-    }
+def sounds(ids):
+    """What a speech model hears, another for each row: 20 keys for its cross-attention."""
+    return torch.randn(ids.shape[0], 8, 40, generator=torch.Generator().manual_seed(2)).to(ids.device)
+
+
+def arguments(model, ids, **kwargs):
+    """The arguments of a forward of token ids; for a decoder with an encoder, which hears the same in every row."""
+    kwargs = {"input_ids": ids, **kwargs}
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return kwargs
+    of_tokens = ("input_ids", "attention_mask", "position_ids")
+    renamed = {f"decoder_{name}" if name in of_tokens else name: value for name, value in kwargs.items()}
+    return {"input_features": sounds(ids)[:1].expand(len(ids), -1, -1), **renamed}
 
 
 @torch.no_grad()
 def logits(model, ids, **kwargs):
-    return model(input_ids=ids, **kwargs).logits
+    return model(**arguments(model, ids, **kwargs)).logits
 
 
 def padded(ids, lengths, side):
@@ -109,7 +108,7 @@ def with_positions(family, mask):
 
 def without_cache(family):
     """The argument that keeps a decoder from caching."""
-    return {"use_cache": False} if FAMILIES[family].kind == "causal" else {}
+    return {} if FAMILIES[family].kind == "encoder" else {"use_cache": False}
 
 
 @contract("sparse and back")
@@ -117,15 +116,13 @@ def without_cache(family):
 def test_sparse_dense_and_back(family, target):
     """n = m is dense, ``disabled`` is dense, undone is the same bits; and in between every layer is sparse."""
     ids = tokens(target)
-    inputs = arguments(family, ids)
     model = dense_model(family, target)
-    with torch.no_grad():
-        before = model(**inputs).logits
+    before = logits(model, ids)
     implementation, classes = model.config._attn_implementation, [type(module) for module in model.modules()]
     for n in (4, 1):
         mtsa.sparsify(model, config_for(target[0], n))
-        with torch.no_grad(), mtsa.collect_statistics(model) as statistics:
-            result = model(**inputs).logits
+        with mtsa.collect_statistics(model) as statistics:
+            result = logits(model, ids)
         if n == 4:
             torch.testing.assert_close(result, before, **CLOSE)
         else:
@@ -135,21 +132,37 @@ def test_sparse_dense_and_back(family, target):
     active = [row for row in rows if row.sparsity is not None]
     assert all(0.1 < row.sparsity < 0.9 for row in active)
     assert len(active) == len([row for row in rows if "visual" not in row.name])
-    with torch.no_grad(), mtsa.disabled(model):
-        torch.testing.assert_close(model(**inputs).logits, before, **CLOSE)
+    with mtsa.disabled(model):
+        torch.testing.assert_close(logits(model, ids), before, **CLOSE)
     mtsa.unsparsify(model)
     assert model.config._attn_implementation == implementation
     assert [type(module) for module in model.modules()] == classes
-    with torch.no_grad():
-        torch.testing.assert_close(model(**inputs).logits, before, rtol=0, atol=0)
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+    torch.testing.assert_close(logits(model, ids), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("asked", ["argument", "config"])
+@pytest.mark.parametrize("family", CAUSAL + ENCODERS + SEQ2SEQ)
+def test_attention_weights_are_refused(family, asked, target):
+    """Also where a model's layers do not hear of it, or have a computation of their own for it."""
+    model, ids = sparse_model(family, target), tokens(target)
+    argument = {"output_attentions": True} if asked == "argument" else {}
+    if asked == "config":
+        for module in model.modules():
+            if isinstance(module, transformers.PreTrainedModel):
+                module.config._output_attentions = True  # as a config read from a file may have it
+    first = re.escape(mtsa.summary(model)[0].name)
+    with pytest.raises(mtsa.UnsupportedError, match=f"^{first} .*: output_attentions is not supported; unsparsify the"):
+        logits(model, ids, **argument)
 
 
 @contract("padding")
 @pytest.mark.parametrize("side", ["left", "right", "both"])
-@pytest.mark.parametrize("family", CAUSAL + ENCODERS)
+@pytest.mark.parametrize("family", CAUSAL + ENCODERS + SEQ2SEQ)
 def test_padding(family, side, target):
     model, ids = sparse_model(family, target), tokens(target)
-    for lengths in RAGGED:
+    # Cross-attention does not hear of the queries' padding, so not either that a row has a single token.
+    for lengths in RAGGED[:2] if family in SEQ2SEQ else RAGGED:
         batch, mask = padded(ids, lengths, side)
         extra = with_positions(family, mask)
         together = logits(model, batch, attention_mask=mask, **extra)
@@ -161,19 +174,21 @@ def test_padding(family, side, target):
 
 @contract("packed by {how}")
 @pytest.mark.parametrize("how", ["position_ids", "cu_seq_lens"])
-@pytest.mark.parametrize("family", CAUSAL)
+@pytest.mark.parametrize("family", CAUSAL + ENCODERS)
 def test_packed(family, how, target):
-    skip_if(family, how)
-    model, ids = sparse_model(family, target), tokens(target)
+    reason = FAMILIES[family].skips.get(how)
+    model, ids = (sparse_model if reason is None else dense_model)(family, target), tokens(target)
     cuts = [0, 9, 10, 21, LENGTH]
     extra = {"position_ids": torch.cat([torch.arange(b - a) for a, b in pairwise(cuts)])[None].to(ids.device)}
     if how == "cu_seq_lens":
         cumulative = torch.tensor(cuts, dtype=torch.int32, device=ids.device)
         extra |= {"cu_seq_lens_q": cumulative, "cu_seq_lens_k": cumulative, "max_length_q": 16, "max_length_k": 16}
-    together = logits(model, ids[:1], use_cache=False, **extra)
-    for start, stop in pairwise(cuts):
-        alone = logits(model, ids[:1, start:stop])
-        torch.testing.assert_close(together[:, start:stop], alone, **CLOSE)
+    together = logits(model, ids[:1], **without_cache(family), **extra)
+    alone = torch.cat([logits(model, ids[:1, start:stop]) for start, stop in pairwise(cuts)], dim=1)
+    if reason is not None:
+        assert (together - alone).abs().max() > 50 * CLOSE["atol"]
+        pytest.skip(reason)
+    torch.testing.assert_close(together, alone, **CLOSE)
 
 
 def in_chunks(model, family, ids, mask, cuts):
@@ -182,26 +197,42 @@ def in_chunks(model, family, ids, mask, cuts):
         extra = {} if mask is None else {"attention_mask": mask[:, :stop]}
         extra |= {} if mask is None else {k: x[:, start:stop] for k, x in with_positions(family, mask).items()}
         with torch.no_grad():
-            result = model(input_ids=ids[:, start:stop], past_key_values=cache, use_cache=True, **extra)
+            result = model(**arguments(model, ids[:, start:stop], past_key_values=cache, use_cache=True, **extra))
         cache = result.past_key_values
         parts.append(result.logits)
     return torch.cat(parts, dim=1)
 
 
 @contract("chunks")
-@pytest.mark.parametrize("cuts", [(13,), (2, 4, 35), (11, 19, 22, 30)])
-@pytest.mark.parametrize("family", CAUSAL)
+@pytest.mark.parametrize("cuts", [(20,), (2, 4, 35), (11, 19, 22, 30)])
+@pytest.mark.parametrize("family", CAUSAL + SEQ2SEQ)
 def test_chunks(family, cuts, target):
-    """Also when a sliding cache has dropped keys: groups and sinks count from the first real token."""
+    """Also when a sliding cache has dropped keys: groups and sinks count from the first real token.
+
+    Also in cross-attention, where a chunk of 20 queries by chance has as many keys.
+    """
     model, ids = sparse_model(family, target), tokens(target)
     torch.testing.assert_close(in_chunks(model, family, ids, None, cuts), logits(model, ids), **CLOSE)
     batch, mask = padded(ids, (LENGTH, 30), "left")
     whole = logits(model, batch, attention_mask=mask, **with_positions(family, mask))
     chunked = in_chunks(model, family, batch, mask, cuts)
     real = mask.bool()
-    if cuts == (11, 19, 22, 30):  # in the others, a row has a chunk of a single token, which is decode
-        torch.testing.assert_close(chunked[real], whole[real], **CLOSE)
-    torch.testing.assert_close(chunked[0], whole[0], **CLOSE)
+    torch.testing.assert_close(chunked[real], whole[real], **CLOSE)
+
+
+@pytest.mark.parametrize("length", [20, LENGTH])
+@pytest.mark.parametrize("family", SEQ2SEQ)
+def test_cross_attention_has_no_dense_window(family, length, target):
+    """But sinks."""
+    ids, found = tokens(target, length=length), []
+    for changes in ({}, {"dense_window_size": 0}, {"dense_window_size": 99}, {"num_sink_tokens": 5}):
+        entry = config_for(target[0])["sparse_cfg"]["*"] | changes
+        found.append(logits(mtsa.sparsify(dense_model(family, target), {"sparse_cfg": {"*.encoder_attn": entry}}), ids))
+    first, *same, other = found
+    assert (first - logits(dense_model(family, target), ids)).abs().max() > 50 * CLOSE["atol"]
+    assert (first - other).abs().max() > 50 * CLOSE["atol"]
+    for one in same:
+        torch.testing.assert_close(one, first, rtol=0, atol=0)
 
 
 def by_hand(model, ids, new, cache=None):
@@ -273,8 +304,7 @@ def test_prefix_reuse(family, target):
 @contract("assisted")
 @pytest.mark.parametrize("family", CAUSAL)
 def test_assisted_decoding(family, target):
-    """With the same model as assistant: every step that verifies several tokens is sparse like a prefill."""
-    skip_if(family, "assisted")
+    """By prompt lookup: every step that verifies several tokens is sparse like a prefill."""
     model, ids = sparse_model(family, target), tokens(target, rows=1)
     options = {"max_new_tokens": 8, "min_new_tokens": 8, "attention_mask": torch.ones_like(ids), **GENERATION}
     with mtsa.collect_statistics(model) as plain:
@@ -311,9 +341,8 @@ def test_assisted_by_a_draft_model(family, target):
 
 @contract("training")
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # the method is about to be renamed
-@pytest.mark.parametrize("family", CAUSAL + ENCODERS)
+@pytest.mark.parametrize("family", CAUSAL + ENCODERS + SEQ2SEQ)
 def test_gradient_checkpointing(family, target):
-    skip_if(family, "training")
     model, ids = sparse_model(family, target), tokens(target, length=20)
     found = []
     for checkpointed in (False, True):
@@ -321,7 +350,7 @@ def test_gradient_checkpointing(family, target):
             model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
         model.zero_grad()
-        model(input_ids=ids, labels=ids, **without_cache(family)).loss.backward()
+        model(**arguments(model, ids, labels=ids, **without_cache(family))).loss.backward()
         found.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
     assert any(gradient.abs().max() > 0 for gradient in found[0])
     for one, other in zip(*found, strict=True):
@@ -329,7 +358,7 @@ def test_gradient_checkpointing(family, target):
 
 
 @contract("copy and save")
-@pytest.mark.parametrize("family", CAUSAL + ENCODERS)
+@pytest.mark.parametrize("family", CAUSAL + ENCODERS + SEQ2SEQ)
 def test_copy_and_save(family, target, tmp_path):
     model, ids = sparse_model(family, target), tokens(target)
     found = logits(model, ids)
@@ -338,10 +367,20 @@ def test_copy_and_save(family, target, tmp_path):
     mtsa.unsparsify(twin)
     torch.testing.assert_close(logits(model, ids), found, rtol=0, atol=0)
     model.save_pretrained(tmp_path)
-    restored = type(model).from_pretrained(tmp_path).to(ids.device).eval()
-    saved = restored.config.sparse_attention_config
-    mtsa.sparsify(restored, {"sparse_cfg": dict(saved["sparse_cfg"])})
+    restored = mtsa.from_pretrained(tmp_path).to(ids.device).eval()
+    assert type(restored) is type(model)
     torch.testing.assert_close(logits(restored, ids), found, rtol=0, atol=0)
+    assert mtsa.summary(restored) == mtsa.summary(model)
+
+
+def test_a_class_of_ones_own_does_not_come_back_as_another(tmp_path):
+    class Mine(transformers.BertForMaskedLM):
+        pass
+
+    model = Mine(transformers.BertConfig(**FAMILIES["bert"].settings))
+    mtsa.sparsify(model, config_for("torch")).save_pretrained(tmp_path)
+    with pytest.raises(mtsa.ConfigError, match="architectures: 'Mine' is not what Auto.* loads, BertLMHeadModel; load"):
+        mtsa.from_pretrained(tmp_path)
 
 
 @contract("PEFT")
@@ -355,6 +394,8 @@ def test_peft(family, target):
     lora = LoraConfig(target_modules="all-linear", r=2, task_type="CAUSAL_LM")
     wrapped = get_peft_model(model, lora).eval()
     torch.testing.assert_close(logits(wrapped, ids), found, **CLOSE)
+    with pytest.raises(mtsa.UnsupportedError, match="output_attentions is not supported"):
+        logits(wrapped, ids, output_attentions=True)
     mtsa.unsparsify(wrapped)
     dense = logits(wrapped, ids)
     assert (dense - found).abs().max() > 50 * CLOSE["atol"]
@@ -365,23 +406,21 @@ def test_peft(family, target):
 
 
 @contract("compile")
-@pytest.mark.parametrize("family", CAUSAL + ENCODERS)
+@pytest.mark.parametrize("family", CAUSAL + ENCODERS + SEQ2SEQ)
 def test_compile(family, target):
-    skip_if(family, "compile")
     model, ids = sparse_model(family, target), tokens(target)
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
+    if "compile" in FAMILIES[family].skips:
+        with pytest.raises(torch._dynamo.exc.Unsupported) as refusal:
+            logits(compiled, ids, **without_cache(family))
+        assert "UnsupportedError" in f"{refusal.value} {refusal.value.__cause__!r}"
+        pytest.skip(FAMILIES[family].skips["compile"])
     torch.testing.assert_close(logits(compiled, ids, **without_cache(family)), logits(model, ids), **CLOSE)
     batch, mask = padded(ids, (LENGTH, 21), "left")
     extra = {"attention_mask": mask, **without_cache(family), **with_positions(family, mask)}
     found, wanted = logits(compiled, batch, **extra), logits(model, batch, **extra)
     torch.testing.assert_close(found[mask.bool()], wanted[mask.bool()], **CLOSE)
-
-
-def skip_if(family, part):
-    reason = FAMILIES[family].skips.get(part)
-    if reason is not None:
-        pytest.skip(reason)
 
 
 @contract("refused")
@@ -394,13 +433,21 @@ def test_refused_before_anything_changes(family, target):
     assert before == (model.config.to_dict(), model.config._attn_implementation, [type(m) for m in model.modules()])
 
 
-@contract("generate, dynamic cache")
+FROM_AN_ENCODER = {
+    "generate, dynamic cache": {},
+    "generate, static cache": {"cache_implementation": "static", "disable_compile": True},
+    "beams": {"num_beams": 3},
+}
+
+
+@contract("{how}")
+@pytest.mark.parametrize("how", FROM_AN_ENCODER)
 @pytest.mark.parametrize("family", SEQ2SEQ)
-def test_generate_from_an_encoder(family, target):
+def test_generate_from_an_encoder(family, how, target):
     """Cross-attention keeps its keys; with n = m the tokens are those of the dense model."""
     ids = tokens(target, length=6)
-    inputs = arguments(family, ids)
-    options = {"max_new_tokens": 6, "min_new_tokens": 6, **GENERATION}
+    inputs = {"input_features": sounds(ids), "decoder_input_ids": ids}
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, **GENERATION, **FROM_AN_ENCODER[how]}
     wanted = dense_model(family, target).generate(**inputs, **options)
     assert sparse_model(family, target, n=4).generate(**inputs, **options).tolist() == wanted.tolist()
     model = sparse_model(family, target)
@@ -576,12 +623,16 @@ def test_device_map_over_two_gpus(family, tmp_path):
 def in_continuous_batches(model, prompts, batch_tokens, new, **options):
     """Greedy generation over Transformers' paged cache, with at most so many tokens in a step."""
     paging = transformers.ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=batch_tokens, **options)
-    results = model.generate_batch(
-        prompts,
-        generation_config=GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=-1, pad_token_id=0),
-        continuous_batching_config=paging,
-        progress_bar=False,
-    )
+    gc.freeze()  # it collects garbage twice, which would take longer than all else
+    try:
+        results = model.generate_batch(
+            prompts,
+            generation_config=GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=-1, pad_token_id=0),
+            continuous_batching_config=paging,
+            progress_bar=False,
+        )
+    finally:
+        gc.unfreeze()
     assert [result.error for result in results.values()] == [None] * len(prompts)
     return [result.generated_tokens for result in results.values()]
 
@@ -591,11 +642,18 @@ needs_paging = pytest.mark.skipif(
 )
 
 
+# Falcon's calls are intercepted. Transformers' paged cache takes latent attention's values to be as large as its keys,
+# and nemotron does not pass it on to its layers; both fail dense as well.
+PAGED = [family for family in CAUSAL if family not in ("falcon", "deepseek_v3", "nemotron")]
+
+
 @needs_paging
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize("family", PAGED)
 def test_continuous_batching(family, target):
     """Prompts whole, and in pieces beside steps of others, generate what each does alone; sliding caches drop keys."""
-    model, new = sparse_model(family, target), 6
+    # Transformers' paged cache reads the number of heads in the config, which these two families make no use of.
+    overrides = {"num_key_value_heads": 4} if family in ("gpt_neox", "opt") else {}
+    model, new = sparse_model(family, target, **overrides), 6
     prompts = [tokens(target, 1, length, seed=length)[0].tolist() for length in (37, 5, 22, 1, 50)]
     wanted = []
     for prompt in prompts:
@@ -603,13 +661,13 @@ def test_continuous_batching(family, target):
         options = {"max_new_tokens": new, "min_new_tokens": new, "attention_mask": torch.ones_like(ids), **GENERATION}
         wanted.append(model.generate(ids, **options)[0, ids.shape[1] :].tolist())
     # PyTorch's grouped products of experts read on the host in FP32, which no CUDA graph can.
-    whole = {"use_cuda_graph": False} if family == "gpt_oss" else {}
+    whole = {"use_cuda_graph": False} if family in ("gpt_oss", "qwen3_moe", "mixtral") else {}
     with mtsa.continuous_batching(model) as inside:
         assert inside is model
         assert in_continuous_batches(model, prompts, 256, new, **whole) == wanted
         with mtsa.collect_statistics(model) as statistics:
             assert in_continuous_batches(model, prompts, 20, new, use_cuda_graph=False) == wanted
-    assert all(layer.sparsity > 0.1 for layer in statistics.layers.values())
+    assert all(layer.sparsity > 0.1 for name, layer in statistics.layers.items() if "visual" not in name)
     ids = torch.tensor([prompts[0]], device=target[1])
     assert model.generate(ids, **options | {"attention_mask": None})[0, ids.shape[1] :].tolist() == wanted[0]
 
@@ -623,6 +681,15 @@ def test_continuous_batching_of_a_dense_layer_and_of_a_disabled_model(target):
     mtsa.sparsify(model, {"sparse_cfg": {"*.0.*": config_for(target[0])["sparse_cfg"]["*"]}})
     with mtsa.continuous_batching(model), mtsa.disabled(model):
         assert in_continuous_batches(model, prompts, 64, 4) == wanted
+
+
+@needs_paging
+def test_a_refusal_in_continuous_batching_is_in_the_result(target):
+    """Of a model that keeps the paged cache from its layers."""
+    paging = transformers.ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64, use_cuda_graph=False)
+    with mtsa.continuous_batching(sparse_model("nemotron", target)) as model:
+        results = model.generate_batch([[5, 6, 7]], continuous_batching_config=paging, progress_bar=False)
+    assert "its layers must pass on" in next(iter(results.values())).error
 
 
 @needs_paging
@@ -730,8 +797,6 @@ def test_masks_of_ones_own_are_refused(target):
         mtsa.UnsupportedError, match=r"model.layers.0.self_attn .*: an attention mask with 4 dimensions"
     ):
         logits(model, ids, attention_mask=torch.ones(2, 1, LENGTH, LENGTH, dtype=torch.bool, device=ids.device))
-    with pytest.raises(mtsa.UnsupportedError, match="output_attentions is not supported; unsparsify the model and"):
-        logits(model, ids, output_attentions=True)
     with pytest.raises(mtsa.UnsupportedError, match="attention_mask: 10 columns are not enough; 37 tokens"):
         logits(model, ids, attention_mask=torch.ones_like(ids[:, :10]))
     encoder = sparse_model("bert", target)

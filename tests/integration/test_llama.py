@@ -188,8 +188,24 @@ def test_gradients_reach_the_parameters(sparse, ids):
     assert all(torch.isfinite(parameter.grad).all() for parameter in sparse.parameters())
 
 
-def test_compiles_without_graph_breaks(sparse, ids):
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # the method is about to be renamed
+@pytest.mark.parametrize(
+    "checkpointed",
+    [
+        False,
+        pytest.param(
+            True,
+            marks=pytest.mark.skipif(
+                tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13),
+                reason="before PyTorch 2.13, no attribute may change in a checkpointed graph, not even back",
+            ),
+        ),
+    ],
+)
+def test_compiles_without_graph_breaks(sparse, ids, checkpointed):
     """To PyTorch's compiler each layer's attention is one operator, forward and backward."""
+    if checkpointed:
+        sparse.train().gradient_checkpointing_enable({"use_reentrant": False})
     compiled = torch.compile(sparse, fullgraph=True, backend="aot_eager")
     inputs = {name: x for name, x in padded(ids, (LENGTH, 21), "left").items() if name != "position_ids"}
     result = compiled(**inputs, labels=ids, use_cache=False)
@@ -534,5 +550,8 @@ def test_attention_dropout_in_training_is_refused(ids):
     model = mtsa.sparsify(tiny(attention_dropout=0.1), CONFIG)
     logits(model, ids)
     model.train()
-    with pytest.raises(mtsa.UnsupportedError, match=r"attention dropout \(0.1\) is not supported"):
+    with pytest.raises(
+        mtsa.UnsupportedError,
+        match=rf"{LAYERS[0]} \(SparseLlamaAttention\): attention dropout \(0.1\) is not supported",
+    ):
         model(ids)

@@ -293,6 +293,43 @@ def test_fsdp2(backend, device, tmp_path):
         assert error(updates(found, before), wanted) < ROUNDING
 
 
+def test_an_attention_module_that_is_sharded_by_itself(tmp_path):
+    """Class swaps are undone in reverse order, or not at all."""
+    method = f"file://{tmp_path}/rendezvous"
+    distributed.init_process_group("gloo", init_method=method, rank=0, world_size=1)
+    try:
+        mesh = distributed.device_mesh.init_device_mesh("cpu", (1,))
+        model, ids = FAMILIES["llama"].make(), tokens()
+        with torch.no_grad():
+            dense, sparse = model(ids).logits, mtsa.sparsify(copy.deepcopy(model), config_for("torch"))(ids).logits
+        for sparsify_first in (True, False):
+            made = copy.deepcopy(model)
+            attention = made.model.layers[1].self_attn
+            if sparsify_first:
+                mtsa.sparsify(made, config_for("torch"))
+            fully_shard(attention, mesh=mesh)
+            if not sparsify_first:
+                mtsa.sparsify(made, config_for("torch"))
+            classes = [type(module) for module in made.modules()]
+            with torch.no_grad():
+                torch.testing.assert_close(made(ids).logits, sparse, rtol=0, atol=0)
+            if not sparsify_first:
+                mtsa.unsparsify(made)
+                assert type(attention).__name__ == "FSDPLlamaAttention"
+                with torch.no_grad():
+                    torch.testing.assert_close(made(ids).logits, dense, rtol=0, atol=0)
+                continue
+            assert [row.class_name for row in mtsa.summary(made)] == ["LlamaAttention"] * 2
+            message = r"layers.1.self_attn \(LlamaAttention\): its sparsity .* it a FSDPSparseLlamaAttention; undo"
+            for call in (mtsa.unsparsify, lambda x: mtsa.sparsify(x, config_for("torch"))):
+                with pytest.raises(mtsa.UnsupportedError, match=message):
+                    call(made)
+                assert [type(module) for module in made.modules()] == classes
+                assert made.config._attn_implementation == "modelopt_lite"
+    finally:
+        distributed.destroy_process_group()
+
+
 # --- examples/finetune.py --------------------------------------------------------------------------------------------
 
 
@@ -420,6 +457,7 @@ def figures(model, dense, windows):
         ),
         ({"checkpoint_steps": 6}, "c.yaml: checkpoint_steps: 6 is not allowed; must divide steps = 20"),
         ({"variants": {"1:4": config_for("torch"), "1-4": config_for("torch")}}, "c.yaml: variants: "),
+        ({"variants": {"": config_for("torch")}}, "c.yaml: variants..[key]: '' is not allowed; "),
         ({"learning_rate": "1e-3"}, "c.yaml: learning_rate: '1e-3' is not allowed; must be a valid number"),
     ],
 )
@@ -445,6 +483,80 @@ def test_finetune_does_not_mix_runs(finetune, settings, tmp_path):
     other = run.model_copy(update={"steps": 8, "seed": 1})
     with pytest.raises(mtsa.ConfigError, match=r"output_dir: .*whole' .*; holds a run with another steps, seed"):
         finetune.run(other)
+
+
+def test_finetune_does_not_go_on_with_other_texts(finetune, settings, monkeypatch):
+    config = finetune.FinetuneConfig.model_validate(settings)
+    monkeypatch.setattr(finetune, "finetune", interrupt)
+    for _ in range(2):  # the same texts are taken again
+        with pytest.raises(KeyboardInterrupt):
+            finetune.run(config)
+    text = Path(settings["texts"]) / "text-0.txt"
+    text.write_text(text.read_text().replace("fox", "cat"))
+    with pytest.raises(
+        mtsa.ConfigError, match=r"texts: .* must hold the documents that the run in .*whole' began with"
+    ):
+        finetune.run(config)
+
+
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:mtime may not be reliable")
+@pytest.mark.parametrize("lora_rank", [None, 2])
+def test_finetune_interrupted_after_its_last_step(finetune, settings, lora_rank, monkeypatch):
+    """Neither the steps nor the measurements are repeated, and a file half written counts as none."""
+    settings |= {"steps": 2, "checkpoint_steps": 2, "lora_rank": lora_rank}
+    config = finetune.FinetuneConfig.model_validate(settings)
+    write_text = Path.write_text
+
+    def interrupted(path, text, **kwargs):
+        if path.name.startswith("result.json"):
+            write_text(path, text[:40], **kwargs)
+            raise KeyboardInterrupt
+        return write_text(path, text, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            finetune.run(config)
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune.SparseTrainer, "train", interrupt)
+        finetune.run(config)
+    curve = json.loads((config.output_dir / "results.json").read_text())["results"]["1:4"]["measurements"]
+    assert [row["step"] for row in curve] == [0, 2]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_finetune_ignores_a_checkpoint_half_written(finetune, tmp_path):
+    for step, text in ((5, '{"global_step": 5}'), (10, '{"global_step": 10, "log_hist'), (15, "")):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(text)
+    (tmp_path / "checkpoint-20").mkdir()
+    assert finetune.last_step(tmp_path) == 5
+    assert finetune.last_step(tmp_path / "checkpoint-5") == 0
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_finetune_names_the_variant_that_a_layer_refuses(finetune, settings):
+    file = Path(settings["model"]) / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"attention_dropout": 0.1}))
+    config = finetune.FinetuneConfig.model_validate(settings)
+    with pytest.raises(mtsa.UnsupportedError, match=r"^variants\.1:4: model\.layers\.0\.self_attn .*dropout"):
+        finetune.run(config)
+
+
+@pytest.mark.parametrize("what", ["GPUs", "processes"])
+def test_finetune_runs_on_one_gpu_in_one_process(finetune, settings, what, tmp_path, monkeypatch):
+    (tmp_path / "c.yaml").write_text(json.dumps(settings))
+    if what == "GPUs":
+        monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    else:
+        monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match=f"^error: 2 {what} are not supported; "):
+        finetune.main(tmp_path / "c.yaml")
+    assert not Path(settings["output_dir"]).exists()
 
 
 def test_finetune_holds_out_what_no_other_document_repeats(finetune):

@@ -1,13 +1,13 @@
 """Random attention problems, and what to hold kernels against."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from modelopt_lite.kernels.problem import AttentionProblem
 from modelopt_lite.kernels.reference import kept_scores
@@ -183,6 +183,19 @@ def packed_problem(
     scale = 2.0 ** -math.ceil(math.log2(dims[0]) / 2)
     problem = AttentionProblem(*packing_q, *packing_k, is_causal, scale, sliding_window, softcap, plan)
     return q, k, v, extra, problem
+
+
+def smallest_gap(q, k, n, m, problem):
+    """Return by how much the last of the N best visible scores of a group beats the next one, where that is least."""
+    gaps = []
+    for rows, keys, first_q, first_k in problem.sequences():
+        assert rows.stop - rows.start > 1, "a single query is dense"
+        dense = replace(problem, plan=DENSE)
+        scores = kept_scores(q[rows].detach().double(), k[keys].detach().double(), dense, first_q, first_k)
+        groups = pad(scores, (first_k % m, -(first_k + scores.shape[-1]) % m), value=-torch.inf).unflatten(-1, (-1, m))
+        best = groups.sort(-1, descending=True).values
+        gaps.append((best[..., n - 1] - best[..., n])[best[..., n] > -torch.inf])
+    return torch.cat(gaps).min()
 
 
 def pytorch_attention(q, k, v, s_aux, problem):

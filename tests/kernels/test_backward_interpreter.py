@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from cases import cases, gradients
+from cases import cases, gradients, smallest_gap
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_forward_interpreter import HOOKS, n_of_m, sequences
@@ -216,3 +216,41 @@ def test_a_rule_that_keeps_nothing(sinks, window):
     plan = SinkWindow(num_sink_tokens=sinks, dense_window_size=window).plan()
     tensors, problem = sequences([(45, 60), (70, 70)], plan=plan)
     check(*tensors, None, problem, POINTERS)
+
+
+def test_directional_derivative():
+    """The forward kernel's differences along random directions, so far from ties that no step changes a selection."""
+    step, n, m = 2**-9, 2, 4
+    for seed in range(50):
+        tensors, problem = sequences([(9, 13)], seed=seed, plan=n_of_m(n, m))
+        q, k, v = (x.nan_to_num() for x in tensors)
+        generator = torch.Generator().manual_seed(seed)
+        directions = [torch.randn(x.shape, generator=generator) for x in (q, k, v)]
+        # Scores are products of q + t dq and k + t dk; how far do they move at most until t = 2 step?
+        (dq, dk), t = directions[:2], 2 * step
+        linear, square = (
+            torch.einsum("qhd,kgd->hqk", *x) for x in ((torch.cat([q, dq], 2), torch.cat([dk, k], 2)), (dq, dk))
+        )
+        moved = problem.softmax_scale * (t * linear.abs().max() + t * t * square.abs().max())
+        if smallest_gap(q, k, n, m, problem) > 2 * moved:
+            break
+    else:
+        pytest.fail("no problem is far enough from ties")
+    grad = output_gradient(q, v)
+    p = problem
+    packing = (p.starts_q, p.lengths_q, p.max_q, p.starts_k, p.lengths_k, p.max_k)
+    options = {"is_causal": True, "softmax_scale": p.softmax_scale, "sliding_window": None, "softcap": None}
+
+    def value(t):
+        moved = [x + t * d for x, d in zip((q, k, v), directions, strict=True)]
+        out, _ = launch.forward(*moved, *packing, **options, s_aux=None, plan=p.plan, settings=FORWARD)
+        return (out.double() * grad).sum().item()
+
+    near, far = ((value(t) - value(-t)) / (2 * t) for t in (step, 2 * step))
+    difference = (4 * near - far) / 3  # without the error of second order
+    found = run(grad, q, k, v, None, problem, POINTERS, FORWARD)[:3]
+    derivative = sum((x.double() * d).sum().item() for x, d in zip(found, directions, strict=True))
+    # An output is off by the roundings of 16 products and 13 weights and some more, independently of the others.
+    tolerance = 40 * 2**-24 * grad.norm().item() / step
+    assert tolerance < 0.01 * abs(derivative)
+    assert abs(difference - derivative) < tolerance

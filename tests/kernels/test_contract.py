@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 from brute_force import attention_brute_force
-from cases import SCALE, Case, cases
+from cases import SCALE, Case, cases, packed_problem, smallest_gap
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -85,18 +85,60 @@ def test_gradients_equal_oracle(case):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
 
 
-def test_gradcheck():
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(11, heads, 4, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
-    s_aux = torch.randn(4, dtype=torch.float64, requires_grad=True)
-    starts, lengths = torch.tensor([0, 5]), torch.tensor([5, 6])
+GRADCHECK_EPS = 1e-6
+PREFILL, CHUNK = (9, 9), (4, 12)  # queries and keys
 
-    def function(q, k, v, s_aux):
-        return attention(
-            q, k, v, starts, lengths, 6, sparsity_n=2, dense_window_size=2, num_sink_tokens=1, softcap=3.0, s_aux=s_aux
-        )
 
-    assert torch.autograd.gradcheck(function, (q, k, v, s_aux))
+@pytest.mark.parametrize(
+    ("n", "m", "sinks", "window", "lengths", "options"),
+    [
+        pytest.param(2, 4, 0, 0, PREFILL, {}, id="2:4"),
+        pytest.param(4, 8, 0, 0, PREFILL, {}, id="4:8"),
+        pytest.param(1, 4, 2, 3, PREFILL, {}, id="sinks and window"),
+        pytest.param(2, 4, 0, 0, CHUNK, {}, id="more keys than queries"),
+        pytest.param(2, 4, 0, 0, CHUNK, {"sliding_window": 6}, id="sliding window"),
+        pytest.param(2, 4, 0, 0, CHUNK, {"is_causal": False}, id="not causal"),
+        pytest.param(2, 4, 0, 0, PREFILL, {"dims": (4, 3)}, id="MLA"),
+        pytest.param(2, 4, 0, 0, PREFILL, {"softcap": 1.5}, id="softcap"),
+        pytest.param(2, 4, 0, 0, PREFILL, {"s_aux": True}, id="s_aux"),
+        pytest.param(3, 8, 1, 2, CHUNK, {"sliding_window": 11, "softcap": 2.0, "s_aux": True}, id="together"),
+    ],
+)
+def test_gradcheck(n, m, sinks, window, lengths, options, monkeypatch):
+    """Finite differences, so far from ties that no step changes a selection."""
+    monkeypatch.setattr(blocked, "QUERY_BLOCK", 4)
+    monkeypatch.setattr(blocked, "TILE_SCORES", 64)
+    options = {"plan": top_n_plan(n, m, sinks, window), "dims": (3, 3), **options}
+    *inputs, problem = packed_problem([lengths], (2, 1), dtype=torch.float64, device="cpu", exact=False, **options)
+    q, k, v, s_aux = (None if x is None else x.double().nan_to_num() for x in inputs)
+    # A step of one element moves a score by at most the element that it is multiplied with.
+    step = GRADCHECK_EPS * problem.softmax_scale * max(q.abs().max(), k.abs().max())
+    assert smallest_gap(q, k, n, m, problem) > 100 * step
+    p = problem
+    packing = (p.starts_q, p.lengths_q, p.max_q, p.is_causal, p.softmax_scale, p.starts_k, p.lengths_k, p.max_k)
+
+    def function(q, k, v, s_aux=None):
+        more = {"sliding_window": p.sliding_window, "softcap": p.softcap, "s_aux": s_aux}
+        return attention(q, k, v, *packing, plan=p.plan, backend="torch", **more)
+
+    inputs = [x.requires_grad_() for x in (q, k, v, s_aux) if x is not None]
+    assert torch.autograd.gradcheck(function, inputs, eps=GRADCHECK_EPS)
+
+
+def test_what_is_saved_for_the_backward_pass_grows_with_the_length_alone():
+    def saved(length):
+        tensors = []
+        q, k, v = (torch.randn(length, heads, 8, requires_grad=True) for heads in (4, 2, 2))
+        starts, lengths = torch.tensor([0]), torch.tensor([length])
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: tensors.append(x) or x, lambda x: x):
+            output = attention(q, k, v, starts, lengths, length, sparsity_n=2, s_aux=torch.randn(4, requires_grad=True))
+        assert output.requires_grad
+        # Views count with all that they keep alive.
+        return sum(x.untyped_storage().nbytes() // x.element_size() for x in tensors)
+
+    of_a_token = 4 * 8 + 4 + 4 * 8 + 2 * 8 + 2 * 8  # output, logarithms, q, k, v
+    for length in (64, 640):
+        assert length * of_a_token <= saved(length) <= length * of_a_token + 16
 
 
 def test_operator_is_well_formed():
