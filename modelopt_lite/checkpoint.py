@@ -19,8 +19,9 @@ def from_pretrained(path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedMo
     ``config.json``, under ``sparse_attention_config``. Transformers' own ``from_pretrained`` loads the same folder
     dense. Only safetensors weights are read.
 
-    The model's class is the one that was saved, as ``architectures`` in ``config.json`` names it. If Transformers has
-    none of that name, or with ``trust_remote_code=True``, ``AutoModelForCausalLM`` chooses it.
+    The model's class is the one that was saved, as ``architectures`` in ``config.json`` names it. Where that names
+    nothing, or the model brings code of its own and ``trust_remote_code=True`` is passed, ``AutoModelForCausalLM``
+    chooses.
 
     Args:
         path: a folder, or a name that Transformers knows.
@@ -30,8 +31,8 @@ def from_pretrained(path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedMo
         The sparse model.
 
     Raises:
-        ConfigError: if the saved config holds no sparsity configuration, or one of another version, or if the class
-            that was saved is not the one that ``AutoModelForCausalLM`` chooses.
+        ConfigError: if the saved config holds no sparsity configuration, or one of another version, or names a class
+            that is no model of Transformers.
         UnsupportedError: if the model has a layer that is not supported.
     """
     config, _ = PreTrainedConfig.get_config_dict(path, **kwargs)
@@ -42,11 +43,13 @@ def from_pretrained(path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedMo
         version = saved.get("version") if isinstance(saved, dict) else saved
         raise ConfigError(f"{path}: {CONFIG_ATTRIBUTE}.version: {version!r} is not allowed; {CONFIG_VERSION}")
     names = config.get("architectures") or []
-    cls = getattr(transformers, names[0], None) if names and not kwargs.get("trust_remote_code") else None
-    model = (cls or AutoModelForCausalLM).from_pretrained(path, **{**kwargs, "use_safetensors": True})
-    if cls is None and names and type(model).__name__ != names[0]:
-        raise ConfigError(
-            f"{path}: architectures: {names[0]!r} is not what AutoModelForCausalLM loads, {type(model).__name__}; load "
-            "the model with its own class and call sparsify"
-        )
+    loader: Any = AutoModelForCausalLM
+    if names and not (kwargs.get("trust_remote_code") and "auto_map" in config):
+        loader = getattr(transformers, names[0], None)
+        if not (isinstance(loader, type) and issubclass(loader, PreTrainedModel)):
+            raise ConfigError(
+                f"{path}: architectures: {names[0]!r} is not allowed; must be a model of Transformers, unless it "
+                "brings code of its own and trust_remote_code=True is passed"
+            )
+    model: PreTrainedModel = loader.from_pretrained(path, **{**kwargs, "use_safetensors": True})
     return sparsify(model, {"sparse_cfg": dict(saved["sparse_cfg"])})

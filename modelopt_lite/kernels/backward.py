@@ -24,6 +24,7 @@ from .tiles import (
     join_groups,
     key_spans,
     load_tile,
+    place,
     scale_scores,
     select_scores,
     weigh,
@@ -260,19 +261,11 @@ def gradient_of_queries(
     rows = start_q + query_rows
     shift = tl.load(shift_ptr + head * total + rows)
     delta = tl.load(delta_ptr + head * total + rows)
-    first_query = length - query_length
-    if OPTIONS.placed:
-        # As if the keys before the first were there, as in the forward.
-        first_query = tl.load(firsts_q + sequence).to(tl.int32)
-        first_key = tl.load(firsts_k + sequence).to(tl.int32)
-        length += first_key
-        start_k -= first_key
+    first_query, first_key, length, start_k, num_sinks, window = place(
+        firsts_q, firsts_k, sequence, query_length, length, start_k, num_sinks, window, OPTIONS
+    )
     first_position = first_query + row_start
     last_position = first_query + tl.minimum(row_start + BLOCK_M, query_length) - 1
-    if not OPTIONS.sparse_decode:
-        window = tl.where(query_length == 1, length, window)
-        if OPTIONS.placed:
-            num_sinks = tl.where(query_length == 1, length, num_sinks)
     rules = (first_query + query_rows, length, num_sinks, window, sliding_window)
 
     # [BLOCK_M, BLOCK_D], [BLOCK_M, BLOCK_DV]
@@ -524,24 +517,16 @@ def gradient_of_keys(
     sequence = (wave * heads_per_wave + program % heads_in_wave) // kv_heads
     kv_head = (wave * heads_per_wave + program % heads_in_wave) % kv_heads
     length = tl.load(lengths_k + sequence).to(tl.int32)
-    first_key = 0
-    if OPTIONS.placed:
-        # As if the keys before the first were there, as in the forward; groups count from the sequence's first token.
-        first_key = tl.load(firsts_k + sequence).to(tl.int32)
-        first += first_key // GROUP * GROUP
-        length += first_key
-    if first >= length:
-        return
     query_length = tl.load(lengths_q + sequence).to(tl.int32)
     start_q = tl.load(starts_q + sequence).to(tl.int64)
-    start_k = tl.load(starts_k + sequence).to(tl.int64) - first_key
-    first_query = length - query_length
+    start_k = tl.load(starts_k + sequence).to(tl.int64)
+    first_query, first_key, length, start_k, num_sinks, window = place(
+        firsts_q, firsts_k, sequence, query_length, length, start_k, num_sinks, window, OPTIONS
+    )
     if OPTIONS.placed:
-        first_query = tl.load(firsts_q + sequence).to(tl.int32)
-    if not OPTIONS.sparse_decode:
-        window = tl.where(query_length == 1, length, window)
-        if OPTIONS.placed:
-            num_sinks = tl.where(query_length == 1, length, num_sinks)
+        first += first_key // GROUP * GROUP
+    if first >= length:
+        return
     rules = (None, length, num_sinks, window, sliding_window)
 
     # [BLOCK_N, BLOCK_D], [BLOCK_N, BLOCK_DV], deinterleaved; zero before the first key and past the end

@@ -26,6 +26,7 @@ from .tiles import (
     key_spans,
     load_tile,
     maximum_of,
+    place,
     scale_scores,
     select_scores,
     weigh,
@@ -268,20 +269,12 @@ def attention_forward(
     # [BLOCK_M]; rows past the end repeat the last one and are not stored.
     offsets_m = row_start + tl.arange(0, BLOCK_M)
     query_rows = tl.minimum(offsets_m, query_length - 1)
-    first_query = length - query_length
-    if OPTIONS.placed:
-        # As if the keys before the first were there: then all else counts from the sequence's first token.
-        first_query = tl.load(firsts_q + sequence).to(tl.int32)
-        first_key = tl.load(firsts_k + sequence).to(tl.int32)
-        length += first_key
-        start_k -= first_key
+    first_query, first_key, length, start_k, num_sinks, window = place(
+        firsts_q, firsts_k, sequence, query_length, length, start_k, num_sinks, window, OPTIONS
+    )
     positions = first_query + query_rows
     first_position = first_query + row_start
     last_position = first_query + tl.minimum(row_start + BLOCK_M, query_length) - 1
-    if not OPTIONS.sparse_decode:
-        window = tl.where(query_length == 1, length, window)
-        if OPTIONS.placed:  # the query may be anywhere
-            num_sinks = tl.where(query_length == 1, length, num_sinks)
 
     # [BLOCK_M, BLOCK_D]
     offsets_d = tl.arange(0, BLOCK_D)

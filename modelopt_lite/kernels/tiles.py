@@ -247,6 +247,29 @@ def select_scores(
 
 
 @triton.jit
+def place(firsts_q, firsts_k, sequence, query_length, length, start_k, num_sinks, window, OPTIONS: tl.constexpr):
+    """Find a sequence's positions, and what decode keeps of it: all, unless ``OPTIONS.sparse_decode``.
+
+    Returns:
+        ``(first_query, first_key, length, start_k, num_sinks, window)``: positions of the first query and the first
+        key; the length and the first row of the keys, as if those before the first were there, so that all else counts
+        from the sequence's first token; and the keys that are always kept, from the start and up to the query.
+    """
+    first_query = length - query_length
+    first_key = length * 0
+    if OPTIONS.placed:
+        first_query = tl.load(firsts_q + sequence).to(tl.int32)
+        first_key = tl.load(firsts_k + sequence).to(tl.int32)
+        length += first_key
+        start_k -= first_key
+    if not OPTIONS.sparse_decode:
+        window = tl.where(query_length == 1, length, window)
+        if OPTIONS.placed:  # the query may be anywhere
+            num_sinks = tl.where(query_length == 1, length, num_sinks)
+    return first_query, first_key, length, start_k, num_sinks, window
+
+
+@triton.jit
 def key_spans(first_position, last_position, rules, SPARSE: tl.constexpr, OPTIONS: tl.constexpr):
     """Sort the keys of one program into phases; every bound is a multiple of ``BLOCK_N``, or the end of the keys.
 
