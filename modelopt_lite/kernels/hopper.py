@@ -43,7 +43,7 @@ PIECE = tl.constexpr(16)
 """Rows that are cleared at a time."""
 IN_TURN = tl.constexpr(4)
 """Groups of more keys take so long to select from, and a head_dim of 64 so short to multiply, that waiting for other
-warpgroups does not pay."""
+warpgroups does not pay. Not to select where nothing is to be selected pays with them only."""
 
 # A store that never happens, as sums are not negative: without it, the assembler lets the wait for the product of
 # weights and values come before the softmax that is to run beside it.
@@ -486,10 +486,20 @@ def attend_item(
     scores = warpgroup_mma_wait(0, deps=[scores])
     mbarrier.arrive(freed.index(stage), count=1)
     step += 1
-    weights, _, running_max, partial_sum, _ = soften(
-        scores, first, positions, running_max, partial_sum, rules, numbers, hook_args,
-        SCORE_HOOK, OPTIONS, True, False,
-    )  # fmt: skip
+    selecting = True
+    if SCORE_HOOK is not None and OPTIONS.causal and OPTIONS.group > IN_TURN:
+        # Nothing is to be selected where the first key is still in the window of the last query.
+        selecting = first <= length - query_length + gl.minimum(row_start + ROWS, query_length) - 1 - window
+    if selecting:
+        weights, _, running_max, partial_sum, _ = soften(
+            scores, first, positions, running_max, partial_sum, rules, numbers, hook_args,
+            SCORE_HOOK, OPTIONS, True, False,
+        )  # fmt: skip
+    else:
+        weights, _, running_max, partial_sum, _ = soften(
+            scores, first, positions, running_max, partial_sum, rules, numbers, hook_args,
+            None, OPTIONS, True, False,
+        )  # fmt: skip
     if first + OPTIONS.block_n > length:
         stage = step % STAGES
         mbarrier.wait(loaded.index(stage), step // STAGES & 1)
