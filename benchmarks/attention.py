@@ -2,9 +2,10 @@
 
 All kernels of one problem run in this process and take turns, after heating; each counts by the median of its CUDA
 events, short forward passes in CUDA graphs. TFLOP/s count the work of dense attention, also for sparse kernels; forward
-and backward together count as 3.5 times the forward. Prints a table and writes JSON.
+and backward together count as 3.5 times the forward. Prints a table and writes JSON, where problems that were measured
+before, on the same device with the same versions, stay unless they are measured again.
 
-    python benchmarks/attention.py                                              # everything, about half an hour
+    python benchmarks/attention.py                                              # everything forward, about half an hour
     python benchmarks/attention.py --seq-lens 16384 --head-dims 128 --heads 32/8 --causal yes --names dense 2:4
     python benchmarks/attention.py --passes forward_backward --seq-lens 8192 --head-dims 128 --names dense 2:4
     python benchmarks/attention.py --show benchmarks/results/attention-nvidia-h200.json    # the table in the docs
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import functools
+import importlib.metadata
 import itertools
 import json
 import platform
@@ -50,6 +52,7 @@ NAMES = ["dense", "1:4", "2:4", "3:4", "2:8", "4:8", "8:16"]
 PEERS = ["cudnn", "fa2", "fa3", "flex"]
 PASSES = {"forward": 1.0, "forward_backward": 3.5}
 """What is measured, and its work in units of the forward's: two matrix products against seven."""
+PROBLEM = ("pass", "head_dim", "query_heads", "kv_heads", "causal", "dtype", "batch", "seq_len")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 BURST_MS = 60
 """How long a kernel runs at a time."""
@@ -232,6 +235,7 @@ def measure_problem(
             "head_dim": head_dim,
             "dtype": dtype,
             "causal": causal,
+            "date": datetime.date.today().isoformat(),
             "ms": round(ms, 4),
             "peak_mib": peaks[kernel, name],
             "tflops": round(flop / ms / 1e9, 1),
@@ -239,6 +243,16 @@ def measure_problem(
         }
         for (kernel, name), ms in times.items()
     ]
+
+
+def problem_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    """Return what a row and those of other kernels have in common."""
+    return tuple(row[name] for name in PROBLEM)
+
+
+def place_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    """Return what rows are sorted by: larger dimensions, grouped queries and causal attention first."""
+    return row["pass"], -row["head_dim"], row["kv_heads"], not row["causal"], row["dtype"], row["seq_len"], row["batch"]
 
 
 def speed(row: dict[str, Any], _: dict[Any, dict[str, Any]]) -> str:
@@ -254,11 +268,10 @@ def memory(row: dict[str, Any], found: dict[Any, dict[str, Any]]) -> str:
 
 def table(rows: list[dict[str, Any]], cell: Callable[..., str] = speed) -> str:
     """Return rows as a Markdown table: a problem a line, what ``cell`` says of each kernel."""
-    problem = ("pass", "head_dim", "query_heads", "kv_heads", "causal", "dtype", "batch", "seq_len")
     columns = list(dict.fromkeys((row["kernel"], row["name"]) for row in rows))
     lines = ["| pass | D | heads | causal | type | batch | S | " + " | ".join(map(" ".join, columns)) + " |"]
     lines.append("|" + "---|" * (7 + len(columns)))
-    for key, group in itertools.groupby(rows, key=lambda row: tuple(row[name] for name in problem)):
+    for key, group in itertools.groupby(rows, key=problem_of):
         found = {(row["kernel"], row["name"]): row for row in group}
         which, head_dim, query_heads, kv_heads, causal, dtype, batch, seq_len = key
         cells = [
@@ -308,32 +321,30 @@ def main() -> None:
         arguments.output or Path(__file__).parent / "results" / f"attention-{device.lower().replace(' ', '-')}.json"
     )
     output.parent.mkdir(parents=True, exist_ok=True)
-    rows: list[dict[str, Any]] = []
+    results: dict[str, Any] = {
+        "device": device,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            "fa3-fwd": None if flash_attention_3 is None else importlib.metadata.version("fa3-fwd"),
+        },
+        "date": datetime.date.today().isoformat(),
+    }
+    before = json.loads(output.read_text()) if output.exists() else results
+    same = all(before[name] == results[name] for name in ("device", "versions"))
+    rows: list[dict[str, Any]] = before.get("rows", []) if same else []
     for which, dtype, head_dim, heads, causal, seq_len in itertools.product(
         arguments.passes, arguments.dtypes, arguments.head_dims, arguments.heads, arguments.causal, arguments.seq_lens
     ):
         query_heads, kv_heads = map(int, heads.split("/"))
-        rows += measure_problem(arguments, which, seq_len, head_dim, (query_heads, kv_heads), causal == "yes", dtype)
-        print(table(rows).splitlines()[-1], flush=True)
+        new = measure_problem(arguments, which, seq_len, head_dim, (query_heads, kv_heads), causal == "yes", dtype)
+        print(table(new).splitlines()[-1], flush=True)
+        rows = sorted([row for row in rows if problem_of(row) != problem_of(new[0])] + new, key=place_of)
         # after every problem, so that an interrupted run keeps what it measured
-        output.write_text(
-            json.dumps(
-                {
-                    "device": device,
-                    "versions": {
-                        "python": platform.python_version(),
-                        "torch": torch.__version__,
-                        "triton": triton.__version__,
-                        "cuda": torch.version.cuda,
-                        "cudnn": torch.backends.cudnn.version(),
-                    },
-                    "date": datetime.date.today().isoformat(),
-                    "rows": rows,
-                },
-                indent=1,
-            )
-            + "\n"
-        )
+        output.write_text(json.dumps(results | {"rows": rows}, indent=1) + "\n")
     print(f"\n{table(rows)}")
 
 
