@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the markers
@@ -24,3 +25,13 @@ def compiled(request):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(params=["hopper", "portable"])
+def kernel(request, monkeypatch):
+    """Run each test with either kernel, but once where the Hopper kernel cannot run at all."""
+    dtype = getattr(request.node, "callspec", None) and request.node.callspec.params.get("dtype")
+    if request.param == "hopper" and (dtype == torch.float32 or torch.cuda.get_device_capability() != (9, 0)):
+        pytest.skip("the Hopper kernel cannot run this")
+    monkeypatch.setenv("MODELOPT_LITE_KERNEL", request.param)
+    return request.param

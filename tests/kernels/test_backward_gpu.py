@@ -1,6 +1,7 @@
 """The backward kernels on a GPU: gradients against the oracle's, in every precision, and the same bits every time."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -75,6 +76,7 @@ def check(q, k, v, s_aux, problem):
             assert error <= bound, f"gradient of {name}: {error=} {bound=}"
 
 
+@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize("plan", PLANS, ids=NAMES)
@@ -112,6 +114,7 @@ def test_n_of_m(n, m):
     check(*make(lengths=((500, 500), (129, 300)), heads=(4, 1), plan=top_n_plan(n, m, 3, 40)))
 
 
+@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("sinks", "window"), [(0, 0), (5, 1), (0, 100), (70, 64)])
 @pytest.mark.parametrize("is_causal", [True, False])
@@ -125,6 +128,7 @@ def test_sinks_and_window_alone(sinks, window):
     check(*make(plan=SinkWindow(num_sink_tokens=sinks, dense_window_size=window).plan()))
 
 
+@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("plan", PLANS[:2], ids=NAMES[:2])
 @pytest.mark.parametrize(
@@ -150,10 +154,12 @@ def test_random_scores(dims, dtype):
     check(*make(lengths=((700, 700), (333, 800)), dims=dims, dtype=dtype, exact=False))
 
 
+@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_all_keys_alike(dtype):
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8)])
+def test_all_keys_alike(n, m, dtype):
     """Nothing but ties."""
-    q, k, v, s_aux, problem = make(dtype=dtype, plan=top_n_plan(2, 4, 0, 8))
+    q, k, v, s_aux, problem = make(dtype=dtype, plan=top_n_plan(n, m, 0, 8))
     k[~k.isnan()] = 0.5
     check(q, k, v, s_aux, problem)
 
@@ -179,38 +185,46 @@ def test_queries_and_keys_anywhere(plan, sliding_window, is_causal):
     check(q, k, v, s_aux, dataclasses.replace(problem, first_k=first_k))
 
 
-@pytest.mark.parametrize("forward", ["hopper", "portable"])
-@pytest.mark.parametrize("dtype", DTYPES[:2])
-@pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8), (8, 16)])
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_the_same_keys_as_in_the_forward(head_dim, n, m, dtype, forward, monkeypatch):
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize(
+    ("dims", "n_of_m", "dtype", "options"),
+    [
+        *itertools.product(((64, 64), (128, 128), (256, 256)), ((2, 4), (4, 8), (8, 16)), DTYPES[:2], ({},)),
+        *itertools.product(((128, 128),), ((2, 4), (4, 8)), (torch.float32,), ({},)),
+        *itertools.product(((192, 128),), ((2, 4),), DTYPES, ({},)),
+        *itertools.product(((128, 128),), ((2, 4), (4, 8)), DTYPES, ({"softcap": 2.0}, {"is_causal": False})),
+    ],
+    ids=str,
+)
+def test_the_same_keys_as_in_the_forward(dims, n_of_m, dtype, options):
     """Bit for bit, of scores whose last digits depend on the order of their sums."""
-    monkeypatch.setenv("MODELOPT_LITE_KERNEL", forward)
-    length, width = 1000, head_dim // 2
+    length, width = 1000, dims[1] // 2
     generator = torch.Generator(DEVICE).manual_seed(0)
-    q, k, v, grad = torch.randn(4, length, 1, head_dim, generator=generator, device=DEVICE).to(dtype)
+    q, k = torch.randn(2, length, 1, dims[0], generator=generator, device=DEVICE).to(dtype)
+    v, grad = torch.randn(2, length, 1, dims[1], generator=generator, device=DEVICE).to(dtype)
     # The last columns of keys do not change scores, and tell keys apart in the gradient of queries.
-    q[..., width:] = 0
+    q[..., -width:] = 0
     q, grad = q / 32, grad * 1024  # or else FP16 would round the gradients of some scores to 0
     packing = [torch.tensor([0], device=DEVICE), torch.tensor([length], device=DEVICE), length]
+    options = {"is_causal": True, "plan": top_n_plan(*n_of_m, 0, 0), "softmax_scale": 1.0, **options}
     kept = [torch.zeros(length, length, dtype=torch.bool, device=DEVICE) for _ in range(3)]
     for first in range(0, length, width):
         block = slice(first, min(first + width, length))
         count = block.stop - first
-        one_of_block = torch.zeros(length, 1, head_dim, dtype=dtype, device=DEVICE)
-        one_of_block[block, 0, width : width + count] = torch.eye(count, dtype=dtype, device=DEVICE)
-        marked = torch.cat([k[..., :width], one_of_block[..., width:]], -1)
+        one_of_block = torch.zeros(length, 1, width, dtype=dtype, device=DEVICE)
+        one_of_block[block, 0, :count] = torch.eye(count, dtype=dtype, device=DEVICE)
+        marked = torch.cat([k[..., :-width], one_of_block], -1)
+        marks = torch.cat([torch.zeros_like(v[..., :-width]), one_of_block], -1)
         inputs = [x.clone().requires_grad_() for x in (q, marked, v)]
-        options = {"is_causal": True, "plan": top_n_plan(n, m, 0, 0), "softmax_scale": 1.0, "backend": BACKEND}
-        attention(*inputs, *packing, **options).backward(grad)
-        kept[0][:, block] = inputs[0].grad[:, 0, width : width + count] != 0
-        out = attention(q, marked, one_of_block, *packing, **options)
-        kept[1][:, block] = out[:, 0, width : width + count] > 0
+        attention(*inputs, *packing, **options, backend=BACKEND).backward(grad)
+        kept[0][:, block] = inputs[0].grad[:, 0, -width:][:, :count] != 0
+        out = attention(q, marked, marks, *packing, **options, backend=BACKEND)
+        kept[1][:, block] = out[:, 0, -width:][:, :count] > 0
         values = v.clone().requires_grad_()
-        attention(q, marked, values, *packing, **options).backward(one_of_block)
-        kept[2][block] = values.grad[:, 0, width : width + count].T > 0
-    share = kept[1].sum() / length**2 * 2
-    assert abs(share - n / m) < 0.01
-    # The first query sees one key, whose weight is 1 and whose score has no gradient.
+        attention(q, marked, values, *packing, **options, backend=BACKEND).backward(marks)
+        kept[2][block] = values.grad[:, 0, -width:][:, :count].T > 0
+    share = kept[1].sum() / length**2 * (2 if options["is_causal"] else 1)
+    assert abs(share - n_of_m[0] / n_of_m[1]) < 0.01
+    # The first query of causal attention sees one key, whose weight is 1 and whose score has no gradient.
     assert torch.equal(kept[0][1:], kept[1][1:])
     assert torch.equal(kept[2], kept[1])

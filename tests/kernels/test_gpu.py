@@ -18,7 +18,7 @@ from modelopt_lite.kernels.top_n import top_n_plan
 from modelopt_lite.methods import SinkWindow
 from modelopt_lite.plan import DENSE, AttentionPlan
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("kernel")]
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 N_OF_M = [(n, m) for m in (2, 4, 8, 16) for n in range(1, m)]
@@ -27,16 +27,6 @@ N_OF_M = [(n, m) for m in (2, 4, 8, 16) for n in range(1, m)]
 @jit
 def keep_even_hook(scores, q_pos, k_pos, args):
     return ((tl.zeros_like(scores[0]) == 0.0) & (k_pos[0] % 2 == 0),)
-
-
-@pytest.fixture(autouse=True, params=["hopper", "portable"])
-def kernel(request, monkeypatch):
-    """Run each test with either kernel, but once where the Hopper kernel cannot run at all."""
-    dtype = getattr(request.node, "callspec", None) and request.node.callspec.params.get("dtype")
-    if request.param == "hopper" and (dtype == torch.float32 or torch.cuda.get_device_capability() != (9, 0)):
-        pytest.skip("the Hopper kernel cannot run this")
-    monkeypatch.setenv("MODELOPT_LITE_KERNEL", request.param)
-    return request.param
 
 
 @pytest.fixture(autouse=True)
