@@ -120,6 +120,12 @@ def whole_layout(
     )
 
 
+_DROPPED = (
+    "attention_mask: padding between real tokens is not supported where a sliding-window cache has dropped tokens that "
+    "are still in the window, as the window counts real tokens only"
+)
+
+
 def padded_layout(
     real: Tensor,
     len_q: int,
@@ -142,43 +148,51 @@ def padded_layout(
         dropped: how many of the first slots a cache no longer holds.
 
     Raises:
-        UnsupportedError: if the attention is not causal and a row's real tokens are not in one run.
+        UnsupportedError: if a cache has dropped real tokens that, for padding between them, are still in the sliding
+            window. A traced graph fails when it runs, with a RuntimeError.
     """
     batch = real.shape[0]
     rows = torch.arange(batch, device=real.device)
     real_k = real[:, dropped:]
     slots = real_k.shape[1]
-    left = real.int().argmax(-1)
+    # Keys and queries of self-attention have the same slots.
+    is_self = is_causal or (isinstance(q_offset, int) and q_offset + len_q == real.shape[1])
+    real_q = real.new_ones(batch, len_q)
+    if is_self:
+        real_q = real.index_select(1, torch.arange(len_q, device=real.device) + q_offset)
+    lengths_q = real_q.sum(-1) if is_causal else torch.full_like(rows, len_q)
+    lengths_k = real_k.sum(-1)
+    first_k = real[:, :dropped].sum(-1)
+    has_window = torch.ones_like(rows, dtype=torch.bool)
+    if is_causal and sliding_window is not None:
+        # A cache drops slots, a window counts real tokens.
+        has_window = (first_k == 0) | (lengths_q == 0) | (lengths_k - lengths_q >= sliding_window - 1)
     unpadded = one_run = False
     if not torch.compiler.is_compiling():
         used = torch.arange(real.shape[1], device=real.device) < q_offset + len_q if is_causal else True
         starts = (real[:, 1:] & ~real[:, :-1]).sum(-1) + real[:, 0]
-        unpadded, one_run = torch.stack([(real == used).all(), (starts <= 1).all()]).tolist()
-        if not (one_run or is_causal):
-            raise UnsupportedError(
-                "attention_mask: padding between real tokens is not supported where attention is not causal"
-            )
+        found = torch.stack([(real == used).all(), (starts <= 1).all(), has_window.all()])
+        unpadded, one_run, is_complete = found.tolist()
+        if not is_complete:
+            raise UnsupportedError(_DROPPED)
+    elif dropped:
+        torch._assert_async(has_window.all(), _DROPPED)
     order_q = restore_q = order_k = first_q = None
     starts_q, starts_k = rows * len_q, rows * slots
-    if is_causal:
-        real_q = real.index_select(1, torch.arange(len_q, device=real.device) + q_offset)
-        lengths_q = real_q.sum(-1)
-    else:
-        lengths_q = torch.full_like(rows, len_q)
-        # Keys and queries of self-attention have the same slots.
-        is_self = isinstance(q_offset, int) and q_offset + len_q == real.shape[1]
-        if not unpadded or not is_self:
-            first_q = q_offset - left if is_self else torch.zeros_like(rows) + q_offset
     if one_run:
         starts_k = starts_k + real_k.int().argmax(-1)
         if is_causal:
             starts_q = starts_q + real_q.int().argmax(-1)
     else:
         order_k = _real_first(real_k)
-        if is_causal:
+        if is_self:
             order_q = _real_first(real_q)
             restore_q = order_q.argsort(dim=-1)
-    first_k = real[:, :dropped].sum(-1) if dropped else None
+    if not is_causal and not (unpadded and is_self):
+        first_q = torch.zeros_like(rows) + q_offset
+        if is_self:
+            # Queries at padding are before and behind the real ones, or only behind, where those are moved together.
+            first_q = first_q - real.int().argmax(-1) if one_run else real[:, :q_offset].sum(-1)
     return Layout(
         batch,
         len_q,
@@ -190,10 +204,10 @@ def padded_layout(
         lengths_q,
         len_q,
         starts_k,
-        real_k.sum(-1),
+        lengths_k,
         slots,
         first_q,
-        first_k,
+        first_k if dropped else None,
         order_q,
         restore_q,
         order_k,
@@ -277,7 +291,8 @@ def attend(
         query = query[rows, layout.order_q]
     if layout.order_k is not None:
         key, value = key[rows, layout.order_k], value[rows, layout.order_k]
-    query, key, value = (x.flatten(0, 1) for x in (query, key, value))
+    query = query.flatten(0, 1)
+    key, value, layout = _flatten_keys(key, value, layout)
     plan = DENSE if flags is None else flags.plan
     # Without groups and sinks only distances count, which need not know what a cache has dropped.
     is_dense = plan.is_dense or (layout.max_q == 1 and not plan.sparse_decode)
@@ -311,6 +326,28 @@ def attend(
         raise UnsupportedError(f"{layer_name(module)}: {error}") from None
     output = output.view(layout.batch, layout.len_q, *output.shape[1:])
     return output if layout.restore_q is None else output[rows, layout.restore_q]
+
+
+def _flatten_keys(key: Tensor, value: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Layout]:
+    """Flatten the batch of keys and values ``[batch, slots, heads, dim]``, without a copy of a cache.
+
+    In a cache, all slots of one head lie side by side. Rows that begin a whole number of slots apart are one range of
+    slots all the same, in which other heads' slots lie between those of two rows.
+    """
+    (batch, slots), pitch = key.shape[:2], layout.slots
+    # Gradients would be as large as that range.
+    trained = torch.is_grad_enabled() and (key.requires_grad or value.requires_grad)
+    if batch > 1 and not trained and not torch.compiler.is_compiling():
+        apart = {x.stride(0) / max(x.stride(1), 1) for x in (key, value)}
+        if len(apart) == 1 and min(apart) >= slots and min(apart).is_integer():
+            pitch = int(min(apart))
+    if pitch == slots:
+        return key.flatten(0, 1), value.flatten(0, 1), layout
+    size = (batch - 1) * pitch + slots
+    key, value = (x.as_strided((size, *x.shape[2:]), x.stride()[1:]) for x in (key, value))
+    # An empty sequence may begin behind the last row.
+    row = (layout.starts_k // slots).clamp(max=batch - 1)
+    return key, value, layout._replace(starts_k=layout.starts_k + row * (pitch - slots))
 
 
 def _is_cross_attention(module: nn.Module, layout: Layout) -> bool:
