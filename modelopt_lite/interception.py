@@ -119,7 +119,7 @@ def _layout(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool) ->
     if not usable:
         return None
     if both_ways:
-        return padded_layout(real, len_q, slots - len_q, is_causal=False)
+        return padded_layout(real, len_q, 0, is_causal=False)
     if not (by_slots or by_tokens):
         return None
     # Queries before the first key see nothing.

@@ -5,6 +5,7 @@ The table there is written from what passed, by the process that hears of all te
 
 import os
 import re
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ TARGETS = {
     "torch-cpu": "PyTorch backend on a CPU",
     "triton-cuda": "Triton kernels on a GPU",
 }
+MADE_WITH = re.compile("^Made with .*$", re.MULTILINE)
 
 
 def pytest_xdist_auto_num_workers():
@@ -96,11 +98,9 @@ class ModelsTable:
             gpu_skipped = all(reason == "needs a CUDA GPU" for row in found.values() for _, reason in row.values())
             if complete and not gpu_skipped:
                 new = replace_section(new, name, render(name, found, FAMILIES))
-        if new == text:
-            return
         if config.option.write_models_table:
             TABLE.write_text(new, encoding="utf-8")
-        elif not exitstatus:
+        elif not exitstatus and MADE_WITH.sub("", new) != MADE_WITH.sub("", text):  # other versions may find the same
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
             line = "docs/models.md is not what the tests found; run with --write-models-table"
             config.get_terminal_writer().line(line)
@@ -120,6 +120,8 @@ def render(name, found, families):
     notes = []
     lines = [
         f"## {TARGETS[name]}",
+        "",
+        f"Made with PyTorch {_minor_version('torch')} and Transformers {_minor_version('transformers')}.",
         "",
         f"| family | peculiarity | {' | '.join(items)} |",
         f"|---|---|{'---|' * len(items)}",
@@ -142,6 +144,10 @@ def render(name, found, families):
     refused = [f"- {name}: `{_plain(family.refused)}`" for name, family in families.items() if family.refused]
     lines += ["", *(f"{i}. {note}" for i, note in enumerate(notes, 1)), "", "Refused, with the message:", "", *refused]
     return "\n".join(lines)
+
+
+def _minor_version(package):
+    return ".".join(version(package).split(".")[:2])
 
 
 def _plain(pattern):

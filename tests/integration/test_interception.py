@@ -330,6 +330,14 @@ def test_compiles_without_graph_breaks(x):
 LOWER = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
 REFUSED = {
     "bias": ({"attn_mask": torch.randn(LENGTH, LENGTH, dtype=torch.float64)}, "its attention mask is not supported"),
+    "-10000": (
+        {"attn_mask": torch.zeros(LENGTH, LENGTH, dtype=torch.float64).masked_fill(~LOWER, -1e4)},
+        "its attention mask is not supported; it must be boolean, or 0 and -inf, the same for all heads, and causal or",
+    ),
+    "-10000 at padding": (
+        {"attn_mask": -1e4 * (torch.arange(LENGTH) > 20)[None, None, None].double()},
+        "its attention mask is not supported; it must be boolean, or 0 and -inf",
+    ),
     "per head": ({"attn_mask": torch.rand(1, HEADS, LENGTH, LENGTH) < 0.5}, "its attention mask is not supported"),
     "sliding window": ({"attn_mask": LOWER & ~LOWER.tril(-8)}, "its attention mask is not supported"),
     "holes": ({"attn_mask": (torch.arange(LENGTH) % 5 > 0)[None, None, None]}, "its attention mask is not supported"),
@@ -396,6 +404,50 @@ class Undecided(SelfAttention):
             return found
         query, key, value = self.heads(x)
         return self.out(((query @ key.mT).softmax(-1) @ value).transpose(1, 2).flatten(2))
+
+
+class CrossAttention(SelfAttention):
+    pass
+
+
+def says(attribute):
+    def make():
+        made = SelfAttention()
+        setattr(made, attribute, True)
+        return made
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "make", [CrossAttention, says("is_cross_attention"), says("is_decoder")], ids=["class", "attribute", "decoder"]
+)
+def test_cross_attention_with_as_many_queries_as_keys_has_no_dense_window(x, make, target):
+    """And none but it: with the same weights, self-attention without a window gives the same, with one another."""
+    x = x.to(**place(target))
+
+    def result(make_attention, window, **options):
+        entry = config_for(target)["sparse_cfg"]["*"] | {"dense_window_size": window}
+        made = model(make_attention).to(**place(target))
+        return run(mtsa.sparsify(made, {"sparse_cfg": {"*": entry}}), x, **options)
+
+    without = result(SelfAttention, 0)
+    torch.testing.assert_close(result(make, 3), without, **CLOSE_ON[target[1]])
+    assert (result(SelfAttention, 3) - without).abs().max() > 0.01
+    causal = [result(each, 3, is_causal=True) for each in (make, SelfAttention)]
+    torch.testing.assert_close(*causal, rtol=0, atol=0)
+
+
+def test_a_forward_that_is_called_itself_stays_dense(x):
+    """As the documentation says, and the summary does."""
+    made = mtsa.sparsify(model(), CONFIG)
+    layer, dense = made.blocks[0]["attn"], model().blocks[0]["attn"]
+    with torch.no_grad(), mtsa.collect_statistics(made) as statistics:
+        torch.testing.assert_close(layer.forward(x), dense(x), rtol=0, atol=0)
+        assert statistics.total.rows == 0
+        assert active(made) == [None, None]
+        assert (layer(x) - dense(x)).abs().max() > 0.01
+        assert active(made) == [True, None]
 
 
 @pytest.fixture
@@ -520,11 +572,18 @@ OTHERS = {
 }
 
 
+def on(target, x):
+    """What is on the target, in the type it is tested in if it holds real numbers."""
+    if not isinstance(x, torch.Tensor | nn.Module):
+        return x
+    return x.to(**place(target)) if isinstance(x, nn.Module) or x.is_floating_point() else x.to(target[1])
+
+
 @pytest.mark.parametrize(("make", "attention", "names"), OTHERS.values(), ids=OTHERS.keys())
-def test_other_libraries(make, attention, names):
+def test_other_libraries(make, attention, names, target):
     torch.manual_seed(0)
     made, inputs, options = make()
-    made.eval()
+    made, inputs, options = on(target, made).eval(), on(target, inputs), {k: on(target, x) for k, x in options.items()}
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.mul_(4 if parameter.dim() == 2 else 1)
@@ -537,7 +596,8 @@ def test_other_libraries(make, attention, names):
         return found[0] if isinstance(found, tuple) else found
 
     before = result()
-    mtsa.sparsify(made, CONFIG, attention=attention)
+    close = {"rtol": 0, "atol": {"cpu": 1e-10, "cuda": 1e-5}[target[1]] * before.abs().max().item()}
+    mtsa.sparsify(made, config_for(target), attention=attention)
     with mtsa.collect_statistics(made) as statistics:
         sparse = result()
     rows = mtsa.summary(made, statistics)
@@ -545,20 +605,20 @@ def test_other_libraries(make, attention, names):
     assert all(row.active and 0.1 < row.sparsity < 0.9 for row in rows)
     assert (sparse - before).abs().max() > 0.01
     for row in range(2):
-        torch.testing.assert_close(result(slice(row, row + 1))[0], sparse[row], **CLOSE)
+        torch.testing.assert_close(result(slice(row, row + 1))[0], sparse[row], **close)
     with mtsa.disabled(made):
         torch.testing.assert_close(result(), before, rtol=0, atol=0)
-    mtsa.sparsify(made, {"sparse_cfg": {"*": {**CONFIG["sparse_cfg"]["*"], "sparsity_n": 4}}}, attention=attention)
-    torch.testing.assert_close(result(), before, **CLOSE)
+    mtsa.sparsify(made, config_for(target, n=4), attention=attention)
+    torch.testing.assert_close(result(), before, **close)
     mtsa.unsparsify(made)
     torch.testing.assert_close(result(), before, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("library", ["timm", "diffusers block"])
-def test_other_libraries_against_the_same_weights_here(x, library):
+def test_other_libraries_against_the_same_weights_here(x, library, target):
     make, attention, names = OTHERS[library]
     torch.manual_seed(0)
-    made = mtsa.sparsify(make()[0].eval(), CONFIG, attention=attention)
+    made, x = mtsa.sparsify(on(target, make()[0]).eval(), config_for(target), attention=attention), on(target, x)
     theirs = made.get_submodule(names[0])
     if library == "timm":
         query, key, value, out = *theirs.qkv.weight.chunk(3), theirs.proj
@@ -577,5 +637,5 @@ def test_other_libraries_against_the_same_weights_here(x, library):
             "out.bias": out.bias,
         }
     )
-    ours = mtsa.sparsify(nn.ModuleList([ours]), CONFIG)[0]
-    torch.testing.assert_close(run(theirs, x), run(ours, x), **CLOSE)
+    ours = mtsa.sparsify(nn.ModuleList([on(target, ours)]), config_for(target))[0]
+    torch.testing.assert_close(run(theirs, x), run(ours, x), **CLOSE_ON[target[1]])

@@ -6,11 +6,14 @@ from itertools import pairwise
 
 import pytest
 import torch
+from test_families import CALLS as MASKS
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
     BloomForCausalLM,
+    DogeConfig,
+    DogeForCausalLM,
     FalconConfig,
     FalconForCausalLM,
     GlmMoeDsaConfig,
@@ -217,6 +220,37 @@ def test_compiles_without_graph_breaks(sparse, ids, checkpointed):
     eager.loss.backward()
     for gradient, parameter in zip(found, sparse.parameters(), strict=True):
         torch.testing.assert_close(gradient, parameter.grad, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("cls", "config_cls", "settings"),
+    [(LlamaForCausalLM, LlamaConfig, {}), (MistralForCausalLM, MistralConfig, {"sliding_window": 8})],
+)
+def test_packed_positions_in_a_traced_graph(cls, config_cls, settings, ids, target):
+    """One graph for packed and whole sequences, as nothing says which there are."""
+    model, ids = mtsa.sparsify(tiny(cls, config_cls, **settings), CONFIG).to(target[1]), ids[:1].to(target[1])
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for cuts in ([0, 9, 10, 21, LENGTH], [0, 30, LENGTH], [0, LENGTH]):
+        positions = torch.cat([torch.arange(stop - start) for start, stop in pairwise(cuts)])[None].to(ids.device)
+        found = logits(compiled, ids, position_ids=positions, use_cache=False)
+        alone = torch.cat([logits(model, ids[:, start:stop]) for start, stop in pairwise(cuts)], dim=1)
+        torch.testing.assert_close(found, alone, **CLOSE)
+
+
+@pytest.mark.parametrize("is_padded", [False, True])
+@pytest.mark.parametrize("kind", MASKS)
+def test_other_masks_are_refused_in_a_traced_graph(kind, is_padded):
+    config = LlamaConfig(attn_implementation=ATTENTION_NAME, attention_chunk_size=4 if kind == "chunks" else None)
+    arguments = {"config": config, "past_key_values": None}
+    torch.compiler.reset()
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def make(embeddings, mask):
+        return MASKS[kind]({**arguments, "inputs_embeds": embeddings, "attention_mask": mask})
+
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="neither causal nor bidirectional"):
+        make(torch.zeros(2, 6, 8), torch.ones(2, 6) if is_padded else None)
 
 
 def test_sparsify_again_replaces(sparse, ids):
@@ -459,6 +493,10 @@ UNSUPPORTED = {
         ),
         r"model.layers.0.self_attn \(GlmMoeDsaAttention\): chooses its own keys \(indices\), which is not supported",
     ),
+    "a mask of its own": (
+        lambda: DogeForCausalLM(DogeConfig(**{**SIZES, "num_hidden_layers": 1})),
+        r"model.layers.0.self_attn \(DogeAttention\): makes an attention mask of its own, which is not supported",
+    ),
     "half of its attention": (
         lambda: FalconForCausalLM(
             FalconConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, attn_implementation="eager")
@@ -506,6 +544,13 @@ def test_calls_outside_the_envelope_are_refused_by_layer(sparse, ids):
         sparse(ids, attention_mask=torch.zeros(2, 1, LENGTH, LENGTH))
     with pytest.raises(mtsa.UnsupportedError, match=first + "cu_seq_lens_k is missing or does not match"):
         sparse(ids[:1], cu_seq_lens_q=torch.tensor([0, 20, 37]), use_cache=False)
+    packing, others = torch.tensor([0, 20, 37, 74]), [torch.tensor([0, 18, 37, 74]), torch.tensor([0, 37, 74])]
+    for other in others:
+        with pytest.raises(mtsa.UnsupportedError, match=first + "cu_seq_lens_k is missing or does not match"):
+            sparse(ids.view(1, -1), cu_seq_lens_q=packing, cu_seq_lens_k=other, use_cache=False)
+    mask = padded(ids, (LENGTH, 20), "left")["attention_mask"].view(1, -1)
+    with pytest.raises(mtsa.UnsupportedError, match=first + "cu_seq_lens_q together with padding or a cache is not"):
+        sparse(ids.view(1, -1), attention_mask=mask, cu_seq_lens_q=packing, cu_seq_lens_k=packing, use_cache=False)
     with pytest.raises(mtsa.UnsupportedError, match="attention_mask: 10 columns are not enough; 37 tokens"):
         sparse(ids, attention_mask=torch.ones(2, 10, dtype=torch.int64), past_key_values=None, use_cache=True)
 
