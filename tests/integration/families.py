@@ -24,10 +24,9 @@ SMALL = {
     "bos_token_id": 1,
     "eos_token_id": None,
 }
+UNTIED = {"tie_word_embeddings": False}  # a head with the weights of the embeddings may repeat one token for ever
 ALTERNATING = {"sliding_window": SLIDING_WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
 EXPERTS = {"num_experts_per_tok": 2}
-# What initialises queries and keys, by the names that families give them.
-SHARPENED = ("q_proj", "k_proj", "q_b", "kv_b", "query", "key", "qkv", "Wqkv")
 
 
 @dataclass(frozen=True)
@@ -56,17 +55,21 @@ class Family:
     skips: dict[str, str] = field(default_factory=dict)
 
     def make(self, **overrides: Any) -> Any:
-        """Make a model whose attention is far from uniform, so that dropping keys changes its output."""
-        torch.manual_seed(0)
+        """Make a model whose attention is far from uniform and decides which tokens come next.
+
+        Logits are of order 1; of a head that has the weights of the embeddings, which stay as they are, of order 0.1.
+        """
+        torch.manual_seed(2)
         config = getattr(transformers, self.config)(**{**self.settings, **overrides})
         model = getattr(transformers, self.model)(config).eval()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                parts = name.split(".")
-                if parameter.dim() == 2 and any(part.startswith(SHARPENED) for part in parts):
+                if parameter.dim() == 2 and ("attn" in name or "attention" in name):
                     parameter.mul_(8)
-                elif parts[-1] == "sinks":
+                elif name.endswith(".sinks"):
                     parameter.normal_()
+            if self.kind == "causal" and not config.tie_word_embeddings:
+                model.get_output_embeddings().weight.mul_(8)
         return model
 
 
@@ -103,6 +106,7 @@ _ALL = [
         attn_implementation="eager",  # the others cannot cap
         head_dim=16,
         attn_logit_softcapping=3.0,
+        **UNTIED,
         **ALTERNATING,
     ),
     Family(
@@ -126,10 +130,12 @@ _ALL = [
     _family("phi3", "Phi3", "fused projections, sliding window", sliding_window=SLIDING_WINDOW),
     _family("granite", "Granite", "scale of its own", attention_multiplier=0.3),
     _family("olmo2", "Olmo2", "norms over all heads"),
-    _family("cohere2", "Cohere2", "parallel blocks, layers without positions", **ALTERNATING),
+    _family(
+        "cohere2", "Cohere2", "parallel blocks, layers without positions", logit_scale=1.0, **UNTIED, **ALTERNATING
+    ),
     _family("glm4", "Glm4", "partial rotary positions", head_dim=16),
-    _family("smollm3", "SmolLM3", "layers without positions", no_rope_layers=[1, 0]),
-    _family("starcoder2", "Starcoder2", "sliding window from the config", sliding_window=SLIDING_WINDOW),
+    _family("smollm3", "SmolLM3", "layers without positions", no_rope_layers=[1, 0], **UNTIED),
+    _family("starcoder2", "Starcoder2", "sliding window from the config", sliding_window=SLIDING_WINDOW, **UNTIED),
     _family(
         "falcon",
         "Falcon",
@@ -143,7 +149,7 @@ _ALL = [
         "opt",
         "OPTForCausalLM",
         "OPTConfig",
-        {**SMALL, "ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0},
+        {**SMALL, **UNTIED, "ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0},
         "learned positions",
         skips=IGNORES_PACKING,
     ),

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from accelerate import dispatch_model
-from families import FAMILIES, VOCABULARY, names
+from families import ALTERNATING, FAMILIES, SMALL, VOCABULARY, Family, names
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
@@ -191,8 +191,8 @@ def test_packed(family, how, target):
     torch.testing.assert_close(together, alone, **CLOSE)
 
 
-def in_chunks(model, family, ids, mask, cuts):
-    cache, parts = None, []
+def in_chunks(model, family, ids, mask, cuts, cache=None):
+    parts = []
     for start, stop in pairwise((0, *cuts, ids.shape[1])):
         extra = {} if mask is None else {"attention_mask": mask[:, :stop]}
         extra |= {} if mask is None else {k: x[:, start:stop] for k, x in with_positions(family, mask).items()}
@@ -220,6 +220,50 @@ def test_chunks(family, cuts, target):
     torch.testing.assert_close(chunked[real], whole[real], **CLOSE)
 
 
+@contract("chunks")
+@pytest.mark.parametrize("family", CAUSAL)
+def test_chunks_over_a_static_cache(family, target):
+    """Of which most slots are still empty, and which a sliding layer fills and then shifts."""
+    model, ids = sparse_model(family, target), tokens(target)
+    for lengths in ((LENGTH, LENGTH), (LENGTH, 30)):
+        batch, mask = padded(ids, lengths, "left")
+        whole = logits(model, batch, attention_mask=mask, **with_positions(family, mask))
+        cache = StaticCache(config=model.config, max_cache_len=LENGTH + 20)
+        seen = None if lengths[1] == LENGTH else mask
+        chunked = in_chunks(model, family, batch, seen, (11, 19, 22, 30), cache)
+        torch.testing.assert_close(chunked[mask.bool()], whole[mask.bool()], **CLOSE)
+
+
+FURTHER = {
+    "apertus": ("Apertus", {}),
+    "ernie4_5": ("Ernie4_5", {"head_dim": 8}),
+    "exaone4": ("Exaone4", ALTERNATING),
+    "helium": ("Helium", {"head_dim": 8}),
+    "olmo3": ("Olmo3", ALTERNATING),
+    "seed_oss": ("SeedOss", {"head_dim": 8}),
+}
+
+
+@pytest.mark.parametrize("name", FURTHER)
+def test_a_family_that_is_not_in_the_table(name, target):
+    """It takes the same path: padding, chunks, and dense where n = m."""
+    prefix, settings = FURTHER[name]
+    if not hasattr(transformers, f"{prefix}Config"):
+        pytest.skip("this version of Transformers does not know it")
+    family = Family(name, f"{prefix}ForCausalLM", f"{prefix}Config", {**SMALL, **settings}, "")
+    ids, model = tokens(target), family.make().to(target[1])
+    dense = logits(model, ids)
+    torch.testing.assert_close(logits(mtsa.sparsify(model, config_for(target[0], n=4)), ids), dense, **CLOSE)
+    mtsa.sparsify(model, config_for(target[0]))
+    whole = logits(model, ids)
+    assert (whole - dense).abs().max() > 50 * CLOSE["atol"]
+    torch.testing.assert_close(in_chunks(model, name, ids, None, (11, 19, 22, 30)), whole, **CLOSE)
+    batch, mask = padded(ids, (LENGTH, 20), "left")
+    together = logits(model, batch, attention_mask=mask, position_ids=positions(mask))
+    alone = logits(model, ids[1:, LENGTH - 20 :])
+    torch.testing.assert_close(together[mask.bool()], torch.cat([whole[0], alone[0]]), **CLOSE)
+
+
 @pytest.mark.parametrize("length", [20, LENGTH])
 @pytest.mark.parametrize("family", SEQ2SEQ)
 def test_cross_attention_has_no_dense_window(family, length, target):
@@ -235,15 +279,47 @@ def test_cross_attention_has_no_dense_window(family, length, target):
         torch.testing.assert_close(one, first, rtol=0, atol=0)
 
 
+@torch.no_grad()
+def steps_by_hand(model, ids, new, cache=None):
+    """The logits (new, vocabulary) of the tokens that greedy generation of one sequence chooses."""
+    found = []
+    for _ in range(new):
+        result = model(input_ids=ids, past_key_values=cache, use_cache=True)
+        cache = result.past_key_values
+        found.append(result.logits[0, -1])
+        ids = found[-1].argmax().reshape(1, 1)
+    return torch.stack(found)
+
+
 def by_hand(model, ids, new, cache=None):
     """Greedy generation of one sequence, step by step."""
-    with torch.no_grad():
-        result = model(input_ids=ids, past_key_values=cache, use_cache=True)
-        found = [result.logits[:, -1:].argmax(-1)]
-        for _ in range(new - 1):
-            result = model(input_ids=found[-1], past_key_values=result.past_key_values, use_cache=True)
-            found.append(result.logits[:, -1:].argmax(-1))
-    return torch.cat(found, dim=1)[0].tolist()
+    return steps_by_hand(model, ids, new, cache).argmax(-1).tolist()
+
+
+SHORT = 9  # so short that also two layers with sliding windows see the padding before it, if it is not masked
+PREFIX = 30  # so long that they see it from the last token
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_what_is_generated_depends_on_attention(family, target):
+    """The tests of generation would notice if it were dense, saw padding or forgot: other tokens would come.
+
+    And none of the tokens is so close a choice that rounding decides.
+    """
+    model, ids, new = sparse_model(family, target), tokens(target), 4
+    prompts = [ids[:1], ids[1:], ids[1:, -SHORT:]]
+    steps = [steps_by_hand(model, prompt, new + 1) for prompt in prompts]
+    best, second = torch.cat(steps).topk(2).values.unbind(-1)
+    assert (best - second).min() > 50 * CLOSE["atol"]
+    wanted = [step.argmax(-1).tolist()[:new] for step in steps]
+    with mtsa.disabled(model):
+        # Each test compares two of the three, of which one must tell.
+        assert sum(by_hand(model, prompt, new) != one for prompt, one in zip(prompts, wanted, strict=True)) >= 2
+    assert by_hand(model, padded(ids, (LENGTH, SHORT), "left")[0][1:], new) != wanted[2]
+    for prompt, one in zip(prompts, wanted, strict=True):
+        assert by_hand(model, prompt[:, -1:], new) != one
+    for row in range(2):
+        assert by_hand(model, ids[row : row + 1, PREFIX:], new) != wanted[row]
 
 
 GENERATION = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
@@ -254,7 +330,7 @@ GENERATION = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 @pytest.mark.parametrize("family", CAUSAL)
 def test_generate(family, cache, target):
     model, ids, new = sparse_model(family, target), tokens(target), 5
-    batch, mask = padded(ids, (LENGTH, 21), "left")
+    batch, mask = padded(ids, (LENGTH, SHORT), "left")
     found = model.generate(
         batch,
         attention_mask=mask,
@@ -264,7 +340,7 @@ def test_generate(family, cache, target):
         disable_compile=True,
         **GENERATION,
     )
-    for row, length in enumerate((LENGTH, 21)):
+    for row, length in enumerate((LENGTH, SHORT)):
         one = ids[row : row + 1, LENGTH - length :]
         if family == "qwen2_5_vl":  # remembers positions of the batch before
             alone = model.generate(one, attention_mask=torch.ones_like(one), max_new_tokens=new, **GENERATION)
@@ -279,9 +355,9 @@ def test_beam_search(family, target):
     """A padded batch's best beams are those of each sequence alone."""
     model, ids = sparse_model(family, target), tokens(target)
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "num_beams": 3, **GENERATION}
-    batch, mask = padded(ids, (LENGTH, 21), "left")
+    batch, mask = padded(ids, (LENGTH, SHORT), "left")
     found = model.generate(batch, attention_mask=mask, **options)
-    for row, length in enumerate((LENGTH, 21)):
+    for row, length in enumerate((LENGTH, SHORT)):
         one = ids[row : row + 1, LENGTH - length :]
         alone = model.generate(one, attention_mask=torch.ones_like(one), **options)
         assert found[row, LENGTH:].tolist() == alone[0, length:].tolist()
@@ -290,32 +366,53 @@ def test_beam_search(family, target):
 @contract("prefix reuse")
 @pytest.mark.parametrize("family", CAUSAL)
 def test_prefix_reuse(family, target):
-    """A prompt's cache, computed once and copied, gives what the whole prompt gives."""
-    model, ids = sparse_model(family, target), tokens(target, rows=1)
+    """The cache of the prompts' beginnings, computed once and copied, gives what the whole prompts give."""
+    model, ids = sparse_model(family, target), tokens(target)
+    wanted = [by_hand(model, ids[row : row + 1], 4) for row in range(2)]
     with torch.no_grad():
-        prefix = model(input_ids=ids[:, :18], past_key_values=DynamicCache(config=model.config), use_cache=True)
+        prefix = model(input_ids=ids[:, :PREFIX], past_key_values=DynamicCache(config=model.config), use_cache=True)
     options = {"max_new_tokens": 4, "min_new_tokens": 4, **GENERATION}
     for _ in range(2):
         cache = copy.deepcopy(prefix.past_key_values)
         found = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **options)
-        assert found[0, LENGTH:].tolist() == by_hand(model, ids, 4)
+        assert found[:, LENGTH:].tolist() == wanted
+
+
+def prompt_that_repeats(model, ids):
+    """Return a prompt whose last token stands in it once before, followed by what the model says comes next."""
+    for last in range(3, VOCABULARY):
+        prompts = ids.where(ids != last, 0).repeat(VOCABULARY, 1)
+        prompts[:, 6], prompts[:, -1] = last, last
+        prompts[:, 7] = torch.arange(VOCABULARY)
+        (best, second), (chosen, _) = (x.unbind(-1) for x in logits(model, prompts)[:, -1].topk(2))
+        hits = (chosen == prompts[:, 7]) & (chosen != last) & (best - second > 50 * CLOSE["atol"])
+        if hits.any():
+            return prompts[hits][:1]
+    raise AssertionError("the model says nothing of what stands in its prompts")
 
 
 @contract("assisted")
 @pytest.mark.parametrize("family", CAUSAL)
 def test_assisted_decoding(family, target):
-    """By prompt lookup: every step that verifies several tokens is sparse like a prefill."""
-    model, ids = sparse_model(family, target), tokens(target, rows=1)
+    """By prompt lookup, which finds a token that is accepted: what verifies several tokens is sparse like a prefill."""
+    model, ids, steps = sparse_model(family, target), tokens(target, rows=1, length=16), []
+    model.register_forward_pre_hook(lambda *call: steps.append(call[2]["input_ids"].shape[1]), with_kwargs=True)
+    prompt = prompt_that_repeats(model, ids)
     options = {"max_new_tokens": 8, "min_new_tokens": 8, "attention_mask": torch.ones_like(ids), **GENERATION}
-    with mtsa.collect_statistics(model) as plain:
-        model.generate(ids, **options)
-    with mtsa.collect_statistics(model) as assisted:
-        found = model.generate(ids, prompt_lookup_num_tokens=3, **options)
-    assert found.shape == (1, LENGTH + 8)
-    assert assisted.total.rows >= plain.total.rows
+    wanted = prompt
+    for _ in range(2):
+        wanted = torch.cat([wanted, logits(model, wanted)[:, -1:].argmax(-1)], dim=1)
+    steps.clear()
+    found = model.generate(prompt, prompt_lookup_num_tokens=3, **options)
+    assert steps[0] == 16 + 3
+    assert len(steps) < 8
+    assert found[:, : 16 + 2].tolist() == wanted.tolist()
     with mtsa.disabled(model):
-        dense = model.generate(ids, **options)
-        assert model.generate(ids, prompt_lookup_num_tokens=3, **options).tolist() == dense.tolist()
+        prompt = prompt_that_repeats(model, ids)
+        wanted = model.generate(prompt, **options)
+        steps.clear()
+        assert model.generate(prompt, prompt_lookup_num_tokens=3, **options).tolist() == wanted.tolist()
+        assert len(steps) < 8
 
 
 @contract("assisted")
@@ -325,14 +422,18 @@ def test_assisted_decoding(family, target):
 )
 @pytest.mark.parametrize("family", CAUSAL)
 def test_assisted_by_a_draft_model(family, target):
-    """A draft gives every step several tokens to verify, so every step is a prefill; but the last if none is left."""
-    model, ids, draft = sparse_model(family, target), tokens(target, rows=1), dense_model(family, target)
+    """A draft gives every step several tokens to verify, so every step is a prefill; but the last if none is left.
+
+    The draft is the model itself, whose steps of one token are dense: of what it proposes, the first is accepted.
+    """
+    model, ids, draft = sparse_model(family, target), tokens(target, rows=1), sparse_model(family, target)
     draft.generation_config.update(num_assistant_tokens=3, assistant_confidence_threshold=0.0)
     steps = []
     model.register_forward_pre_hook(lambda *call: steps.append(call[2]["input_ids"].shape[1]), with_kwargs=True)
     options = {"max_new_tokens": 9, "min_new_tokens": 9, "attention_mask": torch.ones_like(ids), **GENERATION}
     found = model.generate(ids, assistant_model=draft, **options)
     assert all(length > 1 for length in steps[:-1])
+    assert len(steps) < 9
     wanted = ids
     while wanted.shape[1] < found.shape[1] - 1:
         wanted = torch.cat([wanted, logits(model, wanted)[:, -1:].argmax(-1)], dim=1)
@@ -385,13 +486,13 @@ def test_a_class_of_ones_own_does_not_come_back_as_another(tmp_path):
 
 @contract("PEFT")
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:The following (rank|alpha)_pattern keys")  # its own
-@pytest.mark.parametrize("family", CAUSAL)
+@pytest.mark.parametrize("family", CAUSAL + ENCODERS + SEQ2SEQ)
 def test_peft(family, target):
     """Wrapped before or after, and unwrapped; an adapter that does nothing yet changes nothing."""
     ids = tokens(target)
     model = sparse_model(family, target)
     found = logits(model, ids)
-    lora = LoraConfig(target_modules="all-linear", r=2, task_type="CAUSAL_LM")
+    lora = LoraConfig(target_modules="all-linear", r=2, task_type="CAUSAL_LM" if family in CAUSAL else None)
     wrapped = get_peft_model(model, lora).eval()
     torch.testing.assert_close(logits(wrapped, ids), found, **CLOSE)
     with pytest.raises(mtsa.UnsupportedError, match="output_attentions is not supported"):
@@ -660,18 +761,22 @@ def test_continuous_batching(family, target):
         overrides |= {"max_position_embeddings": 1024}
     model, new = sparse_model(family, target, **overrides), 6
     prompts = [tokens(target, 1, length, seed=length)[0].tolist() for length in (37, 5, 22, 1, 50)]
-    wanted = []
+    wanted, dense = [], []
     for prompt in prompts:
         ids = torch.tensor([prompt], device=target[1])
         options = {"max_new_tokens": new, "min_new_tokens": new, "attention_mask": torch.ones_like(ids), **GENERATION}
         wanted.append(model.generate(ids, **options)[0, ids.shape[1] :].tolist())
+        with mtsa.disabled(model):
+            dense.append(model.generate(ids, **options)[0, ids.shape[1] :].tolist())
+    assert sum(one != other for one, other in zip(wanted, dense, strict=True)) > 1
     # PyTorch's grouped products of experts read on the host in FP32, which no CUDA graph can.
     whole = {"use_cuda_graph": False} if family in ("gpt_oss", "qwen3_moe", "mixtral") else {}
     with mtsa.continuous_batching(model) as inside:
         assert inside is model
         assert in_continuous_batches(model, prompts, 256, new, **whole) == wanted
         with mtsa.collect_statistics(model) as statistics:
-            assert in_continuous_batches(model, prompts, 20, new, use_cuda_graph=False) == wanted
+            # With 19 tokens a step no prompt is cut such that a single token is left, which would be dense.
+            assert in_continuous_batches(model, prompts, 19, new, use_cuda_graph=False) == wanted
     assert all(layer.sparsity > 0.1 for name, layer in statistics.layers.items() if "visual" not in name)
     ids = torch.tensor([prompts[0]], device=target[1])
     assert model.generate(ids, **options | {"attention_mask": None})[0, ids.shape[1] :].tolist() == wanted[0]
@@ -804,25 +909,74 @@ def test_masks_of_ones_own_are_refused(target):
         logits(model, ids, attention_mask=torch.ones(2, 1, LENGTH, LENGTH, dtype=torch.bool, device=ids.device))
     with pytest.raises(mtsa.UnsupportedError, match="attention_mask: 10 columns are not enough; 37 tokens"):
         logits(model, ids, attention_mask=torch.ones_like(ids[:, :10]))
-    encoder = sparse_model("bert", target)
-    holes = torch.ones_like(ids)
-    holes[:, 5] = 0
-    with pytest.raises(
-        mtsa.UnsupportedError, match="padding between real tokens is not supported where attention is not"
-    ):
-        logits(encoder, ids, attention_mask=holes)
 
 
-def test_padding_between_real_tokens(target):
-    """As after several turns of a conversation in one batch."""
-    model, ids = sparse_model("gpt_oss", target), tokens(target)
+def with_holes(ids):
+    """Return a mask with padding between real tokens, as after several turns of a conversation in one batch."""
     mask = torch.ones_like(ids)
     mask[0, 7:12] = 0
-    mask[1, [0, 1, 20, 33]] = 0
-    together = logits(model, ids, attention_mask=mask, position_ids=positions(mask))
+    mask[1, [0, 1, 20, 33, 36]] = 0
+    return mask
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.parametrize("family", ["gpt_oss", "mistral", *ENCODERS, *SEQ2SEQ])
+def test_padding_between_real_tokens(family, is_compiled, target):
+    model, ids = sparse_model(family, target), tokens(target)
+    torch.compiler.reset()
+    run = torch.compile(model, fullgraph=True, backend="eager") if is_compiled else model
+    mask = with_holes(ids)
+    together = logits(run, ids, attention_mask=mask, position_ids=positions(mask), **without_cache(family))
     for row in range(2):
         alone = logits(model, ids[row : row + 1, mask[row].bool()])
         torch.testing.assert_close(together[row, mask[row].bool()], alone[0], **CLOSE)
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_padding_between_the_keys_of_cross_attention(is_compiled, target):
+    """Also where there happen to be as many keys as queries."""
+    torch.manual_seed(0)
+    config = transformers.BertConfig(**SMALL, is_decoder=True, add_cross_attention=True)
+    model = mtsa.sparsify(transformers.BertLMHeadModel(config).eval().to(target[1]), config_for(target[0]))
+    ids = tokens(target)
+    hidden = 8 * torch.randn(*ids.shape, 32, generator=torch.Generator().manual_seed(3)).to(ids.device)
+    torch.compiler.reset()
+    run = torch.compile(model, fullgraph=True, backend="eager") if is_compiled else model
+    mask = with_holes(ids)
+    for queries in (ids, ids[:, :20]):
+        together = logits(run, queries, encoder_hidden_states=hidden, encoder_attention_mask=mask, use_cache=False)
+        for row in range(2):
+            keys = hidden[row : row + 1, mask[row].bool()]
+            alone = logits(model, queries[row : row + 1], encoder_hidden_states=keys)
+            torch.testing.assert_close(together[row], alone[0], **CLOSE)
+
+
+@pytest.mark.parametrize("cut", [29, 10])
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_padding_between_real_tokens_over_a_sliding_cache(is_compiled, cut, target):
+    """The cache keeps slots; where these hold fewer tokens than the window, the call is refused."""
+    model, ids = sparse_model("qwen2", target), tokens(target)
+    mask = with_holes(ids)
+    cache = StaticCache(config=model.config, max_cache_len=LENGTH)
+    torch.compiler.reset()
+    run = torch.compile(model, fullgraph=True, backend="eager") if is_compiled else model
+
+    def chunk(start, stop):
+        extra = {"attention_mask": mask[:, :stop], "position_ids": positions(mask)[:, start:stop]}
+        return logits(run, ids[:, start:stop], past_key_values=cache, **extra)
+
+    first = chunk(0, cut)
+    if cut == 29:
+        together = torch.cat([first, chunk(cut, LENGTH)], dim=1)
+        for row in range(2):
+            alone = logits(model, ids[row : row + 1, mask[row].bool()])
+            torch.testing.assert_close(together[row, mask[row].bool()], alone[0], **CLOSE)
+        return
+    # The first row's next token sees all 7 before it; there are 4.
+    if is_compiled and target[1] != "cpu":
+        pytest.skip("a failed assertion on a GPU ends the process's use of it")
+    with pytest.raises(RuntimeError if is_compiled else mtsa.UnsupportedError, match="that are still in the window"):
+        chunk(cut, LENGTH)
 
 
 def test_a_model_inside_another_module(target):

@@ -116,13 +116,21 @@ def test_gradient_checkpointing(target, use_reentrant, monkeypatch):
     assert len(calls) == 2 * len(model.model.layers)
 
 
+def softened(model):
+    """Undo the sharpening of values and outputs, so that near ties weigh less."""
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.div_(64)
+    return model
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(target, dtype):
     """Gradients are as close to FP64 as those of PyTorch's own operations; near ties fall differently in both."""
     device, scale, ids = target[1], 256, tokens(target[1])  # scaled, or FP16 rounds small gradients to 0
-    exact = gradients_of(plain_model(device).double(), ids)
+    exact = gradients_of(softened(plain_model(device)).double(), ids)
     found = []
-    for model in (sparse_model(target), plain_model(device)):
+    for model in (softened(sparse_model(target)), softened(plain_model(device))):
         with torch.autocast(device, dtype):
             loss = loss_of(model, ids)
         (scale * loss).backward()
