@@ -5,6 +5,7 @@ import gc
 import logging
 import re
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -635,12 +636,19 @@ def test_compiled_decode_over_a_static_cache(family, is_padded, target):
     torch.testing.assert_close(*found, **CLOSE)
 
 
+def unpack(packed, bits):
+    """Take bytes apart into numbers of a few bits each, one part of all bytes after the other."""
+    return torch.cat([(packed >> shift) % 2**bits for shift in range(0, 8, bits)])
+
+
 @pytest.mark.parametrize("backend", ["fp8", "quanto"])
 @pytest.mark.parametrize("family", ["llama", "deepseek_v3"])
-def test_quantized_cache(family, backend, target):
+def test_quantized_cache(family, backend, target, monkeypatch):
     """The prefill sees exact keys, later steps what the cache gives back."""
     if backend == "quanto":
-        pytest.importorskip("optimum.quanto")
+        library = pytest.importorskip("optimum.quanto.library")
+        # On a CPU it would first compile a function in C++, for most of a minute.
+        monkeypatch.setattr(library.extensions.cpp.ext, "_lib", SimpleNamespace(unpack=unpack))
         settings = {"backend": "quanto", "nbits": 4, "residual_length": 4, "q_group_size": 4}
     elif hasattr(cache_utils, "Fp8QuantizedLayer"):
         settings = {"backend": "fp8"}
