@@ -338,9 +338,9 @@ def _flatten_keys(key: Tensor, value: Tensor, layout: Layout) -> tuple[Tensor, T
     # Gradients would be as large as that range.
     trained = torch.is_grad_enabled() and (key.requires_grad or value.requires_grad)
     if batch > 1 and not trained and not torch.compiler.is_compiling():
-        apart = {x.stride(0) / max(x.stride(1), 1) for x in (key, value)}
-        if len(apart) == 1 and min(apart) >= slots and min(apart).is_integer():
-            pitch = int(min(apart))
+        apart, same = (x.stride(0) / max(x.stride(1), 1) for x in (key, value))
+        if apart == same >= slots and apart.is_integer():
+            pitch = int(apart)
     if pitch == slots:
         return key.flatten(0, 1), value.flatten(0, 1), layout
     size = (batch - 1) * pitch + slots
