@@ -293,8 +293,8 @@ def key_spans(first_position, last_position, rules, SPARSE: tl.constexpr, OPTION
         hot_begin = tl.maximum(hot_begin, tl.cdiv(num_sinks, BLOCK_N) * BLOCK_N)
     if OPTIONS.sliding:
         hot_begin = tl.maximum(hot_begin, tl.cdiv(last_position - sliding_window + 1, BLOCK_N) * BLOCK_N)
-    if OPTIONS.frozen and not OPTIONS.causal:
-        # Here the first tile gives it something.
+    if OPTIONS.frozen and not OPTIONS.causal and not SPARSE:
+        # Without a band, the first tile gives it something.
         hot_begin = tl.maximum(hot_begin, keys_begin + BLOCK_N)
     hot_begin = tl.minimum(hot_begin, full_end)
 

@@ -587,6 +587,19 @@ def batches(draw):
     return width, lengths, starts, cuts, {"sparse_cfg": {"*": method}}, draw(st.integers(0, 99))
 
 
+def check_any_batch(model, family, target, batch, tolerance):
+    width, lengths, starts, cuts, config, seed = batch
+    model = mtsa.sparsify(model, config)
+    ids = tokens(target, len(lengths), width, seed)
+    mask = torch.zeros_like(ids)
+    for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+        mask[row, start : start + length] = 1
+    together = in_chunks(model, family, ids, mask, cuts)
+    for row in range(len(lengths)):
+        alone = logits(model, ids[row : row + 1, mask[row].bool()])
+        torch.testing.assert_close(together[row, mask[row].bool()], alone[0], **tolerance)
+
+
 @pytest.fixture(scope="module")
 def exact_models():
     """In FP64 no two scores are so close that rounding decides between them."""
@@ -598,16 +611,16 @@ def exact_models():
 @given(family=st.sampled_from(FUZZED), batch=batches())
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 def test_any_batch_and_any_chunks(exact_models, family, batch):
-    width, lengths, starts, cuts, config, seed = batch
-    model = mtsa.sparsify(exact_models[family], config)
-    ids = tokens(("torch", "cpu"), len(lengths), width, seed)
-    mask = torch.zeros_like(ids)
-    for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
-        mask[row, start : start + length] = 1
-    together = in_chunks(model, family, ids, mask, cuts)
-    for row in range(len(lengths)):
-        alone = logits(model, ids[row : row + 1, mask[row].bool()])
-        torch.testing.assert_close(together[row, mask[row].bool()], alone[0], rtol=1e-5, atol=1e-5)
+    check_any_batch(exact_models[family], family, ("torch", "cpu"), batch, {"rtol": 1e-5, "atol": 1e-5})
+
+
+@pytest.mark.gpu
+@given(family=st.sampled_from(FUZZED), batch=batches())
+@settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+def test_any_batch_and_any_chunks_in_the_kernel(family, batch):
+    """Few, as almost every example needs kernels of its own, which take seconds to compile."""
+    target = ("triton", "cuda")
+    check_any_batch(dense_model(family, target), family, target, batch, CLOSE)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_oss"])
