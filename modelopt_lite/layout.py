@@ -157,9 +157,8 @@ def padded_layout(
     slots = real_k.shape[1]
     # Keys and queries of self-attention have the same slots.
     is_self = is_causal or (isinstance(q_offset, int) and q_offset + len_q == real.shape[1])
-    real_q = real.new_ones(batch, len_q)
-    if is_self:
-        real_q = real.index_select(1, torch.arange(len_q, device=real.device) + q_offset)
+    slots_q = torch.arange(len_q, device=real.device) + q_offset
+    real_q = real.index_select(1, slots_q) if is_self else real.new_ones(batch, len_q)
     lengths_q = real_q.sum(-1) if is_causal else torch.full_like(rows, len_q)
     lengths_k = real_k.sum(-1)
     first_k = real[:, :dropped].sum(-1)

@@ -30,8 +30,8 @@ from modelopt_lite import huggingface
 from modelopt_lite.huggingface import ATTENTION_NAME
 
 LENGTH = 37
-# Logits are of order 1 and pass two layers: a few hundred roundings of FP32, 6e-8 each.
-CLOSE = {"rtol": 0, "atol": 2e-5}
+# Twice what the FP32 logits of the dense models with PyTorch's own attention err against FP64: up to 2.4e-6 (olmo2).
+CLOSE = {"rtol": 0, "atol": 5e-6}
 RAGGED = [(37, 20), (5, 30), (1, 12)]
 
 CAUSAL = names(lambda family: family.kind == "causal" and family.refused is None)
