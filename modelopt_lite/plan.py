@@ -56,10 +56,12 @@ class AttentionPlan:
             saves the fused kernels a multiplication.
         keeps_nothing: a promise that the rule itself keeps no key at all, which saves computing those that are neither
             sinks nor recent.
-        quick_hook: a faster ``score_hook`` that may be wrong, or None. It returns one tile more, FP32 and of the shape
-            of the others, 0.0 where it is right about a group and above 0 where it may not be, never below and never
-            NaN, as these are added up. The Hopper kernel uses it where all keys are visible, and computes a tile with
-            any such group again with ``score_hook``.
+        quick_hook: a faster rule that may be wrong, for the Hopper kernel, or None; only with ``keeps_group_max``. It
+            is called with weights instead of scores: not negative, in the order of the scores, but that different
+            scores may have the same weight. It returns these with 0 for those not kept, and one tile more, FP32 and of
+            the shape of the others, 0.0 where it is right about a group and above 0 where it may not be, never below
+            and never NaN, as these are added up. It is used where all keys are visible, and a tile with any such group
+            is computed again with ``score_hook``.
         key: identifies the plan in this process; not an argument.
 
     Raises:
@@ -90,6 +92,8 @@ class AttentionPlan:
             raise ValueError("plan.score_hook: a fused rule needs its PyTorch twin in plan.keep")
         if self.quick_hook is not None and self.score_hook is None:
             raise ValueError("plan.quick_hook: a rule that may be wrong needs the right one in plan.score_hook")
+        if self.quick_hook is not None and not self.keeps_group_max:
+            raise ValueError("plan.quick_hook: weights are relative to the largest score; needs plan.keeps_group_max")
         _living[self.key] = self
 
     def __deepcopy__(self, memo: object) -> AttentionPlan:

@@ -315,21 +315,25 @@ def spread(numbers, tile):
 
 @gluon.jit
 def soften(
-    scores, first, positions, running_max, partial_sum, rules, numbers, hook_args,
-    SCORE_HOOK: gl.constexpr, OPTIONS: gl.constexpr, MASKED: gl.constexpr, FROZEN: gl.constexpr,
+    scores, first, positions, running_max, partial_sum, rules, numbers, hook_args, HOOK: gl.constexpr,
+    QUICK: gl.constexpr, OPTIONS: gl.constexpr, MASKED: gl.constexpr, FROZEN: gl.constexpr,
 ):  # fmt: skip
     """Take products of queries and keys, of which the first is ``first``, into the softmax.
 
     Returns:
         The weights, laid out as the scores; the factor for what was summed before, and the new maximum and sum; and
-        what a quick hook says of the groups, in a tuple. If ``FROZEN``, the maximum stays and the factor is 1.
+        in a tuple, what ``HOOK`` says of the groups if it is the ``QUICK`` one. If ``FROZEN``, the maximum stays and
+        the factor is 1.
     """
     SCORES: gl.constexpr = scores.type.layout
     scores, to_log2 = scale_scores(scores, numbers, OPTIONS)
-    part = split_groups(scores, OPTIONS.group)[0]
-    PART: gl.constexpr = part.type.layout
-    groups = first + OPTIONS.group * gl.arange(0, part.shape[1], gl.SliceLayout(0, PART))[None, :]
-    parts, keep = select_scores(scores, spread(positions, part), groups, rules, hook_args, SCORE_HOOK, OPTIONS, MASKED)
+    parts = split_groups(scores, OPTIONS.group)
+    PART: gl.constexpr = parts[0].type.layout
+    groups = first + OPTIONS.group * gl.arange(0, parts[0].shape[1], gl.SliceLayout(0, PART))[None, :]
+    q_pos = spread(positions, parts[0])
+    keep = ()
+    if not QUICK:
+        parts, keep = select_scores(scores, q_pos, groups, rules, hook_args, HOOK, OPTIONS, MASKED)
     shift = running_max
     rescale = 1.0
     if not FROZEN:
@@ -343,18 +347,25 @@ def soften(
         running_max = new_max
         partial_sum = partial_sum * spread(rescale, partial_sum)
     weights = ()
+    k_pos = ()
     for r in gl.static_range(len(parts)):
         weight = gl.exp2(parts[r] * to_log2 - spread(shift, parts[r]))
-        if SCORE_HOOK is not None and OPTIONS.keeps_group_max:
+        if not QUICK and HOOK is not None and OPTIONS.keeps_group_max:
             weight = weigh(weight, keep[r])
         weights = weights + (weight,)
+        k_pos = k_pos + (groups + r,)
+    doubt = ()
+    if QUICK:
+        found = HOOK(weights, q_pos, k_pos, hook_args)
+        weights = found[: OPTIONS.group]
+        doubt = found[OPTIONS.group :]
     # Summed place by place before they are joined: 2 % faster with groups of 4 than summed in the order of columns.
     total = weights[0]
     for r in gl.static_range(1, len(weights)):
         total += weights[r]
     partial_sum += gl.convert_layout(sum_in_thread(total), partial_sum.type.layout, assert_trivial=True)
     weights = gl.convert_layout(join_groups(weights), SCORES, assert_trivial=True)
-    return weights, rescale, running_max, partial_sum, keep[OPTIONS.group :]
+    return weights, rescale, running_max, partial_sum, doubt
 
 
 @gluon.jit
@@ -383,7 +394,7 @@ def advance(
     HOOK: gl.constexpr = QUICK_HOOK if QUICK else SCORE_HOOK
     weights, rescale, new_max, new_sum, doubt = soften(
         scores, first, positions, running_max, partial_sum, rules, numbers, hook_args,
-        HOOK, OPTIONS, MASKED, FROZEN,
+        HOOK, QUICK, OPTIONS, MASKED, FROZEN,
     )  # fmt: skip
     if QUICK:
         again = is_any(doubt[0], doubts.index(2 * WARPGROUP + step % 2))
@@ -396,7 +407,7 @@ def advance(
             scores = warpgroup_mma_wait(0, deps=[scores])
             weights, rescale, new_max, new_sum, _ = soften(
                 scores, first, positions, running_max, partial_sum, rules, numbers, hook_args,
-                SCORE_HOOK, OPTIONS, MASKED, FROZEN,
+                SCORE_HOOK, False, OPTIONS, MASKED, FROZEN,
             )  # fmt: skip
     mbarrier.arrive(freed.index(stage), count=1)
     if not FROZEN:
@@ -498,12 +509,12 @@ def attend_item(
     if selecting:
         weights, _, running_max, partial_sum, _ = soften(
             scores, first, positions, running_max, partial_sum, rules, numbers, hook_args,
-            SCORE_HOOK, OPTIONS, True, False,
+            SCORE_HOOK, False, OPTIONS, True, False,
         )  # fmt: skip
     else:
         weights, _, running_max, partial_sum, _ = soften(
             scores, first, positions, running_max, partial_sum, rules, numbers, hook_args,
-            None, OPTIONS, True, False,
+            None, False, OPTIONS, True, False,
         )  # fmt: skip
     if first + OPTIONS.block_n > length:
         stage = step % STAGES

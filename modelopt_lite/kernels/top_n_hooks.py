@@ -30,8 +30,8 @@ def _comparators(size: int) -> list[tuple[int, int]]:
     return pairs
 
 
-def _find_nth_largest(n: int, scores: list[str], result: str) -> list[str]:
-    """Write PTX that finds the n-th largest of a group's scores.
+def _find_nth_largest(n: int, scores: list[str], result: str, kind: str) -> list[str]:
+    """Write PTX that finds the n-th largest of a group's scores, numbers of the type ``kind``.
 
     Callers declare the registers that it works in, ``x0`` and so on, one a score, and ``low``.
     """
@@ -40,16 +40,16 @@ def _find_nth_largest(n: int, scores: list[str], result: str) -> list[str]:
     lines = []
     for first in (0, half):
         for i, j in ((first + i, first + j) for i, j in _comparators(half)):
-            lines += [f"min.f32 low, {x[i]}, {x[j]};", f"max.f32 x{i}, {x[i]}, {x[j]};", f"mov.f32 x{j}, low;"]
+            lines += [f"min.{kind} low, {x[i]}, {x[j]};", f"max.{kind} x{i}, {x[i]}, {x[j]};", f"mov.b32 x{j}, low;"]
             x[i], x[j] = f"x{i}", f"x{j}"
     # It is the least one kept if the largest i of one half and n - i of the other are, for the best i.
     found = ""
     for i in range(max(0, n - half), min(n, half) + 1):
         least = [x[i - 1]] * (i > 0) + [x[half + n - i - 1]] * (i < n)
         if len(least) == 2:
-            lines += [f"min.f32 low, {least[0]}, {least[1]};"]
+            lines += [f"min.{kind} low, {least[0]}, {least[1]};"]
             least = ["low"]
-        lines += [f"max.f32 {result}, {found}, {least[0]};" if found else f"mov.f32 {result}, {least[0]};"]
+        lines += [f"max.{kind} {result}, {found}, {least[0]};" if found else f"mov.b32 {result}, {least[0]};"]
         found = result
     return lines
 
@@ -66,7 +66,7 @@ def _four_of_eight(groups: int) -> str:
     score = [[f"${(8 + place) * groups + group}" for place in range(8)] for group in range(groups)]
     lines = [".reg .pred done, equal, room;", ".reg .b32 left;", f".reg .f32 fourth<{groups}>, x<8>, low;"]
     for group in range(groups):
-        lines += _find_nth_largest(4, score[group], f"fourth{group}")
+        lines += _find_nth_largest(4, score[group], f"fourth{group}", "f32")
         for r in range(8):
             lines += [f"set.geu.f32.f32 {flag[group][r]}, {score[group][r]}, fourth{group};"]
     # 1.0 is 0x3F800000; added up as integers, flags are counted. NaN counts, too, so that no group has too few. Each
@@ -90,23 +90,29 @@ def _four_of_eight(groups: int) -> str:
     return "{ " + " ".join(lines) + " DONE: }"
 
 
-def _at_least_nth(n: int, m: int) -> str:
-    """Write PTX that keeps all scores of a group of ``m`` that are at least as large as the n-th largest.
+def _keep_at_least_nth(n: int, m: int) -> str:
+    """Write PTX that keeps all weights of a group of ``m`` that are at least as large as the n-th largest.
 
-    Operands are the flags of each place, the number of scores kept beyond ``n``, and the scores.
+    Numbers that are not negative have the order of their bits, and of integers, the largest or least of three is one
+    instruction. NaN comes before all others then, and is kept, so that no group has fewer than ``n``.
+
+    Operands are what is kept, 0 elsewhere, the number of weights kept beyond ``n``, and the weights.
     """
-    flags, more, scores = [f"${r}" for r in range(m)], f"${m}", [f"${m + 1 + r}" for r in range(m)]
-    lines = [f".reg .f32 bound, x<{m}>, low;", *_find_nth_largest(n, scores, "bound")]
-    lines += [f"set.geu.f32.f32 {flag}, {score}, bound;" for flag, score in zip(flags, scores, strict=True)]
-    lines += [f"add.f32 {more}, {flags[0]}, {-float(n)!r};"]
-    lines += [f"add.f32 {more}, {more}, {flag};" for flag in flags[1:]]
+    kept, more, weights = [f"${r}" for r in range(m)], f"${m}", [f"${m + 1 + r}" for r in range(m)]
+    lines = [f".reg .pred p; .reg .f32 least; .reg .b32 bound, w<{m}>, x<{m}>, low;"]
+    lines += [f"mov.b32 w{r}, {weight};" for r, weight in enumerate(weights)]
+    lines += _find_nth_largest(n, [f"w{r}" for r in range(m)], "bound", "s32")
+    lines += ["mov.b32 least, bound;", f"mov.f32 {more}, {-float(n)!r};"]
+    for target, weight in zip(kept, weights, strict=True):
+        lines += [f"setp.geu.f32 p, {weight}, least;", f"selp.f32 {target}, {weight}, 0f00000000, p;"]
+        lines += [f"@p add.f32 {more}, {more}, 0f3F800000;"]
     return "{ " + " ".join(lines) + " }"
 
 
 FOUR_OF_EIGHT = constexpr(_four_of_eight(4))
 FOUR_OF_EIGHT_OPERANDS = constexpr(",".join(["=&f"] * 32 + ["f"] * 32))
 # For groups of 8, then of 16; there is no n of 0, but a place for it.
-AT_LEAST_NTH = constexpr(tuple(_at_least_nth(max(n, 1), m) for m in (8, 16) for n in range(m)))
+AT_LEAST_NTH = constexpr(tuple(_keep_at_least_nth(max(n, 1), m) for m in (8, 16) for n in range(m)))
 AT_LEAST_NTH_OPERANDS = constexpr(tuple(",".join(["=&f"] * (m + 1) + ["f"] * m) for m in (8, 16)))
 
 
@@ -223,22 +229,22 @@ def keep_four_of_eight(scores):
 
 
 @jit
-def keep_top_n_quickly(scores, q_pos, k_pos, args):
-    """Keep the ``args[0]`` largest scores of groups of 8 or 16, and more where others are equal to the least of them.
+def keep_top_n_quickly(weights, q_pos, k_pos, args):
+    """Keep the ``args[0]`` largest weights of groups of 8 or 16, and more where others are equal to the least of them.
 
     Args:
-        scores: one score tile a place in the group.
+        weights: one tile a place in the group, not negative.
         q_pos: not used.
         k_pos: not used.
         args: ``(n,)``, known at compile time.
 
     Returns:
-        What to keep, one tile a place, then how many more than ``n`` that is.
+        The weights with 0 for those not kept, one tile a place, then how many more than ``n`` are kept.
     """
     N: tl.constexpr = args[0]
-    M: tl.constexpr = len(scores)
+    M: tl.constexpr = len(weights)
     return tl.inline_asm_elementwise(
-        AT_LEAST_NTH[M - 8 + N], AT_LEAST_NTH_OPERANDS[M // 16], scores, dtype=(tl.float32,) * (M + 1), is_pure=True,
+        AT_LEAST_NTH[M - 8 + N], AT_LEAST_NTH_OPERANDS[M // 16], weights, dtype=(tl.float32,) * (M + 1), is_pure=True,
         pack=1,
     )  # fmt: skip
 

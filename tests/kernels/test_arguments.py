@@ -99,6 +99,10 @@ BAD_PLANS = {
     "group": ({"group": 3}, "plan.group: 3 is not allowed"),
     "sinks": ({"num_sink_tokens": -1}, "plan.num_sink_tokens: -1 is not allowed"),
     "quick hook alone": ({"quick_hook": object()}, "plan.quick_hook: a rule that may be wrong needs the right one in"),
+    "quick hook without the maximum": (
+        {"quick_hook": object(), "score_hook": object(), "keep": lambda s, q, k: s == s},
+        "plan.quick_hook: weights are relative to the largest score; needs plan.keeps_group_max",
+    ),
     "hook alone": ({"score_hook": object()}, "plan.score_hook: a fused rule needs its PyTorch twin in plan.keep"),
 }
 

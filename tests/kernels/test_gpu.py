@@ -29,6 +29,17 @@ def keep_even_hook(scores, q_pos, k_pos, args):
     return ((tl.zeros_like(scores[0]) == 0.0) & (k_pos[0] % 2 == 0),)
 
 
+@jit
+def count_falls(falls_ptr, first, step, number, BLOCK: tl.constexpr):
+    """Count where exp2 falls from one number to the next, beginning with the bits ``first``."""
+    falls = tl.zeros([BLOCK], tl.int32)
+    for index in range(number):
+        bits = first + ((tl.program_id(0) * number + index) * BLOCK + tl.arange(0, BLOCK)) * step
+        lower, upper = (bits).to(tl.float32, bitcast=True), (bits + step).to(tl.float32, bitcast=True)
+        falls += (tl.exp2(upper) < tl.exp2(lower)).to(tl.int32)
+    tl.atomic_add(falls_ptr, tl.sum(falls))
+
+
 @pytest.fixture(autouse=True)
 def poison():
     """Fill what is allocated and not yet written with NaN, and keep FP32 products in FP32."""
@@ -170,6 +181,14 @@ def test_without_ties_and_with_few(dtype, n, m, alike):
         if alike:
             k[keys.start + 200 : keys.start + 200 + alike, :, 0] = 1.0
     check(q, k, v, s_aux, problem)
+
+
+@pytest.mark.parametrize(("first", "step"), [(0, 1), (-(2**23), -1)], ids=["from 0 to inf", "from -inf to -0"])
+def test_exponentials_never_fall(first, step):
+    """As quick rules need, which select among weights."""
+    falls = torch.zeros(1, dtype=torch.int32, device="cuda")
+    count_falls[(255 * 128,)](falls, first, step, 64, 1024)  # all bits of an FP32 exponent but the last, of 255
+    assert falls.item() == 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

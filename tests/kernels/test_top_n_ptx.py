@@ -7,7 +7,7 @@ from math import inf, isnan, nan
 
 import pytest
 
-from modelopt_lite.kernels.top_n_hooks import _at_least_nth, _comparators, _four_of_eight
+from modelopt_lite.kernels.top_n_hooks import _comparators, _four_of_eight, _keep_at_least_nth
 
 ONE = 0x3F800000
 CONSTANTS = {"0fFF800000": -inf, "0f3F800000": 1.0, "0f00000000": 0.0}
@@ -15,6 +15,9 @@ FUNCTIONS = {
     "mov": lambda x: x,
     "min": lambda x, y: y if isnan(x) else x if isnan(y) else min(x, y),
     "max": lambda x, y: y if isnan(x) else x if isnan(y) else max(x, y),
+    # As integers, NaN is above infinity; nothing is negative there.
+    "min.s32": lambda x, y: y if isnan(x) else x if isnan(y) else min(x, y),
+    "max.s32": lambda x, y: nan if isnan(x) or isnan(y) else max(x, y),
     "set.geu": lambda x, y: float(not x < y),
     "add": lambda x, y: x + y,
     # Flags, 1.0 or 0.0, whose bits are added up.
@@ -22,6 +25,7 @@ FUNCTIONS = {
     "sub": lambda x, y: x - y,
     "setp.eq": lambda x, y: x == y,
     "setp.eq.and": lambda x, y, z: x == y and z,
+    "setp.geu": lambda x, y: not x < y,
     "setp.gt": lambda x, y: x > y,
     "selp": lambda x, y, z: x if z else y,
 }
@@ -53,7 +57,8 @@ def run(program, operands):
             place = labels[rest.strip()]
             continue
         target, *sources = (x.strip() for x in rest.split(","))
-        name = re.sub(r"\.(f32|s32|b32)", "", name.replace("setp.eq.u32", "setp.eq").replace("and.u32", "and"))
+        if name not in FUNCTIONS:
+            name = re.sub(r"\.(f32|s32|b32)", "", name.replace("setp.eq.u32", "setp.eq").replace("and.u32", "and"))
         registers[target] = FUNCTIONS[name](*map(value, sources))
     return registers
 
@@ -98,14 +103,16 @@ def test_four_of_eight(absent):
 
 @pytest.mark.parametrize(("n", "m"), [(n, m) for m in (8, 16) for n in range(1, m)])
 def test_quick_rule_is_right_or_in_doubt(n, m):
-    program = _at_least_nth(n, m)
+    program = _keep_at_least_nth(n, m)
     for scores in groups(m, n):
-        found = run(program, {m + 1 + r: score for r, score in enumerate(scores)})
-        kept = [found[f"${r}"] == 1.0 for r in range(m)]
-        assert found[f"${m}"] == sum(kept) - n >= 0
-        assert kept == rule(scores, n) or (
-            sum(kept) > n and all(k or not r for k, r in zip(kept, rule(scores, n), strict=True))
-        )
+        weights = [2**score for score in scores]
+        found = run(program, {m + 1 + r: weight for r, weight in enumerate(weights)})
+        kept = [found[f"${r}"] for r in range(m)]
+        assert all(k in (0.0, weight) for k, weight in zip(kept, weights, strict=True))
+        right = [weight * r for r, weight in zip(rule(scores, n), weights, strict=True)]
+        more = found[f"${m}"]
+        assert more >= 0 if n <= sum(score > -inf for score in scores) else more > 0
+        assert kept == right or (more > 0 and all(k == r or not r for k, r in zip(kept, right, strict=True)))
 
 
 @pytest.mark.parametrize(("n", "m"), [(n, m) for m in (8, 16) for n in range(1, m)])
@@ -114,9 +121,8 @@ def test_quick_rule_counts_nan(n, m):
     generator = random.Random(n)
     for _ in range(40):
         first = generator.randrange(m)
-        scores = [generator.choice((nan, inf, -inf, -0.0, generator.random())) for _ in range(m)]
-        scores[first : first + m // 2] = [nan] * len(scores[first : first + m // 2])
-        found = run(_at_least_nth(n, m), {m + 1 + r: score for r, score in enumerate(scores)})
-        kept = [found[f"${r}"] == 1.0 for r in range(m)]
-        assert found[f"${m}"] == sum(kept) - n >= 0
-        assert all(k for k, score in zip(kept, scores, strict=True) if isnan(score))
+        weights = [generator.choice((nan, inf, 0.0, 1e-38, generator.random())) for _ in range(m)]
+        weights[first : first + m // 2] = [nan] * len(weights[first : first + m // 2])
+        found = run(_keep_at_least_nth(n, m), {m + 1 + r: weight for r, weight in enumerate(weights)})
+        assert found[f"${m}"] >= 0
+        assert all(isnan(found[f"${r}"]) for r, weight in enumerate(weights) if isnan(weight))
