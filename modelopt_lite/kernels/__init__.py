@@ -125,7 +125,7 @@ def attention(
             f"s_aux: {_describe(s_aux)}; must be floating-point [query_heads = {q.shape[1]}] on {q.device}"
         )
     use_triton = _choose_backend(backend, q, k, v, problem) == "triton"
-    output, lse = attention_operator(q, k, v, s_aux, problem, use_triton)
+    output, lse = attention_operator(q, k, v, s_aux, problem, use_triton, return_lse)
     return (output, lse) if return_lse else output
 
 

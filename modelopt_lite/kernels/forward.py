@@ -160,7 +160,7 @@ def fill_gap(
     out_ptr, lse_ptr, out_strides, starts_ptr, lengths_ptr, batch, total, heads, first_token, BLOCK_M: tl.constexpr,
     OPTIONS: tl.constexpr,
 ):  # fmt: skip
-    """Write zeros, and an LSE of -inf, to those of the next ``BLOCK_M`` tokens that belong to no sequence."""
+    """Write zeros, and any LSE of -inf, to those of the next ``BLOCK_M`` tokens that belong to no sequence."""
     BLOCK_DV: tl.constexpr = OPTIONS.block_dv
     # [BLOCK_M]
     tokens = first_token + tl.arange(0, BLOCK_M)
@@ -174,12 +174,11 @@ def fill_gap(
         rows = tokens.to(tl.int64)
         zeros = tl.zeros([BLOCK_M, BLOCK_DV], out_ptr.dtype.element_ty)
         out_pointers = out_ptr + rows[:, None] * out_strides[0] + offsets_d[None, :]
-        lse_pointers = lse_ptr + rows * heads
-        for _ in range(heads):
+        for head in range(heads):
             tl.store(out_pointers, zeros, mask=mask)
-            tl.store(lse_pointers, float("-inf"), mask=gap)
+            if lse_ptr is not None:
+                tl.store(lse_ptr + rows * heads + head, float("-inf"), mask=gap)
             out_pointers += out_strides[1]
-            lse_pointers += 1
 
 
 @triton.jit(
@@ -218,7 +217,7 @@ def attention_forward(
         key_ptr: ``[key tokens, kv heads, head_dim]``.
         value_ptr: ``[key tokens, kv heads, value_dim]``.
         out_ptr: ``[tokens, heads, value_dim]``.
-        lse_ptr: ``[tokens, heads]``, FP32, contiguous.
+        lse_ptr: ``[tokens, heads]``, FP32, contiguous, or None.
         sink_logits_ptr: ``[heads]``, logits that only join the denominator, or None.
         key_descriptor: tensor descriptor ``[group phase, groups, kv heads, head_dim]`` of the keys, or None.
         value_descriptor: the same of the values.
@@ -332,8 +331,9 @@ def attention_forward(
     inverse = tl.where(total_weight == 0.0, 0.0, 1.0 / total_weight)
     stored = offsets_m < query_length
     out_rows = start_q + offsets_m
-    lse = (running_max + tl.math.log2(total_weight)) * LN2
-    tl.store(lse_ptr + out_rows * heads + head, lse, mask=stored)
+    if lse_ptr is not None:
+        lse = (running_max + tl.math.log2(total_weight)) * LN2
+        tl.store(lse_ptr + out_rows * heads + head, lse, mask=stored)
     offsets_dv = tl.arange(0, BLOCK_DV)
     out_pointers = (
         out_ptr + head.to(tl.int64) * out_strides[1] + (out_rows[:, None] * out_strides[0] + offsets_dv[None, :])

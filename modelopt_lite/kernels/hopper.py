@@ -315,15 +315,15 @@ def spread(numbers, tile):
 
 @gluon.jit
 def soften(
-    scores, first, positions, running_max, partial_sum, rules, numbers, hook_args, HOOK: gl.constexpr,
-    QUICK: gl.constexpr, OPTIONS: gl.constexpr, MASKED: gl.constexpr, FROZEN: gl.constexpr,
+    scores, first, positions, running_max, rules, numbers, hook_args, HOOK: gl.constexpr, QUICK: gl.constexpr,
+    OPTIONS: gl.constexpr, MASKED: gl.constexpr, FROZEN: gl.constexpr,
 ):  # fmt: skip
     """Take products of queries and keys, of which the first is ``first``, into the softmax.
 
     Returns:
-        The weights, laid out as the scores; the factor for what was summed before, and the new maximum and sum; and
-        in a tuple, what ``HOOK`` says of the groups if it is the ``QUICK`` one. If ``FROZEN``, the maximum stays and
-        the factor is 1.
+        The weights, laid out as the scores, and what a thread has of their sums; the factor for what was summed before,
+        and the new maximum; and in a tuple, what ``HOOK`` says of the groups if it is the ``QUICK`` one. If ``FROZEN``,
+        the maximum stays and the factor is 1.
     """
     SCORES: gl.constexpr = scores.type.layout
     scores, to_log2 = scale_scores(scores, numbers, OPTIONS)
@@ -345,7 +345,6 @@ def soften(
             shift = gl.where(new_max == float("-inf"), 0.0, new_max)
         rescale = gl.exp2(running_max - shift)
         running_max = new_max
-        partial_sum = partial_sum * spread(rescale, partial_sum)
     weights = ()
     k_pos = ()
     for r in gl.static_range(len(parts)):
@@ -363,16 +362,26 @@ def soften(
     total = weights[0]
     for r in gl.static_range(1, len(weights)):
         total += weights[r]
-    partial_sum += gl.convert_layout(sum_in_thread(total), partial_sum.type.layout, assert_trivial=True)
     weights = gl.convert_layout(join_groups(weights), SCORES, assert_trivial=True)
-    return weights, rescale, running_max, partial_sum, doubt
+    return weights, sum_in_thread(total), rescale, running_max, doubt
+
+
+@gluon.jit
+def add_sum(partial_sum, tile_sum, rescale, ones_memory, FROZEN: gl.constexpr):
+    """Add a tile's sum of weights, unless they are summed later, by a product with ones."""
+    if not FROZEN:
+        partial_sum = partial_sum * spread(rescale, partial_sum)
+    if ones_memory is None:
+        partial_sum += gl.convert_layout(tile_sum, partial_sum.type.layout, assert_trivial=True)
+    return partial_sum
 
 
 @gluon.jit
 def advance(
     step, first, positions, query, weights, accumulator, running_max, partial_sum, rules, numbers, hook_args,
-    key_memory, value_memory, doubts, loaded, freed, turn, WARPGROUP: gl.constexpr, SCORE_HOOK: gl.constexpr,
-    QUICK_HOOK: gl.constexpr, OPTIONS: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr, FROZEN: gl.constexpr,
+    key_memory, value_memory, ones_memory, doubts, loaded, freed, turn, WARPGROUP: gl.constexpr,
+    SCORE_HOOK: gl.constexpr, QUICK_HOOK: gl.constexpr, OPTIONS: gl.constexpr, STAGES: gl.constexpr,
+    MASKED: gl.constexpr, FROZEN: gl.constexpr,
 ):  # fmt: skip
     """Multiply queries with the keys of one tile, weights with the values of the tile before, and take the softmax."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, OPTIONS.block_n, 16])
@@ -387,28 +396,38 @@ def advance(
     values = value_memory.index(stage).reshape([OPTIONS.block_n, OPTIONS.block_dv])
     zeros = gl.full([ROWS, OPTIONS.block_n], 0, gl.float32, SCORES)
     scores = warpgroup_mma(query, keys, zeros, use_acc=False, is_async=True)
+    BEHIND: gl.constexpr = 1 if ones_memory is None else 2  # products that are issued after that of keys
+    if ones_memory is not None:
+        partial_sum = warpgroup_mma(weights, ones_memory.permute([1, 0]), partial_sum, is_async=True)
     accumulator = warpgroup_mma(weights, values, accumulator, is_async=True)
     pass_turn(turn, WARPGROUP, OPTIONS)
-    scores = warpgroup_mma_wait(1, deps=[scores])
+    scores = warpgroup_mma_wait(BEHIND, deps=[scores])
     QUICK: gl.constexpr = QUICK_HOOK is not None and not MASKED
     HOOK: gl.constexpr = QUICK_HOOK if QUICK else SCORE_HOOK
-    weights, rescale, new_max, new_sum, doubt = soften(
-        scores, first, positions, running_max, partial_sum, rules, numbers, hook_args,
-        HOOK, QUICK, OPTIONS, MASKED, FROZEN,
+    weights, tile_sum, rescale, new_max, doubt = soften(
+        scores, first, positions, running_max, rules, numbers, hook_args, HOOK, QUICK, OPTIONS, MASKED, FROZEN
     )  # fmt: skip
     if QUICK:
         again = is_any(doubt[0], doubts.index(2 * WARPGROUP + step % 2))
-    gl.inline_asm_elementwise(PIN, "=r,=r,r,r", [new_sum], dtype=gl.int32, is_pure=False, pack=2)
-    accumulator = warpgroup_mma_wait(0, deps=[accumulator])
+    if ones_memory is None:
+        new_sum = add_sum(partial_sum, tile_sum, rescale, ones_memory, FROZEN)
+        gl.inline_asm_elementwise(PIN, "=r,=r,r,r", [new_sum], dtype=gl.int32, is_pure=False, pack=2)
+        accumulator = warpgroup_mma_wait(0, deps=[accumulator])
+    else:
+        # Nothing depends on all weights, so what pins the order is a loop: waiting for what has long been there.
+        mbarrier.wait(loaded.index(stage), step // STAGES & 1)
+        accumulator, partial_sum = warpgroup_mma_wait(0, deps=[accumulator, partial_sum])
+        new_sum = add_sum(partial_sum, tile_sum, rescale, ones_memory, FROZEN)
     if QUICK:  # noqa: SIM102 - conditions at compile time and at run time do not mix
         if again:
             # As rare as equal scores: not worth registers for scores that have become weights.
             scores = warpgroup_mma(query, keys, zeros, use_acc=False, is_async=True)
             scores = warpgroup_mma_wait(0, deps=[scores])
-            weights, rescale, new_max, new_sum, _ = soften(
-                scores, first, positions, running_max, partial_sum, rules, numbers, hook_args,
-                SCORE_HOOK, False, OPTIONS, MASKED, FROZEN,
+            weights, tile_sum, rescale, new_max, _ = soften(
+                scores, first, positions, running_max, rules, numbers, hook_args, SCORE_HOOK, False, OPTIONS, MASKED,
+                FROZEN,
             )  # fmt: skip
+            new_sum = add_sum(partial_sum, tile_sum, rescale, ones_memory, FROZEN)
     mbarrier.arrive(freed.index(stage), count=1)
     if not FROZEN:
         accumulator = accumulator * spread(rescale, accumulator)
@@ -436,9 +455,9 @@ def clear_rows(memory, first, length, WARPGROUP: gl.constexpr, OPTIONS: gl.const
 
 @gluon.jit
 def attend_item(
-    item, step, clearings, query_memory, key_memory, value_memory, doubts, barriers, pointers, out_strides, problem,
-    numbers, hook_args, WARPGROUP: gl.constexpr, SCORE_HOOK: gl.constexpr, QUICK_HOOK: gl.constexpr,
-    OPTIONS: gl.constexpr, STAGES: gl.constexpr,
+    item, step, clearings, query_memory, key_memory, value_memory, ones_memory, doubts, barriers, pointers,
+    out_strides, problem, numbers, hook_args, WARPGROUP: gl.constexpr, SCORE_HOOK: gl.constexpr,
+    QUICK_HOOK: gl.constexpr, OPTIONS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Compute one warpgroup's queries of an item.
 
@@ -486,11 +505,15 @@ def attend_item(
     accumulator = gl.full([ROWS, OPTIONS.block_dv], 0, gl.float32, OUTPUT)
     running_max = gl.full([ROWS], float("-inf"), gl.float32, ROW)
     zeros = gl.full([ROWS, OPTIONS.block_n], 0, gl.float32, SCORES)
-    partial_sum = sum_in_thread(zeros)
+    # [ROWS, 4], or [ROWS, 8] of which the first column is not 0; the sum of a row is that of all its columns.
+    if ones_memory is None:
+        partial_sum = sum_in_thread(zeros)
+    else:
+        partial_sum = gl.full([ROWS, 8], 0, gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16]))
     if sink_logits_ptr is not None:
         running_max = gl.full([ROWS], 0, gl.float32, ROW) + gl.load(sink_logits_ptr + head).to(gl.float32) * LOG2E
-        lanes = gl.arange(0, 4, gl.SliceLayout(0, partial_sum.type.layout))
-        partial_sum += gl.where(lanes == 0, 1.0, 0.0)[None, :]
+        columns = gl.arange(0, partial_sum.shape[1], gl.SliceLayout(0, partial_sum.type.layout))
+        partial_sum += gl.where(columns == 0, 1.0, 0.0)[None, :]
 
     first = locate_tile(0, ranges, masked, OPTIONS)
     stage = step % STAGES
@@ -507,15 +530,14 @@ def attend_item(
         # Nothing is to be selected where the first key is still in the window of the last query.
         selecting = first <= length - query_length + gl.minimum(row_start + ROWS, query_length) - 1 - window
     if selecting:
-        weights, _, running_max, partial_sum, _ = soften(
-            scores, first, positions, running_max, partial_sum, rules, numbers, hook_args,
-            SCORE_HOOK, False, OPTIONS, True, False,
+        weights, tile_sum, rescale, running_max, _ = soften(
+            scores, first, positions, running_max, rules, numbers, hook_args, SCORE_HOOK, False, OPTIONS, True, False
         )  # fmt: skip
     else:
-        weights, _, running_max, partial_sum, _ = soften(
-            scores, first, positions, running_max, partial_sum, rules, numbers, hook_args,
-            None, False, OPTIONS, True, False,
+        weights, tile_sum, rescale, running_max, _ = soften(
+            scores, first, positions, running_max, rules, numbers, hook_args, None, False, OPTIONS, True, False
         )  # fmt: skip
+    partial_sum = add_sum(partial_sum, tile_sum, rescale, ones_memory, False)
     if first + OPTIONS.block_n > length:
         stage = step % STAGES
         mbarrier.wait(loaded.index(stage), step // STAGES & 1)
@@ -527,14 +549,14 @@ def attend_item(
     for index in range(1, masked - spared):
         weights, accumulator, running_max, partial_sum = advance(
             step, locate_tile(index, ranges, masked, OPTIONS), positions, query, weights, accumulator, running_max,
-            partial_sum, rules, numbers, hook_args, key_memory, value_memory, doubts, loaded, freed, turn,
+            partial_sum, rules, numbers, hook_args, key_memory, value_memory, ones_memory, doubts, loaded, freed, turn,
             WARPGROUP, SCORE_HOOK, QUICK_HOOK, OPTIONS, STAGES, True, False,
         )  # fmt: skip
         step += 1
     for index in range(masked - spared, tiles):
         weights, accumulator, running_max, partial_sum = advance(
             step, locate_tile(index, ranges, masked, OPTIONS), positions, query, weights, accumulator, running_max,
-            partial_sum, rules, numbers, hook_args, key_memory, value_memory, doubts, loaded, freed, turn,
+            partial_sum, rules, numbers, hook_args, key_memory, value_memory, ones_memory, doubts, loaded, freed, turn,
             WARPGROUP, SCORE_HOOK, QUICK_HOOK, OPTIONS, STAGES, False, OPTIONS.frozen,
         )  # fmt: skip
         step += 1
@@ -544,9 +566,11 @@ def attend_item(
     take_turn(turn, step, WARPGROUP)
     values = value_memory.index(stage).reshape([OPTIONS.block_n, OPTIONS.block_dv])
     weights = gl.convert_layout(weights.to(query.dtype), OPERAND, assert_trivial=True)
+    if ones_memory is not None:
+        partial_sum = warpgroup_mma(weights, ones_memory.permute([1, 0]), partial_sum, is_async=True)
     accumulator = warpgroup_mma(weights, values, accumulator, is_async=True)
     pass_turn(turn, WARPGROUP, OPTIONS)
-    accumulator = warpgroup_mma_wait(0, deps=[accumulator])
+    accumulator, partial_sum = warpgroup_mma_wait(0, deps=[accumulator, partial_sum])
     mbarrier.arrive(freed.index(stage), count=1)
 
     # [ROWS]
@@ -561,8 +585,9 @@ def attend_item(
             overflowed = 0
     inverse = gl.where(total_weight == 0.0, 0.0, 1.0 / total_weight)
     out_rows = gl.load(sequences[0] + sequence).to(gl.int64) + rows
-    lse = (running_max + gl.log2(total_weight)) * LN2
-    gl.store(lse_ptr + out_rows * heads_of[0] + head, lse, mask=stored)
+    if lse_ptr is not None:
+        lse = (running_max + gl.log2(total_weight)) * LN2
+        gl.store(lse_ptr + out_rows * heads_of[0] + head, lse, mask=stored)
 
     # Through shared memory, in the place of the queries, to be written in whole lines.
     query.store((accumulator * spread(inverse, accumulator)).to(query.dtype))
@@ -584,7 +609,7 @@ def attend_items(
     OPTIONS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Compute the items that are posted: the part of a warpgroup."""
-    buffers, mail, barriers, pointers, out_strides, problem, numbers = work
+    buffers, ones_memory, mail, barriers, pointers, out_strides, problem, numbers = work
     query_memory, key_memory, value_memory = buffers
     posted_item, verdicts, doubts = mail
     posted, done, query_loaded, _, _, turn, _ = barriers
@@ -604,8 +629,8 @@ def attend_items(
             mbarrier.wait(query_loaded.index(slot), post // SLOTS & 1)
             overflowed, clearings, step = attend_item(
                 item, step, clearings, query_memory.index(WARPGROUPS * slot + WARPGROUP), key_memory, value_memory,
-                doubts, barriers, pointers, out_strides, problem, numbers, hook_args, WARPGROUP, SCORE_HOOK, QUICK_HOOK,
-                OPTIONS, STAGES,
+                ones_memory, doubts, barriers, pointers, out_strides, problem, numbers, hook_args, WARPGROUP,
+                SCORE_HOOK, QUICK_HOOK, OPTIONS, STAGES,
             )  # fmt: skip
         write_number(verdicts.index(WARPGROUPS * slot + WARPGROUP), overflowed)
         mbarrier.arrive(done.index(slot), count=1)
@@ -657,6 +682,16 @@ def attention_forward_hopper(
         for warpgroup in gl.static_range(WARPGROUPS):
             mbarrier.init(turn.index(warpgroup), count=1)
     mbarrier.init(cleared, count=WARPGROUPS)
+    # Beside a head_dim of 64 and a selection, the matrix units have time to sum weights; rounded, which the LSE could
+    # not bear.
+    ones_memory: gl.constexpr = None
+    if lse_ptr is None and SCORE_HOOK is not None and WARPGROUPS == 3:
+        LINES: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+        ones_memory = gl.allocate_shared_memory(
+            ELEMENT, [8, OPTIONS.block_n], gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+        )
+        is_first = gl.arange(0, 8, gl.SliceLayout(1, LINES))[:, None] == 0
+        ones_memory.store(gl.where(is_first, gl.full([8, OPTIONS.block_n], 1, ELEMENT, LINES), 0))
     fence_async_shared()
     synchronize()
 
@@ -669,7 +704,7 @@ def attention_forward_hopper(
     pointers = (out_ptr, lse_ptr, sink_logits_ptr)
     problem = (sequences, heads_of, batch, tiles_per_head, heads_per_wave, (num_sinks, window, sliding_window))
     # Numbers known at compile time would not be so any more inside a tuple in a tuple.
-    work = (buffers, mail, barriers, pointers, out_strides, problem, numbers)
+    work = (buffers, ones_memory, mail, barriers, pointers, out_strides, problem, numbers)
     to_load = (descriptors, buffers, mail, barriers, counter_ptr, problem)
     if WARPGROUPS == 3:
         gl.warp_specialize(

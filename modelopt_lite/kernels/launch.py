@@ -162,10 +162,11 @@ def forward(
     plan: AttentionPlan,
     first_q: Tensor | None = None,
     first_k: Tensor | None = None,
+    with_lse: bool = True,
     out: Tensor | None = None,
     settings: Settings | None = None,
     kernel: str | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Compute attention on the GPU that holds the tensors, without waiting for it; :func:`refusal` has been asked.
 
     Args:
@@ -186,20 +187,22 @@ def forward(
         plan: which of the visible keys take part.
         first_q: position of each sequence's first query, ``[batch]``; by default the queries are the last tokens.
         first_k: position of each sequence's first key, ``[batch]``; by default 0.
+        with_lse: whether to return logarithms of the softmax denominators; without, weights may be summed rounded, as
+            they are multiplied with the values.
         out: where to write, ``[tokens, query heads, value_dim]``; allocated if None.
         settings: tiles and warps of the portable kernel, instead of the table's.
         kernel: ``"portable"`` or ``"hopper"``, instead of what :func:`kernel_for` chooses.
 
     Returns:
-        ``out`` and the logarithms of the softmax denominators, ``[tokens, query heads]`` in FP32. Rows without a
-        visible key and rows of no sequence are 0 and -inf.
+        ``out`` and the logarithms of the softmax denominators, ``[tokens, query heads]`` in FP32, or None. Rows without
+        a visible key and rows of no sequence are 0 and -inf.
 
     Raises:
         ValueError: if ``kernel`` is ``"hopper"`` and the settings or the problem are for the portable one alone.
     """
     if out is None:
         out = torch.empty(q.shape[0], q.shape[1], v.shape[2], dtype=q.dtype, device=q.device)
-    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device) if with_lse else None
     if q.shape[0] == 0:
         return out, lse
     packing = starts_q, lengths_q, max_q, starts_k, lengths_k, max_k
@@ -232,7 +235,7 @@ def _launch_portable(
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    lse: Tensor,
+    lse: Tensor | None,
     s_aux: Tensor | None,
     problem: AttentionProblem,
     settings: Settings | None,
@@ -280,7 +283,7 @@ def _launch_hopper(
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    lse: Tensor,
+    lse: Tensor | None,
     s_aux: Tensor | None,
     problem: AttentionProblem,
 ) -> None:

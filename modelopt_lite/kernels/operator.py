@@ -20,13 +20,19 @@ if tl is not None:
 
 
 def attention_operator(
-    q: Tensor, k: Tensor, v: Tensor, s_aux: Tensor | None, problem: AttentionProblem, use_triton: bool
+    q: Tensor, k: Tensor, v: Tensor, s_aux: Tensor | None, problem: AttentionProblem, use_triton: bool, return_lse: bool
 ) -> tuple[Tensor, Tensor]:
-    """Run a checked problem; arguments and results as of :func:`~modelopt_lite.kernels.blocked.forward_blocked`."""
+    """Run a checked problem; arguments and results as of :func:`~modelopt_lite.kernels.blocked.forward_blocked`.
+
+    Without ``return_lse``, there may be nothing in the LSE.
+    """
     p = problem
+    with_lse = return_lse or (
+        torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, s_aux))
+    )
     packing = (p.starts_q, p.lengths_q, p.max_q, p.starts_k, p.lengths_k, p.max_k)
-    options = (p.is_causal, p.softmax_scale, p.sliding_window, p.softcap, p.plan.key, use_triton, p.first_q, p.first_k)
-    output, lse = _forward(q, k, v, s_aux, *packing, *options)
+    options = (p.is_causal, p.softmax_scale, p.sliding_window, p.softcap, p.plan.key, use_triton)
+    output, lse = _forward(q, k, v, s_aux, *packing, *options, with_lse, p.first_q, p.first_k)
     return output, lse.detach()
 
 
@@ -48,13 +54,14 @@ def _forward(
     softcap: float | None,
     plan_key: int,
     use_triton: bool,
+    with_lse: bool,
     first_q: Tensor | None = None,
     first_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     packing = (starts_q, lengths_q, max_q, starts_k, lengths_k, max_k)
     plan = plan_by_key(plan_key)
     if use_triton:
-        return launch.forward(
+        output, lse = launch.forward(
             q,
             k,
             v,
@@ -67,7 +74,9 @@ def _forward(
             plan=plan,
             first_q=first_q,
             first_k=first_k,
+            with_lse=with_lse,
         )
+        return output, q.new_empty(0, dtype=torch.float32) if lse is None else lse
     problem = AttentionProblem(*packing, is_causal, softmax_scale, sliding_window, softcap, plan, first_q, first_k)
     problem.check_values(q.shape[0], k.shape[0])
     with torch.autocast(q.device.type, enabled=False):
@@ -75,9 +84,11 @@ def _forward(
 
 
 @_forward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    use_triton, with_lse = others[12:14]
+    shape = q.shape[:2] if with_lse or not use_triton else (0,)
     accumulated = torch.promote_types(q.dtype, torch.float32)
-    return q.new_empty(q.shape[0], q.shape[1], v.shape[2]), q.new_empty(q.shape[:2], dtype=accumulated)
+    return q.new_empty(q.shape[0], q.shape[1], v.shape[2]), q.new_empty(shape, dtype=accumulated)
 
 
 @torch.library.custom_op("modelopt_lite::attention_backward", mutates_args=())
@@ -141,7 +152,7 @@ def _(
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, s_aux, starts_q, lengths_q, max_q, starts_k, lengths_k, max_k, *options, first_q, first_k = inputs
+    q, k, v, s_aux, starts_q, lengths_q, max_q, starts_k, lengths_k, max_k, *options, _, first_q, first_k = inputs
     ctx.save_for_backward(*output, q, k, v, s_aux, starts_q, lengths_q, starts_k, lengths_k, first_q, first_k)
     ctx.numbers = max_q, max_k, options
     ctx.plan = plan_by_key(options[-2])  # kept alive until then
@@ -152,7 +163,7 @@ def _backward_of_forward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tens
     max_q, max_k, options = ctx.numbers
     packing = (starts_q, lengths_q, max_q, starts_k, lengths_k, max_k)
     *grads, grad_s_aux = _backward(grad, output, lse, q, k, v, s_aux, *packing, *options, first_q, first_k)
-    return (*grads, None if s_aux is None else grad_s_aux, *(None for _ in range(8 + len(options))))
+    return (*grads, None if s_aux is None else grad_s_aux, *(None for _ in range(9 + len(options))))
 
 
 _forward.register_autograd(_backward_of_forward, setup_context=_save_for_backward)

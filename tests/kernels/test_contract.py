@@ -150,9 +150,8 @@ def test_operator_is_well_formed():
     plan = top_n_plan(2, 4, 1, 2)
     for extra in (None, s_aux):
         packing = (starts, lengths, 6, starts, lengths, 6)
-        torch.library.opcheck(
-            torch.ops.modelopt_lite.attention.default, (q, k, v, extra, *packing, True, 0.5, None, 3.0, plan.key, False)
-        )
+        options = (True, 0.5, None, 3.0, plan.key, False, True)
+        torch.library.opcheck(torch.ops.modelopt_lite.attention.default, (q, k, v, extra, *packing, *options))
 
 
 @given(st.integers(0, 16), st.sampled_from([2, 4, 8, 16]), st.data())

@@ -35,7 +35,7 @@ def n_of_m(n, m, num_sink_tokens=0, dense_window_size=0):
     return top_n_plan(n, m, num_sink_tokens, dense_window_size)
 
 
-def run(q, k, v, s_aux, problem, kernel_settings):
+def run(q, k, v, s_aux, problem, kernel_settings, with_lse=True):
     p = problem
     out = q.new_full((q.shape[0], q.shape[1], v.shape[2]), torch.nan)
     return launch.forward(
@@ -58,6 +58,7 @@ def run(q, k, v, s_aux, problem, kernel_settings):
         first_k=p.first_k,
         out=out,
         settings=kernel_settings,
+        with_lse=with_lse,
     )
 
 
@@ -123,6 +124,14 @@ def test_shapes(heads, dims, kernel_settings):
     lengths = [(1, 1), (33, 33), (0, 5), (7, 40), (1, 20)]
     tensors, problem = sequences(lengths, heads, dims, plan=n_of_m(2, 4, 3, 5))
     check(*tensors, None, problem, kernel_settings)
+
+
+def test_without_lse():
+    tensors, problem = sequences([(33, 33), (0, 5), (7, 40)], plan=n_of_m(2, 4, 3, 5))
+    out, _ = run(*tensors, None, problem, FROZEN)
+    again, lse = run(*tensors, None, problem, FROZEN, with_lse=False)
+    assert lse is None
+    assert torch.equal(out, again)
 
 
 def test_odd_length_with_real_tiles():

@@ -20,14 +20,16 @@ BF16, FP16 = torch.bfloat16, torch.float16
 SHARED_LIMIT = 227 * 1024
 REGISTERS = {2: 168, 3: 128}  # of a thread at the launch, by warpgroups that compute; then they give and take
 VARIANTS = [
-    # dtype, head_dim, (n, m) or None, causal
-    (BF16, 128, None, True),
-    (BF16, 128, (2, 4), True),
-    (BF16, 128, (4, 8), True),
-    (BF16, 64, (2, 4), False),
-    (FP16, 128, (2, 4), True),
-    (FP16, 128, (4, 8), True),
-    (BF16, 128, (8, 16), False),
+    # dtype, head_dim, (n, m) or None, causal, with LSE
+    (BF16, 128, None, True, True),
+    (BF16, 128, (2, 4), True, True),
+    (BF16, 128, (4, 8), True, False),
+    (BF16, 64, (2, 4), False, True),
+    (BF16, 64, (2, 4), True, False),
+    (FP16, 64, (2, 4), True, False),
+    (FP16, 128, (2, 4), True, True),
+    (FP16, 128, (4, 8), True, True),
+    (BF16, 128, (8, 16), False, True),
 ]
 # Shuffles, accesses to shared memory and spills in the hot loop. The one store pins the order and never happens; with
 # FP16 there are the rows' maxima, two shuffles for each of two rows; with a quick hook warps tell each other whether
@@ -49,13 +51,13 @@ def compile_all():
     from modelopt_lite.kernels import launch
     from modelopt_lite.kernels.hopper import attention_forward_hopper, prepare
 
-    def run(lengths, dtype, head_dim, n_of_m, causal, window=64):
+    def run(lengths, dtype, head_dim, n_of_m, causal, with_lse, window=64):
         q, k = (torch.zeros(sum(lengths), heads, head_dim, dtype=dtype) for heads in (4, 2))
         length = torch.tensor(lengths)
         packing = length.cumsum(0) - length, length, max(lengths)
         options = {"is_causal": causal, "softmax_scale": 1.0, "sliding_window": None, "softcap": None, "s_aux": None}
         plan = top_n_plan(*(n_of_m or (0, 4)), 0, window)
-        launch.forward(q, k, k, *packing, *packing, **options, plan=plan, kernel="hopper")
+        launch.forward(q, k, k, *packing, *packing, **options, plan=plan, with_lse=with_lse, kernel="hopper")
 
     found = []
     pretend_gpu(launch, attention_forward_hopper, prepare, compiled=found)
@@ -197,14 +199,15 @@ def test_prepare(launch_for, group, rows):
 def test_kernel_fits_the_gpu(compiled, index):
     from modelopt_lite.kernels.launch import hopper_settings
 
-    dtype, head_dim, n_of_m, _ = VARIANTS[index]
+    dtype, head_dim, n_of_m, _, with_lse = VARIANTS[index]
     settings = hopper_settings(dtype, head_dim, n_of_m[1] if n_of_m else 1)
     found = compiled[index]
     loop = classify(found["hot loop"])
     assert found["shared"] <= SHARED_LIMIT
     assert found["registers"] == REGISTERS[settings.block_m // 64]
     # instructions that take 16 keys of the values, or 16 dimensions
-    assert loop["matrix"] == settings.block_n // 16 + head_dim // 16
+    sums = settings.block_n // 16 if head_dim == 64 and not with_lse else 0
+    assert loop["matrix"] == settings.block_n // 16 + head_dim // 16 + sums
     traffic = (loop["shuffles"], loop["shared memory"], loop["spills"])
     assert all(x <= limit for x, limit in zip(traffic, TRAFFIC.get((dtype, n_of_m), (0, 1, 0)), strict=True)), traffic
 
