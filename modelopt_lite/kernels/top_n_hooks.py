@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from .language import INTERPRETED, at_least, combine, constexpr, dropped, jit, more_than, tl
 
 # What becomes of three flags; see combine().
@@ -54,36 +57,36 @@ def _find_nth_largest(n: int, scores: list[str], result: str, kind: str) -> list
     return lines
 
 
-def _four_of_eight(groups: int) -> str:
-    """Write PTX that keeps the four largest scores of each of some groups of 8.
+def _keep_n(n: int, m: int, groups: int) -> str:
+    """Write PTX that keeps the ``n`` largest scores of each of some groups of ``m``.
 
-    All scores are compared with the fourth largest. Where more than four are at least as large, some are equal to it,
+    All scores are compared with the n-th largest. Where more than ``n`` are at least as large, some are equal to it,
     and only the first of these stay: a branch, as it is rare.
 
     Operands are the flags of each place, then the scores of each place, ``groups`` registers each.
     """
-    flag = [[f"${place * groups + group}" for place in range(8)] for group in range(groups)]
-    score = [[f"${(8 + place) * groups + group}" for place in range(8)] for group in range(groups)]
-    lines = [".reg .pred done, equal, room;", ".reg .b32 left;", f".reg .f32 fourth<{groups}>, x<8>, low;"]
+    flag = [[f"${place * groups + group}" for place in range(m)] for group in range(groups)]
+    score = [[f"${(m + place) * groups + group}" for place in range(m)] for group in range(groups)]
+    lines = [".reg .pred done, equal, room;", ".reg .b32 left;", f".reg .f32 nth<{groups}>, x<{m}>, low;"]
     for group in range(groups):
-        lines += _find_nth_largest(4, score[group], f"fourth{group}", "f32")
-        for r in range(8):
-            lines += [f"set.geu.f32.f32 {flag[group][r]}, {score[group][r]}, fourth{group};"]
+        lines += _find_nth_largest(n, score[group], f"nth{group}", "f32")
+        for r in range(m):
+            lines += [f"set.geu.f32.f32 {flag[group][r]}, {score[group][r]}, nth{group};"]
     # 1.0 is 0x3F800000; added up as integers, flags are counted. NaN counts, too, so that no group has too few. Each
     # group by itself, as some are not there where a thread has fewer, and nothing may follow from what they seem to be.
     lines += [".reg .b32 number;", "setp.eq.u32 done, 0, 0;"]
     for group in range(groups):
         lines += [f"add.u32 number, {flag[group][0]}, {flag[group][1]};"]
-        lines += [f"add.u32 number, number, {flag[group][r]};" for r in range(2, 8)]
-        lines += [f"setp.eq.and.u32 done, number, {4 * 0x3F800000 % 2**32}, done;"]
+        lines += [f"add.u32 number, number, {flag[group][r]};" for r in range(2, m)]
+        lines += [f"setp.eq.and.u32 done, number, {n * 0x3F800000 % 2**32}, done;"]
     lines += ["@done bra DONE;"]
     for group in range(groups):
-        # With fewer than four visible scores all are kept, and it does not matter what is said of the others.
-        lines += [f"setp.eq.f32 done, fourth{group}, 0fFF800000;", f"@done bra NEXT{group};", "mov.b32 left, 4;"]
-        for r in range(8):
-            lines += [f"setp.gt.f32 equal, {score[group][r]}, fourth{group};", "@equal sub.s32 left, left, 1;"]
-        for r in range(8):
-            lines += [f"setp.eq.f32 equal, {score[group][r]}, fourth{group};", "setp.gt.s32 room, left, 0;"]
+        # With fewer than n visible scores all are kept, and it does not matter what is said of the others.
+        lines += [f"setp.eq.f32 done, nth{group}, 0fFF800000;", f"@done bra NEXT{group};", f"mov.b32 left, {n};"]
+        for r in range(m):
+            lines += [f"setp.gt.f32 equal, {score[group][r]}, nth{group};", "@equal sub.s32 left, left, 1;"]
+        for r in range(m):
+            lines += [f"setp.eq.f32 equal, {score[group][r]}, nth{group};", "setp.gt.s32 room, left, 0;"]
             lines += [f"@equal selp.f32 {flag[group][r]}, 0f3F800000, 0f00000000, room;"]
             lines += ["@equal sub.s32 left, left, 1;"]
         lines += [f"NEXT{group}:"]
@@ -109,11 +112,17 @@ def _keep_at_least_nth(n: int, m: int) -> str:
     return "{ " + " ".join(lines) + " }"
 
 
-FOUR_OF_EIGHT = constexpr(_four_of_eight(4))
-FOUR_OF_EIGHT_OPERANDS = constexpr(",".join(["=&f"] * 32 + ["f"] * 32))
-# For groups of 8, then of 16; there is no n of 0, but a place for it.
-AT_LEAST_NTH = constexpr(tuple(_keep_at_least_nth(max(n, 1), m) for m in (8, 16) for n in range(m)))
-AT_LEAST_NTH_OPERANDS = constexpr(tuple(",".join(["=&f"] * (m + 1) + ["f"] * m) for m in (8, 16)))
+def _of_each(program: Callable[[int, int], str]) -> Any:
+    """Make a constant of a program for each n of groups of 8, then of 16; there is no n of 0, but a place for it."""
+    return constexpr(tuple(program(max(n, 1), m) for m in (8, 16) for n in range(m)))
+
+
+# Groups at a time, which each take 16 or 32 registers.
+AT_A_TIME = constexpr((4, 1))
+KEEP_N = _of_each(lambda n, m: _keep_n(n, m, 4 if m == 8 else 1))
+KEEP_N_OPERANDS = constexpr(tuple(",".join(["=&f"] * size + ["f"] * size) for size in (32, 16)))
+KEEP_AT_LEAST_NTH = _of_each(_keep_at_least_nth)
+KEEP_AT_LEAST_NTH_OPERANDS = constexpr(tuple(",".join(["=&f"] * (m + 1) + ["f"] * m) for m in (8, 16)))
 
 
 @jit
@@ -137,10 +146,13 @@ def keep_top_n_hook(scores, q_pos, k_pos, args):
         keep = keep_largest(scores)
     elif N == M - 1:
         keep = drop_smallest(scores)
-    elif N == 4 and M == 8 and not INTERPRETED:
-        keep = keep_four_of_eight(scores)
-    else:
+    elif INTERPRETED:
         keep = keep_by_rank(scores, N)
+    else:
+        keep = tl.inline_asm_elementwise(
+            KEEP_N[M - 8 + N], KEEP_N_OPERANDS[M // 16], scores, dtype=(tl.float32,) * M, is_pure=True,
+            pack=AT_A_TIME[M // 16],
+        )  # fmt: skip
     return keep
 
 
@@ -213,22 +225,6 @@ def keep_of_four(scores, N: tl.constexpr):
 
 
 @jit
-def keep_four_of_eight(scores):
-    """Keep four of eight, four groups at a time."""
-    a, b, c, d, e, f, g, h = scores
-    return tl.inline_asm_elementwise(
-        FOUR_OF_EIGHT,
-        FOUR_OF_EIGHT_OPERANDS,
-        [a, b, c, d, e, f, g, h],
-        dtype=(
-            tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32
-        ),
-        is_pure=True,
-        pack=4,
-    )  # fmt: skip
-
-
-@jit
 def keep_top_n_quickly(weights, q_pos, k_pos, args):
     """Keep the ``args[0]`` largest weights of groups of 8 or 16, and more where others are equal to the least of them.
 
@@ -244,38 +240,22 @@ def keep_top_n_quickly(weights, q_pos, k_pos, args):
     N: tl.constexpr = args[0]
     M: tl.constexpr = len(weights)
     return tl.inline_asm_elementwise(
-        AT_LEAST_NTH[M - 8 + N], AT_LEAST_NTH_OPERANDS[M // 16], weights, dtype=(tl.float32,) * (M + 1), is_pure=True,
-        pack=1,
+        KEEP_AT_LEAST_NTH[M - 8 + N], KEEP_AT_LEAST_NTH_OPERANDS[M // 16], weights, dtype=(tl.float32,) * (M + 1),
+        is_pure=True, pack=1,
     )  # fmt: skip
 
 
 @jit
 def keep_by_rank(scores, N: tl.constexpr):
-    """Keep the scores that fewer than ``N`` others go before, in descending order.
-
-    Ranks are counted in fields of a few bits, as many as an FP32 number holds exactly, so that most comparisons cost
-    one multiply-add. Fields are offset such that the highest bit of each says that the score is dropped.
-    """
+    """Keep the scores that fewer than ``N`` others go before: what the assembly does, for the interpreter."""
     M: tl.constexpr = len(scores)
-    TOP: tl.constexpr = 4 if N == 4 and M == 8 else 8 if M == 8 or N == 8 else 16
-    WIDTH: tl.constexpr = 3 if TOP == 4 else 4 if TOP == 8 else 5
-    FIELDS: tl.constexpr = 24 // WIDTH
     keep = ()
-    for counter in tl.static_range((M + FIELDS - 1) // FIELDS):
-        packed = 0.0
-        for place in tl.static_range(counter * FIELDS, min((counter + 1) * FIELDS, M)):
-            # all before it, unless found otherwise
-            packed += (TOP - N + place) * 2.0 ** (WIDTH * (place - counter * FIELDS))
-        for lower in tl.static_range(M):
-            for higher in tl.static_range(lower + 1, M):
-                if lower // FIELDS == counter and higher // FIELDS == counter:
-                    weight = 2.0 ** (WIDTH * (lower % FIELDS)) - 2.0 ** (WIDTH * (higher % FIELDS))
-                    packed += more_than(scores[higher], scores[lower]) * weight
-                elif lower // FIELDS == counter:
-                    packed += more_than(scores[higher], scores[lower]) * 2.0 ** (WIDTH * (lower % FIELDS))
-                elif higher // FIELDS == counter:
-                    packed -= more_than(scores[higher], scores[lower]) * 2.0 ** (WIDTH * (higher % FIELDS))
-        bits = packed.to(tl.int32)
-        for place in tl.static_range(counter * FIELDS, min((counter + 1) * FIELDS, M)):
-            keep = keep + ((bits & (TOP << (WIDTH * (place - counter * FIELDS)))) == 0,)
+    for place in tl.static_range(M):
+        rank = more_than(scores[place], scores[place])  # 0, also for infinity
+        for other in tl.static_range(M):
+            if other < place:
+                rank += at_least(scores[other], scores[place])
+            elif other > place:
+                rank += more_than(scores[other], scores[place])
+        keep = keep + (rank < N,)
     return keep

@@ -7,7 +7,7 @@ from math import inf, isnan, nan
 
 import pytest
 
-from modelopt_lite.kernels.top_n_hooks import _comparators, _four_of_eight, _keep_at_least_nth
+from modelopt_lite.kernels.top_n_hooks import _comparators, _keep_at_least_nth, _keep_n
 
 ONE = 0x3F800000
 CONSTANTS = {"0fFF800000": -inf, "0f3F800000": 1.0, "0f00000000": 0.0}
@@ -87,18 +87,20 @@ def test_comparators_sort(size):
         assert numbers == sorted(numbers, reverse=True)
 
 
+@pytest.mark.parametrize(("n", "m"), [(n, m) for m in (8, 16) for n in range(1, m)])
 @pytest.mark.parametrize("absent", [None, nan, inf, 0.5])
-def test_four_of_eight(absent):
+def test_exact_rule(n, m, absent):
     """Groups that a thread does not have may hold anything."""
-    program = _four_of_eight(4)
+    together = 32 // m
+    program = _keep_n(n, m, together)
     for seed in range(8):
-        scores = list(itertools.islice(groups(8, seed), 4))
+        scores = list(itertools.islice(groups(m, seed), together))
         if absent is not None:
-            scores[1:] = [[absent] * 8] * 3
-        found = run(program, {32 + 4 * r + g: scores[g][r] for g in range(4) for r in range(8)})
-        for g in range(4 if absent is None else 1):
-            kept = [found[f"${4 * r + g}"] == 1.0 and scores[g][r] > -inf for r in range(8)]
-            assert kept == rule(scores[g], 4)
+            scores[1:] = [[absent] * m] * (together - 1)
+        found = run(program, {(m + r) * together + g: scores[g][r] for g in range(together) for r in range(m)})
+        for g in range(together if absent is None else 1):
+            kept = [found[f"${together * r + g}"] == 1.0 and scores[g][r] > -inf for r in range(m)]
+            assert kept == rule(scores[g], n)
 
 
 @pytest.mark.parametrize(("n", "m"), [(n, m) for m in (8, 16) for n in range(1, m)])
