@@ -70,7 +70,14 @@ def inputs(batch: int, seq_len: int, heads: tuple[int, int], head_dim: int, dtyp
 
 
 def own_call(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, name: str, kernel: str, settings: Settings | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    name: str,
+    kernel: str,
+    settings: Settings | None = None,
+    with_lse: bool = False,
 ) -> Call:
     """Return a call of one of this project's kernels; tensors are ``[batch, seq, heads, dim]``."""
     packing = packing_of(q)
@@ -85,6 +92,7 @@ def own_call(
         softcap=None,
         s_aux=None,
         plan=plan_of(name),
+        with_lse=with_lse,
         settings=settings,
         kernel=kernel,
     )

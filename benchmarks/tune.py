@@ -86,7 +86,7 @@ class Problem(NamedTuple):
             both = settings, default_settings(*described, KEY_SETTINGS)
         else:
             both = default_settings(*described, QUERY_SETTINGS), settings
-        out, lse = own_call(q, k, v, True, self.name, "portable")()
+        out, lse = own_call(q, k, v, True, self.name, "portable", with_lse=True)()
         packing = packing_of(q)
         return functools.partial(
             backward,
