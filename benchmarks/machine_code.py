@@ -35,7 +35,7 @@ TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 CLASSES = {
     "matrix": r"HGMMA|HMMA|UTC\w*MMA",
     "FMA pipe": r"FFMA|FMUL|FADD|IMAD|HFMA2",
-    "ALU pipe": r"FMNMX|FSETP?|FSEL|SEL|F2FP|LOP3|PLOP3|ISETP|IADD3|LEA|SHF|PRMT|VIMNMX|MOV|P2R|R2P",
+    "ALU pipe": r"FMNMX|FSETP?|FSEL|SEL|F2FP|LOP3|PLOP3|ISETP|IADD3|LEA|SHF|PRMT|VIMNMX3?|MOV|P2R|R2P",
     "exponentials": r"MUFU",
     "shuffles": r"SHFL",
     "shared memory": r"LDS|STS",
