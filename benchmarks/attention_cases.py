@@ -48,6 +48,7 @@ def packed_call(lengths: list[int], name: str, kernel: str) -> Call:
         softcap=None,
         s_aux=None,
         plan=plan_of(name),
+        with_lse=False,
         kernel=kernel,
     )
 

@@ -331,7 +331,6 @@ def soften(
     PART: gl.constexpr = parts[0].type.layout
     groups = first + OPTIONS.group * gl.arange(0, parts[0].shape[1], gl.SliceLayout(0, PART))[None, :]
     q_pos = spread(positions, parts[0])
-    keep = ()
     if not QUICK:
         parts, keep = select_scores(scores, q_pos, groups, rules, hook_args, HOOK, OPTIONS, MASKED)
     shift = running_max
@@ -346,15 +345,20 @@ def soften(
         rescale = gl.exp2(running_max - shift)
         running_max = new_max
     weights = ()
-    k_pos = ()
     for r in gl.static_range(len(parts)):
-        weight = gl.exp2(parts[r] * to_log2 - spread(shift, parts[r]))
+        if QUICK:
+            # Rounded once and everywhere alike, or the order of scores would not be that of weights.
+            weight = gl.exp2(gl.fma(parts[r], to_log2, spread(-shift, parts[r])))
+        else:
+            weight = gl.exp2(parts[r] * to_log2 - spread(shift, parts[r]))
         if not QUICK and HOOK is not None and OPTIONS.keeps_group_max:
             weight = weigh(weight, keep[r])
         weights = weights + (weight,)
-        k_pos = k_pos + (groups + r,)
     doubt = ()
     if QUICK:
+        k_pos = ()
+        for r in gl.static_range(len(parts)):
+            k_pos = k_pos + (groups + r,)
         found = HOOK(weights, q_pos, k_pos, hook_args)
         weights = found[: OPTIONS.group]
         doubt = found[OPTIONS.group :]
@@ -649,7 +653,7 @@ def attention_forward_hopper(
     heads_per_wave, num_sinks, window, sliding_window, hook_args,
     SCORE_HOOK: gl.constexpr, QUICK_HOOK: gl.constexpr, OPTIONS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Compute attention of packed sequences and its log-sum-exp; see :func:`modelopt_lite.kernels.launch.forward`."""
+    """Compute attention of packed sequences and, if asked for, its log-sum-exp; see :func:`modelopt_lite.kernels.launch.forward`."""
     ELEMENT: gl.constexpr = query_descriptor.dtype
     WARPGROUPS: gl.constexpr = OPTIONS.block_m // ROWS
     query_memory = gl.allocate_shared_memory(
@@ -682,10 +686,10 @@ def attention_forward_hopper(
         for warpgroup in gl.static_range(WARPGROUPS):
             mbarrier.init(turn.index(warpgroup), count=1)
     mbarrier.init(cleared, count=WARPGROUPS)
-    # Beside a head_dim of 64 and a selection, the matrix units have time to sum weights; rounded, which the LSE could
-    # not bear.
+    # Beside a selection from groups of up to 4 and a head_dim of 64, with three warpgroups, the matrix units have time to
+    # sum weights; rounded, which the LSE could not bear.
     ones_memory: gl.constexpr = None
-    if lse_ptr is None and SCORE_HOOK is not None and WARPGROUPS == 3:
+    if lse_ptr is None and SCORE_HOOK is not None and QUICK_HOOK is None and WARPGROUPS == 3:
         LINES: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
         ones_memory = gl.allocate_shared_memory(
             ELEMENT, [8, OPTIONS.block_n], gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)

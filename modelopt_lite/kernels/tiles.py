@@ -198,8 +198,7 @@ def select_scores(
 
     Returns:
         ``GROUP`` tiles of scores, ``-inf`` where a key is not visible and, unless the plan keeps every group's
-        maximum, where it is not kept; and as many tiles that say what is kept, none without a hook, followed by
-        what a quick hook says of the groups.
+        maximum, where it is not kept; and as many tiles that say what is kept, none without a hook.
     """
     GROUP: tl.constexpr = OPTIONS.group
     length = rules[1]

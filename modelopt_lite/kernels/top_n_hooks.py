@@ -34,7 +34,7 @@ def _comparators(size: int) -> list[tuple[int, int]]:
 
 
 def _find_nth_largest(n: int, scores: list[str], result: str, kind: str) -> list[str]:
-    """Write PTX that finds the n-th largest of a group's scores, numbers of the type ``kind``.
+    """Write PTX that finds the n-th largest of a group's scores or weights, numbers of the type ``kind``.
 
     Callers declare the registers that it works in, ``x0`` and so on, one a score, and ``low``.
     """
@@ -113,7 +113,7 @@ def _keep_at_least_nth(n: int, m: int) -> str:
 
 
 def _of_each(program: Callable[[int, int], str]) -> Any:
-    """Make a constant of a program for each n of groups of 8, then of 16; there is no n of 0, but a place for it."""
+    """Make a constant of a program for each n of groups of 8, then of 16, and of one more to fill the place of 0."""
     return constexpr(tuple(program(max(n, 1), m) for m in (8, 16) for n in range(m)))
 
 
@@ -251,7 +251,7 @@ def keep_by_rank(scores, N: tl.constexpr):
     M: tl.constexpr = len(scores)
     keep = ()
     for place in tl.static_range(M):
-        rank = more_than(scores[place], scores[place])  # 0, also for infinity
+        rank = 0.0
         for other in tl.static_range(M):
             if other < place:
                 rank += at_least(scores[other], scores[place])

@@ -9,6 +9,7 @@ from brute_force import attention_brute_force
 from cases import SCALE, Case, cases, packed_problem, smallest_gap
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from modelopt_lite.kernels import attention, attention_statistics, blocked
 from modelopt_lite.kernels.reference import attention_reference, kept_scores
@@ -152,6 +153,18 @@ def test_operator_is_well_formed():
         packing = (starts, lengths, 6, starts, lengths, 6)
         options = (True, 0.5, None, 3.0, plan.key, False, True)
         torch.library.opcheck(torch.ops.modelopt_lite.attention.default, (q, k, v, extra, *packing, *options))
+
+
+@pytest.mark.parametrize("use_triton", [True, False])
+@pytest.mark.parametrize("with_lse", [True, False])
+def test_shapes_without_tensors(use_triton, with_lse):
+    with FakeTensorMode():
+        q, k, v = (torch.empty(11, heads, dim) for heads, dim in ((4, 8), (2, 8), (2, 6)))
+        packing = (torch.empty(2, dtype=torch.int32), torch.empty(2, dtype=torch.int32), 6) * 2
+        options = (True, 0.5, None, None, DENSE.key, use_triton, with_lse)
+        output, lse = torch.ops.modelopt_lite.attention(q, k, v, None, *packing, *options)
+    assert output.shape == (11, 4, 6)
+    assert lse.shape == ((11, 4) if with_lse or not use_triton else (0,))
 
 
 @given(st.integers(0, 16), st.sampled_from([2, 4, 8, 16]), st.data())
