@@ -57,11 +57,11 @@ class AttentionPlan:
         keeps_nothing: a promise that the rule itself keeps no key at all, which saves computing those that are neither
             sinks nor recent.
         quick_hook: a faster rule that may be wrong, for the Hopper kernel, or None; only with ``keeps_group_max``. It
-            is called with weights instead of scores: not negative, maybe infinite or NaN, in the order of the scores, but
-            that different scores may have the same weight. It returns these with 0 for those not kept, and one tile more, FP32 and of
-            the shape of the others, 0.0 where it is right about a group and above 0 where it may not be, never below
-            and never NaN, as these are added up. It is used where all keys are visible, and a tile with any such group
-            is computed again with ``score_hook``.
+            is called with weights instead of scores: not negative, maybe infinite or NaN, in the order of the scores,
+            but that different scores may have the same weight. It returns these with 0 for those not kept, and one tile
+            more, FP32 and of the shape of the others, 0.0 where it is right about a group and above 0 where it may not
+            be, never below and never NaN, as these are added up. It is used where all keys are visible, and a tile with
+            any such group is computed again with ``score_hook``.
         key: identifies the plan in this process; not an argument.
 
     Raises:

@@ -210,7 +210,7 @@ def attention_forward(
     SCORE_HOOK: tl.constexpr,
     OPTIONS: tl.constexpr,
 ):
-    """Compute attention of packed sequences and, if asked for, its log-sum-exp; see :func:`modelopt_lite.kernels.launch.forward`.
+    """Compute attention of packed sequences, and its log-sum-exp; see :func:`modelopt_lite.kernels.launch.forward`.
 
     Args:
         query_ptr: ``[tokens, heads, head_dim]``, as are the keys; the last dimension is contiguous everywhere.

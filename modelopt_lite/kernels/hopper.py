@@ -653,7 +653,7 @@ def attention_forward_hopper(
     heads_per_wave, num_sinks, window, sliding_window, hook_args,
     SCORE_HOOK: gl.constexpr, QUICK_HOOK: gl.constexpr, OPTIONS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Compute attention of packed sequences and, if asked for, its log-sum-exp; see :func:`modelopt_lite.kernels.launch.forward`."""
+    """Compute attention of packed sequences, and its log-sum-exp; see :func:`modelopt_lite.kernels.launch.forward`."""
     ELEMENT: gl.constexpr = query_descriptor.dtype
     WARPGROUPS: gl.constexpr = OPTIONS.block_m // ROWS
     query_memory = gl.allocate_shared_memory(
@@ -686,8 +686,8 @@ def attention_forward_hopper(
         for warpgroup in gl.static_range(WARPGROUPS):
             mbarrier.init(turn.index(warpgroup), count=1)
     mbarrier.init(cleared, count=WARPGROUPS)
-    # Beside a selection from groups of up to 4 and a head_dim of 64, with three warpgroups, the matrix units have time to
-    # sum weights; rounded, which the LSE could not bear.
+    # Beside a selection from groups of up to 4 and a head_dim of 64, with three warpgroups, the matrix units have time
+    # to sum weights; rounded, which the LSE could not bear.
     ones_memory: gl.constexpr = None
     if lse_ptr is None and SCORE_HOOK is not None and QUICK_HOOK is None and WARPGROUPS == 3:
         LINES: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
