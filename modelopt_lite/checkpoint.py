@@ -19,9 +19,9 @@ def from_pretrained(path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedMo
     ``config.json``, under ``sparse_attention_config``. Transformers' own ``from_pretrained`` loads the same folder
     dense. Only safetensors weights are read.
 
-    The model's class is the one that was saved, as ``architectures`` in ``config.json`` names it. Where that names
-    nothing, or the model brings code of its own and ``trust_remote_code=True`` is passed, ``AutoModelForCausalLM``
-    chooses.
+    The model's class is the one that was saved, as ``architectures`` in ``config.json`` names it:
+    ``AutoModelForCausalLM``'s choice where that names nothing, and a class in the model's own folder only if
+    ``trust_remote_code=True`` is passed and ``auto_map`` in ``config.json`` names it, too.
 
     Args:
         path: a folder, or a name that Transformers knows.
@@ -32,7 +32,7 @@ def from_pretrained(path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedMo
 
     Raises:
         ConfigError: if the saved config holds no sparsity configuration, or one of another version, or names a class
-            that is no model of Transformers.
+            that is neither a model of Transformers nor to be trusted.
         UnsupportedError: if the model has a layer that is not supported.
     """
     config, _ = PreTrainedConfig.get_config_dict(path, **kwargs)
@@ -44,12 +44,15 @@ def from_pretrained(path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedMo
         raise ConfigError(f"{path}: {CONFIG_ATTRIBUTE}.version: {version!r} is not allowed; {CONFIG_VERSION}")
     names = config.get("architectures") or []
     loader: Any = AutoModelForCausalLM
-    if names and not (kwargs.get("trust_remote_code") and "auto_map" in config):
-        loader = getattr(transformers, names[0], None)
-        if not (isinstance(loader, type) and issubclass(loader, PreTrainedModel)):
+    if names:
+        # "module.Class", by the class of Transformers that loads it
+        own = {str(place).rpartition(".")[2]: auto for auto, place in config.get("auto_map", {}).items()}
+        trusted = own.get(names[0]) if kwargs.get("trust_remote_code") else None
+        loader = getattr(transformers, trusted or names[0], None)
+        if not (trusted or (isinstance(loader, type) and issubclass(loader, PreTrainedModel))):
             raise ConfigError(
-                f"{path}: architectures: {names[0]!r} is not allowed; must be a model of Transformers, unless it "
-                "brings code of its own and trust_remote_code=True is passed"
+                f"{path}: architectures: {names[0]!r} is not allowed; must be a model of Transformers, or one that "
+                "auto_map names, of which trust_remote_code=True runs the code"
             )
     model: PreTrainedModel = loader.from_pretrained(path, **{**kwargs, "use_safetensors": True})
     return sparsify(model, {"sparse_cfg": dict(saved["sparse_cfg"])})

@@ -87,8 +87,8 @@ def attention(
         s_aux: a further logit per query head in every softmax, without a value (a learnable sink),
             ``[query_heads]``.
         backend: ``"torch"``, ``"triton"``, or ``"auto"``: triton for CUDA tensors, torch for all others.
-        return_lse: also return the logarithm of each row's softmax denominator, without gradient. The output may be
-            rounded otherwise with it, as it may where a gradient is recorded.
+        return_lse: also return the logarithm of each row's softmax denominator, without gradient. The output may
+            round differently with it, and where a gradient is recorded.
 
     Returns:
         The output ``[total_q, query_heads, value_dim]`` in the type of ``q``, and if ``return_lse`` the logarithms

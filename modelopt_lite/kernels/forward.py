@@ -160,7 +160,7 @@ def fill_gap(
     out_ptr, lse_ptr, out_strides, starts_ptr, lengths_ptr, batch, total, heads, first_token, BLOCK_M: tl.constexpr,
     OPTIONS: tl.constexpr,
 ):  # fmt: skip
-    """Write zeros, and any LSE of -inf, to those of the next ``BLOCK_M`` tokens that belong to no sequence."""
+    """Write zeros, and -inf to any LSE, for those of the next ``BLOCK_M`` tokens that belong to no sequence."""
     BLOCK_DV: tl.constexpr = OPTIONS.block_dv
     # [BLOCK_M]
     tokens = first_token + tl.arange(0, BLOCK_M)

@@ -160,6 +160,8 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 def _backward_of_forward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     output, lse, q, k, v, s_aux, starts_q, lengths_q, starts_k, lengths_k, first_q, first_k = ctx.saved_tensors
+    if lse.shape != output.shape[:2]:
+        raise ValueError("with_lse: False is not allowed where gradients are wanted")
     max_q, max_k, options = ctx.numbers
     packing = (starts_q, lengths_q, max_q, starts_k, lengths_k, max_k)
     *grads, grad_s_aux = _backward(grad, output, lse, q, k, v, s_aux, *packing, *options, first_q, first_k)

@@ -117,10 +117,10 @@ def _of_each(program: Callable[[int, int], str]) -> Any:
     return constexpr(tuple(program(max(n, 1), m) for m in (8, 16) for n in range(m)))
 
 
-# Groups at a time, which each take 16 or 32 registers.
-AT_A_TIME = constexpr((4, 1))
-KEEP_N = _of_each(lambda n, m: _keep_n(n, m, 4 if m == 8 else 1))
-KEEP_N_OPERANDS = constexpr(tuple(",".join(["=&f"] * size + ["f"] * size) for size in (32, 16)))
+GROUPS = {8: 4, 16: 1}  # of how many keys: how many are looked at together, each in two registers a key
+AT_A_TIME = constexpr(tuple(GROUPS.values()))
+KEEP_N = _of_each(lambda n, m: _keep_n(n, m, GROUPS[m]))
+KEEP_N_OPERANDS = constexpr(tuple(",".join(["=&f"] * m * many + ["f"] * m * many) for m, many in GROUPS.items()))
 KEEP_AT_LEAST_NTH = _of_each(_keep_at_least_nth)
 KEEP_AT_LEAST_NTH_OPERANDS = constexpr(tuple(",".join(["=&f"] * (m + 1) + ["f"] * m) for m in (8, 16)))
 

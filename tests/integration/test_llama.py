@@ -1,6 +1,7 @@
 """A tiny random Llama, sparsified: padding, chunks, caches, switches, and the way back."""
 
 import copy
+import json
 from contextlib import nullcontext
 from itertools import pairwise
 
@@ -24,6 +25,7 @@ from transformers import (
     MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    dynamic_module_utils,
 )
 
 import modelopt_lite as mtsa
@@ -430,6 +432,35 @@ def test_restoring_what_is_not_sparse_is_refused(model, tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(mtsa.ConfigError, match=r"sparse_attention_config.version: 99 is not allowed; 1"):
         mtsa.from_pretrained(tmp_path)
+
+
+def test_a_model_with_code_of_its_own_is_restored_only_if_that_is_trusted(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    base = "LlamaForSequenceClassification"
+    code = (
+        f"from transformers import LlamaForCausalLM, {base}\nclass A(LlamaForCausalLM): pass\nclass B({base}): pass\n"
+    )
+    (folder / "own.py").write_text(code)
+    own = dynamic_module_utils.get_class_from_dynamic_module("own.B", folder)(copy.deepcopy(model.config)).eval()
+    mtsa.sparsify(own, CONFIG).save_pretrained(folder)
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "own.A", "AutoModelForSequenceClassification": "own.B"}
+    file.write_text(json.dumps(config))
+    with pytest.raises(mtsa.ConfigError, match="architectures: 'B' is not allowed; .* trust_remote_code=True runs the"):
+        mtsa.from_pretrained(folder)
+    restored = mtsa.from_pretrained(folder, trust_remote_code=True)
+    assert type(restored).__name__ == "B"
+    assert [row.enabled for row in mtsa.summary(restored)] == [row.enabled for row in mtsa.summary(own)]
+    assert all(
+        torch.equal(x, y) for x, y in zip(restored.state_dict().values(), own.state_dict().values(), strict=True)
+    )
+    del config["auto_map"]["AutoModelForSequenceClassification"]
+    file.write_text(json.dumps(config))
+    with pytest.raises(mtsa.ConfigError, match="architectures: 'B' is not allowed"):
+        mtsa.from_pretrained(folder, trust_remote_code=True)
 
 
 def test_a_dense_reload_made_sparse_and_back_keeps_its_saved_config(sparse, tmp_path):

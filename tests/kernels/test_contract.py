@@ -167,6 +167,17 @@ def test_shapes_without_tensors(use_triton, with_lse):
     assert lse.shape == ((11, 4) if with_lse or not use_triton else (0,))
 
 
+def test_no_gradients_without_lse():
+    """What the operator's callers see to; without, the kernels would read what is not there."""
+    with FakeTensorMode():
+        q = torch.empty(11, 2, 8, requires_grad=True)
+        packing = (torch.empty(2, dtype=torch.int32), torch.empty(2, dtype=torch.int32), 6) * 2
+        options = (True, 0.5, None, None, DENSE.key, True, False)
+        output, _ = torch.ops.modelopt_lite.attention(q, q, q, None, *packing, *options)
+        with pytest.raises(ValueError, match="with_lse: False is not allowed where gradients are wanted"):
+            output.sum().backward()
+
+
 @given(st.integers(0, 16), st.sampled_from([2, 4, 8, 16]), st.data())
 def test_exactly_n_of_visible_ties_to_the_lower(n, m, data):
     n = min(n, m)

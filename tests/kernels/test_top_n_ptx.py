@@ -113,7 +113,7 @@ def test_quick_rule_is_right_or_in_doubt(n, m):
         assert all(k in (0.0, weight) for k, weight in zip(kept, weights, strict=True))
         right = [weight * r for r, weight in zip(rule(scores, n), weights, strict=True)]
         more = found[f"${m}"]
-        assert more >= 0 if n <= sum(score > -inf for score in scores) else more > 0
+        assert more == sum(weight >= sorted(weights)[-n] for weight in weights) - n
         assert kept == right or (more > 0 and all(k == r or not r for k, r in zip(kept, right, strict=True)))
 
 
