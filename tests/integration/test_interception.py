@@ -13,8 +13,8 @@ import modelopt_lite as mtsa
 
 LENGTH, WIDTH, HEADS = 37, 32, 4
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
-# Scores are up to 72, which FP32 rounds by 4e-6 each, and outputs of order 10.
-CLOSE_ON = {"cpu": CLOSE, "cuda": {"rtol": 0, "atol": 1e-4}}
+# In FP32 twice what the dense model's outputs err against FP64: up to 2.26e-5, as scores are up to 72.
+CLOSE_ON = {"cpu": CLOSE, "cuda": {"rtol": 0, "atol": 4.5e-5}}
 # In FP64 no two scores are so close that rounding decides between them; the Triton kernels know FP32.
 TYPES = {"cpu": torch.float64, "cuda": torch.float32}
 ENTRY = {"method": "sparse_softmax", "sparsity_n": 1, "dense_window_size": 3, "num_sink_tokens": 1}
