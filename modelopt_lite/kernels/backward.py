@@ -115,11 +115,11 @@ def differentiate_softmax(
     """
     GROUP: tl.constexpr = OPTIONS.group
     scores, to_log2 = scale_scores(products, numbers, OPTIONS)
-    parts, keep = select_scores(scores, q_pos, groups, rules, hook_args, SCORE_HOOK, OPTIONS, MASKED)
+    parts, keep, _ = select_scores(scores, q_pos, groups, rules, hook_args, SCORE_HOOK, OPTIONS, MASKED)
     weights = ()
     for r in tl.static_range(GROUP):
         weight = tl.math.exp2(parts[r] * to_log2 - shift)
-        if SCORE_HOOK is not None and OPTIONS.keeps_group_max:
+        if len(keep) > 0:
             weight = weigh(weight, keep[r])
         weights = weights + (weight,)
     weights = join_groups(weights)

@@ -25,7 +25,6 @@ from .tiles import (
     join_groups,
     key_spans,
     load_tile,
-    maximum_of,
     place,
     scale_scores,
     select_scores,
@@ -73,13 +72,15 @@ def attend_tile(
     scores, to_log2 = scale_scores(scores, numbers, OPTIONS)
     # GROUP tiles [BLOCK_M, BLOCK_N // GROUP]
     groups = first + GROUP * tl.arange(0, BLOCK_N // GROUP)[None, :]
-    parts, keep = select_scores(scores, rules[0][:, None], groups, rules, hook_args, SCORE_HOOK, OPTIONS, MASKED)
+    parts, keep, largest = select_scores(
+        scores, rules[0][:, None], groups, rules, hook_args, SCORE_HOOK, OPTIONS, MASKED
+    )
 
     # [BLOCK_M]
     if FROZEN:
         shift = running_max
     else:
-        tile_max = tl.max(maximum_of(parts), 1)
+        tile_max = tl.max(largest, 1)
         new_max = tl.maximum(running_max, tile_max * to_log2)
         if MASKED or not OPTIONS.keeps_group_max:
             # Nothing kept so far: any finite number does.
@@ -94,7 +95,7 @@ def attend_tile(
     weights = ()
     for r in tl.static_range(GROUP):
         weight = tl.math.exp2(parts[r] * to_log2 - shift[:, None])
-        if SCORE_HOOK is not None and OPTIONS.keeps_group_max:
+        if len(keep) > 0:
             weight = weigh(weight, keep[r])
         weights = weights + (weight,)
     # [BLOCK_M, BLOCK_N]

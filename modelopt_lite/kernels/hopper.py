@@ -28,7 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .forward import LN2, fill_gap
-from .tiles import LOG2E, join_groups, key_spans, maximum_of, scale_scores, select_scores, split_groups, weigh
+from .tiles import LOG2E, join_groups, key_spans, scale_scores, select_scores, split_groups, weigh
 
 ROWS = tl.constexpr(64)
 """Queries of a warpgroup."""
@@ -51,6 +51,16 @@ PIN = tl.constexpr(
     "{ .reg .pred p; .reg .b32 a; mov.b32 a, 0; setp.lt.f32 p, $2, 0fBF800000; setp.lt.or.f32 p, $3, 0fBF800000, p; "
     "@p st.shared.b32 [a], $2; mov.b32 $0, 0; mov.b32 $1, 0; }"
 )
+
+# Stores that never happen, as lengths are not negative: without them, the assembler may round weights only when it has
+# the turn that the other warpgroup waits for, and until then keeps them in registers that it has to spill others for.
+PIN_ROUNDED = tl.constexpr(
+    "{ .reg .pred p; setp.lt.s32 p, $64, 0; "
+    + " ".join(f"@p st.volatile.shared.v4.b32 [$64], {{${r}, ${r + 1}, ${r + 2}, ${r + 3}}};" for r in range(32, 64, 4))
+    + " ".join(f"mov.b32 ${r}, 0;" for r in range(32))
+    + " }"
+)
+PIN_ROUNDED_OPERANDS = tl.constexpr(",".join(["=r"] * 32 + ["r"] * 32 + ["r"] * 64))
 
 # 1 for all threads of a warp if any of them has a flag above 0.
 ANY_OF_WARP = tl.constexpr(
@@ -327,16 +337,16 @@ def soften(
     """
     SCORES: gl.constexpr = scores.type.layout
     scores, to_log2 = scale_scores(scores, numbers, OPTIONS)
-    parts = split_groups(scores, OPTIONS.group)
-    PART: gl.constexpr = parts[0].type.layout
-    groups = first + OPTIONS.group * gl.arange(0, parts[0].shape[1], gl.SliceLayout(0, PART))[None, :]
-    q_pos = spread(positions, parts[0])
-    if not QUICK:
-        parts, keep = select_scores(scores, q_pos, groups, rules, hook_args, HOOK, OPTIONS, MASKED)
+    part = split_groups(scores, OPTIONS.group)[0]
+    PART: gl.constexpr = part.type.layout
+    groups = first + OPTIONS.group * gl.arange(0, part.shape[1], gl.SliceLayout(0, PART))[None, :]
+    q_pos = spread(positions, part)
+    SCORE_HOOK: gl.constexpr = None if QUICK else HOOK
+    parts, keep, largest = select_scores(scores, q_pos, groups, rules, hook_args, SCORE_HOOK, OPTIONS, MASKED)
     shift = running_max
     rescale = 1.0
     if not FROZEN:
-        tile_max = gl.convert_layout(gl.max(maximum_of(parts), 1), gl.SliceLayout(1, SCORES)) * to_log2
+        tile_max = gl.convert_layout(gl.max(largest, 1), gl.SliceLayout(1, SCORES)) * to_log2
         new_max = gl.maximum(running_max, tile_max)
         shift = new_max
         if MASKED or not OPTIONS.keeps_group_max:
@@ -351,7 +361,7 @@ def soften(
             weight = gl.exp2(gl.fma(parts[r], to_log2, spread(-shift, parts[r])))
         else:
             weight = gl.exp2(parts[r] * to_log2 - spread(shift, parts[r]))
-        if not QUICK and HOOK is not None and OPTIONS.keeps_group_max:
+        if len(keep) > 0:
             weight = weigh(weight, keep[r])
         weights = weights + (weight,)
     doubt = ()
@@ -395,6 +405,10 @@ def advance(
     mbarrier.wait(loaded.index(stage), step // STAGES & 1)
     # Here, behind a loop that waits, rounding cannot move to where the registers of the product before are in use.
     weights = gl.convert_layout(weights.to(query.dtype), OPERAND, assert_trivial=True)
+    if OPTIONS.block_n == 128:
+        gl.inline_asm_elementwise(
+            PIN_ROUNDED, PIN_ROUNDED_OPERANDS, [weights, rules[1]], dtype=query.dtype, is_pure=False, pack=64
+        )
     take_turn(turn, step, WARPGROUP)
     keys = key_memory.index(stage).reshape([OPTIONS.block_n, OPTIONS.block_d]).permute([1, 0])
     values = value_memory.index(stage).reshape([OPTIONS.block_n, OPTIONS.block_dv])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .language import INTERPRETED, hide_above, less_share
+from .language import INTERPRETED, hide_beyond, less_share
 
 LOG2E = tl.constexpr(1.4426950408889634)
 MAX_HALVINGS = tl.constexpr(4)
@@ -153,6 +153,54 @@ def weigh(weight, flag):
     return kept
 
 
+# Whether causal or not, without sinks or with, for flags of what is kept or of what is dropped.
+HIDE_DROPPED = tl.constexpr(
+    tuple(
+        "{ .reg .pred p; .reg .b32 d; sub.s32 d, $3, $5; setp.gt.s32 p, d, $4; "
+        + not_later
+        + is_sink
+        + "setp."
+        + kept
+        + ".or.s32 p, $2, 0, p; selp.f32 $0, $1, 0fFF800000, p; }"
+        for not_later in ("", "sub.s32 d, $3, $6; setp.le.and.s32 p, d, $4, p; ")
+        for is_sink in ("", "sub.s32 d, $3, $7; setp.le.or.s32 p, d, $4, p; ")
+        for kept in ("ne", "eq")
+    )
+)
+
+
+@triton.jit
+def hide_dropped(score, flag, groups, member, before_window, q_pos, last_sink, OPTIONS: tl.constexpr):
+    """Hide a score, that is, set it to -inf, unless a hook keeps it or it is a sink's or a recent key's.
+
+    The comparisons are where the result is used, as in :func:`~modelopt_lite.kernels.language.hide_beyond`.
+
+    Args:
+        score: one place's tile.
+        flag: what the hook says of it.
+        groups: the positions of the groups' first keys.
+        member: the place's number.
+        before_window: the position of the last key before the query's dense window.
+        q_pos: the query's position.
+        last_sink: the position of the last sink.
+        OPTIONS: see :func:`select_scores`.
+    """
+    if INTERPRETED or flag.dtype == tl.int1:
+        kept = groups - before_window > -member
+        if not OPTIONS.causal:
+            kept = kept & (groups - q_pos <= -member)
+        if OPTIONS.sinks:
+            kept = kept | (groups - last_sink <= -member)
+        score = tl.where(is_kept(flag) | kept, score, float("-inf"))
+    else:
+        PROGRAM: tl.constexpr = 4 * (not OPTIONS.causal) + 2 * OPTIONS.sinks + (flag.dtype == tl.int32)
+        score = tl.inline_asm_elementwise(
+            HIDE_DROPPED[PROGRAM], "=f,f,r,r,r,r,r,r", [score, flag, groups, -member, before_window, q_pos, last_sink],
+            dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    return score
+
+
 @triton.jit
 def tanh(x):
     """The hyperbolic tangent, to a few units in the last place of FP32."""
@@ -197,52 +245,48 @@ def select_scores(
         MASKED: whether visibility and exemptions are checked for each key.
 
     Returns:
-        ``GROUP`` tiles of scores, ``-inf`` where a key is not visible and, unless the plan keeps every group's
-        maximum, where it is not kept; and as many tiles that say what is kept, none without a hook.
+        ``GROUP`` tiles of scores, ``-inf`` where a key is not visible; and as many tiles that say what is kept, or none
+        where there is no hook or scores that are not kept are ``-inf``, too, as they are if ``MASKED``, or if the plan
+        does not keep every group's maximum; and the largest of each group's scores that are kept.
     """
     GROUP: tl.constexpr = OPTIONS.group
-    length = rules[1]
-    num_sinks = rules[2]
-    window = rules[3]
-    sliding_window = rules[4]
+    _, length, num_sinks, window, sliding_window = rules[:5]
     parts = split_groups(scores, GROUP)
-    k_pos = ()
-    for r in tl.static_range(GROUP):
-        k_pos = k_pos + (groups + r,)
 
     if MASKED:
-        masked = ()
+        # Differences are compared with the number of a place, which instructions contain: few registers for positions.
         last_visible = q_pos if OPTIONS.causal else length - 1
+        masked = ()
         for r in tl.static_range(GROUP):
-            part = hide_above(parts[r], k_pos[r], last_visible)
+            part = hide_beyond(parts[r], groups, last_visible, -r)
             if OPTIONS.sliding:
-                part = hide_above(part, q_pos - sliding_window + 1, k_pos[r])
+                part = hide_beyond(part, q_pos - sliding_window + 1, groups, r)
             if OPTIONS.placed:
-                part = hide_above(hide_above(part, rules[5], k_pos[r]), k_pos[r], length - 1)
+                part = hide_beyond(hide_beyond(part, rules[5], groups, r), groups, length - 1, -r)
                 if OPTIONS.sliding and not OPTIONS.causal:
-                    part = hide_above(part, k_pos[r], q_pos + sliding_window - 1)
+                    part = hide_beyond(part, groups, q_pos + sliding_window - 1, -r)
             masked = masked + (part,)
         parts = masked
+    visible = parts
 
     keep = ()
     if SCORE_HOOK is not None:
+        k_pos = ()
+        for r in tl.static_range(GROUP):
+            k_pos = k_pos + (groups + r,)
         keep = SCORE_HOOK(parts, q_pos, k_pos, hook_args)
-        if MASKED:
-            exempted = ()
-            for r in tl.static_range(GROUP):
-                exempt = k_pos[r] > q_pos - window
-                if not OPTIONS.causal:
-                    exempt = exempt & (k_pos[r] <= q_pos)
-                if OPTIONS.sinks:
-                    exempt = exempt | (k_pos[r] < num_sinks)
-                exempted = exempted + (is_kept(keep[r]) | exempt,)
-            keep = exempted
-        if not OPTIONS.keeps_group_max:
+        if MASKED or not OPTIONS.keeps_group_max:
             kept = ()
             for r in tl.static_range(GROUP):
-                kept = kept + (tl.where(is_kept(keep[r]), parts[r], float("-inf")),)
+                if MASKED:
+                    part = hide_dropped(parts[r], keep[r], groups, r, q_pos - window, q_pos, num_sinks - 1, OPTIONS)
+                else:
+                    part = tl.where(is_kept(keep[r]), parts[r], float("-inf"))
+                kept = kept + (part,)
             parts = kept
-    return parts, keep
+            keep = ()
+    largest = maximum_of(visible if OPTIONS.keeps_group_max else parts)
+    return parts, keep, largest
 
 
 @triton.jit

@@ -31,14 +31,14 @@ VARIANTS = [
     (FP16, 128, (4, 8), True, True),
     (BF16, 128, (8, 16), False, True),
 ]
-# Shuffles, accesses to shared memory and spills in the hot loop. The one store pins the order and never happens; with
+# Shuffles, accesses to shared memory and spills in the hot loop, besides stores that pin the order and never happen. With
 # FP16 there are the rows' maxima, two shuffles for each of two rows; with a quick hook warps tell each other whether
 # any has to compute again.
 TRAFFIC = {
-    (FP16, (2, 4)): (4, 1, 0),
-    (FP16, (4, 8)): (4, 5, 2),
-    (BF16, (4, 8)): (0, 5, 0),
-    (BF16, (8, 16)): (0, 5, 0),
+    (FP16, (2, 4)): (4, 0, 0),
+    (FP16, (4, 8)): (4, 4, 2),
+    (BF16, (4, 8)): (0, 4, 0),
+    (BF16, (8, 16)): (0, 4, 0),
 }
 
 
@@ -208,8 +208,9 @@ def test_kernel_fits_the_gpu(compiled, index):
     # instructions that take 16 keys of the values, or 16 dimensions
     sums = settings.block_n // 16 if head_dim == 64 and not with_lse else 0
     assert loop["matrix"] == settings.block_n // 16 + head_dim // 16 + sums
-    traffic = (loop["shuffles"], loop["shared memory"], loop["spills"])
-    assert all(x <= limit for x, limit in zip(traffic, TRAFFIC.get((dtype, n_of_m), (0, 1, 0)), strict=True)), traffic
+    pins = 9 if settings.block_n == 128 else 1
+    traffic = (loop["shuffles"], loop["shared memory"] - pins, loop["spills"])
+    assert all(x <= limit for x, limit in zip(traffic, TRAFFIC.get((dtype, n_of_m), (0, 0, 0)), strict=True)), traffic
 
 
 @pytest.mark.slow
