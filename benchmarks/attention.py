@@ -276,7 +276,12 @@ def memory(row: dict[str, Any], found: dict[Any, dict[str, Any]]) -> str:
 
 def table(rows: list[dict[str, Any]], cell: Callable[..., str] = speed) -> str:
     """Return rows as a Markdown table: a problem a line, what ``cell`` says of each kernel."""
-    columns = list(dict.fromkeys((row["kernel"], row["name"]) for row in rows))
+    kernels = ["triton", "hopper", *PEERS]
+    # N:M by M and then by N
+    columns = sorted(
+        {(row["kernel"], row["name"]) for row in rows},
+        key=lambda column: (kernels.index(column[0]), [int(n) for n in column[1].split(":")[::-1] if n != "dense"]),
+    )
     lines = ["| pass | D | heads | causal | type | batch | S | " + " | ".join(map(" ".join, columns)) + " |"]
     lines.append("|" + "---|" * (7 + len(columns)))
     for key, group in itertools.groupby(rows, key=problem_of):

@@ -103,7 +103,12 @@ HOPPER_SETTINGS = (
     SettingsRow(90, 2, 64, 4, Settings(192, 64, 4, 4, True, True)),
     SettingsRow(90, 2, 128, 16, Settings(128, 128, 4, 2, True, True)),
 )
-HOPPER_HEAD_DIMS = (64, 128)
+PORTABLE_UP_TO = {
+    64: {0: 4096, 1: 4096, 2: 4096, 4: 4096, 8: 2048, 16: 8192},
+    128: {0: 64, 1: 2048, 2: 2048, 4: 2048, 8: 2048, 16: 64},
+}
+"""Queries up to which the portable kernel is the faster one, by the Hopper kernel's head dimensions and the group (0:
+dense): for short sequences large tiles do not pay. See benchmarks/results/attention-nvidia-h200.json."""
 HOPPER_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
 """Whether Triton is new enough for the Hopper kernel."""
 # The same for both kernels of the backward, but that only these rows, and no other candidates, have been timed.
@@ -540,16 +545,11 @@ def kernel_for(q: Tensor, k: Tensor, v: Tensor, max_q: int, plan: AttentionPlan)
         and compute_capability(q.device) == 90
         and q.dtype in (torch.float16, torch.bfloat16)
         and q.shape[2] == v.shape[2]
-        and q.shape[2] in HOPPER_HEAD_DIMS
+        and q.shape[2] in PORTABLE_UP_TO
         and all(map(_is_aligned, (q, k, v)))
         and (plan.score_hook, plan.quick_hook) not in _PORTABLE_ONLY
     )
-    # For shorter ones its large tiles do not pay; see benchmarks/results/attention-nvidia-h200.json.
-    if q.shape[2] <= 64 and (plan.is_dense or plan.group <= 4):
-        longest_portable = 4096
-    else:
-        longest_portable = ROWS.value if plan.is_dense else 2048
-    pays = max_q > longest_portable or wanted == "hopper"
+    pays = wanted == "hopper" or (can and max_q > PORTABLE_UP_TO[q.shape[2]][0 if plan.is_dense else plan.group])
     return "hopper" if can and pays and wanted != "portable" else "portable"
 
 
@@ -610,7 +610,7 @@ def default_settings(
 
 
 def hopper_settings(dtype: torch.dtype, head_dim: int, group: int) -> Settings:
-    """Return the Hopper kernel's launch settings for one of ``HOPPER_HEAD_DIMS`` and a group size."""
+    """Return the Hopper kernel's launch settings for a head_dim of 64 or 128 and a group size."""
     row = next(row for row in HOPPER_SETTINGS if head_dim <= row.block_d and group <= row.group)
     return row.settings._replace(frozen=dtype == torch.bfloat16)
 
