@@ -54,6 +54,7 @@ PIN = tl.constexpr(
 
 # Stores that never happen, as lengths are not negative: without them, the assembler may round weights only when it has
 # the turn that the other warpgroup waits for, and until then keeps them in registers that it has to spill others for.
+# Operands are 32 registers out, the 32 with all 64 weights of a thread, and the length, once for each weight.
 PIN_ROUNDED = tl.constexpr(
     "{ .reg .pred p; setp.lt.s32 p, $64, 0; "
     + " ".join(f"@p st.volatile.shared.v4.b32 [$64], {{${r}, ${r + 1}, ${r + 2}, ${r + 3}}};" for r in range(32, 64, 4))
@@ -337,7 +338,7 @@ def soften(
     """
     SCORES: gl.constexpr = scores.type.layout
     scores, to_log2 = scale_scores(scores, numbers, OPTIONS)
-    part = split_groups(scores, OPTIONS.group)[0]
+    part = split_groups(scores, OPTIONS.group)[0]  # for its layout
     PART: gl.constexpr = part.type.layout
     groups = first + OPTIONS.group * gl.arange(0, part.shape[1], gl.SliceLayout(0, PART))[None, :]
     q_pos = spread(positions, part)

@@ -56,22 +56,6 @@ def more_than(x, y):
     return flag
 
 
-@jit
-def hide_beyond(score, x, y, bound):
-    """Hide an FP32 score, that is, set it to -inf, where ``x - y`` is above ``bound``, all integers.
-
-    As plain comparisons and selections, all comparisons of a tile come first and are kept as bits until they are used.
-    """
-    if INTERPRETED:
-        shown = tl.where(x - y > bound, float("-inf"), score)
-    else:
-        shown = tl.inline_asm_elementwise(
-            "{ .reg .pred p; .reg .b32 d; sub.s32 d, $2, $3; setp.gt.s32 p, d, $4; selp.f32 $0, 0fFF800000, $1, p; }",
-            "=f,f,r,r,r", [score, x, y, bound], dtype=tl.float32, is_pure=True, pack=1,
-        )  # fmt: skip
-    return shown
-
-
 LOP3 = constexpr(tuple(f"lop3.b32 $0, $1, $2, $3, {table};" for table in range(256)))
 
 
@@ -109,5 +93,5 @@ def less_share(x, share):
 
 
 __all__ = [
-    "INTERPRETED", "at_least", "combine", "constexpr", "dropped", "hide_beyond", "jit", "less_share", "more_than", "tl",
+    "INTERPRETED", "at_least", "combine", "constexpr", "dropped", "jit", "less_share", "more_than", "tl",
 ]  # fmt: skip

@@ -26,7 +26,7 @@ from .tiles import LOG2E
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
 FAR = 2**30
-"""A distance in tokens beyond all others, with room to add to it in 32 bits."""
+"""A distance in tokens beyond all others, with room to add the difference of two positions to it in 32 bits."""
 L2_SHARE = 24 * 2**20
 """Bytes of keys and values of the heads that are computed at one time: half of the L2 cache of an A100 or H100."""
 
@@ -107,8 +107,10 @@ PORTABLE_UP_TO = {
     64: {0: 4096, 1: 4096, 2: 4096, 4: 4096, 8: 2048, 16: 8192},
     128: {0: 64, 1: 2048, 2: 2048, 4: 2048, 8: 2048, 16: 64},
 }
-"""Queries up to which the portable kernel is the faster one, by the Hopper kernel's head dimensions and the group (0:
-dense): for short sequences large tiles do not pay. See benchmarks/results/attention-nvidia-h200.json."""
+"""Queries up to which the portable kernel is the faster one, or nearly so, in causal attention, by the Hopper kernel's
+head dimensions and the group (0: dense): for short sequences large tiles do not pay, and up to 64 queries leave a
+warpgroup idle. Groups of 1 and 2 are taken to be like 4; the others are in
+benchmarks/results/attention-nvidia-h200.json."""
 HOPPER_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
 """Whether Triton is new enough for the Hopper kernel."""
 # The same for both kernels of the backward, but that only these rows, and no other candidates, have been timed.

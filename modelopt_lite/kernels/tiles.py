@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .language import INTERPRETED, hide_beyond, less_share
+from .language import INTERPRETED, less_share
 
 LOG2E = tl.constexpr(1.4426950408889634)
 MAX_HALVINGS = tl.constexpr(4)
@@ -153,51 +153,64 @@ def weigh(weight, flag):
     return kept
 
 
-# Whether causal or not, without sinks or with, for flags of what is kept or of what is dropped.
+HIDE_BEYOND = tl.constexpr(
+    "{ .reg .pred p; .reg .b32 d; sub.s32 d, $2, $3; setp.gt.s32 p, d, $4; selp.f32 $0, 0fFF800000, $1, p; }"
+)
+# In this order: causal or not, without sinks or with, flags of what is kept or of what is dropped. Operands are the
+# score, the flag, groups, -member, before_window, q_pos and last_sink.
 HIDE_DROPPED = tl.constexpr(
     tuple(
-        "{ .reg .pred p; .reg .b32 d; sub.s32 d, $3, $5; setp.gt.s32 p, d, $4; "
-        + not_later
-        + is_sink
-        + "setp."
-        + kept
-        + ".or.s32 p, $2, 0, p; selp.f32 $0, $1, 0fFF800000, p; }"
+        "{ .reg .pred p; .reg .b32 d; sub.s32 d, $3, $5; setp.gt.s32 p, d, $4; " + not_later + is_sink
+        + "setp." + kept + ".or.s32 p, $2, 0, p; selp.f32 $0, $1, 0fFF800000, p; }"
         for not_later in ("", "sub.s32 d, $3, $6; setp.le.and.s32 p, d, $4, p; ")
         for is_sink in ("", "sub.s32 d, $3, $7; setp.le.or.s32 p, d, $4, p; ")
         for kept in ("ne", "eq")
     )
-)
+)  # fmt: skip
+
+
+@triton.jit
+def hide_beyond(score, x, y, bound):
+    """Hide an FP32 score, that is, set it to -inf, where ``x - y`` is above ``bound``, all integers.
+
+    Written as plain comparisons and selections, all comparisons of a tile come first and are kept as bits until used.
+    """
+    if INTERPRETED:
+        score = tl.where(x - y > bound, float("-inf"), score)
+    else:
+        score = tl.inline_asm_elementwise(
+            HIDE_BEYOND, "=f,f,r,r,r", [score, x, y, bound], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return score
 
 
 @triton.jit
 def hide_dropped(score, flag, groups, member, before_window, q_pos, last_sink, OPTIONS: tl.constexpr):
-    """Hide a score, that is, set it to -inf, unless a hook keeps it or it is a sink's or a recent key's.
-
-    The comparisons are where the result is used, as in :func:`~modelopt_lite.kernels.language.hide_beyond`.
+    """Hide a score unless a hook keeps it or it is a sink's or a recent key's; the rest is as in :func:`hide_beyond`.
 
     Args:
         score: one place's tile.
         flag: what the hook says of it.
         groups: the positions of the groups' first keys.
-        member: the place's number.
+        member: the place's number in the group.
         before_window: the position of the last key before the query's dense window.
         q_pos: the query's position.
         last_sink: the position of the last sink.
         OPTIONS: see :func:`select_scores`.
     """
-    if INTERPRETED or flag.dtype == tl.int1:
+    if not INTERPRETED and (flag.dtype == tl.float32 or flag.dtype == tl.int32):
+        PROGRAM: tl.constexpr = 4 * (not OPTIONS.causal) + 2 * OPTIONS.sinks + (flag.dtype == tl.int32)
+        score = tl.inline_asm_elementwise(
+            HIDE_DROPPED[PROGRAM], "=f,f,r,r,r,r,r,r", [score, flag, groups, -member, before_window, q_pos, last_sink],
+            dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
         kept = groups - before_window > -member
         if not OPTIONS.causal:
             kept = kept & (groups - q_pos <= -member)
         if OPTIONS.sinks:
             kept = kept | (groups - last_sink <= -member)
         score = tl.where(is_kept(flag) | kept, score, float("-inf"))
-    else:
-        PROGRAM: tl.constexpr = 4 * (not OPTIONS.causal) + 2 * OPTIONS.sinks + (flag.dtype == tl.int32)
-        score = tl.inline_asm_elementwise(
-            HIDE_DROPPED[PROGRAM], "=f,f,r,r,r,r,r,r", [score, flag, groups, -member, before_window, q_pos, last_sink],
-            dtype=tl.float32, is_pure=True, pack=1,
-        )  # fmt: skip
     return score
 
 
@@ -245,16 +258,16 @@ def select_scores(
         MASKED: whether visibility and exemptions are checked for each key.
 
     Returns:
-        ``GROUP`` tiles of scores, ``-inf`` where a key is not visible; and as many tiles that say what is kept, or none
-        where there is no hook or scores that are not kept are ``-inf``, too, as they are if ``MASKED``, or if the plan
-        does not keep every group's maximum; and the largest of each group's scores that are kept.
+        ``(parts, keep, largest)``: ``GROUP`` tiles of scores, ``-inf`` where a key is not visible and, if ``MASKED`` or
+        if the plan does not keep every group's maximum, where it is not kept; else, with a hook, as many tiles that say
+        what is kept, otherwise none; and the largest score of each group that is kept.
     """
     GROUP: tl.constexpr = OPTIONS.group
     _, length, num_sinks, window, sliding_window = rules[:5]
     parts = split_groups(scores, GROUP)
 
     if MASKED:
-        # Differences are compared with the number of a place, which instructions contain: few registers for positions.
+        # Compared with a place's number, an immediate operand, so that positions of places take no registers.
         last_visible = q_pos if OPTIONS.causal else length - 1
         masked = ()
         for r in tl.static_range(GROUP):
@@ -285,6 +298,7 @@ def select_scores(
                 kept = kept + (part,)
             parts = kept
             keep = ()
+    # Of visible ones, if that promise makes it the same: known before the hook has run.
     largest = maximum_of(visible if OPTIONS.keeps_group_max else parts)
     return parts, keep, largest
 

@@ -1,4 +1,4 @@
-"""The assembly of N:M selection, which Triton's interpreter does not run, instruction by instruction on the CPU."""
+"""The assembly of N:M selection and of masks, which Triton's interpreter does not run, step by step on the CPU."""
 
 import itertools
 import random
@@ -7,6 +7,7 @@ from math import inf, isnan, nan
 
 import pytest
 
+from modelopt_lite.kernels.tiles import HIDE_BEYOND, HIDE_DROPPED
 from modelopt_lite.kernels.top_n_hooks import _comparators, _keep_at_least_nth, _keep_n
 
 ONE = 0x3F800000
@@ -25,6 +26,10 @@ FUNCTIONS = {
     "sub": lambda x, y: x - y,
     "setp.eq": lambda x, y: x == y,
     "setp.eq.and": lambda x, y, z: x == y and z,
+    "setp.eq.or": lambda x, y, z: x == y or z,
+    "setp.ne.or": lambda x, y, z: x != y or z,
+    "setp.le.and": lambda x, y, z: x <= y and z,
+    "setp.le.or": lambda x, y, z: x <= y or z,
     "setp.geu": lambda x, y: not x < y,
     "setp.gt": lambda x, y: x > y,
     "selp": lambda x, y, z: x if z else y,
@@ -128,3 +133,23 @@ def test_quick_rule_counts_nan(n, m):
         found = run(_keep_at_least_nth(n, m), {m + 1 + r: weight for r, weight in enumerate(weights)})
         assert found[f"${m}"] >= 0
         assert all(isnan(found[f"${r}"]) for r, weight in enumerate(weights) if isnan(weight))
+
+
+def test_hide_beyond():
+    for x, y, bound in itertools.product(range(-2, 3), repeat=3):
+        found = run(HIDE_BEYOND.value, {1: 0.5, 2: x, 3: y, 4: bound})
+        assert found["$0"] == (-inf if x - y > bound else 0.5)
+
+
+@pytest.mark.parametrize(("causal", "sinks", "of_dropped"), list(itertools.product((True, False), repeat=3)))
+def test_hide_dropped(causal, sinks, of_dropped):
+    program = HIDE_DROPPED.value[4 * (not causal) + 2 * sinks + of_dropped]
+    for kept, key, query, window, num_sinks in itertools.product((0, 1), range(6), range(6), (0, 1, 3), (0, 1, 4)):
+        if causal and key > query:
+            continue  # which is hidden before
+        member = key % 4
+        flag = ONE * (kept != of_dropped)
+        numbers = {2: flag, 3: key - member, 4: -member, 5: query - window, 6: query, 7: num_sinks - 1}
+        is_recent = query - window < key <= query
+        found = run(program, {1: 0.5, **numbers})
+        assert found["$0"] == (0.5 if kept or is_recent or (sinks and key < num_sinks) else -inf)
