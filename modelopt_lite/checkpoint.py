@@ -19,9 +19,9 @@ def from_pretrained(path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedMo
     ``config.json``, under ``sparse_attention_config``. Transformers' own ``from_pretrained`` loads the same folder
     dense. Only safetensors weights are read.
 
-    The model's class is the one that was saved, as ``architectures`` in ``config.json`` names it:
-    ``AutoModelForCausalLM``'s choice where that names nothing, and a class in the model's own folder only if
-    ``trust_remote_code=True`` is passed and ``auto_map`` in ``config.json`` names it, too.
+    The model's class is the one that was saved, as ``architectures`` in ``config.json`` names it; if it names none,
+    ``AutoModelForCausalLM`` chooses. A class that comes with the model instead of Transformers is loaded only if
+    ``auto_map`` in ``config.json`` names it and ``trust_remote_code=True`` is passed, which runs its code.
 
     Args:
         path: a folder, or a name that Transformers knows.
@@ -45,14 +45,16 @@ def from_pretrained(path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedMo
     names = config.get("architectures") or []
     loader: Any = AutoModelForCausalLM
     if names:
-        # "module.Class", by the class of Transformers that loads it
-        own = {str(place).rpartition(".")[2]: auto for auto, place in config.get("auto_map", {}).items()}
+        # "module.Class", by the class of Transformers that loads it; tokenizers and configs are there, too
+        places = (config.get("auto_map") or {}).items()
+        own = {str(place).rpartition(".")[2]: auto for auto, place in places if auto.startswith("AutoModel")}
         trusted = own.get(names[0]) if kwargs.get("trust_remote_code") else None
         loader = getattr(transformers, trusted or names[0], None)
-        if not (trusted or (isinstance(loader, type) and issubclass(loader, PreTrainedModel))):
+        if not (isinstance(loader, type) and (trusted or issubclass(loader, PreTrainedModel))):
             raise ConfigError(
-                f"{path}: architectures: {names[0]!r} is not allowed; must be a model of Transformers, or one that "
-                "auto_map names, of which trust_remote_code=True runs the code"
+                f"{path}: architectures: {names[0]!r} is not allowed; must be a model of Transformers, or a class that "
+                "auto_map names for one of Transformers' AutoModel classes, loaded with trust_remote_code=True, which "
+                "runs the model's own code"
             )
     model: PreTrainedModel = loader.from_pretrained(path, **{**kwargs, "use_safetensors": True})
     return sparsify(model, {"sparse_cfg": dict(saved["sparse_cfg"])})

@@ -450,7 +450,7 @@ def test_a_model_with_code_of_its_own_is_restored_only_if_that_is_trusted(model,
     config = json.loads(file.read_text())
     config["auto_map"] = {"AutoModelForCausalLM": "own.A", "AutoModelForSequenceClassification": "own.B"}
     file.write_text(json.dumps(config))
-    with pytest.raises(mtsa.ConfigError, match="architectures: 'B' is not allowed; .* trust_remote_code=True runs the"):
+    with pytest.raises(mtsa.ConfigError, match="architectures: 'B' is not allowed; .* with trust_remote_code=True"):
         mtsa.from_pretrained(folder)
     restored = mtsa.from_pretrained(folder, trust_remote_code=True)
     assert type(restored).__name__ == "B"
@@ -458,10 +458,11 @@ def test_a_model_with_code_of_its_own_is_restored_only_if_that_is_trusted(model,
     assert all(
         torch.equal(x, y) for x, y in zip(restored.state_dict().values(), own.state_dict().values(), strict=True)
     )
-    del config["auto_map"]["AutoModelForSequenceClassification"]
-    file.write_text(json.dumps(config))
-    with pytest.raises(mtsa.ConfigError, match="architectures: 'B' is not allowed"):
-        mtsa.from_pretrained(folder, trust_remote_code=True)
+    other_maps = {"AutoModelForCausalLM": "own.A"}, {"AutoConfig": "own.B"}, {"AutoModelForNothing": "own.B"}
+    for auto_map in (None, *other_maps):
+        file.write_text(json.dumps(config | {"auto_map": auto_map}))
+        with pytest.raises(mtsa.ConfigError, match="architectures: 'B' is not allowed"):
+            mtsa.from_pretrained(folder, trust_remote_code=True)
 
 
 def test_a_dense_reload_made_sparse_and_back_keeps_its_saved_config(sparse, tmp_path):
