@@ -58,6 +58,8 @@ BURST_MS = 60
 """How long a kernel runs at a time."""
 GRAPH_MS = 1.0
 """If all calls of a problem's forward are shorter, they run in CUDA graphs."""
+LONG_MS = 10.0
+"""If all calls of a problem are longer, none is run more often than it takes to fill ``BURST_MS``."""
 
 
 def inputs(batch: int, seq_len: int, heads: tuple[int, int], head_dim: int, dtype: str) -> tuple[Tensor, ...]:
@@ -162,6 +164,17 @@ def peer_call(peer: str, q: Tensor, k: Tensor, v: Tensor, causal: bool, which: s
     return functools.partial(forward_call, q, k, v) if which == "forward" else differentiated(forward_call, q, k, v)
 
 
+def burst(call: Call, count: int) -> float:
+    """Return the median time in ms of some calls in a row."""
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    events[0].record()
+    for event in events[1:]:
+        call()
+        event.record()
+    torch.cuda.synchronize()
+    return statistics.median(before.elapsed_time(after) for before, after in itertools.pairwise(events))
+
+
 def measure(calls: dict[Any, Call], heat: float, rounds: int, graphs: bool = True) -> dict[Any, float]:
     """Return the median time of each call in ms. A call that fails is reported and left out.
 
@@ -180,9 +193,12 @@ def measure(calls: dict[Any, Call], heat: float, rounds: int, graphs: bool = Tru
         for call in usable.values():
             call()
         torch.cuda.synchronize()
-    bench = functools.partial(triton.testing.do_bench, warmup=BURST_MS / 4, rep=BURST_MS, return_mode="median")
-    if graphs and all(bench(call) < GRAPH_MS for call in usable.values()):
+    once = {key: burst(call, 1) for key, call in usable.items()}
+    if graphs and max(once.values()) < GRAPH_MS:
         bench = functools.partial(triton.testing.do_bench_cudagraph, rep=BURST_MS / 10, return_mode="median")
+    else:
+        bench = functools.partial(triton.testing.do_bench, warmup=BURST_MS / 4, rep=BURST_MS, return_mode="median")
+    is_long = min(once.values()) > LONG_MS
     # Each runs for a while at a time, as the GPU's clocks follow the power that a kernel draws; and in another order
     # each round, as they follow it slowly.
     times: dict[Any, list[float]] = {key: [] for key in usable}
@@ -190,7 +206,7 @@ def measure(calls: dict[Any, Call], heat: float, rounds: int, graphs: bool = Tru
     for _ in range(rounds):
         random_order.shuffle(order)
         for key, call in order:
-            times[key].append(bench(call))
+            times[key].append(burst(call, 1 + int(BURST_MS / once[key])) if is_long else bench(call))
     return {key: statistics.median(taken) for key, taken in times.items()}
 
 

@@ -122,7 +122,7 @@ def differentiate_softmax(
         if len(keep) > 0:
             weight = weigh(weight, keep[r])
         weights = weights + (weight,)
-    weights = join_groups(weights)
+    weights = join_groups(weights, OPTIONS)
     if GROUP > 1 and not OPTIONS.hopper:
         weights = as_if_of(products, weights)
     grad_scores = weights * (grad_weights - delta)

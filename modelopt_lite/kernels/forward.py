@@ -99,7 +99,7 @@ def attend_tile(
             weight = weigh(weight, keep[r])
         weights = weights + (weight,)
     # [BLOCK_M, BLOCK_N]
-    probabilities = join_groups(weights)
+    probabilities = join_groups(weights, OPTIONS)
     if GROUP > 1 and not OPTIONS.hopper:
         probabilities = as_if_of(scores, probabilities)
     partial_sum += tl.sum(probabilities.reshape(BLOCK_M, BLOCK_N // LANES, LANES), 1)

@@ -28,7 +28,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .forward import LN2, fill_gap
-from .tiles import LOG2E, join_groups, key_spans, scale_scores, select_scores, split_groups, weigh
+from .tiles import (
+    LOG2E,
+    MAX_HALVINGS,
+    join_groups,
+    key_spans,
+    scale_scores,
+    select_scores,
+    split_groups,
+    weigh,
+)
 
 ROWS = tl.constexpr(64)
 """Queries of a warpgroup."""
@@ -192,12 +201,15 @@ def load_rows(source, row, head, barrier, memory, OPTIONS: gl.constexpr):
     """
     descriptor, tail, tail_start = source
     GROUP: gl.constexpr = OPTIONS.group
+    PAIR: gl.constexpr = OPTIONS.pair
+    pair = row % GROUP // PAIR
     if GROUP == 1:
-        tma.async_copy_global_to_shared(descriptor, [0, row, head, 0], barrier, memory)
+        tma.async_copy_global_to_shared(descriptor, [0, row, 0, head, 0], barrier, memory)
     elif row < tail_start:
-        tma.async_copy_global_to_shared(descriptor, [row % GROUP, row // GROUP, head, 0], barrier, memory)
+        tma.async_copy_global_to_shared(descriptor, [pair, row // GROUP, row % PAIR, head, 0], barrier, memory)
     else:
-        tma.async_copy_global_to_shared(tail, [row % GROUP, (row - tail_start) // GROUP, head, 0], barrier, memory)
+        group = (row - tail_start) // GROUP
+        tma.async_copy_global_to_shared(tail, [pair, group, row % PAIR, head, 0], barrier, memory)
 
 
 @gluon.jit
@@ -281,20 +293,21 @@ def load_items(work, SPARSE: gl.constexpr, OPTIONS: gl.constexpr, STAGES: gl.con
 
 
 @gluon.jit
-def sum_in_thread(tile):
-    """Sum what a thread has of each row, without a shuffle: ``[ROWS, 4]``."""
-    return gl.sum(gl.sum(tile.reshape([ROWS, tile.shape[1] // 8, 4, 2]), 3), 1)
+def sum_in_thread(tile, OPTIONS: gl.constexpr):
+    """Sum what a thread has of each row of one place's scores, without a shuffle: ``[ROWS, 4]``."""
+    BESIDE: gl.constexpr = 2 // OPTIONS.pair  # neighbouring columns that a thread has
+    return gl.sum(gl.sum(tile.reshape([ROWS, tile.shape[1] // (4 * BESIDE), 4, BESIDE]), 3), 1)
 
 
 @gluon.jit
-def is_any(doubt, memory):
+def is_any(doubt, memory, OPTIONS: gl.constexpr):
     """Say whether any group of a warpgroup's rows is in doubt.
 
     All wait for it, and a reduction would need five shuffles and two rounds through shared memory. Callers take turns
     with two places in memory, so that one is read by all before it is written again.
     """
     # [warps * lanes]
-    flags = gl.sum(sum_in_thread(doubt).reshape([ROWS // 16, 2, 8, 4]), 1).reshape([ROWS // 16 * 32])
+    flags = gl.sum(sum_in_thread(doubt, OPTIONS).reshape([ROWS // 16, 2, 8, 4]), 1).reshape([ROWS // 16 * 32])
     flags = gl.inline_asm_elementwise(ANY_OF_WARP, "=r,f", [flags], dtype=gl.int32, is_pure=False, pack=1)
     memory.store(flags)
     found = 0
@@ -338,7 +351,7 @@ def soften(
     """
     SCORES: gl.constexpr = scores.type.layout
     scores, to_log2 = scale_scores(scores, numbers, OPTIONS)
-    part = split_groups(scores, OPTIONS.group)[0]  # for its layout
+    part = split_groups(scores, OPTIONS)[0]  # for its layout
     PART: gl.constexpr = part.type.layout
     groups = first + OPTIONS.group * gl.arange(0, part.shape[1], gl.SliceLayout(0, PART))[None, :]
     q_pos = spread(positions, part)
@@ -373,12 +386,17 @@ def soften(
         found = HOOK(weights, q_pos, k_pos, hook_args)
         weights = found[: OPTIONS.group]
         doubt = found[OPTIONS.group :]
-    # Summed place by place before they are joined: 2 % faster with groups of 4 than summed in the order of columns.
-    total = weights[0]
-    for r in gl.static_range(1, len(weights)):
-        total += weights[r]
-    weights = gl.convert_layout(join_groups(weights), SCORES, assert_trivial=True)
-    return weights, sum_in_thread(total), rescale, running_max, doubt
+    # Summed place by place before they are joined, which is faster than in the order of columns; and in halves, as the
+    # flags of a half are of one kind.
+    sums = weights
+    for _ in gl.static_range(MAX_HALVINGS):
+        if len(sums) > 1:
+            halves = ()
+            for r in gl.static_range(len(sums) // 2):
+                halves = halves + (sums[r] + sums[len(sums) // 2 + r],)
+            sums = halves
+    weights = gl.convert_layout(join_groups(weights, OPTIONS), SCORES, assert_trivial=True)
+    return weights, sum_in_thread(sums[0], OPTIONS), rescale, running_max, doubt
 
 
 @gluon.jit
@@ -427,7 +445,7 @@ def advance(
         scores, first, positions, running_max, rules, numbers, hook_args, HOOK, QUICK, OPTIONS, MASKED, FROZEN
     )  # fmt: skip
     if QUICK:
-        again = is_any(doubt[0], doubts.index(2 * WARPGROUP + step % 2))
+        again = is_any(doubt[0], doubts.index(2 * WARPGROUP + step % 2), OPTIONS)
     if ones_memory is None:
         new_sum = add_sum(partial_sum, tile_sum, rescale, ones_memory, FROZEN)
         gl.inline_asm_elementwise(PIN, "=r,=r,r,r", [new_sum], dtype=gl.int32, is_pure=False, pack=2)
@@ -461,11 +479,13 @@ def clear_rows(memory, first, length, WARPGROUP: gl.constexpr, OPTIONS: gl.const
     """
     BLOCK_N: gl.constexpr = OPTIONS.block_n
     GROUP: gl.constexpr = OPTIONS.group
+    GROUPS: gl.constexpr = BLOCK_N // GROUP
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     tile = memory.reshape([BLOCK_N, OPTIONS.block_dv])
     for piece in gl.static_range(WARPGROUP, BLOCK_N // PIECE, OPTIONS.block_m // ROWS):
         rows = piece * PIECE + gl.arange(0, PIECE, gl.SliceLayout(1, LAYOUT))
-        keys = first + GROUP * (rows % (BLOCK_N // GROUP)) + rows // (BLOCK_N // GROUP)
+        pairs = rows // OPTIONS.pair
+        keys = first + GROUP * (pairs % GROUPS) + pairs // GROUPS * OPTIONS.pair + rows % OPTIONS.pair
         part = tile.slice(piece * PIECE, PIECE, 0)
         values = part.load(LAYOUT)
         part.store(gl.where((keys < length)[:, None], values, gl.zeros_like(values)))
@@ -526,7 +546,7 @@ def attend_item(
     zeros = gl.full([ROWS, OPTIONS.block_n], 0, gl.float32, SCORES)
     # [ROWS, 4], or [ROWS, 8] of which the first column is not 0; the sum of a row is that of all its columns.
     if ones_memory is None:
-        partial_sum = sum_in_thread(zeros)
+        partial_sum = sum_in_thread(split_groups(zeros, OPTIONS)[0], OPTIONS)
     else:
         partial_sum = gl.full([ROWS, 8], 0, gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16]))
     if sink_logits_ptr is not None:
@@ -674,7 +694,8 @@ def attention_forward_hopper(
     query_memory = gl.allocate_shared_memory(
         ELEMENT, [SLOTS * WARPGROUPS, ROWS, 1, OPTIONS.block_d], query_descriptor.layout
     )
-    TILE: gl.constexpr = [STAGES, OPTIONS.group, OPTIONS.block_n // OPTIONS.group, 1]
+    PAIR: gl.constexpr = OPTIONS.pair
+    TILE: gl.constexpr = [STAGES, OPTIONS.group // PAIR, OPTIONS.block_n // OPTIONS.group, PAIR, 1]
     key_memory = gl.allocate_shared_memory(ELEMENT, TILE + [OPTIONS.block_d], key_descriptor.layout)
     value_memory = gl.allocate_shared_memory(ELEMENT, TILE + [OPTIONS.block_dv], value_descriptor.layout)
     NUMBER: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])

@@ -52,6 +52,7 @@ class Options(NamedTuple):
     frozen: bool
     hopper: bool
     placed: bool = False
+    pair: int = 1
 
 
 class Settings(NamedTuple):
@@ -299,6 +300,7 @@ def _launch_hopper(
     group = 1 if plan.is_dense else plan.group
     settings = hopper_settings(q.dtype, head_dim, group)
     options = _options(settings, head_dim, value_dim, p.is_causal, p.sliding_window, p.softcap, plan)
+    options = options._replace(pair=min(group, 2))
     tiles = triton.cdiv(p.max_q, settings.block_m)
     items = batch * query_heads * tiles
     counter = torch.empty(1, dtype=torch.int32, device=q.device)
@@ -666,21 +668,10 @@ def _descriptor(x: Tensor, group: int, block_d: int, settings: Settings) -> Any:
     """Describe keys or values for the tensor memory accelerator, or return None where it cannot read them."""
     if not (settings.descriptors and _is_aligned(x)):
         return None
-    return TensorDescriptor(*_keys_as_groups(x, x.shape[0], group, block_d, settings))
-
-
-def _keys_as_groups(
-    x: Tensor, rows: int, group: int, block_d: int, settings: Settings
-) -> tuple[Tensor, list[int], list[int], list[int]]:
-    """Return a descriptor's tensor, shape, strides and box, for the first ``rows`` rows.
-
-    The dimensions are ``[phase, group, head, dim]``, so that one box holds deinterleaved groups. A sequence may begin
-    anywhere, so there are about twice as many phases as keys in a group: rows overlap, each has several addresses. As
-    each dimension is bounded by itself, boxes reach up to ``2 * group - 2`` rows further.
-    """
-    shape = [2 * group - 1, triton.cdiv(rows, group), *x.shape[1:]]
+    # [key of a group, group, head, dim]; see _key_descriptor().
+    shape = [2 * group - 1, triton.cdiv(x.shape[0], group), *x.shape[1:]]
     strides = [x.stride(0), group * x.stride(0), x.stride(1), 1]
-    return x, shape, strides, [group, settings.block_n // group, 1, block_d]
+    return TensorDescriptor(x, shape, strides, [group, settings.block_n // group, 1, block_d])
 
 
 def _shared_descriptor(x: Tensor, shape: list[int], strides: list[int], box: list[int]) -> SharedDescriptor:
@@ -694,18 +685,25 @@ def _shared_layout(rank: int) -> NVMMASharedLayout:
 
 
 def _key_descriptor(x: Tensor, group: int, settings: Settings) -> SharedDescriptor:
-    """Describe keys or values, or a tail of them, so that no box reaches past the last row.
+    """Describe keys or values, or a tail of them, as ``[pair of a group, group, key of a pair, head, dim]``.
 
-    A tensor of so few rows that this leaves none is not loaded from; see :func:`_tails`.
+    So one box holds groups deinterleaved by pairs. A sequence may begin anywhere, so there are about twice as many
+    pairs in a group, and keys in a pair: rows overlap, each has several addresses. As each dimension is bounded by
+    itself, boxes reach up to ``2 * group - 2`` rows further. So many rows are left out, that none reaches past the
+    last; a tensor of so few rows that this leaves none is not loaded from; see :func:`_tails`.
     """
+    pair = min(group, 2)
+    pairs = group // pair
     rows = max(1, x.shape[0] - (2 * group - 2))
-    return _shared_descriptor(*_keys_as_groups(x, rows, group, x.shape[2], settings))
+    shape = [2 * pairs - 1, triton.cdiv(rows, group), 2 * pair - 1, *x.shape[1:]]
+    strides = [pair * x.stride(0), group * x.stride(0), *x.stride()]
+    return _shared_descriptor(x, shape, strides, [pairs, settings.block_n // group, pair, 1, x.shape[2]])
 
 
 def _tails(k: Tensor, group: int, settings: Settings) -> tuple[Tensor | None, Tensor | None, int]:
     """Return where the last keys and the last values are copied to, if anywhere, and the first row that is.
 
-    Boxes reach further than their tile; see :func:`_keys_as_groups`. Values have the keys' shape here. Tiles that begin
+    Boxes reach further than their tile; see :func:`_key_descriptor`. Values have the keys' shape here. Tiles that begin
     before that row are whole in what :func:`_key_descriptor` describes. The others are loaded from the copies, which
     have as many rows more as their descriptors leave out: what these hold does not matter, as they belong to no
     sequence.

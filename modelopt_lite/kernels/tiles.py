@@ -1,7 +1,9 @@
 """Building blocks of the Triton kernels: key tiles, groups of scores, and which of them take part in the softmax.
 
 Keys are *deinterleaved*: with groups of ``GROUP`` keys, row ``r * (BLOCK_N // GROUP) + i`` of a key tile is key
-``GROUP * i + r``. Softmax does not mind the order, and all scores of a group come to lie in one thread.
+``GROUP * i + r``. Softmax does not mind the order, and all scores of a group come to lie in one thread. With
+``OPTIONS.pair`` 2, pairs of keys are deinterleaved: their scores come to lie in neighbouring registers, which are of
+different banks, so that comparing them does not take both reads of one bank.
 """
 
 from __future__ import annotations
@@ -66,26 +68,32 @@ def load_tile(
 
 
 @triton.jit
-def split_groups(tile, GROUP: tl.constexpr):
-    """Split scores ``[BLOCK_M, BLOCK_N]`` into ``GROUP`` tiles, one a place in the group."""
+def split_groups(tile, OPTIONS: tl.constexpr):
+    """Split scores ``[BLOCK_M, BLOCK_N]`` into as many tiles as a group has keys, one a place in the group."""
     parts = (tile,)
     for _ in tl.static_range(MAX_HALVINGS):
-        if len(parts) < GROUP:
+        if len(parts) < OPTIONS.group:
             halves = ()
             for index in tl.static_range(len(parts)):
-                halves = halves + halve(parts[index])
+                if len(parts) * OPTIONS.pair == OPTIONS.group:
+                    halves = halves + separate(parts[index])
+                else:
+                    halves = halves + halve(parts[index])
             parts = halves
     return parts
 
 
 @triton.jit
-def join_groups(parts):
+def join_groups(parts, OPTIONS: tl.constexpr):
     """Undo :func:`split_groups`."""
     for _ in tl.static_range(MAX_HALVINGS):
         if len(parts) > 1:
             pairs = ()
             for index in tl.static_range(len(parts) // 2):
-                pairs = pairs + (unite(parts[2 * index], parts[2 * index + 1]),)
+                if len(parts) // 2 * OPTIONS.pair == OPTIONS.group:
+                    pairs = pairs + (interleave(parts[2 * index], parts[2 * index + 1]),)
+                else:
+                    pairs = pairs + (unite(parts[2 * index], parts[2 * index + 1]),)
             parts = pairs
     return parts[0]
 
@@ -115,6 +123,18 @@ def halve(tile):
 def unite(left, right):
     """Put two tiles side by side."""
     return tl.join(left, right).permute(0, 2, 1).reshape(left.shape[0], left.shape[1] * 2)
+
+
+@triton.jit
+def separate(tile):
+    """Split a tile into its columns of even and of odd number."""
+    return tile.reshape(tile.shape[0], tile.shape[1] // 2, 2).split()
+
+
+@triton.jit
+def interleave(even, odd):
+    """Undo :func:`separate`."""
+    return tl.join(even, odd).reshape(even.shape[0], even.shape[1] * 2)
 
 
 @triton.jit
@@ -264,7 +284,7 @@ def select_scores(
     """
     GROUP: tl.constexpr = OPTIONS.group
     _, length, num_sinks, window, sliding_window = rules[:5]
-    parts = split_groups(scores, GROUP)
+    parts = split_groups(scores, OPTIONS)
 
     if MASKED:
         # Compared with a place's number, an immediate operand, so that positions of places take no registers.

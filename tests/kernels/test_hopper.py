@@ -163,17 +163,18 @@ def test_boxes_hold_the_rows_of_their_tiles(absent_gpu, launch_for, monkeypatch,
     """What boxes of the accelerator would find is right up to the last row, and all that they can reach is memory."""
     monkeypatch.setattr(absent_gpu, "prepare", Recorder())
     block_n = absent_gpu.hopper_settings(BF16, head_dim, group).block_n
-    # [group, groups of a tile]
-    place, number = torch.arange(group)[:, None], torch.arange(block_n // group)
+    # [pairs of a group, groups of a tile, keys of a pair]
+    shape = (-(-group // 2), block_n // group, min(group, 2))
+    pair, number, place = (torch.arange(size).view(-1, *(1,) * (2 - dim)) for dim, size in enumerate(shape))
     heads = 1000 * torch.arange(3)
     for rows in range(1, 401):
         # [rows, heads, 2]; keys and values lie beside each other, and nothing lies behind the last row
         marks = torch.arange(rows)[:, None, None] + heads[:, None] + torch.tensor([0, 500])
         k, v = marks.to(torch.int16).repeat_interleave(head_dim, 2)[:, 1:].split(head_dim, 2)
         pairs, tail_start, _ = launch_for(k, v, group)
-        # [first rows of tiles, group, groups]
-        first = torch.arange(rows)[:, None, None]
-        expected = first + place + group * number
+        # [first rows of tiles, *shape]
+        first = torch.arange(rows)[:, None, None, None]
+        expected = first + 2 * pair + group * number + place
         for x, (whole, tail) in zip((k, v), pairs, strict=True):
             if tail is not None:
                 tail.base.fill_(-1)[: rows - tail_start] = x[tail_start:]
@@ -185,10 +186,11 @@ def test_boxes_hold_the_rows_of_their_tiles(absent_gpu, launch_for, monkeypatch,
                 memory = descriptor.base.as_strided(descriptor.shape, descriptor.strides)
                 assert descriptor.block_shape == [*expected.shape[1:], 1, head_dim]
                 row = first[tiles]
-                phases, groups = torch.broadcast_tensors(row % group + place, (row - start) // group + number)
-                inside = (phases < memory.shape[0]) & (groups < memory.shape[1])
+                firsts = (row % group // shape[2], (row - start) // group, row % shape[2])
+                places = torch.broadcast_tensors(*(x + y for x, y in zip(firsts, (pair, number, place), strict=True)))
+                inside = torch.stack([x < size for x, size in zip(places, memory.shape, strict=False)]).all(0)
                 found = torch.full(inside.shape, -1)
-                found[inside] = memory[phases[inside], groups[inside], 1, -1].long()
+                found[inside] = memory[(*(x[inside] for x in places), 1, -1)].long()
                 exist = expected[tiles] < rows
                 assert torch.equal(found[exist], expected[tiles][exist] + x[0, 1, -1])
 
