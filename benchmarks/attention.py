@@ -5,7 +5,7 @@ events, short forward passes in CUDA graphs. TFLOP/s count the work of dense att
 and backward together count as 3.5 times the forward. Prints a table and writes JSON, where problems that were measured
 before, on the same device with the same versions, stay unless they are measured again.
 
-    python benchmarks/attention.py                                              # everything forward, about half an hour
+    python benchmarks/attention.py                                              # everything forward, about an hour
     python benchmarks/attention.py --seq-lens 16384 --head-dims 128 --heads 32/8 --causal yes --names dense 2:4
     python benchmarks/attention.py --passes forward_backward --seq-lens 8192 --head-dims 128 --names dense 2:4
     python benchmarks/attention.py --show benchmarks/results/attention-nvidia-h200.json    # the table in the docs
@@ -19,6 +19,7 @@ import functools
 import importlib.metadata
 import itertools
 import json
+import math
 import platform
 import random
 import statistics
@@ -59,7 +60,10 @@ BURST_MS = 60
 GRAPH_MS = 1.0
 """If all calls of a problem's forward are shorter, they run in CUDA graphs."""
 LONG_MS = 10.0
-"""If all calls of a problem are longer, none is run more often than it takes to fill ``BURST_MS``."""
+"""If all calls of a problem are longer, they are timed by :func:`burst`."""
+WARM_MS = 200
+"""How long a long call runs first: shorter, and clocks are still those of the kernel before, which may draw less power.
+do_bench would run each seven times, which takes minutes at 128k tokens."""
 
 
 def inputs(batch: int, seq_len: int, heads: tuple[int, int], head_dim: int, dtype: str) -> tuple[Tensor, ...]:
@@ -164,9 +168,11 @@ def peer_call(peer: str, q: Tensor, k: Tensor, v: Tensor, causal: bool, which: s
     return functools.partial(forward_call, q, k, v) if which == "forward" else differentiated(forward_call, q, k, v)
 
 
-def burst(call: Call, count: int) -> float:
-    """Return the median time in ms of some calls in a row."""
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+def burst(call: Call, ms: float = math.inf) -> float:
+    """Return the median time in ms of a call that takes about ``ms``, run for ``BURST_MS`` after ``WARM_MS``."""
+    for _ in range(int(WARM_MS / ms)):
+        call()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2 + int(BURST_MS / ms))]
     events[0].record()
     for event in events[1:]:
         call()
@@ -193,7 +199,7 @@ def measure(calls: dict[Any, Call], heat: float, rounds: int, graphs: bool = Tru
         for call in usable.values():
             call()
         torch.cuda.synchronize()
-    once = {key: burst(call, 1) for key, call in usable.items()}
+    once = {key: burst(call) for key, call in usable.items()}
     if graphs and max(once.values()) < GRAPH_MS:
         bench = functools.partial(triton.testing.do_bench_cudagraph, rep=BURST_MS / 10, return_mode="median")
     else:
@@ -206,7 +212,7 @@ def measure(calls: dict[Any, Call], heat: float, rounds: int, graphs: bool = Tru
     for _ in range(rounds):
         random_order.shuffle(order)
         for key, call in order:
-            times[key].append(burst(call, 1 + int(BURST_MS / once[key])) if is_long else bench(call))
+            times[key].append(burst(call, once[key]) if is_long else bench(call))
     return {key: statistics.median(taken) for key, taken in times.items()}
 
 

@@ -1,9 +1,9 @@
 """Building blocks of the Triton kernels: key tiles, groups of scores, and which of them take part in the softmax.
 
 Keys are *deinterleaved*: with groups of ``GROUP`` keys, row ``r * (BLOCK_N // GROUP) + i`` of a key tile is key
-``GROUP * i + r``. Softmax does not mind the order, and all scores of a group come to lie in one thread. With
-``OPTIONS.pair`` 2, pairs of keys are deinterleaved: their scores come to lie in neighbouring registers, which are of
-different banks, so that comparing them does not take both reads of one bank.
+``GROUP * i + r``. Softmax does not mind the order, and all scores of a group come to lie in one thread. The Hopper
+kernel, where ``OPTIONS.pair`` is 2, deinterleaves pairs of keys: row ``2 * (h * (BLOCK_N // GROUP) + i) + e`` is key
+``GROUP * i + 2 * h + e``. So scores of a pair lie in neighbouring registers, which are of different banks.
 """
 
 from __future__ import annotations
