@@ -32,6 +32,7 @@ from .tiles import (
     LOG2E,
     MAX_HALVINGS,
     join_groups,
+    key_of_row,
     key_spans,
     scale_scores,
     select_scores,
@@ -478,14 +479,11 @@ def clear_rows(memory, first, length, WARPGROUP: gl.constexpr, OPTIONS: gl.const
     What lies there may be anything, and zero times infinity is not zero.
     """
     BLOCK_N: gl.constexpr = OPTIONS.block_n
-    GROUP: gl.constexpr = OPTIONS.group
-    GROUPS: gl.constexpr = BLOCK_N // GROUP
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     tile = memory.reshape([BLOCK_N, OPTIONS.block_dv])
     for piece in gl.static_range(WARPGROUP, BLOCK_N // PIECE, OPTIONS.block_m // ROWS):
         rows = piece * PIECE + gl.arange(0, PIECE, gl.SliceLayout(1, LAYOUT))
-        pairs = rows // OPTIONS.pair
-        keys = first + GROUP * (pairs % GROUPS) + pairs // GROUPS * OPTIONS.pair + rows % OPTIONS.pair
+        keys = first + key_of_row(rows, BLOCK_N, OPTIONS.group, OPTIONS.pair)
         part = tile.slice(piece * PIECE, PIECE, 0)
         values = part.load(LAYOUT)
         part.store(gl.where((keys < length)[:, None], values, gl.zeros_like(values)))

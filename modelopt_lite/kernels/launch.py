@@ -329,7 +329,7 @@ def _launch_hopper(
     )
     attention_forward_hopper[(min(items, processors(q.device)),)](
         _shared_descriptor(q, list(q.shape), list(q.stride()), [ROWS.value, 1, head_dim]),
-        *(None if x is None else _key_descriptor(x, group, settings) for x in (k, v, key_tail, value_tail)),
+        *(None if x is None else _key_descriptor(x, options) for x in (k, v, key_tail, value_tail)),
         tail_start,
         out,
         lse,
@@ -684,7 +684,7 @@ def _shared_layout(rank: int) -> NVMMASharedLayout:
     return NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=rank)
 
 
-def _key_descriptor(x: Tensor, group: int, settings: Settings) -> SharedDescriptor:
+def _key_descriptor(x: Tensor, options: Options) -> SharedDescriptor:
     """Describe keys or values, or a tail of them, as ``[pair of a group, group, key of a pair, head, dim]``.
 
     So one box holds groups deinterleaved by pairs. A sequence may begin anywhere, so there are about twice as many
@@ -692,12 +692,12 @@ def _key_descriptor(x: Tensor, group: int, settings: Settings) -> SharedDescript
     itself, boxes reach up to ``2 * group - 2`` rows further. So many rows are left out, that none reaches past the
     last; a tensor of so few rows that this leaves none is not loaded from; see :func:`_tails`.
     """
-    pair = min(group, 2)
+    group, pair = options.group, options.pair
     pairs = group // pair
     rows = max(1, x.shape[0] - (2 * group - 2))
     shape = [2 * pairs - 1, triton.cdiv(rows, group), 2 * pair - 1, *x.shape[1:]]
     strides = [pair * x.stride(0), group * x.stride(0), *x.stride()]
-    return _shared_descriptor(x, shape, strides, [pairs, settings.block_n // group, pair, 1, x.shape[2]])
+    return _shared_descriptor(x, shape, strides, [pairs, options.block_n // group, pair, 1, x.shape[2]])
 
 
 def _tails(k: Tensor, group: int, settings: Settings) -> tuple[Tensor | None, Tensor | None, int]:

@@ -1,9 +1,9 @@
 """Building blocks of the Triton kernels: key tiles, groups of scores, and which of them take part in the softmax.
 
 Keys are *deinterleaved*: with groups of ``GROUP`` keys, row ``r * (BLOCK_N // GROUP) + i`` of a key tile is key
-``GROUP * i + r``. Softmax does not mind the order, and all scores of a group come to lie in one thread. The Hopper
-kernel, where ``OPTIONS.pair`` is 2, deinterleaves pairs of keys: row ``2 * (h * (BLOCK_N // GROUP) + i) + e`` is key
-``GROUP * i + 2 * h + e``. So scores of a pair lie in neighbouring registers, which are of different banks.
+``GROUP * i + r``. Softmax does not mind the order, and all scores of a group come to lie in one thread. In the Hopper
+kernel, where ``OPTIONS.pair`` is 2, pairs of keys stay together, so that their scores lie in neighbouring registers:
+see :func:`key_of_row`.
 """
 
 from __future__ import annotations
@@ -65,6 +65,13 @@ def load_tile(
         else:
             tile = tl.load(pointers)
     return tile
+
+
+@triton.jit
+def key_of_row(row, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, PAIR: tl.constexpr):
+    """Return which key of a tile lies in a row of it, or in rows; ``PAIR`` keys of a group lie beside each other."""
+    pair = row // PAIR
+    return GROUP * (pair % (BLOCK_N // GROUP)) + PAIR * (pair // (BLOCK_N // GROUP)) + row % PAIR
 
 
 @triton.jit

@@ -7,12 +7,16 @@ import functools
 import json
 import os
 import sys
+from typing import NamedTuple
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from machine_code import classify, inspect
 from test_forward_compile import pretend_gpu
 
+from modelopt_lite.kernels.tiles import join_groups, key_of_row, split_groups
 from modelopt_lite.kernels.top_n import top_n_plan
 from modelopt_lite.plan import DENSE, GROUP_SIZES
 
@@ -34,12 +38,11 @@ VARIANTS = [
 ]
 # Shuffles, accesses to shared memory and spills in the hot loop, besides stores that pin the order and never happen.
 # With FP16 there are the rows' maxima, two shuffles for each of two rows; with a quick hook warps tell each other
-# whether any has to compute again. Triton 3.7 spills one or two registers with 2:4, Triton 3.6 none.
+# whether any has to compute again.
 TRAFFIC = {
     (FP16, 64, (2, 4)): (4, 0, 0),
     (FP16, 128, (2, 4)): (4, 0, 2),
     (FP16, 128, (4, 8)): (4, 4, 0),
-    (BF16, 128, (2, 4)): (0, 0, 4),
     (BF16, 128, (4, 8)): (0, 4, 0),
     (BF16, 128, (8, 16)): (0, 4, 0),
 }
@@ -128,6 +131,13 @@ def test_choice_knows_every_group():
     assert all(set(up_to) == {0, *GROUP_SIZES} for up_to in PORTABLE_UP_TO.values())
 
 
+class Tiles(NamedTuple):
+    """Those of the kernels' options that say where keys lie in a tile."""
+
+    group: int
+    pair: int
+
+
 class Recorder:
     """In the place of a kernel: keeps what it is launched with."""
 
@@ -193,6 +203,28 @@ def test_boxes_hold_the_rows_of_their_tiles(absent_gpu, launch_for, monkeypatch,
                 found[inside] = memory[(*(x[inside] for x in places), 1, -1)].long()
                 exist = expected[tiles] < rows
                 assert torch.equal(found[exist], expected[tiles][exist] + x[0, 1, -1])
+
+
+@triton.jit
+def groups_of_rows(out_ptr, joined_ptr, BLOCK_N: tl.constexpr, OPTIONS: tl.constexpr):
+    """Store the keys in a tile's rows, split into the places of groups, and joined again."""
+    keys = key_of_row(tl.arange(0, BLOCK_N), BLOCK_N, OPTIONS.group, OPTIONS.pair)[None, :]
+    parts = split_groups(keys, OPTIONS)
+    groups = tl.arange(0, BLOCK_N // OPTIONS.group)[None, :]
+    for place in tl.static_range(OPTIONS.group):
+        tl.store(out_ptr + place * (BLOCK_N // OPTIONS.group) + groups, parts[place])
+    tl.store(joined_ptr + tl.arange(0, BLOCK_N)[None, :], join_groups(parts, OPTIONS) - keys)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
+@pytest.mark.parametrize("pair", [1, 2])
+@pytest.mark.parametrize("group", [2, 4, 8, 16])
+def test_places_of_groups(group, pair):
+    block_n = 64
+    places, differences = torch.full((group, block_n // group), -1), torch.full((block_n,), -1)
+    groups_of_rows[(1,)](places, differences, block_n, Tiles(group, pair))
+    assert torch.equal(places, torch.arange(block_n).view(-1, group).T)
+    assert not differences.any()
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
