@@ -243,6 +243,9 @@ def measure_problem(
             kernels["hopper"] = "hopper"
         for label, kernel in kernels.items():
             calls |= {(label, name): own_call(q, k, v, causal, name, kernel) for name in arguments.names}
+        for name in arguments.names:
+            if kernel_for(*(x.flatten(0, 1) for x in (q, k, v)), FAR, plan_of(name)) == "sparse_cores":
+                calls["sparse_cores", name] = own_call(q, k, v, causal, name, "sparse_cores")
     else:
         calls |= {("triton", name): own_training_call(q, k, v, causal, name) for name in arguments.names}
     for peer in arguments.peers:
@@ -298,7 +301,7 @@ def memory(row: dict[str, Any], found: dict[Any, dict[str, Any]]) -> str:
 
 def table(rows: list[dict[str, Any]], cell: Callable[..., str] = speed) -> str:
     """Return rows as a Markdown table: a problem a line, what ``cell`` says of each kernel."""
-    kernels = ["triton", "hopper", *PEERS]
+    kernels = ["triton", "hopper", "sparse_cores", *PEERS]
     # N:M by M and then by N
     columns = sorted(
         {(row["kernel"], row["name"]) for row in rows},

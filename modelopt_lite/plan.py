@@ -56,6 +56,8 @@ class AttentionPlan:
             saves the fused kernels a multiplication.
         keeps_nothing: a promise that the rule itself keeps no key at all, which saves computing those that are neither
             sinks nor recent.
+        keeps_top: a promise that the rule keeps exactly so many keys of every group, those of the largest scores and of
+            equal ones the lower, for GPUs that have hardware for two of four; 0 promises nothing.
         quick_hook: a faster rule that may be wrong, for the Hopper kernel, or None; only with ``keeps_group_max``. It
             is called with weights instead of scores: not negative, maybe infinite or NaN, in the order of the scores,
             but that different scores may have the same weight. It returns these with 0 for those not kept, and one tile
@@ -79,6 +81,7 @@ class AttentionPlan:
     keeps_group_max: bool = False
     scale_free: bool = False
     keeps_nothing: bool = False
+    keeps_top: int = 0
     quick_hook: Any | None = None
     key: int = field(init=False, compare=False, repr=False, default_factory=_keys.__next__)
 

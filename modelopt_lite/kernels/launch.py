@@ -17,6 +17,7 @@ from triton.language import constexpr
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..plan import AttentionPlan
+from . import sparse_cores
 from .backward import gradient_of_keys, gradient_of_queries, gradient_rows
 from .forward import attention_forward
 from .hopper import ROWS, attention_forward_hopper, prepare
@@ -112,6 +113,9 @@ PORTABLE_UP_TO = {
 head dimensions and the group (0: dense): for short sequences large tiles do not pay, and up to 64 queries leave a
 warpgroup idle. Groups of 1 and 2 are taken to be like 4; the others are in
 benchmarks/results/attention-nvidia-h200.json."""
+SPARSE_CORES_FROM = 1024
+"""Queries from which on the kernel on sparse tensor cores is the fastest of 2:4's, more than these."""
+FORWARD_KERNELS = ("hopper", "portable", "sparse_cores")
 HOPPER_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
 """Whether Triton is new enough for the Hopper kernel."""
 # The same for both kernels of the backward, but that only these rows, and no other candidates, have been timed.
@@ -199,14 +203,15 @@ def forward(
             they are multiplied with the values.
         out: where to write, ``[tokens, query heads, value_dim]``; allocated if None.
         settings: tiles and warps of the portable kernel, instead of the table's.
-        kernel: ``"portable"`` or ``"hopper"``, instead of what :func:`kernel_for` chooses.
+        kernel: ``"portable"``, ``"hopper"`` or ``"sparse_cores"``, instead of what :func:`kernel_for` chooses.
 
     Returns:
         ``out`` and the logarithms of the softmax denominators, ``[tokens, query heads]`` in FP32, or None. Rows without
         a visible key and rows of no sequence are 0 and -inf.
 
     Raises:
-        ValueError: if ``kernel`` is ``"hopper"`` and the settings or the problem are for the portable one alone.
+        ValueError: if ``kernel`` is not the portable one and the settings or the problem are for that alone, or if it
+            is ``"sparse_cores"`` and cannot run this.
     """
     if out is None:
         out = torch.empty(q.shape[0], q.shape[1], v.shape[2], dtype=q.dtype, device=q.device)
@@ -216,11 +221,20 @@ def forward(
     packing = starts_q, lengths_q, max_q, starts_k, lengths_k, max_k
     problem = AttentionProblem(*packing, is_causal, softmax_scale, sliding_window, softcap, plan, first_q, first_k)
     if settings is not None or problem.is_placed:
-        if kernel == "hopper":
-            raise ValueError("kernel: 'hopper' is not allowed with settings or positions; only portable takes these")
+        if kernel not in (None, "portable"):
+            raise ValueError(f"kernel: {kernel!r} is not allowed with settings or positions; only portable takes these")
         kernel = "portable"
+    is_plain = sliding_window is None and softcap is None and s_aux is None and _is_aligned(out)
+    if kernel == "sparse_cores" and not (is_plain and _sparse_cores_can(q, k, v, plan)):
+        raise ValueError(
+            "kernel: 'sparse_cores' is not allowed; it takes 2:4, BF16, a head_dim of 128 and nothing else"
+        )
     with torch.cuda.device_of(q):
-        if (kernel or kernel_for(q, k, v, max_q, plan)) == "hopper":
+        chosen = kernel or kernel_for(q, k, v, max_q, plan, is_plain)
+        if chosen == "sparse_cores":
+            _launch_sparse_cores(q, k, v, out, lse, problem)
+            return out, lse
+        if chosen == "hopper":
             try:
                 _launch_hopper(q, k, v, out, lse, s_aux, problem)
                 return out, lse
@@ -296,37 +310,16 @@ def _launch_hopper(
     problem: AttentionProblem,
 ) -> None:
     p, plan = problem, problem.plan
-    (total, query_heads, head_dim), (kv_heads, value_dim), batch = q.shape, v.shape[1:], p.starts_q.shape[0]
+    (_, query_heads, head_dim), (kv_heads, value_dim), batch = q.shape, v.shape[1:], p.starts_q.shape[0]
     group = 1 if plan.is_dense else plan.group
     settings = hopper_settings(q.dtype, head_dim, group)
     options = _options(settings, head_dim, value_dim, p.is_causal, p.sliding_window, p.softcap, plan)
     options = options._replace(pair=min(group, 2))
     tiles = triton.cdiv(p.max_q, settings.block_m)
     items = batch * query_heads * tiles
-    counter = torch.empty(1, dtype=torch.int32, device=q.device)
-    key_tail, value_tail, tail_start = _tails(k, group, settings)
-    copies = triton.cdiv(k.shape[0] - tail_start, ROWS.value) * kv_heads
-    prepare[(triton.cdiv(total, ROWS.value) + copies,)](
-        counter,
-        out,
-        lse,
-        k,
-        v,
-        key_tail,
-        value_tail,
-        out.stride()[:2],
-        k.stride()[:2],
-        v.stride()[:2],
-        p.starts_q,
-        p.lengths_q,
-        batch,
-        total,
-        query_heads,
-        tail_start,
-        k.shape[0],
-        kv_heads,
-        OPTIONS=options,
-    )
+    tails = _tails(k, group, settings)
+    key_tail, value_tail, tail_start = tails
+    counter = _prepare(k, v, out, lse, tails, p, options)
     attention_forward_hopper[(min(items, processors(q.device)),)](
         _shared_descriptor(q, list(q.shape), list(q.stride()), [ROWS.value, 1, head_dim]),
         *(None if x is None else _key_descriptor(x, options) for x in (k, v, key_tail, value_tail)),
@@ -351,6 +344,56 @@ def _launch_hopper(
         num_warps=settings.num_warps,
         enable_fp_fusion=True,
     )
+
+
+def _launch_sparse_cores(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, problem: AttentionProblem
+) -> None:
+    p, (_, query_heads, head_dim), kv_heads = problem, q.shape, k.shape[1]
+    settings = hopper_settings(q.dtype, head_dim, p.plan.group)
+    options = _options(settings, head_dim, head_dim, p.is_causal, None, None, p.plan)
+    counter = _prepare(k, v, out, lse, (None, None, k.shape[0]), p, options)
+    heads_per_wave = _heads_per_wave(p.max_k, k, v) * (query_heads // kv_heads)
+    num_sinks, window, _ = _distances(p.plan, None)
+    sparse_cores.attend(q, k, v, out, lse, counter, p, heads_per_wave, num_sinks, window)
+
+
+def _prepare(
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor | None,
+    tails: tuple[Tensor | None, Tensor | None, int],
+    problem: AttentionProblem,
+    options: Options,
+) -> Tensor:
+    """Fill what belongs to no sequence, copy to any :func:`_tails`, and return a counter of items, at 0."""
+    p, (total, query_heads, _), (key_rows, kv_heads, _) = problem, out.shape, k.shape
+    key_tail, value_tail, tail_start = tails
+    counter = torch.empty(1, dtype=torch.int32, device=out.device)
+    copies = triton.cdiv(key_rows - tail_start, ROWS.value) * kv_heads
+    prepare[(triton.cdiv(total, ROWS.value) + copies,)](
+        counter,
+        out,
+        lse,
+        k,
+        v,
+        key_tail,
+        value_tail,
+        out.stride()[:2],
+        k.stride()[:2],
+        v.stride()[:2],
+        p.starts_q,
+        p.lengths_q,
+        p.starts_q.shape[0],
+        total,
+        query_heads,
+        tail_start,
+        key_rows,
+        kv_heads,
+        OPTIONS=options,
+    )
+    return counter
 
 
 def backward(
@@ -529,32 +572,52 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> str | None:
     return None
 
 
-def kernel_for(q: Tensor, k: Tensor, v: Tensor, max_q: int, plan: AttentionPlan) -> str:
+def kernel_for(q: Tensor, k: Tensor, v: Tensor, max_q: int, plan: AttentionPlan, is_plain: bool = True) -> str:
     """Say which forward kernel runs what :func:`refusal` does not refuse and has no positions: the one place to choose.
 
-    The environment variable ``MODELOPT_LITE_KERNEL`` may name one: ``portable`` for always, ``hopper`` for wherever it
-    can, also where the portable one is faster.
+    The environment variable ``MODELOPT_LITE_KERNEL`` may name one: ``portable`` for always, ``hopper`` and
+    ``sparse_cores`` for wherever it can, also where another one is faster.
+
+    Args:
+        q: as in :func:`forward`, like all that is not named here.
+        k: see there.
+        v: see there.
+        max_q: see there.
+        plan: see there.
+        is_plain: whether there is no sliding window, softcap or ``s_aux``, and ``out`` is aligned to 16 bytes.
 
     Returns:
-        ``"hopper"`` or ``"portable"``.
+        ``"sparse_cores"``, ``"hopper"`` or ``"portable"``.
 
     Raises:
         ValueError: if that variable is something else.
     """
     wanted = os.environ.get("MODELOPT_LITE_KERNEL", "")
-    if wanted not in ("", "hopper", "portable"):
-        raise ValueError(f"MODELOPT_LITE_KERNEL: {wanted!r} is not allowed; hopper, portable or nothing")
-    can = (
-        HOPPER_TRITON
-        and compute_capability(q.device) == 90
-        and q.dtype in (torch.float16, torch.bfloat16)
-        and q.shape[2] == v.shape[2]
-        and q.shape[2] in PORTABLE_UP_TO
-        and all(map(_is_aligned, (q, k, v)))
-        and (plan.score_hook, plan.quick_hook) not in _PORTABLE_ONLY
+    if wanted not in ("", *FORWARD_KERNELS):
+        raise ValueError(f"MODELOPT_LITE_KERNEL: {wanted!r} is not allowed; {', '.join(FORWARD_KERNELS)} or nothing")
+    is_long = q.shape[2] in PORTABLE_UP_TO and max_q > PORTABLE_UP_TO[q.shape[2]][0 if plan.is_dense else plan.group]
+    can = {
+        "sparse_cores": is_plain and _sparse_cores_can(q, k, v, plan),
+        "hopper": (
+            HOPPER_TRITON
+            and compute_capability(q.device) == 90
+            and q.dtype in (torch.float16, torch.bfloat16)
+            and q.shape[2] == v.shape[2]
+            and q.shape[2] in PORTABLE_UP_TO
+            and all(map(_is_aligned, (q, k, v)))
+            and (plan.score_hook, plan.quick_hook) not in _PORTABLE_ONLY
+        ),
+    }
+    if can.get(wanted):
+        return wanted
+    pays = {"sparse_cores": max_q > SPARSE_CORES_FROM, "hopper": is_long}
+    return next((name for name in pays if wanted == "" and can[name] and pays[name]), "portable")
+
+
+def _sparse_cores_can(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> bool:
+    return (
+        compute_capability(q.device) == 90 and all(map(_is_aligned, (q, k, v))) and sparse_cores.can_run(q, k, v, plan)
     )
-    pays = wanted == "hopper" or (can and max_q > PORTABLE_UP_TO[q.shape[2]][0 if plan.is_dense else plan.group])
-    return "hopper" if can and pays and wanted != "portable" else "portable"
 
 
 def block_dim(dim: int) -> int:

@@ -65,4 +65,5 @@ def top_n_plan(n: int, m: int, num_sink_tokens: int, dense_window_size: int) -> 
         hook_constants=(n,),
         keeps_group_max=True,
         scale_free=True,
+        keeps_top=n,
     )

@@ -109,14 +109,16 @@ def absent_gpu(monkeypatch):
 )
 def test_choice(absent_gpu, monkeypatch, tokens, dims, dtype, plan, expected):
     q, v = (torch.zeros(tokens, 2, dim, dtype=dtype) for dim in dims)
-    choose = functools.partial(absent_gpu.kernel_for, q, q, v, tokens, plan)
+    choose = functools.partial(absent_gpu.kernel_for, q, q, v, tokens, plan, is_plain=False)
     assert choose() == ("hopper" if expected == "hopper" else "portable")
     monkeypatch.setenv("MODELOPT_LITE_KERNEL", "portable")
     assert choose() == "portable"
     monkeypatch.setenv("MODELOPT_LITE_KERNEL", "hopper")
     assert choose() == ("portable" if expected == "portable" else "hopper")
     monkeypatch.setenv("MODELOPT_LITE_KERNEL", "fast")
-    with pytest.raises(ValueError, match="MODELOPT_LITE_KERNEL: 'fast' is not allowed; hopper, portable or nothing"):
+    with pytest.raises(
+        ValueError, match="MODELOPT_LITE_KERNEL: 'fast' is not allowed; hopper, portable, sparse_cores or nothing"
+    ):
         choose()
     monkeypatch.delenv("MODELOPT_LITE_KERNEL")
     for name, value in (("compute_capability", lambda device: 100), ("HOPPER_TRITON", False)):

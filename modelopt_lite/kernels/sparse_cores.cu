@@ -1,0 +1,690 @@
+// Attention that keeps the two largest of every four scores, on Hopper's sparse tensor cores: for sparse_cores.py.
+//
+// As in hopper.py, persistent programs take items, 128 queries of one head, longest first; one thread loads, two
+// warpgroups compute 64 queries each; masked tiles come first, and their row maximum stays the reference of the others.
+// What differs: of a group of four only the two weights that are kept are computed, and multiplied with the values by
+// wgmma.sp, which takes them compressed, with four bits a group that say which two they are.
+//
+// A thread has to own whole groups. Of the keys 4t + 2p + e of a span of 16 (t < 4, p < 2, e < 2), row 8p + 2t + e of a
+// tile in shared memory holds one, so that the four scores of group t lie in registers of lane t of a quad; values lie
+// in their natural order. A dense tile of weights is the sum of two sparse ones, of places 0, 1 and of places 2, 3.
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+struct alignas(64) TensorMap {
+  u64 opaque[16];
+};
+
+struct Problem {
+  const void *starts_q, *lengths_q, *starts_k, *lengths_k;  // [batch]
+  unsigned short* out;                                       // BF16
+  float* lse;                                                // [tokens, heads], or null
+  int* counter;
+  long long out_token_stride, out_head_stride;               // of elements, like all strides
+  int query_head_stride, key_head_stride, value_head_stride;
+  int wide;  // bit i: the i-th of the first four pointers is to 64-bit integers
+  int batch, heads, heads_per_kv, tiles_per_head, heads_per_wave, key_rows;
+  int num_sinks, window, causal, sparse_decode;
+  float scale;      // to log2 space
+  float no_factor;  // 0, which the compiler is not to know
+};
+
+constexpr int DIM = 128, TILE = 128, ROWS = 64, STAGES = 2, SLOTS = 2;
+constexpr int ONLINE = 1 << 30;  // added to an item's number: compute it with the ordinary online softmax
+constexpr int NOTHING = -1;      // posted in place of an item's number; twice in a row, it is the end
+constexpr u32 BOX = ROWS * TILE;  // bytes of 64 rows of 64 elements
+constexpr u32 TILE_BYTES = 2 * TILE * DIM;
+constexpr u32 FIRST_TWO = 0x44444444, LAST_TWO = 0xEEEEEEEE;  // metadata: places 0, 1 and places 2, 3 of every group
+constexpr u32 ALL = 0xFFFFFFFF;
+#define NONE __uint_as_float(0xFF800000)  // -inf
+
+// Shared memory, from a multiple of 1024 on; sparse_cores.py asks for SHARED bytes and 1023 more.
+constexpr u32 QUERIES = 0, KEYS = SLOTS * TILE_BYTES, VALUES = KEYS + STAGES * TILE_BYTES;
+constexpr u32 LOADED = VALUES + STAGES * TILE_BYTES, KEYS_FREE = LOADED + 8 * STAGES, VALUES_FREE = KEYS_FREE + 8 * STAGES;
+constexpr u32 POSTED = VALUES_FREE + 8 * STAGES, DONE = POSTED + 8 * SLOTS, ITEM = DONE + 8 * SLOTS;
+constexpr u32 VERDICTS = ITEM + 4 * SLOTS, SHARED = VERDICTS + 32 * SLOTS;
+static_assert(SHARED <= 6 * TILE_BYTES + 256, "");
+
+__device__ __forceinline__ void barrier_init(u32 barrier, u32 count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+__device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
+  asm volatile(
+      "{\n.reg .pred done;\nAGAIN:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra AGAIN;\n}\n" ::
+          "r"(barrier), "r"(parity)
+      : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(u32 barrier, bool elected) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.u32 p, %1, 0;\n@p mbarrier.arrive.shared::cta.b64 _, [%0];\n}\n" ::"r"(barrier),
+      "r"((u32)elected)
+      : "memory");
+}
+__device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void synchronize(int name, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ __forceinline__ int read_shared(u32 at) {
+  int number;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(number) : "r"(at) : "memory");
+  return number;
+}
+__device__ __forceinline__ void write_shared(u32 at, int number) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(number) : "memory");
+}
+__device__ __forceinline__ void load_box(u32 to, const TensorMap& map, int column, int row, u32 barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::
+          "r"(to), "l"(&map), "r"(column), "r"(row), "r"(barrier)
+      : "memory");
+}
+__device__ __forceinline__ float exp2_of(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ u32 rounded(float low, float high) {
+  u32 pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+// What wgmma takes for a matrix in shared memory, swizzled by 128 bytes.
+__device__ __forceinline__ u64 matrix(u32 address, u32 leading_bytes, u32 stride_bytes) {
+  return (u64)((address & 0x3FFFF) >> 4) | (u64)(leading_bytes >> 4) << 16 | (u64)(stride_bytes >> 4) << 32 | 1ull << 62;
+}
+
+#define FOUR(kind, x, i) kind(x[i]), kind(x[(i) + 1]), kind(x[(i) + 2]), kind(x[(i) + 3])
+#define SIXTEEN(kind, x, i) FOUR(kind, x, i), FOUR(kind, x, (i) + 4), FOUR(kind, x, (i) + 8), FOUR(kind, x, (i) + 12)
+#define SIXTY_FOUR(kind, x) SIXTEEN(kind, x, 0), SIXTEEN(kind, x, 16), SIXTEEN(kind, x, 32), SIXTEEN(kind, x, 48)
+#define REGISTERS                                                                                                 \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
+  "%24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, "  \
+  "%46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+#define DENSE(a, b, accumulate) \
+  "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " REGISTERS a ", " b ", " accumulate ", 1, 1, 0, 0;\n"
+#define SPARSE(a, b, metadata, selector)                                                                              \
+  "wgmma.mma_async.sp.sync.aligned.m64n128k32.f32.bf16.bf16 " REGISTERS a ", " b ", " metadata ", " selector ", yes, " \
+  "1, 1, 1;\n"
+
+// Products are issued in one assembly statement each, so that the compiler sees no registers in use in between.
+
+// scores = queries * keys, [64, 128] * [128, 128]
+__device__ __forceinline__ void multiply_keys(float (&scores)[64], u64 q, u64 k) {
+  asm volatile(
+      "{\n.reg .pred no, yes;\nsetp.ne.b32 no, 0, 0;\nsetp.ne.b32 yes, 1, 0;\nwgmma.fence.sync.aligned;\n"
+      DENSE("%64", "%72", "no") DENSE("%65", "%73", "yes") DENSE("%66", "%74", "yes") DENSE("%67", "%75", "yes")
+      DENSE("%68", "%76", "yes") DENSE("%69", "%77", "yes") DENSE("%70", "%78", "yes") DENSE("%71", "%79", "yes")
+      "wgmma.commit_group.sync.aligned;\n}\n"
+      : SIXTY_FOUR("=f", scores)
+      : "l"(q), "l"(q + 2), "l"(q + 4), "l"(q + 6), "l"(q + 512), "l"(q + 514), "l"(q + 516), "l"(q + 518), "l"(k),
+        "l"(k + 2), "l"(k + 4), "l"(k + 6), "l"(k + 1024), "l"(k + 1026), "l"(k + 1028), "l"(k + 1030)
+      : "memory");
+}
+
+// output += weights * values, [64, 128] * [128, 128], of weights compressed to [64, 64]
+__device__ __forceinline__ void multiply_values(float (&output)[64], const u32 (&weights)[16], const u32 (&which)[2], u64 v) {
+  asm volatile(
+      "{\n.reg .pred yes;\nsetp.ne.b32 yes, 1, 0;\nwgmma.fence.sync.aligned;\n"
+      SPARSE("{%64, %65, %66, %67}", "%80", "%84", "0") SPARSE("{%68, %69, %70, %71}", "%81", "%84", "1")
+      SPARSE("{%72, %73, %74, %75}", "%82", "%85", "0") SPARSE("{%76, %77, %78, %79}", "%83", "%85", "1")
+      "wgmma.commit_group.sync.aligned;\n}\n"
+      : SIXTY_FOUR("+f", output)
+      : SIXTEEN("r", weights, 0), "l"(v), "l"(v + 256), "l"(v + 512), "l"(v + 768), "r"(which[0]), "r"(which[1])
+      : "memory");
+}
+
+// The same with dense weights: those of places 0, 1 of all groups, and those of places 2, 3.
+__device__ __forceinline__ void multiply_values(
+    float (&output)[64], const u32 (&first)[16], const u32 (&last)[16], u32 first_two, u32 last_two, u64 v) {
+  asm volatile(
+      "{\n.reg .pred yes;\nsetp.ne.b32 yes, 1, 0;\nwgmma.fence.sync.aligned;\n"
+      SPARSE("{%64, %65, %66, %67}", "%96", "%100", "0") SPARSE("{%80, %81, %82, %83}", "%96", "%101", "0")
+      SPARSE("{%68, %69, %70, %71}", "%97", "%100", "0") SPARSE("{%84, %85, %86, %87}", "%97", "%101", "0")
+      SPARSE("{%72, %73, %74, %75}", "%98", "%100", "0") SPARSE("{%88, %89, %90, %91}", "%98", "%101", "0")
+      SPARSE("{%76, %77, %78, %79}", "%99", "%100", "0") SPARSE("{%92, %93, %94, %95}", "%99", "%101", "0")
+      "wgmma.commit_group.sync.aligned;\n}\n"
+      : SIXTY_FOUR("+f", output)
+      : SIXTEEN("r", first, 0), SIXTEEN("r", last, 0), "l"(v), "l"(v + 256), "l"(v + 512), "l"(v + 768), "r"(first_two),
+        "r"(last_two)
+      : "memory");
+}
+
+// Wait until all but BEHIND of the products issued are done, which the tile depends on.
+template <int BEHIND>
+__device__ __forceinline__ void wait_for(float (&tile)[64]) {
+  asm volatile("wgmma.wait_group.sync.aligned %64;" : SIXTY_FOUR("+f", tile) : "n"(BEHIND) : "memory");
+}
+
+// Here ends the use of registers that products read: the compiler may not use them for something else before.
+__device__ __forceinline__ void release(u32 (&weights)[16]) { asm volatile("" : SIXTEEN("+r", weights, 0)::"memory"); }
+
+// Stores that never happen, as sums are not negative: without them, the assembler lets the wait for the product of
+// weights and values come before the softmax that is to run beside it, and rounds weights after that wait.
+__device__ __forceinline__ void pin(const float (&sum)[2], const u32 (&weights)[16], const u32 (&which)[2]) {
+  asm volatile(
+      "{\n.reg .pred p;\n.reg .b32 a;\nmov.b32 a, 0;\nsetp.lt.f32 p, %16, 0fBF800000;\nsetp.lt.or.f32 p, %17, 0fBF800000, p;\n"
+      "@p st.volatile.shared.v4.b32 [a], {%0, %1, %2, %3};\n@p st.volatile.shared.v4.b32 [a], {%4, %5, %6, %7};\n"
+      "@p st.volatile.shared.v4.b32 [a], {%8, %9, %10, %11};\n@p st.volatile.shared.v4.b32 [a], {%12, %13, %14, %15};\n"
+      "@p st.volatile.shared.v2.b32 [a], {%18, %19};\n}\n" ::SIXTEEN("r", weights, 0),
+      "f"(sum[0]), "f"(sum[1]), "r"(which[0]), "r"(which[1])
+      : "memory");
+}
+
+// What a thread is, and the factors that depend on it.
+struct Thread {
+  int warpgroup, index, warp, quad, lane;  // index: in the warpgroup; quad: in the warp; lane: in the quad
+  bool odd, high, elected;
+  u32 mine, others;      // factors of its own nibbles and of its neighbour's
+  u32 select0, select1;  // bytes of both words of metadata
+  float scale, no_factor;
+};
+
+// Log2 weights of the two kept scores of a group, in order of place, and which they are, as a number from -4 to 6 that
+// is 8 less than the four bits: 4 for places 0, 1; 14 for places 2, 3; else 8 + (b > a) + 4 * (d > c).
+//
+// Exact, equal scores going to the lower place. Eight instructions of the ALU pipe, which is the narrow one beside
+// products; choices are made by predicated FMAs. The last ones multiply by 0, or they would become selections.
+__device__ __forceinline__ void choose(
+    float a, float b, float c, float d, const Thread& thread, float shift, float& first, float& second, float& which) {
+  asm("{\n.reg .pred p, q;\n.reg .f32 more, less, more2, less2, second, last;\n"
+      "max.f32 more, %3, %4;\nmin.f32 less, %3, %4;\nmax.f32 more2, %5, %6;\nmin.f32 less2, %5, %6;\n"
+      "setp.ge.f32 p, less, more2;\nsetp.gt.f32 q, less2, more;\n"
+      "set.lt.f32.f32 second, %3, %4;\nset.lt.f32.f32 last, %5, %6;\n"
+      "fma.rn.ftz.f32 %0, more, %7, %8;\n@p fma.rn.ftz.f32 %0, %3, %7, %8;\n@q fma.rn.ftz.f32 %0, %5, %7, %8;\n"
+      "fma.rn.ftz.f32 %1, more2, %7, %8;\n@p fma.rn.ftz.f32 %1, %4, %7, %8;\n@q fma.rn.ftz.f32 %1, %6, %7, %8;\n"
+      "fma.rn.ftz.f32 %2, last, 0f40800000, second;\n@p fma.rn.ftz.f32 %2, %9, second, 0fC0800000;\n"
+      "@q fma.rn.ftz.f32 %2, %9, last, 0f40C00000;\n}\n"
+      : "=&f"(first), "=&f"(second), "=&f"(which)
+      : "f"(a), "f"(b), "f"(c), "f"(d), "f"(thread.scale), "f"(shift), "f"(thread.no_factor));
+}
+
+// Turn scores of a tile that is not masked into compressed weights and metadata.
+//
+// Metadata of 32 keys come from two lanes of a quad: bits 4c to 4c + 3 of lane 2s + h are those of group 4h + c of the
+// lower row, 16 higher the upper row's, s being the selector. Each thread has four bits of each such word, and words
+// are brought together in two exchanges, as bytes of two steps.
+__device__ __forceinline__ void soften(
+    const float (&scores)[64], const Thread& thread, const float (&shift)[2], float (&sum)[2], u32 (&weights)[16], u32 (&which)[2]) {
+  u32 bits[4][2];
+#pragma unroll
+  for (int step = 0; step < 4; step++)
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      float places[2];
+#pragma unroll
+      for (int r = 0; r < 2; r++) {
+        const int at = 16 * step + 8 * half + 2 * r;
+        float first, second;
+        choose(scores[at], scores[at + 1], scores[at + 4], scores[at + 5], thread, shift[r], first, second, places[r]);
+        first = exp2_of(first);
+        second = exp2_of(second);
+        sum[r] += first + second;
+        weights[4 * step + 2 * half + r] = rounded(first, second);
+      }
+      // 2^23, whose bits are 0x4B000000, plus both rows' four bits
+      bits[step][half] = __float_as_uint(__fmaf_rn(places[1], 65536.0f, places[0]) + (8388608.0f + 8 * 65537.0f));
+    }
+  u32 bytes[2];
+#pragma unroll
+  for (int step = 0; step < 2; step++) {
+    const u32 left = bits[step + 2][0] * 256 + bits[step][0], right = bits[step + 2][1] * 256 + bits[step][1];
+    const u32 kept = thread.odd ? right : left, sent = thread.odd ? left : right;
+    const u32 found = __shfl_xor_sync(ALL, sent, 1);
+    bytes[step] = found * thread.others + (kept * thread.mine - 17 * 0x4B000000u);
+  }
+  const u32 kept = thread.high ? bytes[1] : bytes[0], sent = thread.high ? bytes[0] : bytes[1];
+  const u32 found = __shfl_xor_sync(ALL, sent, 2);
+  which[0] = __byte_perm(kept, found, thread.select0);
+  which[1] = __byte_perm(kept, found, thread.select1);
+}
+
+// Where a thread's two rows begin and end to see keys, as distances from the first key that it holds of a tile.
+struct Bounds {
+  int visible[2], position[2], before_window[2], sinks;
+};
+
+// Turn scores of a masked tile into dense weights, those of places 0, 1 and of places 2, 3, with the online softmax.
+__device__ __forceinline__ void soften_masked(
+    float (&scores)[64], const Thread& thread, const Bounds& bounds, float (&top)[2], float (&shift)[2],
+    float (&rescale)[2], float (&sum)[2], u32 (&first)[16], u32 (&last)[16]) {
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    float largest = top[r];
+#pragma unroll
+    for (int j = 0; j < 16; j++)
+#pragma unroll
+      for (int e = 0; e < 2; e++) {
+        float& score = scores[4 * j + 2 * r + e];
+        score = j / 2 * 16 + j % 2 * 2 + e <= bounds.visible[r] ? score : NONE;
+        largest = fmaxf(largest, score);
+      }
+    largest = fmaxf(largest, __shfl_xor_sync(ALL, largest, 1));
+    largest = fmaxf(largest, __shfl_xor_sync(ALL, largest, 2));
+    shift[r] = largest == NONE ? 0.0f : -largest * thread.scale;  // nothing visible so far: any finite number does
+    rescale[r] = exp2_of(__fmaf_rn(top[r], thread.scale, shift[r]));
+    top[r] = largest;
+    sum[r] *= rescale[r];
+#pragma unroll
+    for (int group = 0; group < 8; group++) {
+      float weight[4];
+#pragma unroll
+      for (int place = 0; place < 4; place++) weight[place] = scores[8 * group + 4 * (place / 2) + 2 * r + place % 2];
+      const float a = weight[0], b = weight[1], c = weight[2], d = weight[3];
+      const bool both = fminf(a, b) >= fmaxf(c, d), neither = fminf(c, d) > fmaxf(a, b);
+      const bool kept[4] = {both || (!neither && a >= b), both || (!neither && a < b), neither || (!both && c >= d),
+                            neither || (!both && c < d)};
+#pragma unroll
+      for (int place = 0; place < 4; place++) {
+        const int key = 16 * group + place;
+        const bool exempt = (key > bounds.before_window[r] && key <= bounds.position[r]) || key < bounds.sinks;
+        weight[place] = kept[place] || exempt ? exp2_of(__fmaf_rn(weight[place], thread.scale, shift[r])) : 0.0f;
+      }
+      sum[r] += (weight[0] + weight[1]) + (weight[2] + weight[3]);
+      first[2 * group + r] = rounded(weight[0], weight[1]);
+      last[2 * group + r] = rounded(weight[2], weight[3]);
+    }
+  }
+}
+
+__device__ __forceinline__ int entry(const Problem& p, const void* numbers, int which, int index) {
+  return p.wide >> which & 1 ? (int)((const long long*)numbers)[index] : ((const int*)numbers)[index];
+}
+
+// An item's first row, its sequence and its head. Items come in waves of heads whose keys and values fit into the L2
+// cache; in a wave, the longest tiles first.
+struct Place {
+  int row_start, sequence, head;
+};
+__device__ __forceinline__ Place find_rows(int item, const Problem& p) {
+  const int wave = item / (p.tiles_per_head * p.heads_per_wave);
+  item -= wave * p.tiles_per_head * p.heads_per_wave;
+  const int heads_in_wave = min(p.heads_per_wave, p.batch * p.heads - wave * p.heads_per_wave);
+  const int head = wave * p.heads_per_wave + item % heads_in_wave;
+  return {(p.tiles_per_head - 1 - item / heads_in_wave) * TILE, head / p.heads, head % p.heads};
+}
+
+// What an item's queries may see, and in which tiles: masked ones first, the last keys, then what is before the hot
+// tiles, then the band around the queries backwards; then the hot tiles. As hopper.py's find_keys and locate_tile.
+struct Span {
+  int query_length, length, first_position, window, hot_begin, band_begin, band_end, last, masked, tiles;
+  __device__ __forceinline__ int first_key(int index) const {
+    const int before_hot = (index - 1) * TILE, hot = hot_begin + (index - masked) * TILE;
+    if (index == 0) return last;
+    if (index >= masked) return hot >= band_begin ? hot + band_end - band_begin : hot;
+    return before_hot < hot_begin ? before_hot : band_end - TILE - (before_hot - hot_begin);
+  }
+};
+__device__ __forceinline__ int clamp(int x, int low, int high) { return min(max(x, low), high); }
+__device__ __forceinline__ Span find_keys(const Place& place, bool online, const Problem& p) {
+  Span s;
+  s.query_length = entry(p, p.lengths_q, 1, place.sequence);
+  s.length = entry(p, p.lengths_k, 3, place.sequence);
+  s.first_position = s.length - s.query_length + place.row_start;
+  const int last_position = s.length - s.query_length + min(place.row_start + TILE, s.query_length) - 1;
+  s.window = s.query_length == 1 && !p.sparse_decode ? s.length : p.window;
+  const int keys_end = p.causal ? last_position + 1 : s.length;
+  const int full_end = min((keys_end + TILE - 1) / TILE, s.length / TILE) * TILE;
+  s.last = max(keys_end - 1, 0) / TILE * TILE;
+  const int hot_begin = min((p.num_sinks + TILE - 1) / TILE * TILE, full_end);
+  const int band_begin = clamp(max(s.first_position - max(s.window - 1, 0), 0) / TILE * TILE, hot_begin, full_end);
+  const int band_end = p.causal ? full_end : clamp((last_position + TILE) / TILE * TILE, band_begin, full_end);
+  s.hot_begin = online ? s.last : min(hot_begin, s.last);
+  s.band_begin = clamp(band_begin, s.hot_begin, s.last);
+  s.band_end = clamp(band_end, s.band_begin, s.last);
+  s.masked = 1 + (s.hot_begin + s.band_end - s.band_begin) / TILE;
+  s.tiles = s.masked + (s.band_begin - s.hot_begin + s.last - s.band_end) / TILE;
+  return s;
+}
+
+// Post items and load what they need: the part of one thread. A stage holds the keys of one tile and the values of the
+// tile before.
+__device__ __forceinline__ void load_items(
+    const TensorMap& query_map, const TensorMap& key_map, const TensorMap& key_pair_map, const TensorMap& value_map,
+    const Problem& p, u32 base) {
+  const int items = p.batch * p.heads * p.tiles_per_head;
+  u32 step = 0;
+  int idle = 0;
+  for (u32 post = 0; idle < 2; post++) {
+    const u32 slot = post % SLOTS, posted = base + POSTED + 8 * slot;
+    barrier_wait(base + DONE + 8 * slot, (post / SLOTS & 1) ^ 1);
+    int overflowed = 0;
+    if (post >= SLOTS)
+      for (int warp = 0; warp < 8; warp++) overflowed |= read_shared(base + VERDICTS + 32 * slot + 4 * warp);
+    int item = NOTHING;
+    Place place;
+    if (overflowed) {
+      item = read_shared(base + ITEM + 4 * slot) + ONLINE;
+      place = find_rows(item - ONLINE, p);
+    } else {
+      int candidate = atomicAdd(p.counter, 1);
+      for (; candidate < items; candidate = atomicAdd(p.counter, 1)) {
+        place = find_rows(candidate, p);
+        if (place.row_start < entry(p, p.lengths_q, 1, place.sequence)) {
+          item = candidate;
+          break;
+        }
+      }
+    }
+    write_shared(base + ITEM + 4 * slot, item);
+    idle = item < 0 ? idle + 1 : 0;
+    if (item < 0) {
+      barrier_arrive(posted, true);
+      continue;
+    }
+    const Span span = find_keys(place, item >= ONLINE, p);
+    barrier_expect(posted, TILE_BYTES);
+    const int first_query = entry(p, p.starts_q, 0, place.sequence) + place.row_start;
+    for (int box = 0; box < 4; box++)
+      load_box(base + QUERIES + slot * TILE_BYTES + BOX * box, query_map,
+               place.head * p.query_head_stride + ROWS * (box % 2), first_query + ROWS * (box / 2), posted);
+    const int start = entry(p, p.starts_k, 2, place.sequence), kv_head = place.head / p.heads_per_kv;
+    int row_before = 0;
+    for (int index = 0; index <= span.tiles; index++, step++) {
+      const u32 stage = step % STAGES, parity = (step / STAGES & 1) ^ 1, loaded = base + LOADED + 8 * stage;
+      const int row = start + span.first_key(index);
+      barrier_wait(base + KEYS_FREE + 8 * stage, parity);
+      barrier_expect(loaded, (index < span.tiles ? TILE_BYTES : 0) + (index > 0 ? TILE_BYTES : 0));
+      if (index < span.tiles)
+        for (int half = 0; half < 2; half++) {
+          const u32 to = base + KEYS + stage * TILE_BYTES + 2 * BOX * half;
+          const int column = kv_head * p.key_head_stride + 64 * half;
+          if (row + TILE <= p.key_rows) {
+            // Rows have several addresses in this map: a sequence may begin anywhere.
+            asm volatile(
+                "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, "
+                "%4, %5, %6}], [%7];" ::"r"(to), "l"(&key_map), "r"(column), "r"(row & 1), "r"(row >> 2 & 3),
+                "r"(row >> 1 & 1), "r"(row >> 4), "r"(loaded)
+                : "memory");
+          } else {
+            // That map knows no last row. This one does, and has two keys of a box.
+            for (int pair = 0; pair < TILE / 2; pair++)
+              load_box(to + 2 * TILE * (pair & ~7 | pair % 2 * 4 | pair / 2 % 4), key_pair_map, column, row + 2 * pair, loaded);
+          }
+        }
+      barrier_wait(base + VALUES_FREE + 8 * stage, parity);
+      if (index > 0)
+        for (int half = 0; half < 2; half++)
+          load_box(base + VALUES + stage * TILE_BYTES + 2 * BOX * half, value_map, kv_head * p.value_head_stride + 64 * half,
+                   row_before, loaded);
+      row_before = row;
+    }
+  }
+}
+
+// The stages as those who compute see them.
+struct Ring {
+  u32 base, step;
+  __device__ __forceinline__ u32 stage() const { return step % STAGES; }
+  __device__ __forceinline__ void wait() const { barrier_wait(base + LOADED + 8 * stage(), step / STAGES & 1); }
+  __device__ __forceinline__ void free_keys(const Thread& thread) const {
+    barrier_arrive(base + KEYS_FREE + 8 * stage(), thread.elected);
+  }
+  __device__ __forceinline__ void free_values(const Thread& thread) {
+    barrier_arrive(base + VALUES_FREE + 8 * stage(), thread.elected);
+    step++;
+  }
+  __device__ __forceinline__ u64 keys() const { return matrix(base + KEYS, 16, 1024) + (stage() * TILE_BYTES >> 4); }
+  __device__ __forceinline__ u64 values() const {
+    return matrix(base + VALUES, 2 * BOX, 1024) + (stage() * TILE_BYTES >> 4);
+  }
+};
+
+// Clear a warpgroup's half of the values that lie past the sequence: zero times what is there need not be zero.
+__device__ __forceinline__ void clear_values(u32 values, int rows, const Thread& thread) {
+  for (int row = max(rows, ROWS * thread.warpgroup); row < ROWS * (thread.warpgroup + 1); row++)
+    if (thread.index < 64)
+      write_shared(values + thread.index / 32 * 2 * BOX + row * 128 + thread.index % 32 * 4, 0);
+  fence_async();
+  synchronize(3, 256);
+}
+
+// Multiply queries with keys of a hot tile, weights with the values of the tile before, and take the softmax.
+__device__ __forceinline__ void advance(
+    Ring& ring, const Thread& thread, u64 query, float (&output)[64], const float (&shift)[2], float (&sum)[2],
+    u32 (&weights)[16], u32 (&which)[2], u32 (&next)[16], u32 (&next_which)[2]) {
+  float scores[64];
+  ring.wait();
+  multiply_keys(scores, query, ring.keys());
+  multiply_values(output, weights, which, ring.values());
+  wait_for<1>(scores);
+  ring.free_keys(thread);
+  soften(scores, thread, shift, sum, next, next_which);
+  release(next);
+  pin(sum, next, next_which);
+  wait_for<0>(output);
+  release(weights);
+  asm volatile("" : "+r"(which[0]), "+r"(which[1])::"memory");
+  ring.free_values(thread);
+}
+
+__device__ __forceinline__ void finish(
+    Ring& ring, const Thread& thread, float (&output)[64], u32 (&weights)[16], const u32 (&which)[2]) {
+  ring.wait();
+  multiply_values(output, weights, which, ring.values());
+  ring.free_keys(thread);
+  wait_for<0>(output);
+  release(weights);
+  ring.free_values(thread);
+}
+
+// Compute a warpgroup's queries of an item, and say whether the sums overflowed: the output is not valid then.
+__device__ __forceinline__ bool attend_item(
+    int item, u32 query_at, Ring& ring, const Thread& thread, const Problem& p, u32 first_two, u32 last_two) {
+  const bool online = item >= ONLINE;
+  const Place place = find_rows(item % ONLINE, p);
+  const Span span = find_keys(place, online, p);
+  const int row_start = place.row_start + ROWS * thread.warpgroup, row = row_start + 16 * thread.warp + thread.quad;
+  int masked = span.masked;
+  if (thread.warpgroup > 0) {
+    // Of the band, which comes backwards, this warpgroup's queries need less.
+    const int band_begin = max(span.first_position + ROWS - max(span.window - 1, 0), 0) / TILE * TILE;
+    masked -= (clamp(band_begin, span.band_begin, span.band_end) - span.band_begin) / TILE;
+  }
+  const u64 query = matrix(query_at, 16, 1024);
+  int position[2];
+#pragma unroll
+  for (int r = 0; r < 2; r++)  // what lies past the last row counts as the last one and is not stored
+    position[r] = span.length - span.query_length + min(row + 8 * r, span.query_length - 1) - 4 * thread.lane;
+  auto bounds_of = [&](int first_key) {
+    Bounds bounds;
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      bounds.position[r] = position[r] - first_key;
+      bounds.before_window[r] = bounds.position[r] - span.window;
+      bounds.visible[r] = p.causal ? bounds.position[r] : span.length - 1 - 4 * thread.lane - first_key;
+    }
+    bounds.sinks = p.num_sinks - 4 * thread.lane - first_key;
+    return bounds;
+  };
+
+  float output[64], sum[2] = {0, 0}, top[2] = {NONE, NONE}, shift[2], rescale[2];
+  u32 first[16], last[16];
+#pragma unroll
+  for (int i = 0; i < 64; i++) output[i] = 0;
+  {
+    float scores[64];
+    ring.wait();
+    multiply_keys(scores, query, ring.keys());
+    wait_for<0>(scores);
+    ring.free_keys(thread);
+    ring.free_values(thread);
+    soften_masked(scores, thread, bounds_of(span.last), top, shift, rescale, sum, first, last);
+  }
+  if (span.last + TILE > span.length) {
+    ring.wait();
+    clear_values(ring.base + VALUES + ring.stage() * TILE_BYTES, span.length - span.last, thread);
+  }
+#pragma unroll 1
+  for (int index = 1; index < masked; index++) {
+    float scores[64];
+    ring.wait();
+    multiply_keys(scores, query, ring.keys());
+    multiply_values(output, first, last, first_two, last_two, ring.values());
+    // Not beside the softmax: the assembler puts products one after the other if weights come from two places.
+    wait_for<1>(scores);
+    ring.free_keys(thread);
+    wait_for<0>(output);
+    release(first);
+    release(last);
+    ring.free_values(thread);
+    soften_masked(scores, thread, bounds_of(span.first_key(index)), top, shift, rescale, sum, first, last);
+#pragma unroll
+    for (int i = 0; i < 64; i++) output[i] *= rescale[i / 2 % 2];
+  }
+  int hot = span.tiles - masked;
+  if (hot == 0) {
+    ring.wait();
+    multiply_values(output, first, last, first_two, last_two, ring.values());
+    ring.free_keys(thread);
+    wait_for<0>(output);
+    release(first);
+    release(last);
+    ring.free_values(thread);
+  } else {
+    // Weights of one tile are multiplied while those of the next are computed: in two sets of registers in turns.
+    u32 even[16], odd[16], which_even[2], which_odd[2];
+    {
+      float scores[64];
+      ring.wait();
+      multiply_keys(scores, query, ring.keys());
+      multiply_values(output, first, last, first_two, last_two, ring.values());
+      wait_for<1>(scores);
+      ring.free_keys(thread);
+      soften(scores, thread, shift, sum, even, which_even);
+      release(even);
+      pin(sum, even, which_even);
+      wait_for<0>(output);
+      release(first);
+      release(last);
+      ring.free_values(thread);
+    }
+#pragma unroll 1
+    while (true) {
+      if (--hot == 0) {
+        finish(ring, thread, output, even, which_even);
+        break;
+      }
+      advance(ring, thread, query, output, shift, sum, even, which_even, odd, which_odd);
+      if (--hot == 0) {
+        finish(ring, thread, output, odd, which_odd);
+        break;
+      }
+      advance(ring, thread, query, output, shift, sum, odd, which_odd, even, which_even);
+    }
+  }
+
+  float suspicious = 0, total[2];
+#pragma unroll
+  for (int i = 0; i < 64; i++)  // zero times a finite number is zero
+    if (row + i / 2 % 2 * 8 < span.query_length) suspicious = __fmaf_rn(output[i], 0.0f, suspicious);
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    sum[r] += __shfl_xor_sync(ALL, sum[r], 1);
+    sum[r] += __shfl_xor_sync(ALL, sum[r], 2);
+    if (row + 8 * r < span.query_length) suspicious = __fmaf_rn(sum[r], 0.0f, suspicious);
+    total[r] = sum[r] == 0 ? 0.0f : 1.0f / sum[r];
+  }
+  const int start = entry(p, p.starts_q, 0, place.sequence);
+  if (p.lse != nullptr && thread.lane == 0)
+#pragma unroll
+    for (int r = 0; r < 2; r++)
+      if (row + 8 * r < span.query_length)
+        p.lse[(long long)(start + row + 8 * r) * p.heads + place.head] =
+            (top[r] * thread.scale + __log2f(sum[r])) * 0.6931471805599453f;
+
+  // Through shared memory, in the place of the queries, to be written in whole lines.
+  synchronize(1 + thread.warpgroup, 128);
+  const int in_warp = thread.index % 32, row_of_lane = 16 * thread.warp + in_warp % 16;
+#pragma unroll
+  for (int j = 0; j < 16; j += 2) {
+    const u32 at = query_at + j / 8 * BOX + row_of_lane * 128 + ((j % 8 + in_warp / 16 ^ row_of_lane % 8) << 4);
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at),
+                 "r"(rounded(output[4 * j] * total[0], output[4 * j + 1] * total[0])),
+                 "r"(rounded(output[4 * j + 2] * total[1], output[4 * j + 3] * total[1])),
+                 "r"(rounded(output[4 * j + 4] * total[0], output[4 * j + 5] * total[0])),
+                 "r"(rounded(output[4 * j + 6] * total[1], output[4 * j + 7] * total[1]))
+                 : "memory");
+  }
+  __syncwarp();
+  unsigned short* out = p.out + place.head * p.out_head_stride;
+#pragma unroll
+  for (int i = 0; i < 8; i++) {
+    const int line = 16 * thread.warp + 2 * i + in_warp / 16, chunk = in_warp % 16;
+    const u32 at = query_at + chunk / 8 * BOX + line * 128 + ((chunk % 8 ^ line % 8) << 4);
+    uint4 eight;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(eight.x), "=r"(eight.y), "=r"(eight.z), "=r"(eight.w)
+                 : "r"(at)
+                 : "memory");
+    if (row_start + line < span.query_length)
+      *(uint4*)(out + (start + row_start + line) * p.out_token_stride + 8 * chunk) = eight;
+  }
+  fence_async();  // before the next queries are loaded there
+  return !online && masked < span.tiles && suspicious != 0;  // else there is no other way to compute it
+}
+
+// Compute the items that are posted: the part of a warpgroup.
+__device__ __forceinline__ void attend_items(const Problem& p, u32 base, int warpgroup) {
+  const int index = threadIdx.x % 128;
+  Thread thread = {warpgroup, index, index / 32, index % 32 / 4, index % 4};
+  thread.odd = index & 1;
+  thread.high = index & 2;
+  thread.elected = index % 32 == 0;
+  thread.mine = thread.odd ? 16 : 1;
+  thread.others = thread.odd ? 1 : 16;
+  thread.select0 = thread.high ? 0x2604 : 0x6240;
+  thread.select1 = thread.high ? 0x3715 : 0x7351;
+  thread.scale = p.scale;
+  thread.no_factor = p.no_factor;
+  // In registers before a product is issued, as the compiler does not know that nothing is added.
+  const u32 first_two = FIRST_TWO + (u32)(p.no_factor != 0), last_two = LAST_TWO + (u32)(p.no_factor != 0);
+  Ring ring = {base, 0};
+  int idle = 0;
+  for (u32 post = 0; idle < 2; post++) {
+    const u32 slot = post % SLOTS;
+    barrier_wait(base + POSTED + 8 * slot, post / SLOTS & 1);
+    const int item = __shfl_sync(ALL, read_shared(base + ITEM + 4 * slot), 0);
+    bool overflowed = false;
+    if (item >= 0)
+      overflowed = attend_item(item, base + QUERIES + slot * TILE_BYTES + warpgroup * 2 * BOX, ring, thread, p, first_two, last_two);
+    idle = item < 0 ? idle + 1 : 0;
+    overflowed = __any_sync(ALL, overflowed);
+    if (thread.elected) write_shared(base + VERDICTS + 32 * slot + 16 * warpgroup + 4 * thread.warp, overflowed);
+    barrier_arrive(base + DONE + 8 * slot, thread.elected);
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(384, 1) attend(
+    const __grid_constant__ TensorMap query_map, const __grid_constant__ TensorMap key_map,
+    const __grid_constant__ TensorMap key_pair_map, const __grid_constant__ TensorMap value_map,
+    const __grid_constant__ Problem problem) {
+  extern __shared__ unsigned char memory[];
+  const u32 base = (u32)__cvta_generic_to_shared(memory) + 1023 & ~1023u;
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < STAGES; stage++) {
+      barrier_init(base + LOADED + 8 * stage, 1);
+      barrier_init(base + KEYS_FREE + 8 * stage, 8);  // a thread of each warp that computes
+      barrier_init(base + VALUES_FREE + 8 * stage, 8);
+    }
+    for (int slot = 0; slot < SLOTS; slot++) {
+      barrier_init(base + POSTED + 8 * slot, 1);
+      barrier_init(base + DONE + 8 * slot, 8);
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    fence_async();
+  }
+  __syncthreads();
+  const int role = __shfl_sync(ALL, threadIdx.x / 128, 0);
+  if (role == 0) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    if (threadIdx.x == 0) load_items(query_map, key_map, key_pair_map, value_map, problem, base);
+  } else {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    attend_items(problem, base, role - 1);
+  }
+}

@@ -1,0 +1,215 @@
+"""The kernel on sparse tensor cores: its machine code without a GPU, and on one the contract, against the oracle."""
+
+import re
+import tempfile
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import RAGGED
+from cases import packed_problem as make
+from machine_code import classify, hot_loop, run_tool
+from test_gpu import check, poison, run
+
+from modelopt_lite.kernels import launch, sparse_cores
+from modelopt_lite.kernels.problem import AttentionProblem
+from modelopt_lite.kernels.top_n import top_n_plan
+
+__all__ = ["poison"]
+LONG = ((1000, 1000), (129, 1500), (1, 700), (0, 0), (300, 900), (128, 128), (257, 1153))
+
+
+@pytest.fixture
+def on_sparse_cores(monkeypatch):
+    """Have the kernel run wherever it can, and make sure that it does."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a GPU of compute capability 9.0")
+    calls = []
+    attend = sparse_cores.attend
+    monkeypatch.setattr(sparse_cores, "attend", lambda *arguments: (calls.append(1), attend(*arguments)))
+    monkeypatch.setenv("MODELOPT_LITE_KERNEL", "sparse_cores")
+    yield
+    assert calls
+
+
+def of_128(**options):
+    return make(dims=(128, 128), **{"lengths": LONG, **options})
+
+
+def test_machine_code():
+    """No spills and no traffic in the hot loop, which has two tiles of 64 queries and 128 keys."""
+    code, log = sparse_cores.compiled()
+    assert not re.search("C75", log), log  # products one after the other
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(code)
+        file.flush()
+        usage = run_tool("cuobjdump", "-res-usage", file.name)
+        sass = run_tool("nvdisasm", "--no-dataflow", "--print-code", file.name)
+    loop = classify(Counter(instruction.partition(".")[0] for instruction in hot_loop(sass)))
+    assert "REG:168" in usage
+    assert loop["matrix"] == 2 * (8 + 4)
+    assert loop["spills"] == 0
+    assert loop["shuffles"] == 2 * 3  # that bring metadata together
+    assert loop["shared memory"] == 2 * 5  # stores that pin the order and never happen
+    assert loop["exponentials"] == 2 * 32
+
+
+@pytest.mark.parametrize(
+    ("changes", "can"),
+    [
+        ({}, True),
+        ({"dtype": torch.float16}, False),
+        ({"head_dim": 64}, False),
+        ({"n_of_m": (1, 4)}, False),
+        ({"n_of_m": (4, 8)}, False),
+        ({"n_of_m": (0, 4)}, False),
+    ],
+    ids=str,
+)
+def test_when_it_is_chosen(monkeypatch, changes, can):
+    monkeypatch.setattr(launch, "compute_capability", lambda device: 90)
+    monkeypatch.delenv("MODELOPT_LITE_KERNEL", raising=False)
+    q = torch.zeros(8, 4, changes.get("head_dim", 128), dtype=changes.get("dtype", torch.bfloat16))
+    plan = top_n_plan(*changes.get("n_of_m", (2, 4)), 0, 64)
+
+    def chosen(max_q, is_plain=True):
+        return launch.kernel_for(q, q, q, max_q, plan, is_plain)
+
+    assert (chosen(1025) == "sparse_cores") == can
+    assert chosen(1024) != "sparse_cores"
+    assert chosen(4096, is_plain=False) != "sparse_cores"
+    monkeypatch.setenv("MODELOPT_LITE_KERNEL", "sparse_cores")
+    assert chosen(1) == ("sparse_cores" if can else "portable")
+    monkeypatch.setattr(sparse_cores, "nvrtc", None)
+    assert chosen(4096) == "portable"
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("on_sparse_cores")
+class TestOnAGpu:
+    @pytest.mark.parametrize("lengths", [RAGGED, LONG], ids=["short", "long"])
+    @pytest.mark.parametrize("is_causal", [True, False])
+    @pytest.mark.parametrize("heads", [(4, 4), (6, 2), (3, 1)], ids=str)
+    @pytest.mark.parametrize(("sinks", "window"), [(0, 64), (0, 0), (5, 1), (0, 100), (70, 300), (200, 63)])
+    def test_contract(self, lengths, is_causal, heads, sinks, window):
+        plan = top_n_plan(2, 4, sinks, window)
+        check(*of_128(lengths=lengths, is_causal=is_causal, heads=heads, plan=plan))
+
+    @pytest.mark.parametrize("towards", ["later", "earlier"])
+    @pytest.mark.parametrize(("sinks", "window"), [(0, 64), (4, 0)])
+    def test_scores_far_apart(self, towards, sinks, window):
+        """Scores jump by far more than an exponential holds, up or down along the keys."""
+        lengths = ((1000, 1000), (200, 600))
+        q, k, v, s_aux, problem = of_128(lengths=lengths, plan=top_n_plan(2, 4, sinks, window))
+        ramp = torch.arange(k.shape[0], device="cuda") // 150
+        ramp = ramp if towards == "later" else ramp.flip(0)
+        for rows, keys, _, _ in problem.sequences():
+            q[rows, :, 0], k[keys, :, 0] = 16.0, (ramp[keys, None] * 128).to(k.dtype)
+        check(q, k, v, s_aux, problem)
+
+    def test_all_keys_alike(self):
+        q, k, v, s_aux, problem = of_128(plan=top_n_plan(2, 4, 0, 8))
+        k[~k.isnan()] = 0.5
+        check(q, k, v, s_aux, problem)
+
+    def test_decode_may_be_sparse(self):
+        plan = top_n_plan(2, 4, 0, 8)
+        check(*of_128(lengths=((1, 500), (300, 300)), plan=replace(plan, sparse_decode=True)))
+
+    def test_any_strides(self):
+        torch.manual_seed(0)
+        length = 700
+        for sliced in (False, True):
+            q, k, v = (torch.randint(-2, 3, (h, length, 128), device="cuda").bfloat16() / 2 for h in (4, 2, 2))
+            if sliced:
+                q, k, v = torch.cat([q, k, v]).transpose(0, 1).split([4, 2, 2], dim=1)
+            else:
+                q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+            one = torch.ones(1, device="cuda", dtype=torch.int64)
+            packing = (0 * one, length * one, length)
+            problem = AttentionProblem(*packing, *packing, True, 0.125, None, None, top_n_plan(2, 4, 1, 20))
+            check(q, k, v, None, problem)
+            out = torch.full((length, 9, 128), torch.nan, device="cuda", dtype=q.dtype)[:, 3:7]
+            expected = run(q, k, v, None, problem)[0]
+            launch.forward(
+                q, k, v, *packing, *packing, is_causal=True, softmax_scale=0.125, sliding_window=None, softcap=None,
+                s_aux=None, plan=problem.plan, out=out, kernel="sparse_cores",
+            )  # fmt: skip
+            assert torch.equal(out, expected)
+
+    def test_offsets_beyond_two_to_the_31(self):
+        rows, heads, dim, length = 2**20 + 700, 16, 128, 600
+        torch.manual_seed(0)
+        far = [torch.zeros(rows, heads, dim, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+        near = [torch.randn(length, heads, dim, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+        start = rows - length
+        for x, y in zip(far, near, strict=True):
+            x[start:] = y
+        one = torch.ones(1, device="cuda", dtype=torch.int64)
+        plan = top_n_plan(2, 4, 2, 10)
+
+        def packing(start):
+            return (start * one, length * one, length) * 2
+
+        torch.use_deterministic_algorithms(False)  # or gigabytes would be filled
+        expected, _ = run(*near, None, AttentionProblem(*packing(0), True, 0.1, None, None, plan))
+        output, _ = run(*far, None, AttentionProblem(*packing(start), True, 0.1, None, None, plan))
+        assert torch.equal(output[start:], expected)
+        assert not output[:start].any()
+
+    def test_the_same_bits_every_time_and_in_a_graph(self):
+        arguments = of_128(plan=top_n_plan(2, 4, 4, 64), exact=False)
+        first = run(*arguments)
+        for _ in range(20):
+            assert all(torch.equal(x, y) for x, y in zip(first, run(*arguments), strict=True))
+        torch.use_deterministic_algorithms(False)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output, lse = run(*arguments)
+        output.fill_(7.0)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(output, first[0])
+        assert torch.equal(lse, first[1])
+
+    def test_batch_mates_and_chunks_do_not_matter(self):
+        lengths, plan = ((900, 900), (700, 700), (37, 37)), top_n_plan(2, 4, 4, 64)
+        q, k, v, _, problem = of_128(lengths=lengths, plan=plan)
+        together, _ = run(q, k, v, None, problem)
+        for b, (in_q, in_k, *_) in enumerate(problem.sequences()):
+            one = torch.ones(1, device="cuda", dtype=torch.int32)
+            length = lengths[b][0]
+            packing = (0 * one, length * one, length)
+            for cut in (0, length // 2 + 1):
+                chunk = AttentionProblem(
+                    0 * one, (length - cut) * one, length - cut, *packing, True, problem.softmax_scale, None, None, plan
+                )
+                output, _ = run(q[in_q][cut:], k[in_k], v[in_k], None, chunk)
+                torch.testing.assert_close(output, together[in_q][cut:], rtol=2e-2, atol=2e-2)
+
+    @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+    def test_the_tensors_device_and_not_the_current_one(self):
+        q, k, v, s_aux, problem = of_128(plan=top_n_plan(2, 4, 4, 64))
+        expected, _ = run(q, k, v, s_aux, problem)
+        packing = (
+            problem.starts_q,
+            problem.lengths_q,
+            problem.max_q,
+            problem.starts_k,
+            problem.lengths_k,
+            problem.max_k,
+        )
+        packing = (x.to("cuda:1") if isinstance(x, torch.Tensor) else x for x in packing)
+        other = AttentionProblem(*packing, True, problem.softmax_scale, None, None, problem.plan)
+        output, _ = run(*(x.to("cuda:1") for x in (q, k, v)), None, other)
+        assert output.device == torch.device("cuda:1")
+        assert torch.equal(output.to("cuda:0"), expected)
+
+    def test_what_it_cannot_run_is_refused(self):
+        q, k, v, _, p = of_128(plan=top_n_plan(2, 4, 4, 64))
+        packing = (p.starts_q, p.lengths_q, p.max_q, p.starts_k, p.lengths_k, p.max_k)
+        options = {"is_causal": True, "softmax_scale": 0.1, "softcap": None, "s_aux": None, "plan": p.plan}
+        run(q, k, v, None, p)
+        with pytest.raises(ValueError, match="kernel: 'sparse_cores' is not allowed"):
+            launch.forward(q, k, v, *packing, **options, sliding_window=9, kernel="sparse_cores")
