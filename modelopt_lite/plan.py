@@ -91,6 +91,8 @@ class AttentionPlan:
         for name in ("num_sink_tokens", "dense_window_size"):
             if getattr(self, name) < 0:
                 raise ValueError(f"plan.{name}: {getattr(self, name)!r} is not allowed; an integer >= 0")
+        if not 0 <= self.keeps_top <= self.group:
+            raise ValueError(f"plan.keeps_top: {self.keeps_top!r} is not allowed; 0 to plan.group = {self.group}")
         if self.score_hook is not None and self.keep is None:
             raise ValueError("plan.score_hook: a fused rule needs its PyTorch twin in plan.keep")
         if self.quick_hook is not None and self.score_hook is None:

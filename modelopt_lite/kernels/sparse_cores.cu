@@ -38,6 +38,7 @@ constexpr u32 TILE_BYTES = 2 * TILE * DIM;
 constexpr u32 FIRST_TWO = 0x44444444, LAST_TWO = 0xEEEEEEEE;  // metadata: places 0, 1 and places 2, 3 of every group
 constexpr u32 ALL = 0xFFFFFFFF;
 #define NONE __uint_as_float(0xFF800000)  // -inf
+constexpr float LARGEST = 8.5e37f;  // 2^126: the approximate inverse of larger sums is 0
 
 // Shared memory, from a multiple of 1024 on; sparse_cores.py asks for SHARED bytes and 1023 more.
 constexpr u32 QUERIES = 0, KEYS = SLOTS * TILE_BYTES, VALUES = KEYS + STAGES * TILE_BYTES;
@@ -388,6 +389,9 @@ __device__ __forceinline__ void load_items(
       const u32 stage = step % STAGES, parity = (step / STAGES & 1) ^ 1, loaded = base + LOADED + 8 * stage;
       const int row = start + span.first_key(index);
       barrier_wait(base + KEYS_FREE + 8 * stage, parity);
+      // With the first tile come no values: those who compute may be through with it before this wait, and with keys
+      // already there it could miss a phase.
+      if (index == 0) barrier_wait(base + VALUES_FREE + 8 * stage, parity);
       barrier_expect(loaded, (index < span.tiles ? TILE_BYTES : 0) + (index > 0 ? TILE_BYTES : 0));
       if (index < span.tiles)
         for (int half = 0; half < 2; half++) {
@@ -401,16 +405,18 @@ __device__ __forceinline__ void load_items(
                 "r"(row >> 1 & 1), "r"(row >> 4), "r"(loaded)
                 : "memory");
           } else {
-            // That map knows no last row. This one does, and has two keys of a box.
+            // That map knows no last row. This one does, and its boxes have two keys.
+#pragma unroll 1
             for (int pair = 0; pair < TILE / 2; pair++)
               load_box(to + 2 * TILE * (pair & ~7 | pair % 2 * 4 | pair / 2 % 4), key_pair_map, column, row + 2 * pair, loaded);
           }
         }
-      barrier_wait(base + VALUES_FREE + 8 * stage, parity);
-      if (index > 0)
+      if (index > 0) {
+        barrier_wait(base + VALUES_FREE + 8 * stage, parity);
         for (int half = 0; half < 2; half++)
           load_box(base + VALUES + stage * TILE_BYTES + 2 * BOX * half, value_map, kv_head * p.value_head_stride + 64 * half,
                    row_before, loaded);
+      }
       row_before = row;
     }
   }
@@ -586,7 +592,7 @@ __device__ __forceinline__ bool attend_item(
   for (int r = 0; r < 2; r++) {
     sum[r] += __shfl_xor_sync(ALL, sum[r], 1);
     sum[r] += __shfl_xor_sync(ALL, sum[r], 2);
-    if (row + 8 * r < span.query_length) suspicious = __fmaf_rn(sum[r], 0.0f, suspicious);
+    if (row + 8 * r < span.query_length && !(sum[r] <= LARGEST)) suspicious = 1;
     total[r] = sum[r] == 0 ? 0.0f : 1.0f / sum[r];
   }
   const int start = entry(p, p.starts_q, 0, place.sequence);
@@ -653,6 +659,7 @@ __device__ __forceinline__ void attend_items(const Problem& p, u32 base, int war
     if (item >= 0)
       overflowed = attend_item(item, base + QUERIES + slot * TILE_BYTES + warpgroup * 2 * BOX, ring, thread, p, first_two, last_two);
     idle = item < 0 ? idle + 1 : 0;
+    __syncwarp();  // a vote orders no memory
     overflowed = __any_sync(ALL, overflowed);
     if (thread.elected) write_shared(base + VERDICTS + 32 * slot + 16 * warpgroup + 4 * thread.warp, overflowed);
     barrier_arrive(base + DONE + 8 * slot, thread.elected);

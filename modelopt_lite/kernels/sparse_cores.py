@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ THREADS = 384
 BFLOAT16, NO_INTERLEAVE, SWIZZLE_128_BYTES, L2_256_BYTES, FILL_WITH_ZEROS = 9, 0, 3, 3, 0
 MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
 
+logger = logging.getLogger(__name__)
+
 
 class _Problem(ctypes.Structure):
     """``Problem`` of ``sparse_cores.cu``."""
@@ -54,12 +57,12 @@ def can_run(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> bool:
     or positions from outside.
     """
     return (
-        nvrtc is not None
-        and plan.group == 4
+        plan.group == 4
         and plan.keeps_top == 2
         and q.dtype == torch.bfloat16
         and q.shape[2] == v.shape[2] == HEAD_DIM
         and all(_width(x) < 2**31 for x in (q, k, v))
+        and _has_compiler()
     )
 
 
@@ -160,6 +163,18 @@ def compiled() -> tuple[bytes, str]:
     nvrtc.nvrtcGetCUBIN(program, code)
     nvrtc.nvrtcDestroyProgram(program)
     return code, text
+
+
+@functools.cache
+def _has_compiler() -> bool:
+    if nvrtc is None:
+        return False
+    try:
+        nvrtc.nvrtcVersion()
+    except RuntimeError as error:  # the bindings are there, and the library is not
+        logger.warning("2:4 is left to slower kernels, as cuda-bindings cannot load NVRTC: %s", error)
+        return False
+    return True
 
 
 @functools.cache

@@ -97,6 +97,7 @@ def test_bad_arguments(changes, message):
 
 BAD_PLANS = {
     "group": ({"group": 3}, "plan.group: 3 is not allowed"),
+    "keeps top": ({"group": 4, "keeps_top": 5}, "plan.keeps_top: 5 is not allowed; 0 to plan.group = 4"),
     "sinks": ({"num_sink_tokens": -1}, "plan.num_sink_tokens: -1 is not allowed"),
     "quick hook alone": ({"quick_hook": object()}, "plan.quick_hook: a rule that may be wrong needs the right one in"),
     "quick hook without the maximum": (

@@ -81,8 +81,23 @@ def test_when_it_is_chosen(monkeypatch, changes, can):
     assert chosen(4096, is_plain=False) != "sparse_cores"
     monkeypatch.setenv("MODELOPT_LITE_KERNEL", "sparse_cores")
     assert chosen(1) == ("sparse_cores" if can else "portable")
-    monkeypatch.setattr(sparse_cores, "nvrtc", None)
-    assert chosen(4096) == "portable"
+
+
+class BrokenBindings:
+    @staticmethod
+    def nvrtcVersion():
+        raise RuntimeError("no libnvrtc")
+
+
+@pytest.mark.parametrize("bindings", [None, BrokenBindings])
+def test_without_a_compiler(monkeypatch, caplog, bindings):
+    q = torch.zeros(8, 4, 128, dtype=torch.bfloat16)
+    sparse_cores._has_compiler.cache_clear()
+    monkeypatch.setattr(sparse_cores, "nvrtc", bindings)
+    for _ in range(2):
+        assert not sparse_cores.can_run(q, q, q, top_n_plan(2, 4, 0, 64))
+    sparse_cores._has_compiler.cache_clear()
+    assert caplog.text.count("as cuda-bindings cannot load NVRTC: no libnvrtc") == (bindings is not None)
 
 
 @pytest.mark.gpu
