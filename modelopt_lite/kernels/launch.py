@@ -113,8 +113,6 @@ PORTABLE_UP_TO = {
 head dimensions and the group (0: dense): for short sequences large tiles do not pay, and up to 64 queries leave a
 warpgroup idle. Groups of 1 and 2 are taken to be like 4; the others are in
 benchmarks/results/attention-nvidia-h200.json."""
-SPARSE_CORES_FROM = 1024
-"""Queries from which on the kernel on sparse tensor cores is the fastest of 2:4's, more than these."""
 FORWARD_KERNELS = ("hopper", "portable", "sparse_cores")
 HOPPER_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
 """Whether Triton is new enough for the Hopper kernel."""
@@ -227,7 +225,7 @@ def forward(
     is_plain = sliding_window is None and softcap is None and s_aux is None and _is_aligned(out)
     if kernel == "sparse_cores" and not (is_plain and _sparse_cores_can(q, k, v, plan)):
         raise ValueError(
-            "kernel: 'sparse_cores' is not allowed; it takes 2:4, BF16, a head_dim of 128 and nothing else"
+            "kernel: 'sparse_cores' is not allowed; only for aligned BF16, head_dim 128, 2:4 and cuda-bindings"
         )
     with torch.cuda.device_of(q):
         chosen = kernel or kernel_for(q, k, v, max_q, plan, is_plain)
@@ -355,7 +353,7 @@ def _launch_sparse_cores(
     counter = _prepare(k, v, out, lse, (None, None, k.shape[0]), p, options)
     heads_per_wave = _heads_per_wave(p.max_k, k, v) * (query_heads // kv_heads)
     num_sinks, window, _ = _distances(p.plan, None)
-    sparse_cores.attend(q, k, v, out, lse, counter, p, heads_per_wave, num_sinks, window)
+    sparse_cores.attend(q, k, v, out, lse, counter, p, heads_per_wave, num_sinks, window, processors(q.device))
 
 
 def _prepare(
@@ -572,11 +570,12 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> str | None:
     return None
 
 
-def kernel_for(q: Tensor, k: Tensor, v: Tensor, max_q: int, plan: AttentionPlan, is_plain: bool = True) -> str:
+def kernel_for(q: Tensor, k: Tensor, v: Tensor, max_q: int, plan: AttentionPlan, is_plain: bool) -> str:
     """Say which forward kernel runs what :func:`refusal` does not refuse and has no positions: the one place to choose.
 
-    The environment variable ``MODELOPT_LITE_KERNEL`` may name one: ``portable`` for always, ``hopper`` and
-    ``sparse_cores`` for wherever it can, also where another one is faster.
+    The environment variable ``MODELOPT_LITE_KERNEL`` may name one: ``portable`` for always, ``hopper`` for wherever it
+    can, also where the portable one is faster, and ``sparse_cores``, which is not chosen otherwise, for wherever that
+    can.
 
     Args:
         q: as in :func:`forward`, like all that is not named here.
@@ -610,8 +609,7 @@ def kernel_for(q: Tensor, k: Tensor, v: Tensor, max_q: int, plan: AttentionPlan,
     }
     if can.get(wanted):
         return wanted
-    pays = {"sparse_cores": max_q > SPARSE_CORES_FROM, "hopper": is_long}
-    return next((name for name in pays if wanted == "" and can[name] and pays[name]), "portable")
+    return "hopper" if wanted == "" and can["hopper"] and is_long else "portable"
 
 
 def _sparse_cores_can(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> bool:

@@ -5,9 +5,9 @@
 // What differs: of a group of four only the two weights that are kept are computed, and multiplied with the values by
 // wgmma.sp, which takes them compressed, with four bits a group that say which two they are.
 //
-// A thread has to own whole groups. Of the keys 4t + 2p + e of a span of 16 (t < 4, p < 2, e < 2), row 8p + 2t + e of a
-// tile in shared memory holds one, so that the four scores of group t lie in registers of lane t of a quad; values lie
-// in their natural order. A dense tile of weights is the sum of two sparse ones, of places 0, 1 and of places 2, 3.
+// A thread has to own whole groups. Key 16s + 4t + 2p + e of a tile (s < 8, t < 4, p < 2, e < 2) lies in row
+// 64p + 8s + 2t + e of it in shared memory, so that all scores of a group lie in lane t of a quad; values lie in their
+// natural order. A dense tile of weights is the sum of two sparse ones, of places 0, 1 and of places 2, 3.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -31,8 +31,6 @@ struct Problem {
 };
 
 constexpr int DIM = 128, TILE = 128, ROWS = 64, STAGES = 2, SLOTS = 2;
-constexpr int ONLINE = 1 << 30;  // added to an item's number: compute it with the ordinary online softmax
-constexpr int NOTHING = -1;      // posted in place of an item's number; twice in a row, it is the end
 constexpr u32 BOX = ROWS * TILE;  // bytes of 64 rows of 64 elements
 constexpr u32 TILE_BYTES = 2 * TILE * DIM;
 constexpr u32 FIRST_TWO = 0x44444444, LAST_TWO = 0xEEEEEEEE;  // metadata: places 0, 1 and places 2, 3 of every group
@@ -43,9 +41,10 @@ constexpr float LARGEST = 8.5e37f;  // 2^126: the approximate inverse of larger 
 // Shared memory, from a multiple of 1024 on; sparse_cores.py asks for SHARED bytes and 1023 more.
 constexpr u32 QUERIES = 0, KEYS = SLOTS * TILE_BYTES, VALUES = KEYS + STAGES * TILE_BYTES;
 constexpr u32 LOADED = VALUES + STAGES * TILE_BYTES, KEYS_FREE = LOADED + 8 * STAGES, VALUES_FREE = KEYS_FREE + 8 * STAGES;
-constexpr u32 POSTED = VALUES_FREE + 8 * STAGES, DONE = POSTED + 8 * SLOTS, ITEM = DONE + 8 * SLOTS;
-constexpr u32 VERDICTS = ITEM + 4 * SLOTS, SHARED = VERDICTS + 32 * SLOTS;
-static_assert(SHARED <= 6 * TILE_BYTES + 256, "");
+constexpr u32 POSTED = VALUES_FREE + 8 * STAGES, DONE = POSTED + 8 * SLOTS, ITEMS = DONE + 8 * SLOTS;
+constexpr u32 VERDICTS = ITEMS + 64 * SLOTS, SHARED = VERDICTS + 32 * SLOTS;
+static_assert(SHARED <= 6 * TILE_BYTES + 512, "");
+static_assert(sizeof(Problem) == 136, "");
 
 __device__ __forceinline__ void barrier_init(u32 barrier, u32 count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
@@ -219,9 +218,9 @@ __device__ __forceinline__ void soften(
       float places[2];
 #pragma unroll
       for (int r = 0; r < 2; r++) {
-        const int at = 16 * step + 8 * half + 2 * r;
+        const int at = 8 * step + 4 * half + 2 * r;
         float first, second;
-        choose(scores[at], scores[at + 1], scores[at + 4], scores[at + 5], thread, shift[r], first, second, places[r]);
+        choose(scores[at], scores[at + 1], scores[at + 32], scores[at + 33], thread, shift[r], first, second, places[r]);
         first = exp2_of(first);
         second = exp2_of(second);
         sum[r] += first + second;
@@ -261,7 +260,7 @@ __device__ __forceinline__ void soften_masked(
 #pragma unroll
       for (int e = 0; e < 2; e++) {
         float& score = scores[4 * j + 2 * r + e];
-        score = j / 2 * 16 + j % 2 * 2 + e <= bounds.visible[r] ? score : NONE;
+        score = j % 8 * 16 + j / 8 * 2 + e <= bounds.visible[r] ? score : NONE;
         largest = fmaxf(largest, score);
       }
     largest = fmaxf(largest, __shfl_xor_sync(ALL, largest, 1));
@@ -274,7 +273,7 @@ __device__ __forceinline__ void soften_masked(
     for (int group = 0; group < 8; group++) {
       float weight[4];
 #pragma unroll
-      for (int place = 0; place < 4; place++) weight[place] = scores[8 * group + 4 * (place / 2) + 2 * r + place % 2];
+      for (int place = 0; place < 4; place++) weight[place] = scores[place / 2 * 32 + 4 * group + 2 * r + place % 2];
       const float a = weight[0], b = weight[1], c = weight[2], d = weight[3];
       const bool both = fminf(a, b) >= fmaxf(c, d), neither = fminf(c, d) > fmaxf(a, b);
       const bool kept[4] = {both || (!neither && a >= b), both || (!neither && a < b), neither || (!both && c >= d),
@@ -296,23 +295,13 @@ __device__ __forceinline__ int entry(const Problem& p, const void* numbers, int 
   return p.wide >> which & 1 ? (int)((const long long*)numbers)[index] : ((const int*)numbers)[index];
 }
 
-// An item's first row, its sequence and its head. Items come in waves of heads whose keys and values fit into the L2
-// cache; in a wave, the longest tiles first.
-struct Place {
-  int row_start, sequence, head;
-};
-__device__ __forceinline__ Place find_rows(int item, const Problem& p) {
-  const int wave = item / (p.tiles_per_head * p.heads_per_wave);
-  item -= wave * p.tiles_per_head * p.heads_per_wave;
-  const int heads_in_wave = min(p.heads_per_wave, p.batch * p.heads - wave * p.heads_per_wave);
-  const int head = wave * p.heads_per_wave + item % heads_in_wave;
-  return {(p.tiles_per_head - 1 - item / heads_in_wave) * TILE, head / p.heads, head % p.heads};
-}
-
-// What an item's queries may see, and in which tiles: masked ones first, the last keys, then what is before the hot
-// tiles, then the band around the queries backwards; then the hot tiles. As hopper.py's find_keys and locate_tile.
-struct Span {
-  int query_length, length, first_position, window, hot_begin, band_begin, band_end, last, masked, tiles;
+// What there is to compute for 128 queries of one head, which they see in which tiles: masked ones first, the last keys,
+// then what is before the hot tiles, then the band around the queries backwards; then the hot tiles. As in hopper.py.
+struct Item {
+  int number, head, first_row, rows;                        // rows: of the sequence, from the first of these on
+  int first_position, length, window;                       // of the first query, the keys, and the dense window
+  int hot_begin, band_begin, band_end, last, masked, tiles;  // tiles: 0 if there is nothing to do; twice, it is the end
+  int online;                                               // whether to use the ordinary online softmax
   __device__ __forceinline__ int first_key(int index) const {
     const int before_hot = (index - 1) * TILE, hot = hot_begin + (index - masked) * TILE;
     if (index == 0) return last;
@@ -320,33 +309,49 @@ struct Span {
     return before_hot < hot_begin ? before_hot : band_end - TILE - (before_hot - hot_begin);
   }
 };
+static_assert(sizeof(Item) <= 64, "");
+
 __device__ __forceinline__ int clamp(int x, int low, int high) { return min(max(x, low), high); }
-__device__ __forceinline__ Span find_keys(const Place& place, bool online, const Problem& p) {
-  Span s;
-  s.query_length = entry(p, p.lengths_q, 1, place.sequence);
-  s.length = entry(p, p.lengths_k, 3, place.sequence);
-  s.first_position = s.length - s.query_length + place.row_start;
-  const int last_position = s.length - s.query_length + min(place.row_start + TILE, s.query_length) - 1;
-  s.window = s.query_length == 1 && !p.sparse_decode ? s.length : p.window;
-  const int keys_end = p.causal ? last_position + 1 : s.length;
-  const int full_end = min((keys_end + TILE - 1) / TILE, s.length / TILE) * TILE;
-  s.last = max(keys_end - 1, 0) / TILE * TILE;
+
+// Find an item by its number, and in which row of the keys it begins. Items come in waves of heads whose keys and values
+// fit into the L2 cache; in a wave, the longest tiles first. There may be no rows.
+__device__ __forceinline__ Item find_item(int number, bool online, const Problem& p, int& start_k) {
+  const int wave = number / (p.tiles_per_head * p.heads_per_wave);
+  const int in_wave = number - wave * p.tiles_per_head * p.heads_per_wave;
+  const int heads_in_wave = min(p.heads_per_wave, p.batch * p.heads - wave * p.heads_per_wave);
+  const int head = wave * p.heads_per_wave + in_wave % heads_in_wave, sequence = head / p.heads;
+  const int row_start = (p.tiles_per_head - 1 - in_wave / heads_in_wave) * TILE;
+  const int query_length = entry(p, p.lengths_q, 1, sequence);
+  Item item;
+  item.number = number;
+  item.online = online;
+  item.head = head % p.heads;
+  item.first_row = entry(p, p.starts_q, 0, sequence) + row_start;
+  item.rows = query_length - row_start;
+  item.length = entry(p, p.lengths_k, 3, sequence);
+  start_k = entry(p, p.starts_k, 2, sequence);
+  item.first_position = item.length - item.rows;
+  item.window = query_length == 1 && !p.sparse_decode ? item.length : p.window;
+  const int last_position = item.first_position + min(TILE, item.rows) - 1;
+  const int keys_end = p.causal ? last_position + 1 : item.length;
+  const int full_end = min((keys_end + TILE - 1) / TILE, item.length / TILE) * TILE;
   const int hot_begin = min((p.num_sinks + TILE - 1) / TILE * TILE, full_end);
-  const int band_begin = clamp(max(s.first_position - max(s.window - 1, 0), 0) / TILE * TILE, hot_begin, full_end);
+  const int band_begin = clamp(max(item.first_position - max(item.window - 1, 0), 0) / TILE * TILE, hot_begin, full_end);
   const int band_end = p.causal ? full_end : clamp((last_position + TILE) / TILE * TILE, band_begin, full_end);
-  s.hot_begin = online ? s.last : min(hot_begin, s.last);
-  s.band_begin = clamp(band_begin, s.hot_begin, s.last);
-  s.band_end = clamp(band_end, s.band_begin, s.last);
-  s.masked = 1 + (s.hot_begin + s.band_end - s.band_begin) / TILE;
-  s.tiles = s.masked + (s.band_begin - s.hot_begin + s.last - s.band_end) / TILE;
-  return s;
+  item.last = max(keys_end - 1, 0) / TILE * TILE;
+  item.hot_begin = online ? item.last : min(hot_begin, item.last);
+  item.band_begin = clamp(band_begin, item.hot_begin, item.last);
+  item.band_end = clamp(band_end, item.band_begin, item.last);
+  item.masked = 1 + (item.hot_begin + item.band_end - item.band_begin) / TILE;
+  item.tiles = item.masked + (item.band_begin - item.hot_begin + item.last - item.band_end) / TILE;
+  return item;
 }
 
 // Post items and load what they need: the part of one thread. A stage holds the keys of one tile and the values of the
 // tile before.
 __device__ __forceinline__ void load_items(
     const TensorMap& query_map, const TensorMap& key_map, const TensorMap& key_pair_map, const TensorMap& value_map,
-    const Problem& p, u32 base) {
+    const Problem& p, unsigned char* memory, u32 base) {
   const int items = p.batch * p.heads * p.tiles_per_head;
   u32 step = 0;
   int idle = 0;
@@ -356,59 +361,58 @@ __device__ __forceinline__ void load_items(
     int overflowed = 0;
     if (post >= SLOTS)
       for (int warp = 0; warp < 8; warp++) overflowed |= read_shared(base + VERDICTS + 32 * slot + 4 * warp);
-    int item = NOTHING;
-    Place place;
+    Item* mail = (Item*)(memory + ITEMS + 64 * slot);
+    Item item;
+    int start_k;
+    item.tiles = 0;
     if (overflowed) {
-      item = read_shared(base + ITEM + 4 * slot) + ONLINE;
-      place = find_rows(item - ONLINE, p);
+      item = find_item(mail->number, true, p, start_k);
     } else {
-      int candidate = atomicAdd(p.counter, 1);
-      for (; candidate < items; candidate = atomicAdd(p.counter, 1)) {
-        place = find_rows(candidate, p);
-        if (place.row_start < entry(p, p.lengths_q, 1, place.sequence)) {
-          item = candidate;
-          break;
-        }
+      for (int number = atomicAdd(p.counter, 1); number < items; number = atomicAdd(p.counter, 1)) {
+        item = find_item(number, false, p, start_k);
+        if (item.rows > 0) break;
+        item.tiles = 0;
       }
     }
-    write_shared(base + ITEM + 4 * slot, item);
-    idle = item < 0 ? idle + 1 : 0;
-    if (item < 0) {
+    *mail = item;
+    idle = item.tiles == 0 ? idle + 1 : 0;
+    if (item.tiles == 0) {
       barrier_arrive(posted, true);
       continue;
     }
-    const Span span = find_keys(place, item >= ONLINE, p);
     barrier_expect(posted, TILE_BYTES);
-    const int first_query = entry(p, p.starts_q, 0, place.sequence) + place.row_start;
     for (int box = 0; box < 4; box++)
-      load_box(base + QUERIES + slot * TILE_BYTES + BOX * box, query_map,
-               place.head * p.query_head_stride + ROWS * (box % 2), first_query + ROWS * (box / 2), posted);
-    const int start = entry(p, p.starts_k, 2, place.sequence), kv_head = place.head / p.heads_per_kv;
+      load_box(base + QUERIES + slot * TILE_BYTES + BOX * box, query_map, item.head * p.query_head_stride + ROWS * (box % 2),
+               item.first_row + ROWS * (box / 2), posted);
+    const int kv_head = item.head / p.heads_per_kv;
     int row_before = 0;
-    for (int index = 0; index <= span.tiles; index++, step++) {
+    for (int index = 0; index <= item.tiles; index++, step++) {
       const u32 stage = step % STAGES, parity = (step / STAGES & 1) ^ 1, loaded = base + LOADED + 8 * stage;
-      const int row = start + span.first_key(index);
+      const int row = start_k + item.first_key(index);
       barrier_wait(base + KEYS_FREE + 8 * stage, parity);
       // With the first tile come no values: those who compute may be through with it before this wait, and with keys
       // already there it could miss a phase.
       if (index == 0) barrier_wait(base + VALUES_FREE + 8 * stage, parity);
-      barrier_expect(loaded, (index < span.tiles ? TILE_BYTES : 0) + (index > 0 ? TILE_BYTES : 0));
-      if (index < span.tiles)
+      barrier_expect(loaded, (index < item.tiles ? TILE_BYTES : 0) + (index > 0 ? TILE_BYTES : 0));
+      if (index < item.tiles)
         for (int half = 0; half < 2; half++) {
           const u32 to = base + KEYS + stage * TILE_BYTES + 2 * BOX * half;
           const int column = kv_head * p.key_head_stride + 64 * half;
           if (row + TILE <= p.key_rows) {
             // Rows have several addresses in this map: a sequence may begin anywhere.
-            asm volatile(
-                "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, "
-                "%4, %5, %6}], [%7];" ::"r"(to), "l"(&key_map), "r"(column), "r"(row & 1), "r"(row >> 2 & 3),
-                "r"(row >> 1 & 1), "r"(row >> 4), "r"(loaded)
-                : "memory");
+            for (int second = 0; second < 2; second++) {
+              const int first = row + 2 * second;
+              asm volatile(
+                  "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, "
+                  "%4, %5}], [%6];" ::"r"(to + BOX * second), "l"(&key_map), "r"(column), "r"(first % 4),
+                  "r"(first / 4 % 4), "r"(first / 16), "r"(loaded)
+                  : "memory");
+            }
           } else {
             // That map knows no last row. This one does, and its boxes have two keys.
 #pragma unroll 1
             for (int pair = 0; pair < TILE / 2; pair++)
-              load_box(to + 2 * TILE * (pair & ~7 | pair % 2 * 4 | pair / 2 % 4), key_pair_map, column, row + 2 * pair, loaded);
+              load_box(to + pair % 2 * BOX + pair / 2 * 256, key_pair_map, column, row + 2 * pair, loaded);
           }
         }
       if (index > 0) {
@@ -480,29 +484,29 @@ __device__ __forceinline__ void finish(
 
 // Compute a warpgroup's queries of an item, and say whether the sums overflowed: the output is not valid then.
 __device__ __forceinline__ bool attend_item(
-    int item, u32 query_at, Ring& ring, const Thread& thread, const Problem& p, u32 first_two, u32 last_two) {
-  const bool online = item >= ONLINE;
-  const Place place = find_rows(item % ONLINE, p);
-  const Span span = find_keys(place, online, p);
-  const int row_start = place.row_start + ROWS * thread.warpgroup, row = row_start + 16 * thread.warp + thread.quad;
-  int masked = span.masked;
+    const Item& item, u32 query_at, Ring& ring, const Thread& thread, const Problem& p, u32 first_two, u32 last_two) {
+  const int row = ROWS * thread.warpgroup + 16 * thread.warp + thread.quad;
+  int masked = item.masked;
   if (thread.warpgroup > 0) {
     // Of the band, which comes backwards, this warpgroup's queries need less.
-    const int band_begin = max(span.first_position + ROWS - max(span.window - 1, 0), 0) / TILE * TILE;
-    masked -= (clamp(band_begin, span.band_begin, span.band_end) - span.band_begin) / TILE;
+    const int band_begin = max(item.first_position + ROWS - max(item.window - 1, 0), 0) / TILE * TILE;
+    masked -= (clamp(band_begin, item.band_begin, item.band_end) - item.band_begin) / TILE;
   }
+  // Alike in all threads of a warp, which the compiler cannot know of what comes from memory.
+  masked = __shfl_sync(ALL, masked, 0);
+  const int tiles = __shfl_sync(ALL, item.tiles, 0);
   const u64 query = matrix(query_at, 16, 1024);
   int position[2];
 #pragma unroll
   for (int r = 0; r < 2; r++)  // what lies past the last row counts as the last one and is not stored
-    position[r] = span.length - span.query_length + min(row + 8 * r, span.query_length - 1) - 4 * thread.lane;
+    position[r] = item.first_position + min(row + 8 * r, item.rows - 1) - 4 * thread.lane;
   auto bounds_of = [&](int first_key) {
     Bounds bounds;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
       bounds.position[r] = position[r] - first_key;
-      bounds.before_window[r] = bounds.position[r] - span.window;
-      bounds.visible[r] = p.causal ? bounds.position[r] : span.length - 1 - 4 * thread.lane - first_key;
+      bounds.before_window[r] = bounds.position[r] - item.window;
+      bounds.visible[r] = p.causal ? bounds.position[r] : item.length - 1 - 4 * thread.lane - first_key;
     }
     bounds.sinks = p.num_sinks - 4 * thread.lane - first_key;
     return bounds;
@@ -519,11 +523,11 @@ __device__ __forceinline__ bool attend_item(
     wait_for<0>(scores);
     ring.free_keys(thread);
     ring.free_values(thread);
-    soften_masked(scores, thread, bounds_of(span.last), top, shift, rescale, sum, first, last);
+    soften_masked(scores, thread, bounds_of(item.last), top, shift, rescale, sum, first, last);
   }
-  if (span.last + TILE > span.length) {
+  if (item.last + TILE > item.length) {
     ring.wait();
-    clear_values(ring.base + VALUES + ring.stage() * TILE_BYTES, span.length - span.last, thread);
+    clear_values(ring.base + VALUES + ring.stage() * TILE_BYTES, item.length - item.last, thread);
   }
 #pragma unroll 1
   for (int index = 1; index < masked; index++) {
@@ -538,11 +542,12 @@ __device__ __forceinline__ bool attend_item(
     release(first);
     release(last);
     ring.free_values(thread);
-    soften_masked(scores, thread, bounds_of(span.first_key(index)), top, shift, rescale, sum, first, last);
+    soften_masked(scores, thread, bounds_of(item.first_key(index)), top, shift, rescale, sum, first, last);
 #pragma unroll
     for (int i = 0; i < 64; i++) output[i] *= rescale[i / 2 % 2];
   }
-  int hot = span.tiles - masked;
+  int hot = tiles - masked;
+  const bool hot_tiles = hot > 0;
   if (hot == 0) {
     ring.wait();
     multiply_values(output, first, last, first_two, last_two, ring.values());
@@ -587,20 +592,19 @@ __device__ __forceinline__ bool attend_item(
   float suspicious = 0, total[2];
 #pragma unroll
   for (int i = 0; i < 64; i++)  // zero times a finite number is zero
-    if (row + i / 2 % 2 * 8 < span.query_length) suspicious = __fmaf_rn(output[i], 0.0f, suspicious);
+    if (row + i / 2 % 2 * 8 < item.rows) suspicious = __fmaf_rn(output[i], 0.0f, suspicious);
 #pragma unroll
   for (int r = 0; r < 2; r++) {
     sum[r] += __shfl_xor_sync(ALL, sum[r], 1);
     sum[r] += __shfl_xor_sync(ALL, sum[r], 2);
-    if (row + 8 * r < span.query_length && !(sum[r] <= LARGEST)) suspicious = 1;
+    if (row + 8 * r < item.rows && !(sum[r] <= LARGEST)) suspicious = 1;
     total[r] = sum[r] == 0 ? 0.0f : 1.0f / sum[r];
   }
-  const int start = entry(p, p.starts_q, 0, place.sequence);
   if (p.lse != nullptr && thread.lane == 0)
 #pragma unroll
     for (int r = 0; r < 2; r++)
-      if (row + 8 * r < span.query_length)
-        p.lse[(long long)(start + row + 8 * r) * p.heads + place.head] =
+      if (row + 8 * r < item.rows)
+        p.lse[(long long)(item.first_row + row + 8 * r) * p.heads + item.head] =
             (top[r] * thread.scale + __log2f(sum[r])) * 0.6931471805599453f;
 
   // Through shared memory, in the place of the queries, to be written in whole lines.
@@ -617,7 +621,8 @@ __device__ __forceinline__ bool attend_item(
                  : "memory");
   }
   __syncwarp();
-  unsigned short* out = p.out + place.head * p.out_head_stride;
+  const int first_line = ROWS * thread.warpgroup;
+  unsigned short* out = p.out + item.head * p.out_head_stride;
 #pragma unroll
   for (int i = 0; i < 8; i++) {
     const int line = 16 * thread.warp + 2 * i + in_warp / 16, chunk = in_warp % 16;
@@ -627,15 +632,15 @@ __device__ __forceinline__ bool attend_item(
                  : "=r"(eight.x), "=r"(eight.y), "=r"(eight.z), "=r"(eight.w)
                  : "r"(at)
                  : "memory");
-    if (row_start + line < span.query_length)
-      *(uint4*)(out + (start + row_start + line) * p.out_token_stride + 8 * chunk) = eight;
+    if (first_line + line < item.rows)
+      *(uint4*)(out + (item.first_row + first_line + line) * p.out_token_stride + 8 * chunk) = eight;
   }
   fence_async();  // before the next queries are loaded there
-  return !online && masked < span.tiles && suspicious != 0;  // else there is no other way to compute it
+  return !item.online && hot_tiles && suspicious != 0;  // else there is no other way to compute it
 }
 
 // Compute the items that are posted: the part of a warpgroup.
-__device__ __forceinline__ void attend_items(const Problem& p, u32 base, int warpgroup) {
+__device__ __forceinline__ void attend_items(const Problem& p, const unsigned char* memory, u32 base, int warpgroup) {
   const int index = threadIdx.x % 128;
   Thread thread = {warpgroup, index, index / 32, index % 32 / 4, index % 4};
   thread.odd = index & 1;
@@ -654,11 +659,11 @@ __device__ __forceinline__ void attend_items(const Problem& p, u32 base, int war
   for (u32 post = 0; idle < 2; post++) {
     const u32 slot = post % SLOTS;
     barrier_wait(base + POSTED + 8 * slot, post / SLOTS & 1);
-    const int item = __shfl_sync(ALL, read_shared(base + ITEM + 4 * slot), 0);
+    const Item item = *(const Item*)(memory + ITEMS + 64 * slot);
     bool overflowed = false;
-    if (item >= 0)
+    if (item.tiles > 0)
       overflowed = attend_item(item, base + QUERIES + slot * TILE_BYTES + warpgroup * 2 * BOX, ring, thread, p, first_two, last_two);
-    idle = item < 0 ? idle + 1 : 0;
+    idle = item.tiles == 0 ? idle + 1 : 0;
     __syncwarp();  // a vote orders no memory
     overflowed = __any_sync(ALL, overflowed);
     if (thread.elected) write_shared(base + VERDICTS + 32 * slot + 16 * warpgroup + 4 * thread.warp, overflowed);
@@ -670,8 +675,9 @@ extern "C" __global__ void __launch_bounds__(384, 1) attend(
     const __grid_constant__ TensorMap query_map, const __grid_constant__ TensorMap key_map,
     const __grid_constant__ TensorMap key_pair_map, const __grid_constant__ TensorMap value_map,
     const __grid_constant__ Problem problem) {
-  extern __shared__ unsigned char memory[];
-  const u32 base = (u32)__cvta_generic_to_shared(memory) + 1023 & ~1023u;
+  extern __shared__ unsigned char unaligned[];
+  const u32 base = (u32)__cvta_generic_to_shared(unaligned) + 1023 & ~1023u;
+  unsigned char* memory = unaligned + (base - (u32)__cvta_generic_to_shared(unaligned));
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < STAGES; stage++) {
       barrier_init(base + LOADED + 8 * stage, 1);
@@ -689,9 +695,9 @@ extern "C" __global__ void __launch_bounds__(384, 1) attend(
   const int role = __shfl_sync(ALL, threadIdx.x / 128, 0);
   if (role == 0) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-    if (threadIdx.x == 0) load_items(query_map, key_map, key_pair_map, value_map, problem, base);
+    if (threadIdx.x == 0) load_items(query_map, key_map, key_pair_map, value_map, problem, memory, base);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-    attend_items(problem, base, role - 1);
+    attend_items(problem, memory, base, role - 1);
   }
 }

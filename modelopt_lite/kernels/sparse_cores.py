@@ -27,7 +27,7 @@ except ImportError:  # an optional extra; newer CUDA builds of PyTorch bring it 
 HEAD_DIM = 128
 ROWS, TILE = 64, 128
 """Queries of a warpgroup, and of an item; a tile has as many keys as an item queries."""
-SHARED_BYTES = 6 * 32768 + 256 + 1023
+SHARED_BYTES = 6 * 32768 + 512 + 1023
 THREADS = 384
 # Of CUDA's driver interface, cuda.h
 BFLOAT16, NO_INTERLEAVE, SWIZZLE_128_BYTES, L2_256_BYTES, FILL_WITH_ZEROS = 9, 0, 3, 3, 0
@@ -77,6 +77,7 @@ def attend(
     heads_per_wave: int,
     num_sinks: int,
     window: int,
+    processors: int,
 ) -> None:
     """Launch the kernel on the current stream of the current device.
 
@@ -91,12 +92,15 @@ def attend(
         heads_per_wave: of how many heads keys and values fit into the L2 cache, >= 1.
         num_sinks: the plan's sink tokens, below 2^31.
         window: its dense window, below 2^31.
+        processors: multiprocessors of the GPU.
 
     Raises:
         RuntimeError: if the kernel cannot be compiled or launched.
     """
     p, heads = problem, q.shape[1]
-    batch, tiles = p.starts_q.shape[0], -(-p.max_q // TILE)
+    batch, tiles = p.starts_q.shape[0], -(-min(p.max_q, q.shape[0]) // TILE)
+    if batch * tiles == 0:
+        return
     packing = (p.starts_q, p.lengths_q, p.starts_k, p.lengths_k)
     numbers = _Problem(
         *(x.data_ptr() for x in packing),
@@ -119,19 +123,18 @@ def attend(
         p.softmax_scale * LOG2E.value,
         0.0,
     )
-    # Keys deinterleaved as the kernel wants them, by strides that leave rows several addresses: [span of 16, pair of
-    # a group, group, key of a pair, dim]. Boxes are only loaded from where they are whole.
+    # Every other pair of keys, as [span of 16, group, key of a pair, dim]. A sequence may begin anywhere, so rows have
+    # several addresses. Boxes are only loaded from where they are whole.
     row, rows = k.stride(0), k.shape[0]
-    spans = rows // 16 + 1
     arguments = (
         _tensor_map(q, [q.shape[0]], [q.stride(0)], [ROWS]),
-        _tensor_map(k, [3, 7, 3, spans], [row, 4 * row, 2 * row, 16 * row], [2, 4, 2, TILE // 16]),
+        _tensor_map(k, [5, 7, rows // 16 + 1], [row, 4 * row, 16 * row], [2, 4, TILE // 16]),
         _tensor_map(k, [rows], [row], [2]),
         _tensor_map(v, [v.shape[0]], [v.stride(0)], [TILE]),
         numbers,
     )
     slots = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
-    programs = min(batch * heads * tiles, torch.cuda.get_device_properties(q.device).multi_processor_count)
+    programs = min(batch * heads * tiles, processors)
     stream = ctypes.c_void_p(torch.cuda.current_stream(q.device).cuda_stream)
     sizes = map(ctypes.c_uint, (programs, 1, 1, THREADS, 1, 1, SHARED_BYTES))
     _check(_driver().cuLaunchKernel(_kernel(q.device), *sizes, stream, slots, None))
@@ -160,7 +163,9 @@ def compiled() -> tuple[bytes, str]:
         raise RuntimeError(f"NVRTC: {failed}: {text}")
     _, size = nvrtc.nvrtcGetCUBINSize(program)
     code = b" " * size
-    nvrtc.nvrtcGetCUBIN(program, code)
+    (failed,) = nvrtc.nvrtcGetCUBIN(program, code)
+    if failed:
+        raise RuntimeError(f"NVRTC: {failed}")
     nvrtc.nvrtcDestroyProgram(program)
     return code, text
 
