@@ -225,7 +225,8 @@ def forward(
     is_plain = sliding_window is None and softcap is None and s_aux is None and _is_aligned(out)
     if kernel == "sparse_cores" and not (is_plain and _sparse_cores_can(q, k, v, plan)):
         raise ValueError(
-            "kernel: 'sparse_cores' is not allowed; only for aligned BF16, head_dim 128, 2:4 and cuda-bindings"
+            "kernel: 'sparse_cores' is not allowed; it takes aligned BF16 with a head_dim of 128, 2:4 and no "
+            "sliding_window, softcap or s_aux, on compute capability 9.0 and with cuda-bindings"
         )
     with torch.cuda.device_of(q):
         chosen = kernel or kernel_for(q, k, v, max_q, plan, is_plain)
@@ -596,7 +597,7 @@ def kernel_for(q: Tensor, k: Tensor, v: Tensor, max_q: int, plan: AttentionPlan,
         raise ValueError(f"MODELOPT_LITE_KERNEL: {wanted!r} is not allowed; {', '.join(FORWARD_KERNELS)} or nothing")
     is_long = q.shape[2] in PORTABLE_UP_TO and max_q > PORTABLE_UP_TO[q.shape[2]][0 if plan.is_dense else plan.group]
     can = {
-        "sparse_cores": is_plain and _sparse_cores_can(q, k, v, plan),
+        "sparse_cores": wanted == "sparse_cores" and is_plain and _sparse_cores_can(q, k, v, plan),
         "hopper": (
             HOPPER_TRITON
             and compute_capability(q.device) == 90

@@ -334,7 +334,7 @@ __device__ __forceinline__ Item find_item(int number, bool online, const Problem
   item.window = query_length == 1 && !p.sparse_decode ? item.length : p.window;
   const int last_position = item.first_position + min(TILE, item.rows) - 1;
   const int keys_end = p.causal ? last_position + 1 : item.length;
-  const int full_end = min((keys_end + TILE - 1) / TILE, item.length / TILE) * TILE;
+  const int full_end = max(min((keys_end + TILE - 1) / TILE, item.length / TILE), 0) * TILE;
   const int hot_begin = min((p.num_sinks + TILE - 1) / TILE * TILE, full_end);
   const int band_begin = clamp(max(item.first_position - max(item.window - 1, 0), 0) / TILE * TILE, hot_begin, full_end);
   const int band_end = p.causal ? full_end : clamp((last_position + TILE) / TILE * TILE, band_begin, full_end);
@@ -362,9 +362,8 @@ __device__ __forceinline__ void load_items(
     if (post >= SLOTS)
       for (int warp = 0; warp < 8; warp++) overflowed |= read_shared(base + VERDICTS + 32 * slot + 4 * warp);
     Item* mail = (Item*)(memory + ITEMS + 64 * slot);
-    Item item;
+    Item item = {};
     int start_k;
-    item.tiles = 0;
     if (overflowed) {
       item = find_item(mail->number, true, p, start_k);
     } else {

@@ -202,7 +202,7 @@ def pytorch_attention(q, k, v, s_aux, problem):
     """Compute PyTorch's attention in the precision of the inputs, over the keys that the oracle keeps; FP64."""
     output = torch.zeros(*q.shape[:2], v.shape[2], device=q.device, dtype=torch.float64)
     for rows, keys, first_q, first_k in problem.sequences():
-        if rows.start == rows.stop:
+        if rows.start == rows.stop or keys.start == keys.stop:
             continue
         kept = kept_scores(q[rows].detach().double(), k[keys].detach().double(), problem, first_q, first_k) > -torch.inf
         alive = kept.any(-1, keepdim=True)
