@@ -576,7 +576,7 @@ def kernel_for(q: Tensor, k: Tensor, v: Tensor, max_q: int, plan: AttentionPlan,
 
     The environment variable ``MODELOPT_LITE_KERNEL`` may name one: ``portable`` for always, ``hopper`` for wherever it
     can, also where the portable one is faster, and ``sparse_cores``, which is not chosen otherwise, for wherever that
-    can.
+    can; the rest is then chosen as without the variable.
 
     Args:
         q: as in :func:`forward`, like all that is not named here.
@@ -595,22 +595,19 @@ def kernel_for(q: Tensor, k: Tensor, v: Tensor, max_q: int, plan: AttentionPlan,
     wanted = os.environ.get("MODELOPT_LITE_KERNEL", "")
     if wanted not in ("", *FORWARD_KERNELS):
         raise ValueError(f"MODELOPT_LITE_KERNEL: {wanted!r} is not allowed; {', '.join(FORWARD_KERNELS)} or nothing")
-    is_long = q.shape[2] in PORTABLE_UP_TO and max_q > PORTABLE_UP_TO[q.shape[2]][0 if plan.is_dense else plan.group]
-    can = {
-        "sparse_cores": wanted == "sparse_cores" and is_plain and _sparse_cores_can(q, k, v, plan),
-        "hopper": (
-            HOPPER_TRITON
-            and compute_capability(q.device) == 90
-            and q.dtype in (torch.float16, torch.bfloat16)
-            and q.shape[2] == v.shape[2]
-            and q.shape[2] in PORTABLE_UP_TO
-            and all(map(_is_aligned, (q, k, v)))
-            and (plan.score_hook, plan.quick_hook) not in _PORTABLE_ONLY
-        ),
-    }
-    if can.get(wanted):
-        return wanted
-    return "hopper" if wanted == "" and can["hopper"] and is_long else "portable"
+    if wanted == "sparse_cores" and is_plain and _sparse_cores_can(q, k, v, plan):
+        return "sparse_cores"
+    can = (
+        HOPPER_TRITON
+        and compute_capability(q.device) == 90
+        and q.dtype in (torch.float16, torch.bfloat16)
+        and q.shape[2] == v.shape[2]
+        and q.shape[2] in PORTABLE_UP_TO
+        and all(map(_is_aligned, (q, k, v)))
+        and (plan.score_hook, plan.quick_hook) not in _PORTABLE_ONLY
+    )
+    pays = wanted == "hopper" or (can and max_q > PORTABLE_UP_TO[q.shape[2]][0 if plan.is_dense else plan.group])
+    return "hopper" if can and pays and wanted != "portable" else "portable"
 
 
 def _sparse_cores_can(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> bool:

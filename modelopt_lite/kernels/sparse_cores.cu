@@ -513,6 +513,12 @@ __device__ __forceinline__ bool attend_item(
 
   float output[64], sum[2] = {0, 0}, top[2] = {NONE, NONE}, shift[2], rescale[2];
   u32 first[16], last[16];
+  auto finish_masked = [&] {
+    wait_for<0>(output);
+    release(first);
+    release(last);
+    ring.free_values(thread);
+  };
 #pragma unroll
   for (int i = 0; i < 64; i++) output[i] = 0;
   {
@@ -537,10 +543,7 @@ __device__ __forceinline__ bool attend_item(
     // Not beside the softmax: the assembler puts products one after the other if weights come from two places.
     wait_for<1>(scores);
     ring.free_keys(thread);
-    wait_for<0>(output);
-    release(first);
-    release(last);
-    ring.free_values(thread);
+    finish_masked();
     soften_masked(scores, thread, bounds_of(item.first_key(index)), top, shift, rescale, sum, first, last);
 #pragma unroll
     for (int i = 0; i < 64; i++) output[i] *= rescale[i / 2 % 2];
@@ -551,10 +554,7 @@ __device__ __forceinline__ bool attend_item(
     ring.wait();
     multiply_values(output, first, last, first_two, last_two, ring.values());
     ring.free_keys(thread);
-    wait_for<0>(output);
-    release(first);
-    release(last);
-    ring.free_values(thread);
+    finish_masked();
   } else {
     // Weights of one tile are multiplied while those of the next are computed: in two sets of registers in turns.
     u32 even[16], odd[16], which_even[2], which_odd[2];
@@ -568,10 +568,7 @@ __device__ __forceinline__ bool attend_item(
       soften(scores, thread, shift, sum, even, which_even);
       release(even);
       pin(sum, even, which_even);
-      wait_for<0>(output);
-      release(first);
-      release(last);
-      ring.free_values(thread);
+      finish_masked();
     }
 #pragma unroll 1
     while (true) {

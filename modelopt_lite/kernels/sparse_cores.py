@@ -32,6 +32,7 @@ THREADS = 384
 # Of CUDA's driver interface, cuda.h
 BFLOAT16, NO_INTERLEAVE, SWIZZLE_128_BYTES, L2_256_BYTES, FILL_WITH_ZEROS = 9, 0, 3, 3, 0
 MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
+REMEDY = "without MODELOPT_LITE_KERNEL, another kernel is chosen"
 
 logger = logging.getLogger(__name__)
 
@@ -152,34 +153,32 @@ def compiled() -> tuple[bytes, str]:
     source = (Path(__file__).parent / "sparse_cores.cu").read_bytes()
     options = [b"--gpu-architecture=sm_90a", b"--std=c++17", b"--use_fast_math", b"--ptxas-options=-v"]
     failed, program = nvrtc.nvrtcCreateProgram(source, b"sparse_cores.cu", 0, [], [])
-    if failed:
-        raise RuntimeError(f"NVRTC: {failed}")
+    _check_compiler(failed)
     (failed,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
     _, size = nvrtc.nvrtcGetProgramLogSize(program)
     log = b" " * size
     nvrtc.nvrtcGetProgramLog(program, log)
     text = log.decode().rstrip("\0 ")
-    if failed:
-        raise RuntimeError(f"NVRTC: {failed}: {text}")
+    _check_compiler(failed, text)
     _, size = nvrtc.nvrtcGetCUBINSize(program)
     code = b" " * size
     (failed,) = nvrtc.nvrtcGetCUBIN(program, code)
-    if failed:
-        raise RuntimeError(f"NVRTC: {failed}")
+    _check_compiler(failed)
     nvrtc.nvrtcDestroyProgram(program)
     return code, text
 
 
 @functools.cache
 def _has_compiler() -> bool:
-    if nvrtc is None:
-        return False
-    try:
-        nvrtc.nvrtcVersion()
-    except RuntimeError as error:  # the bindings are there, and the library is not
-        logger.warning("2:4 is left to slower kernels, as cuda-bindings cannot load NVRTC: %s", error)
-        return False
-    return True
+    missing = "cuda-bindings is not installed"
+    if nvrtc is not None:
+        try:
+            nvrtc.nvrtcVersion()
+            return True
+        except RuntimeError as error:  # the bindings are there, and the library is not
+            missing = f"cuda-bindings cannot load NVRTC: {error}"
+    logger.warning("2:4 is left to other kernels than sparse_cores, as %s", missing)
+    return False
 
 
 @functools.cache
@@ -187,11 +186,16 @@ def _driver() -> Any:
     return ctypes.CDLL("libcuda.so.1")
 
 
+def _check_compiler(failed: Any, log: str = "") -> None:
+    if failed:
+        raise RuntimeError(f"kernel: 'sparse_cores' does not compile: {failed} {log}; {REMEDY}")
+
+
 def _check(failed: int) -> None:
     if failed:
         text = ctypes.c_char_p()
         _driver().cuGetErrorString(failed, ctypes.byref(text))
-        raise RuntimeError(f"CUDA: {(text.value or b'').decode()} ({failed})")
+        raise RuntimeError(f"kernel: 'sparse_cores' does not run: {(text.value or b'').decode()} ({failed}); {REMEDY}")
 
 
 @functools.cache

@@ -362,7 +362,7 @@ def test_cuda_graph():
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_the_tensors_device_and_not_the_current_one():
-    q, k, v, s_aux, problem = make(plan=top_n_plan(2, 4, 4, 64))
+    q, k, v, s_aux, problem = make(dims=(128, 128), plan=top_n_plan(2, 4, 4, 64))
     expected, _ = run(q, k, v, s_aux, problem)
     packing = (problem.starts_q, problem.lengths_q, problem.max_q, problem.starts_k, problem.lengths_k, problem.max_k)
     packing = (x.to("cuda:1") if isinstance(x, torch.Tensor) else x for x in packing)

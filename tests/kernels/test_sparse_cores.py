@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+import test_gpu
 import torch
 from cases import RAGGED
 from cases import packed_problem as make
@@ -75,6 +76,7 @@ def test_both_languages_lay_out_the_problem_alike():
 )
 def test_when_it_is_chosen(monkeypatch, changes, can):
     monkeypatch.setattr(launch, "compute_capability", lambda device: 90)
+    monkeypatch.setattr(launch, "HOPPER_TRITON", True)
     monkeypatch.delenv("MODELOPT_LITE_KERNEL", raising=False)
     q = torch.zeros(8, 4, changes.get("head_dim", 128), dtype=changes.get("dtype", torch.bfloat16))
     plan = top_n_plan(*changes.get("n_of_m", (2, 4)), 0, 64)
@@ -82,7 +84,9 @@ def test_when_it_is_chosen(monkeypatch, changes, can):
     assert launch.kernel_for(q, q, q, 4096, plan, True) != "sparse_cores"
     monkeypatch.setenv("MODELOPT_LITE_KERNEL", "sparse_cores")
     assert launch.kernel_for(q, q, q, 1, plan, True) == ("sparse_cores" if can else "portable")
+    # What it cannot run is chosen as ever.
     assert launch.kernel_for(q, q, q, 1, plan, False) == "portable"
+    assert launch.kernel_for(q, q, q, 10**5, plan, False) == "hopper"
 
 
 class BrokenBindings:
@@ -104,7 +108,8 @@ def test_without_a_compiler(monkeypatch, caplog, forgetful, bindings):
     monkeypatch.setattr(sparse_cores, "nvrtc", bindings)
     for _ in range(2):
         assert not sparse_cores.can_run(q, q, q, top_n_plan(2, 4, 0, 64))
-    assert caplog.text.count("as cuda-bindings cannot load NVRTC: no libnvrtc") == (bindings is not None)
+    reason = "cuda-bindings is not installed" if bindings is None else "cuda-bindings cannot load NVRTC: no libnvrtc"
+    assert caplog.text.count(f"2:4 is left to other kernels than sparse_cores, as {reason}") == 1
 
 
 @pytest.mark.gpu
@@ -196,24 +201,7 @@ class TestOnAGpu:
             assert torch.equal(out, expected)
 
     def test_offsets_beyond_two_to_the_31(self):
-        rows, heads, dim, length = 2**20 + 700, 16, 128, 600
-        torch.manual_seed(0)
-        far = [torch.zeros(rows, heads, dim, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
-        near = [torch.randn(length, heads, dim, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
-        start = rows - length
-        for x, y in zip(far, near, strict=True):
-            x[start:] = y
-        one = torch.ones(1, device="cuda", dtype=torch.int64)
-        plan = top_n_plan(2, 4, 2, 10)
-
-        def packing(start):
-            return (start * one, length * one, length) * 2
-
-        torch.use_deterministic_algorithms(False)  # or gigabytes would be filled
-        expected, _ = run(*near, None, AttentionProblem(*packing(0), True, 0.1, None, None, plan))
-        output, _ = run(*far, None, AttentionProblem(*packing(start), True, 0.1, None, None, plan))
-        assert torch.equal(output[start:], expected)
-        assert not output[:start].any()
+        test_gpu.test_offsets_beyond_two_to_the_31()
 
     def test_the_same_bits_every_time_and_in_a_graph(self):
         arguments = of_128(plan=top_n_plan(2, 4, 4, 64), exact=False)
@@ -245,15 +233,7 @@ class TestOnAGpu:
 
     @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
     def test_the_tensors_device_and_not_the_current_one(self):
-        q, k, v, s_aux, problem = of_128(plan=top_n_plan(2, 4, 4, 64))
-        expected, _ = run(q, k, v, s_aux, problem)
-        p = problem
-        packing = (p.starts_q, p.lengths_q, p.max_q, p.starts_k, p.lengths_k, p.max_k)
-        packing = (x.to("cuda:1") if isinstance(x, torch.Tensor) else x for x in packing)
-        other = AttentionProblem(*packing, True, problem.softmax_scale, None, None, problem.plan)
-        output, _ = run(*(x.to("cuda:1") for x in (q, k, v)), None, other)
-        assert output.device == torch.device("cuda:1")
-        assert torch.equal(output.to("cuda:0"), expected)
+        test_gpu.test_the_tensors_device_and_not_the_current_one()
 
     def test_what_it_cannot_run_is_refused(self):
         q, k, v, _, p = of_128(plan=top_n_plan(2, 4, 4, 64))
