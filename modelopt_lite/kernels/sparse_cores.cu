@@ -41,8 +41,8 @@ constexpr float LARGEST = 8.5e37f;  // 2^126: the approximate inverse of larger 
 // Shared memory, from a multiple of 1024 on; sparse_cores.py asks for SHARED bytes and 1023 more.
 constexpr u32 QUERIES = 0, KEYS = SLOTS * TILE_BYTES, VALUES = KEYS + STAGES * TILE_BYTES;
 constexpr u32 LOADED = VALUES + STAGES * TILE_BYTES, KEYS_FREE = LOADED + 8 * STAGES, VALUES_FREE = KEYS_FREE + 8 * STAGES;
-constexpr u32 POSTED = VALUES_FREE + 8 * STAGES, DONE = POSTED + 8 * SLOTS, ITEMS = DONE + 8 * SLOTS;
-constexpr u32 VERDICTS = ITEMS + 64 * SLOTS, SHARED = VERDICTS + 32 * SLOTS;
+constexpr u32 FOUND = VALUES_FREE + 8 * STAGES, POSTED = FOUND + 8 * SLOTS, DONE = POSTED + 8 * SLOTS;
+constexpr u32 ITEMS = DONE + 8 * SLOTS, VERDICTS = ITEMS + 64 * SLOTS, SHARED = VERDICTS + 32 * SLOTS;
 static_assert(SHARED <= 6 * TILE_BYTES + 512, "");
 static_assert(sizeof(Problem) == 136, "");
 
@@ -243,24 +243,49 @@ __device__ __forceinline__ void soften(
   which[1] = __byte_perm(kept, found, thread.select1);
 }
 
-// Where a thread's two rows begin and end to see keys, as distances from the first key that it holds of a tile.
-struct Bounds {
-  int visible[2], position[2], before_window[2], sinks;
+// Which of a thread's 32 keys of a masked tile its two rows see, and which are exempt: bits 4 * group + place.
+struct Masks {
+  u32 visible[2], exempt[2];
 };
+
+// The keys at a distance below x from the first one that a thread holds of a tile, as such bits.
+__device__ __forceinline__ u32 keys_before(int x) {
+  const int inside = min(max(x, 0), TILE);
+  u32 bits;
+  asm("bmsk.clamp.b32 %0, 0, %1;" : "=r"(bits) : "r"(inside / 16 * 4 + min(inside % 16, 4)));
+  return bits;
+}
+
+// Weights of a group's scores, of which those are kept that are exempt by the lowest four bits. Exact like choose(): the
+// larger of a pair has to be beyond the smaller one of the other pair, and the smaller beyond the larger.
+__device__ __forceinline__ void weigh(
+    float a, float b, float c, float d, u32 exempt, const Thread& thread, float shift, float (&weight)[4]) {
+  asm("{\n.reg .pred p, q, kept;\n.reg .f32 more, less, more2, less2, bound;\n.reg .b32 bit;\n"
+      "max.f32 more, %4, %5;\nmin.f32 less, %4, %5;\nmax.f32 more2, %6, %7;\nmin.f32 less2, %6, %7;\n"
+      "setp.ge.f32 p, %4, %5;\nsetp.ge.f32 q, %6, %7;\n"
+#define WEIGH(weight, score, larger, one, other, beyond, place)                                                   \
+  "and.b32 bit, %8, " place ";\nsetp.ne.u32 kept, bit, 0;\nselp.f32 bound, " one ", " other ", " larger ";\n"       \
+  "setp." beyond ".or.f32 kept, " score ", bound, kept;\nfma.rn.ftz.f32 " weight ", " score ", %9, %10;\n"         \
+  "@!kept add.f32 " weight ", " weight ", %11;\nex2.approx.ftz.f32 " weight ", " weight ";\n"
+      WEIGH("%0", "%4", "p", "less2", "more2", "ge", "1") WEIGH("%1", "%5", "p", "more2", "less2", "ge", "2")
+      WEIGH("%2", "%6", "q", "less", "more", "gt", "4") WEIGH("%3", "%7", "q", "more", "less", "gt", "8") "}\n"
+      : "=&f"(weight[0]), "=&f"(weight[1]), "=&f"(weight[2]), "=&f"(weight[3])
+      : "f"(a), "f"(b), "f"(c), "f"(d), "r"(exempt), "f"(thread.scale), "f"(shift), "f"(NONE));
+}
 
 // Turn scores of a masked tile into dense weights, those of places 0, 1 and of places 2, 3, with the online softmax.
 __device__ __forceinline__ void soften_masked(
-    float (&scores)[64], const Thread& thread, const Bounds& bounds, float (&top)[2], float (&shift)[2],
+    float (&scores)[64], const Thread& thread, const Masks& masks, float (&top)[2], float (&shift)[2],
     float (&rescale)[2], float (&sum)[2], u32 (&first)[16], u32 (&last)[16]) {
 #pragma unroll
   for (int r = 0; r < 2; r++) {
     float largest = top[r];
 #pragma unroll
-    for (int j = 0; j < 16; j++)
+    for (int group = 0; group < 8; group++)
 #pragma unroll
-      for (int e = 0; e < 2; e++) {
-        float& score = scores[4 * j + 2 * r + e];
-        score = j % 8 * 16 + j / 8 * 2 + e <= bounds.visible[r] ? score : NONE;
+      for (int place = 0; place < 4; place++) {
+        float& score = scores[place / 2 * 32 + 4 * group + 2 * r + place % 2];
+        score = masks.visible[r] >> (4 * group + place) & 1 ? score : NONE;
         largest = fmaxf(largest, score);
       }
     largest = fmaxf(largest, __shfl_xor_sync(ALL, largest, 1));
@@ -271,19 +296,9 @@ __device__ __forceinline__ void soften_masked(
     sum[r] *= rescale[r];
 #pragma unroll
     for (int group = 0; group < 8; group++) {
+      const int at = 4 * group + 2 * r;
       float weight[4];
-#pragma unroll
-      for (int place = 0; place < 4; place++) weight[place] = scores[place / 2 * 32 + 4 * group + 2 * r + place % 2];
-      const float a = weight[0], b = weight[1], c = weight[2], d = weight[3];
-      const bool both = fminf(a, b) >= fmaxf(c, d), neither = fminf(c, d) > fmaxf(a, b);
-      const bool kept[4] = {both || (!neither && a >= b), both || (!neither && a < b), neither || (!both && c >= d),
-                            neither || (!both && c < d)};
-#pragma unroll
-      for (int place = 0; place < 4; place++) {
-        const int key = 16 * group + place;
-        const bool exempt = (key > bounds.before_window[r] && key <= bounds.position[r]) || key < bounds.sinks;
-        weight[place] = kept[place] || exempt ? exp2_of(__fmaf_rn(weight[place], thread.scale, shift[r])) : 0.0f;
-      }
+      weigh(scores[at], scores[at + 1], scores[at + 32], scores[at + 33], masks.exempt[r] >> 4 * group, thread, shift[r], weight);
       sum[r] += (weight[0] + weight[1]) + (weight[2] + weight[3]);
       first[2 * group + r] = rounded(weight[0], weight[1]);
       last[2 * group + r] = rounded(weight[2], weight[3]);
@@ -298,7 +313,7 @@ __device__ __forceinline__ int entry(const Problem& p, const void* numbers, int 
 // What there is to compute for 128 queries of one head, which they see in which tiles: masked ones first, the last keys,
 // then what is before the hot tiles, then the band around the queries backwards; then the hot tiles. As in hopper.py.
 struct Item {
-  int number, head, first_row, rows;                        // rows: of the sequence, from the first of these on
+  int number, head, first_row, rows, start_k;                // rows: of the sequence, from the first of these on
   int first_position, length, window;                       // of the first query, the keys, and the dense window
   int hot_begin, band_begin, band_end, last, masked, tiles;  // tiles: 0 if there is nothing to do; twice, it is the end
   int online;                                               // whether to use the ordinary online softmax
@@ -313,9 +328,9 @@ static_assert(sizeof(Item) <= 64, "");
 
 __device__ __forceinline__ int clamp(int x, int low, int high) { return min(max(x, low), high); }
 
-// Find an item by its number, and in which row of the keys it begins. Items come in waves of heads whose keys and values
-// fit into the L2 cache; in a wave, the longest tiles first. There may be no rows.
-__device__ __forceinline__ Item find_item(int number, bool online, const Problem& p, int& start_k) {
+// Find an item by its number. Items come in waves of heads whose keys and values fit into the L2 cache; in a wave, the
+// longest tiles first. There may be no rows.
+__device__ __forceinline__ Item find_item(int number, bool online, const Problem& p) {
   const int wave = number / (p.tiles_per_head * p.heads_per_wave);
   const int in_wave = number - wave * p.tiles_per_head * p.heads_per_wave;
   const int heads_in_wave = min(p.heads_per_wave, p.batch * p.heads - wave * p.heads_per_wave);
@@ -329,7 +344,7 @@ __device__ __forceinline__ Item find_item(int number, bool online, const Problem
   item.first_row = entry(p, p.starts_q, 0, sequence) + row_start;
   item.rows = query_length - row_start;
   item.length = entry(p, p.lengths_k, 3, sequence);
-  start_k = entry(p, p.starts_k, 2, sequence);
+  item.start_k = entry(p, p.starts_k, 2, sequence);
   item.first_position = item.length - item.rows;
   item.window = query_length == 1 && !p.sparse_decode ? item.length : p.window;
   const int last_position = item.first_position + min(TILE, item.rows) - 1;
@@ -347,33 +362,43 @@ __device__ __forceinline__ Item find_item(int number, bool online, const Problem
   return item;
 }
 
-// Post items and load what they need: the part of one thread. A stage holds the keys of one tile and the values of the
-// tile before.
-__device__ __forceinline__ void load_items(
-    const TensorMap& query_map, const TensorMap& key_map, const TensorMap& key_pair_map, const TensorMap& value_map,
-    const Problem& p, unsigned char* memory, u32 base) {
+// Find items, one ahead of what is computed, as memory answers slowly: the part of one thread.
+__device__ __forceinline__ void find_items(const Problem& p, unsigned char* memory, u32 base) {
   const int items = p.batch * p.heads * p.tiles_per_head;
-  u32 step = 0;
   int idle = 0;
   for (u32 post = 0; idle < 2; post++) {
-    const u32 slot = post % SLOTS, posted = base + POSTED + 8 * slot;
+    const u32 slot = post % SLOTS;
     barrier_wait(base + DONE + 8 * slot, (post / SLOTS & 1) ^ 1);
     int overflowed = 0;
     if (post >= SLOTS)
       for (int warp = 0; warp < 8; warp++) overflowed |= read_shared(base + VERDICTS + 32 * slot + 4 * warp);
     Item* mail = (Item*)(memory + ITEMS + 64 * slot);
     Item item = {};
-    int start_k;
     if (overflowed) {
-      item = find_item(mail->number, true, p, start_k);
+      item = find_item(mail->number, true, p);
     } else {
       for (int number = atomicAdd(p.counter, 1); number < items; number = atomicAdd(p.counter, 1)) {
-        item = find_item(number, false, p, start_k);
+        item = find_item(number, false, p);
         if (item.rows > 0) break;
         item.tiles = 0;
       }
     }
     *mail = item;
+    barrier_arrive(base + FOUND + 8 * slot, true);
+    idle = item.tiles == 0 ? idle + 1 : 0;
+  }
+}
+
+// Load what items need: the part of one thread. A stage holds the keys of one tile and the values of the tile before.
+__device__ __forceinline__ void load_items(
+    const TensorMap& query_map, const TensorMap& key_map, const TensorMap& key_pair_map, const TensorMap& value_map,
+    const Problem& p, const unsigned char* memory, u32 base) {
+  u32 step = 0;
+  int idle = 0;
+  for (u32 post = 0; idle < 2; post++) {
+    const u32 slot = post % SLOTS, posted = base + POSTED + 8 * slot;
+    barrier_wait(base + FOUND + 8 * slot, post / SLOTS & 1);
+    const Item item = *(const Item*)(memory + ITEMS + 64 * slot);
     idle = item.tiles == 0 ? idle + 1 : 0;
     if (item.tiles == 0) {
       barrier_arrive(posted, true);
@@ -387,7 +412,7 @@ __device__ __forceinline__ void load_items(
     int row_before = 0;
     for (int index = 0; index <= item.tiles; index++, step++) {
       const u32 stage = step % STAGES, parity = (step / STAGES & 1) ^ 1, loaded = base + LOADED + 8 * stage;
-      const int row = start_k + item.first_key(index);
+      const int row = item.start_k + item.first_key(index);
       barrier_wait(base + KEYS_FREE + 8 * stage, parity);
       // With the first tile come no values: those who compute may be through with it before this wait, and with keys
       // already there it could miss a phase.
@@ -499,16 +524,16 @@ __device__ __forceinline__ bool attend_item(
 #pragma unroll
   for (int r = 0; r < 2; r++)  // what lies past the last row counts as the last one and is not stored
     position[r] = item.first_position + min(row + 8 * r, item.rows - 1) - 4 * thread.lane;
-  auto bounds_of = [&](int first_key) {
-    Bounds bounds;
+  auto masks_of = [&](int first_key) {
+    Masks masks;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-      bounds.position[r] = position[r] - first_key;
-      bounds.before_window[r] = bounds.position[r] - item.window;
-      bounds.visible[r] = p.causal ? bounds.position[r] : item.length - 1 - 4 * thread.lane - first_key;
+      const int end = position[r] + 1 - first_key;  // of what is up to the query
+      const u32 up_to_it = keys_before(end);
+      masks.visible[r] = p.causal ? up_to_it : keys_before(item.length - 4 * thread.lane - first_key);
+      masks.exempt[r] = (up_to_it & ~keys_before(end - item.window)) | keys_before(p.num_sinks - 4 * thread.lane - first_key);
     }
-    bounds.sinks = p.num_sinks - 4 * thread.lane - first_key;
-    return bounds;
+    return masks;
   };
 
   float output[64], sum[2] = {0, 0}, top[2] = {NONE, NONE}, shift[2], rescale[2];
@@ -528,7 +553,7 @@ __device__ __forceinline__ bool attend_item(
     wait_for<0>(scores);
     ring.free_keys(thread);
     ring.free_values(thread);
-    soften_masked(scores, thread, bounds_of(item.last), top, shift, rescale, sum, first, last);
+    soften_masked(scores, thread, masks_of(item.last), top, shift, rescale, sum, first, last);
   }
   if (item.last + TILE > item.length) {
     ring.wait();
@@ -544,7 +569,7 @@ __device__ __forceinline__ bool attend_item(
     wait_for<1>(scores);
     ring.free_keys(thread);
     finish_masked();
-    soften_masked(scores, thread, bounds_of(item.first_key(index)), top, shift, rescale, sum, first, last);
+    soften_masked(scores, thread, masks_of(item.first_key(index)), top, shift, rescale, sum, first, last);
 #pragma unroll
     for (int i = 0; i < 64; i++) output[i] *= rescale[i / 2 % 2];
   }
@@ -681,6 +706,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) attend(
       barrier_init(base + VALUES_FREE + 8 * stage, 8);
     }
     for (int slot = 0; slot < SLOTS; slot++) {
+      barrier_init(base + FOUND + 8 * slot, 1);
       barrier_init(base + POSTED + 8 * slot, 1);
       barrier_init(base + DONE + 8 * slot, 8);
     }
@@ -692,6 +718,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) attend(
   if (role == 0) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     if (threadIdx.x == 0) load_items(query_map, key_map, key_pair_map, value_map, problem, memory, base);
+    if (threadIdx.x == 32) find_items(problem, memory, base);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     attend_items(problem, memory, base, role - 1);
