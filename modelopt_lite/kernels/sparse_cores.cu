@@ -277,17 +277,22 @@ __device__ __forceinline__ void weigh(
 __device__ __forceinline__ void soften_masked(
     float (&scores)[64], const Thread& thread, const Masks& masks, float (&top)[2], float (&shift)[2],
     float (&rescale)[2], float (&sum)[2], u32 (&first)[16], u32 (&last)[16]) {
+  // The first 64 queries see nothing of the upper half of a tile on the diagonal.
+  const bool upper = __any_sync(ALL, (masks.visible[0] | masks.visible[1]) >> 16);
 #pragma unroll
   for (int r = 0; r < 2; r++) {
     float largest = top[r];
 #pragma unroll
-    for (int group = 0; group < 8; group++)
+    for (int half = 0; half < 2; half++) {
+      if (half == 1 && !upper) break;
 #pragma unroll
-      for (int place = 0; place < 4; place++) {
+      for (int j = 0; j < 16; j++) {
+        const int group = 4 * half + j / 4, place = j % 4;
         float& score = scores[place / 2 * 32 + 4 * group + 2 * r + place % 2];
         score = masks.visible[r] >> (4 * group + place) & 1 ? score : NONE;
         largest = fmaxf(largest, score);
       }
+    }
     largest = fmaxf(largest, __shfl_xor_sync(ALL, largest, 1));
     largest = fmaxf(largest, __shfl_xor_sync(ALL, largest, 2));
     shift[r] = largest == NONE ? 0.0f : -largest * thread.scale;  // nothing visible so far: any finite number does
@@ -295,13 +300,19 @@ __device__ __forceinline__ void soften_masked(
     top[r] = largest;
     sum[r] *= rescale[r];
 #pragma unroll
-    for (int group = 0; group < 8; group++) {
-      const int at = 4 * group + 2 * r;
-      float weight[4];
-      weigh(scores[at], scores[at + 1], scores[at + 32], scores[at + 33], masks.exempt[r] >> 4 * group, thread, shift[r], weight);
-      sum[r] += (weight[0] + weight[1]) + (weight[2] + weight[3]);
-      first[2 * group + r] = rounded(weight[0], weight[1]);
-      last[2 * group + r] = rounded(weight[2], weight[3]);
+    for (int group = 0; group < 8; group++) first[2 * group + r] = last[2 * group + r] = 0;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      if (half == 1 && !upper) break;
+#pragma unroll
+      for (int group = 4 * half; group < 4 * half + 4; group++) {
+        const int at = 4 * group + 2 * r;
+        float weight[4];
+        weigh(scores[at], scores[at + 1], scores[at + 32], scores[at + 33], masks.exempt[r] >> 4 * group, thread, shift[r], weight);
+        sum[r] += (weight[0] + weight[1]) + (weight[2] + weight[3]);
+        first[2 * group + r] = rounded(weight[0], weight[1]);
+        last[2 * group + r] = rounded(weight[2], weight[3]);
+      }
     }
   }
 }
@@ -536,6 +547,7 @@ __device__ __forceinline__ bool attend_item(
     return masks;
   };
 
+  const u32 zero = last_two - LAST_TWO;
   float output[64], sum[2] = {0, 0}, top[2] = {NONE, NONE}, shift[2], rescale[2];
   u32 first[16], last[16];
   auto finish_masked = [&] {
@@ -550,10 +562,11 @@ __device__ __forceinline__ bool attend_item(
     float scores[64];
     ring.wait();
     multiply_keys(scores, query, ring.keys());
+    const Masks masks = masks_of(item.last);
     wait_for<0>(scores);
     ring.free_keys(thread);
     ring.free_values(thread);
-    soften_masked(scores, thread, masks_of(item.last), top, shift, rescale, sum, first, last);
+    soften_masked(scores, thread, masks, top, shift, rescale, sum, first, last);
   }
   if (item.last + TILE > item.length) {
     ring.wait();
@@ -565,11 +578,18 @@ __device__ __forceinline__ bool attend_item(
     ring.wait();
     multiply_keys(scores, query, ring.keys());
     multiply_values(output, first, last, first_two, last_two, ring.values());
-    // Not beside the softmax: the assembler puts products one after the other if weights come from two places.
+    const Masks masks = masks_of(item.first_key(index));
     wait_for<1>(scores);
     ring.free_keys(thread);
+    u32 next_first[16], next_last[16];
+    soften_masked(scores, thread, masks, top, shift, rescale, sum, next_first, next_last);
     finish_masked();
-    soften_masked(scores, thread, masks_of(item.first_key(index)), top, shift, rescale, sum, first, last);
+    // Added to what the compiler does not know to be 0: with weights from two places, it would put products one after the other.
+#pragma unroll
+    for (int i = 0; i < 16; i++) {
+      first[i] = next_first[i] + zero;
+      last[i] = next_last[i] + zero;
+    }
 #pragma unroll
     for (int i = 0; i < 64; i++) output[i] *= rescale[i / 2 % 2];
   }
@@ -611,9 +631,14 @@ __device__ __forceinline__ bool attend_item(
   }
 
   float suspicious = 0, total[2];
+  {
+    float part[4] = {0, 0, 0, 0};
 #pragma unroll
-  for (int i = 0; i < 64; i++)  // zero times a finite number is zero
-    if (row + i / 2 % 2 * 8 < item.rows) suspicious = __fmaf_rn(output[i], 0.0f, suspicious);
+    for (int i = 0; i < 64; i++) part[i % 4] = __fmaf_rn(output[i], 0.0f, part[i % 4]);  // zero times a finite number is zero
+#pragma unroll
+    for (int r = 0; r < 2; r++)
+      if (row + 8 * r < item.rows) suspicious += part[2 * r] + part[2 * r + 1];
+  }
 #pragma unroll
   for (int r = 0; r < 2; r++) {
     sum[r] += __shfl_xor_sync(ALL, sum[r], 1);
@@ -642,21 +667,21 @@ __device__ __forceinline__ bool attend_item(
                  : "memory");
   }
   __syncwarp();
-  const int first_line = ROWS * thread.warpgroup;
-  unsigned short* out = p.out + item.head * p.out_head_stride;
+  u32 lines[32];
 #pragma unroll
   for (int i = 0; i < 8; i++) {
     const int line = 16 * thread.warp + 2 * i + in_warp / 16, chunk = in_warp % 16;
     const u32 at = query_at + chunk / 8 * BOX + line * 128 + ((chunk % 8 ^ line % 8) << 4);
-    uint4 eight;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(eight.x), "=r"(eight.y), "=r"(eight.z), "=r"(eight.w)
-                 : "r"(at)
-                 : "memory");
-    if (first_line + line < item.rows)
-      *(uint4*)(out + (item.first_row + first_line + line) * p.out_token_stride + 8 * chunk) = eight;
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : FOUR("=r", lines, 4 * i) : "r"(at) : "memory");
   }
-  fence_async();  // before the next queries are loaded there
+  fence_async();  // before the next queries are loaded there; it would wait for stores
+  const int first_line = ROWS * thread.warpgroup + 16 * thread.warp + in_warp / 16;
+  unsigned short* out = p.out + (item.first_row + first_line) * p.out_token_stride + item.head * p.out_head_stride + in_warp % 16 * 8;
+#pragma unroll
+  for (int i = 0; i < 8; i++)
+    if (first_line + 2 * i < item.rows)
+      asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(out + 2 * i * p.out_token_stride), FOUR("r", lines, 4 * i)
+                   : "memory");
   return !item.online && hot_tiles && suspicious != 0;  // else there is no other way to compute it
 }
 
