@@ -574,9 +574,9 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> str | None:
 def kernel_for(q: Tensor, k: Tensor, v: Tensor, max_q: int, plan: AttentionPlan, is_plain: bool) -> str:
     """Say which forward kernel runs what :func:`refusal` does not refuse and has no positions: the one place to choose.
 
-    The environment variable ``MODELOPT_LITE_KERNEL`` may name one: ``portable`` for always, ``hopper`` for wherever it
-    can, also where the portable one is faster, and ``sparse_cores``, which is not chosen otherwise, for wherever that
-    can; the rest is then chosen as without the variable.
+    The environment variable ``MODELOPT_LITE_KERNEL`` may name one: ``portable`` for always, ``hopper`` and
+    ``sparse_cores`` for wherever these can, also where another is faster; what ``sparse_cores`` cannot run is then
+    chosen as without the variable.
 
     Args:
         q: as in :func:`forward`, like all that is not named here.
@@ -595,8 +595,11 @@ def kernel_for(q: Tensor, k: Tensor, v: Tensor, max_q: int, plan: AttentionPlan,
     wanted = os.environ.get("MODELOPT_LITE_KERNEL", "")
     if wanted not in ("", *FORWARD_KERNELS):
         raise ValueError(f"MODELOPT_LITE_KERNEL: {wanted!r} is not allowed; {', '.join(FORWARD_KERNELS)} or nothing")
-    if wanted == "sparse_cores" and is_plain and _sparse_cores_can(q, k, v, plan):
-        return "sparse_cores"
+    if is_plain and wanted in ("", "sparse_cores"):
+        # Up to 64 queries, half of a program idles. Fewer tiles than multiprocessors are better spread if they are smaller.
+        pays = max_q > sparse_cores.ROWS and q.shape[0] * q.shape[1] > sparse_cores.TILE * processors(q.device)
+        if (wanted or pays) and _sparse_cores_can(q, k, v, plan):
+            return "sparse_cores"
     can = (
         HOPPER_TRITON
         and compute_capability(q.device) == 90

@@ -1,7 +1,8 @@
 // Attention that keeps the two largest of every four scores, on Hopper's sparse tensor cores: for sparse_cores.py.
 //
-// As in hopper.py, persistent programs take items, 128 queries of one head, longest first; one thread loads, two
-// warpgroups compute 64 queries each; masked tiles come first, and their row maximum stays the reference of the others.
+// As in hopper.py, persistent programs take items, 128 queries of one head, longest first; one thread finds them, one
+// loads, two warpgroups compute 64 queries each; masked tiles come first, and their row maximum stays the reference of
+// the others.
 // What differs: of a group of four only the two weights that are kept are computed, and multiplied with the values by
 // wgmma.sp, which takes them compressed, with four bits a group that say which two they are.
 //
@@ -256,17 +257,18 @@ __device__ __forceinline__ u32 keys_before(int x) {
   return bits;
 }
 
-// Weights of a group's scores, of which those are kept that are exempt by the lowest four bits. Exact like choose(): the
-// larger of a pair has to be beyond the smaller one of the other pair, and the smaller beyond the larger.
+#define WEIGH(weight, score, larger, one, other, beyond, place)                                                     \
+  "and.b32 bit, %8, " place ";\nsetp.ne.u32 kept, bit, 0;\nselp.f32 bound, " one ", " other ", " larger ";\n"         \
+  "setp." beyond ".or.f32 kept, " score ", bound, kept;\nfma.rn.ftz.f32 " weight ", " score ", %9, %10;\n"           \
+  "@!kept add.f32 " weight ", " weight ", %11;\nex2.approx.ftz.f32 " weight ", " weight ";\n"
+
+// Weights of a group's scores: of the two that choose() would keep, and of those exempt by the lowest four bits. The larger
+// of a pair is kept if it is beyond the smaller one of the other pair, and the smaller if it is beyond the larger.
 __device__ __forceinline__ void weigh(
     float a, float b, float c, float d, u32 exempt, const Thread& thread, float shift, float (&weight)[4]) {
   asm("{\n.reg .pred p, q, kept;\n.reg .f32 more, less, more2, less2, bound;\n.reg .b32 bit;\n"
       "max.f32 more, %4, %5;\nmin.f32 less, %4, %5;\nmax.f32 more2, %6, %7;\nmin.f32 less2, %6, %7;\n"
       "setp.ge.f32 p, %4, %5;\nsetp.ge.f32 q, %6, %7;\n"
-#define WEIGH(weight, score, larger, one, other, beyond, place)                                                   \
-  "and.b32 bit, %8, " place ";\nsetp.ne.u32 kept, bit, 0;\nselp.f32 bound, " one ", " other ", " larger ";\n"       \
-  "setp." beyond ".or.f32 kept, " score ", bound, kept;\nfma.rn.ftz.f32 " weight ", " score ", %9, %10;\n"         \
-  "@!kept add.f32 " weight ", " weight ", %11;\nex2.approx.ftz.f32 " weight ", " weight ";\n"
       WEIGH("%0", "%4", "p", "less2", "more2", "ge", "1") WEIGH("%1", "%5", "p", "more2", "less2", "ge", "2")
       WEIGH("%2", "%6", "q", "less", "more", "gt", "4") WEIGH("%3", "%7", "q", "more", "less", "gt", "8") "}\n"
       : "=&f"(weight[0]), "=&f"(weight[1]), "=&f"(weight[2]), "=&f"(weight[3])
@@ -277,7 +279,7 @@ __device__ __forceinline__ void weigh(
 __device__ __forceinline__ void soften_masked(
     float (&scores)[64], const Thread& thread, const Masks& masks, float (&top)[2], float (&shift)[2],
     float (&rescale)[2], float (&sum)[2], u32 (&first)[16], u32 (&last)[16]) {
-  // The first 64 queries see nothing of the upper half of a tile on the diagonal.
+  // No query of the first warpgroup sees anything of the upper half of a tile on the diagonal.
   const bool upper = __any_sync(ALL, (masks.visible[0] | masks.visible[1]) >> 16);
 #pragma unroll
   for (int r = 0; r < 2; r++) {
@@ -308,7 +310,8 @@ __device__ __forceinline__ void soften_masked(
       for (int group = 4 * half; group < 4 * half + 4; group++) {
         const int at = 4 * group + 2 * r;
         float weight[4];
-        weigh(scores[at], scores[at + 1], scores[at + 32], scores[at + 33], masks.exempt[r] >> 4 * group, thread, shift[r], weight);
+        weigh(scores[at], scores[at + 1], scores[at + 32], scores[at + 33], masks.exempt[r] >> 4 * group, thread, shift[r],
+              weight);
         sum[r] += (weight[0] + weight[1]) + (weight[2] + weight[3]);
         first[2 * group + r] = rounded(weight[0], weight[1]);
         last[2 * group + r] = rounded(weight[2], weight[3]);
@@ -373,7 +376,7 @@ __device__ __forceinline__ Item find_item(int number, bool online, const Problem
   return item;
 }
 
-// Find items, one ahead of what is computed, as memory answers slowly: the part of one thread.
+// Find items, one ahead of what is computed, as that takes two or three accesses to memory: the part of one thread.
 __device__ __forceinline__ void find_items(const Problem& p, unsigned char* memory, u32 base) {
   const int items = p.batch * p.heads * p.tiles_per_head;
   int idle = 0;
@@ -519,7 +522,7 @@ __device__ __forceinline__ void finish(
 
 // Compute a warpgroup's queries of an item, and say whether the sums overflowed: the output is not valid then.
 __device__ __forceinline__ bool attend_item(
-    const Item& item, u32 query_at, Ring& ring, const Thread& thread, const Problem& p, u32 first_two, u32 last_two) {
+    const Item& item, u32 query_at, Ring& ring, const Thread& thread, const Problem& p, u32 zero) {
   const int row = ROWS * thread.warpgroup + 16 * thread.warp + thread.quad;
   int masked = item.masked;
   if (thread.warpgroup > 0) {
@@ -531,6 +534,8 @@ __device__ __forceinline__ bool attend_item(
   masked = __shfl_sync(ALL, masked, 0);
   const int tiles = __shfl_sync(ALL, item.tiles, 0);
   const u64 query = matrix(query_at, 16, 1024);
+  // In registers before a product is issued, as the compiler does not know that nothing is added.
+  const u32 first_two = FIRST_TWO + zero, last_two = LAST_TWO + zero;
   int position[2];
 #pragma unroll
   for (int r = 0; r < 2; r++)  // what lies past the last row counts as the last one and is not stored
@@ -542,12 +547,12 @@ __device__ __forceinline__ bool attend_item(
       const int end = position[r] + 1 - first_key;  // of what is up to the query
       const u32 up_to_it = keys_before(end);
       masks.visible[r] = p.causal ? up_to_it : keys_before(item.length - 4 * thread.lane - first_key);
-      masks.exempt[r] = (up_to_it & ~keys_before(end - item.window)) | keys_before(p.num_sinks - 4 * thread.lane - first_key);
+      masks.exempt[r] = up_to_it & ~keys_before(end - item.window);
+      masks.exempt[r] |= keys_before(p.num_sinks - 4 * thread.lane - first_key);
     }
     return masks;
   };
 
-  const u32 zero = last_two - LAST_TWO;
   float output[64], sum[2] = {0, 0}, top[2] = {NONE, NONE}, shift[2], rescale[2];
   u32 first[16], last[16];
   auto finish_masked = [&] {
@@ -584,7 +589,7 @@ __device__ __forceinline__ bool attend_item(
     u32 next_first[16], next_last[16];
     soften_masked(scores, thread, masks, top, shift, rescale, sum, next_first, next_last);
     finish_masked();
-    // Added to what the compiler does not know to be 0: with weights from two places, it would put products one after the other.
+    // Not by moves, which it would leave out: products of weights from two places it puts one after the other.
 #pragma unroll
     for (int i = 0; i < 16; i++) {
       first[i] = next_first[i] + zero;
@@ -630,20 +635,16 @@ __device__ __forceinline__ bool attend_item(
     }
   }
 
-  float suspicious = 0, total[2];
-  {
-    float part[4] = {0, 0, 0, 0};
+  bool suspicious = false;
+  float total[2], nothing[4] = {0, 0, 0, 0};
 #pragma unroll
-    for (int i = 0; i < 64; i++) part[i % 4] = __fmaf_rn(output[i], 0.0f, part[i % 4]);  // zero times a finite number is zero
-#pragma unroll
-    for (int r = 0; r < 2; r++)
-      if (row + 8 * r < item.rows) suspicious += part[2 * r] + part[2 * r + 1];
-  }
+  for (int i = 0; i < 64; i++) nothing[i % 4] = __fmaf_rn(output[i], 0.0f, nothing[i % 4]);  // or NaN, if not finite
 #pragma unroll
   for (int r = 0; r < 2; r++) {
     sum[r] += __shfl_xor_sync(ALL, sum[r], 1);
     sum[r] += __shfl_xor_sync(ALL, sum[r], 2);
-    if (row + 8 * r < item.rows && !(sum[r] <= LARGEST)) suspicious = 1;
+    const bool sound = nothing[2 * r] + nothing[2 * r + 1] == 0 && sum[r] <= LARGEST;
+    suspicious |= row + 8 * r < item.rows && !sound;
     total[r] = sum[r] == 0 ? 0.0f : 1.0f / sum[r];
   }
   if (p.lse != nullptr && thread.lane == 0)
@@ -674,15 +675,16 @@ __device__ __forceinline__ bool attend_item(
     const u32 at = query_at + chunk / 8 * BOX + line * 128 + ((chunk % 8 ^ line % 8) << 4);
     asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : FOUR("=r", lines, 4 * i) : "r"(at) : "memory");
   }
-  fence_async();  // before the next queries are loaded there; it would wait for stores
+  fence_async();  // before the next queries are loaded there
   const int first_line = ROWS * thread.warpgroup + 16 * thread.warp + in_warp / 16;
-  unsigned short* out = p.out + (item.first_row + first_line) * p.out_token_stride + item.head * p.out_head_stride + in_warp % 16 * 8;
+  unsigned short* out = p.out + item.head * p.out_head_stride + (item.first_row + first_line) * p.out_token_stride;
 #pragma unroll
   for (int i = 0; i < 8; i++)
     if (first_line + 2 * i < item.rows)
-      asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(out + 2 * i * p.out_token_stride), FOUR("r", lines, 4 * i)
+      asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(out + 2 * i * p.out_token_stride + in_warp % 16 * 8),
+                   FOUR("r", lines, 4 * i)
                    : "memory");
-  return !item.online && hot_tiles && suspicious != 0;  // else there is no other way to compute it
+  return !item.online && hot_tiles && suspicious;  // else there is no other way to compute it
 }
 
 // Compute the items that are posted: the part of a warpgroup.
@@ -698,8 +700,7 @@ __device__ __forceinline__ void attend_items(const Problem& p, const unsigned ch
   thread.select1 = thread.high ? 0x3715 : 0x7351;
   thread.scale = p.scale;
   thread.no_factor = p.no_factor;
-  // In registers before a product is issued, as the compiler does not know that nothing is added.
-  const u32 first_two = FIRST_TWO + (u32)(p.no_factor != 0), last_two = LAST_TWO + (u32)(p.no_factor != 0);
+  const u32 zero = p.no_factor != 0;
   Ring ring = {base, 0};
   int idle = 0;
   for (u32 post = 0; idle < 2; post++) {
@@ -708,7 +709,7 @@ __device__ __forceinline__ void attend_items(const Problem& p, const unsigned ch
     const Item item = *(const Item*)(memory + ITEMS + 64 * slot);
     bool overflowed = false;
     if (item.tiles > 0)
-      overflowed = attend_item(item, base + QUERIES + slot * TILE_BYTES + warpgroup * 2 * BOX, ring, thread, p, first_two, last_two);
+      overflowed = attend_item(item, base + QUERIES + slot * TILE_BYTES + warpgroup * 2 * BOX, ring, thread, p, zero);
     idle = item.tiles == 0 ? idle + 1 : 0;
     __syncwarp();  // a vote orders no memory
     overflowed = __any_sync(ALL, overflowed);

@@ -32,7 +32,6 @@ THREADS = 384
 # Of CUDA's driver interface, cuda.h
 BFLOAT16, NO_INTERLEAVE, SWIZZLE_128_BYTES, L2_256_BYTES, FILL_WITH_ZEROS = 9, 0, 3, 3, 0
 MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
-REMEDY = "without MODELOPT_LITE_KERNEL, another kernel is chosen"
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +53,9 @@ class _Problem(ctypes.Structure):
 def can_run(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> bool:
     """Say whether the kernel runs these tensors on a GPU of compute capability 9.0.
 
-    They must be aligned as the tensor memory accelerator needs it, and there be no softcap, sliding window, ``s_aux``
-    or positions from outside.
+    They must be aligned as the tensor memory accelerator needs it, their device be the current one, and there be no
+    softcap, sliding window, ``s_aux`` or positions from outside. What the kernel runs it is compiled for here, when it
+    is first asked for; a warning is logged if that fails.
     """
     return (
         plan.group == 4
@@ -63,7 +63,7 @@ def can_run(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> bool:
         and q.dtype == torch.bfloat16
         and q.shape[2] == v.shape[2] == HEAD_DIM
         and all(_width(x) < 2**31 for x in (q, k, v))
-        and _has_compiler()
+        and _is_there(q.device)
     )
 
 
@@ -96,7 +96,7 @@ def attend(
         processors: multiprocessors of the GPU.
 
     Raises:
-        RuntimeError: if the kernel cannot be compiled or launched.
+        RuntimeError: if the kernel cannot be launched.
     """
     p, heads = problem, q.shape[1]
     batch, tiles = p.starts_q.shape[0], -(-min(p.max_q, q.shape[0]) // TILE)
@@ -169,15 +169,17 @@ def compiled() -> tuple[bytes, str]:
 
 
 @functools.cache
-def _has_compiler() -> bool:
-    missing = "cuda-bindings is not installed"
-    if nvrtc is not None:
+def _is_there(device: torch.device) -> bool:
+    """Compile and load the kernel for a device, which is the current one, and say whether that was possible."""
+    if nvrtc is None:
+        reason = "cuda-bindings is not installed (extra sparse-cores)"
+    else:
         try:
-            nvrtc.nvrtcVersion()
+            _kernel(device)
             return True
-        except RuntimeError as error:  # the bindings are there, and the library is not
-            missing = f"cuda-bindings cannot load NVRTC: {error}"
-    logger.warning("2:4 is left to other kernels than sparse_cores, as %s", missing)
+        except RuntimeError as error:
+            reason = str(error)
+    logger.warning("2:4 is left to other kernels than sparse_cores, which would be faster: %s", reason)
     return False
 
 
@@ -188,14 +190,14 @@ def _driver() -> Any:
 
 def _check_compiler(failed: Any, log: str = "") -> None:
     if failed:
-        raise RuntimeError(f"kernel: 'sparse_cores' does not compile: {failed} {log}; {REMEDY}")
+        raise RuntimeError(f"kernel: 'sparse_cores' does not compile: {failed} {log}".rstrip())
 
 
 def _check(failed: int) -> None:
     if failed:
         text = ctypes.c_char_p()
         _driver().cuGetErrorString(failed, ctypes.byref(text))
-        raise RuntimeError(f"kernel: 'sparse_cores' does not run: {(text.value or b'').decode()} ({failed}); {REMEDY}")
+        raise RuntimeError(f"kernel: 'sparse_cores' does not run: {(text.value or b'').decode()} ({failed})")
 
 
 @functools.cache
@@ -205,9 +207,8 @@ def _code() -> bytes:
 
 @functools.cache
 def _kernel(device: torch.device) -> ctypes.c_void_p:
-    """Load the kernel on a device, which is the current one."""
-    module, kernel = ctypes.c_void_p(), ctypes.c_void_p()
-    _check(_driver().cuModuleLoadData(ctypes.byref(module), ctypes.c_char_p(_code())))
+    code, module, kernel = _code(), ctypes.c_void_p(), ctypes.c_void_p()
+    _check(_driver().cuModuleLoadData(ctypes.byref(module), ctypes.c_char_p(code)))
     _check(_driver().cuModuleGetFunction(ctypes.byref(kernel), module, b"attend"))
     _check(_driver().cuFuncSetAttribute(kernel, MAX_DYNAMIC_SHARED_SIZE_BYTES, SHARED_BYTES))
     return kernel

@@ -1,6 +1,7 @@
 """The kernel on sparse tensor cores: its machine code without a GPU, and on one the contract, against the oracle."""
 
 import ctypes
+import functools
 import math
 import re
 import tempfile
@@ -77,39 +78,70 @@ def test_both_languages_lay_out_the_problem_alike():
 def test_when_it_is_chosen(monkeypatch, changes, can):
     monkeypatch.setattr(launch, "compute_capability", lambda device: 90)
     monkeypatch.setattr(launch, "HOPPER_TRITON", True)
+    monkeypatch.setattr(launch, "processors", lambda device: 132)
+    monkeypatch.setattr(sparse_cores, "_is_there", lambda device: True)
     monkeypatch.delenv("MODELOPT_LITE_KERNEL", raising=False)
-    q = torch.zeros(8, 4, changes.get("head_dim", 128), dtype=changes.get("dtype", torch.bfloat16))
+    dim, dtype = changes.get("head_dim", 128), changes.get("dtype", torch.bfloat16)
     plan = top_n_plan(*changes.get("n_of_m", (2, 4)), 0, 64)
 
-    assert launch.kernel_for(q, q, q, 4096, plan, True) != "sparse_cores"
+    def choose(max_q, is_plain=True, tokens=132 * 32 + 1):
+        q = torch.empty(tokens, 4, dim, dtype=dtype)
+        return launch.kernel_for(q, q, q, max_q, plan, is_plain)
+
+    assert choose(64) == "portable"
+    assert choose(65, tokens=132 * 32) != "sparse_cores"
+    assert [choose(max_q) == "sparse_cores" for max_q in (65, 10**5)] == [can, can]
+    assert choose(10**5, is_plain=False) == "hopper"
+    monkeypatch.setenv("MODELOPT_LITE_KERNEL", "hopper")
+    assert choose(10**5) == "hopper"
+    monkeypatch.setenv("MODELOPT_LITE_KERNEL", "portable")
+    assert choose(10**5) == "portable"
     monkeypatch.setenv("MODELOPT_LITE_KERNEL", "sparse_cores")
-    assert launch.kernel_for(q, q, q, 1, plan, True) == ("sparse_cores" if can else "portable")
+    assert choose(1) == ("sparse_cores" if can else "portable")
     # What it cannot run is chosen as ever.
-    assert launch.kernel_for(q, q, q, 1, plan, False) == "portable"
-    assert launch.kernel_for(q, q, q, 10**5, plan, False) == "hopper"
+    assert choose(1, is_plain=False) == "portable"
+    assert choose(10**5, is_plain=False) == "hopper"
 
 
 class BrokenBindings:
+    """Of a machine without the library."""
+
     @staticmethod
-    def nvrtcVersion():
+    def nvrtcCreateProgram(*arguments):
         raise RuntimeError("no libnvrtc")
 
 
-@pytest.fixture
-def forgetful():
-    sparse_cores._has_compiler.cache_clear()
-    yield
-    sparse_cores._has_compiler.cache_clear()
+class OldDriver:
+    """That does not load what it is given."""
+
+    @staticmethod
+    def cuModuleLoadData(*arguments):
+        return 222
+
+    @staticmethod
+    def cuGetErrorString(failed, text):
+        text._obj.value = b"too new"
 
 
-@pytest.mark.parametrize("bindings", [None, BrokenBindings])
-def test_without_a_compiler(monkeypatch, caplog, forgetful, bindings):
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"nvrtc": None}, "cuda-bindings is not installed (extra sparse-cores)"),
+        ({"nvrtc": BrokenBindings}, "no libnvrtc"),
+        ({"_code": lambda: b"", "_driver": OldDriver}, "kernel: 'sparse_cores' does not run: too new (222)"),
+    ],
+)
+def test_without_the_kernel(monkeypatch, caplog, changes, reason):
+    """Others are chosen, and it is said why."""
     q = torch.zeros(8, 4, 128, dtype=torch.bfloat16)
-    monkeypatch.setattr(sparse_cores, "nvrtc", bindings)
+    monkeypatch.setattr(sparse_cores, "_kernel", sparse_cores._kernel.__wrapped__)
+    monkeypatch.setattr(sparse_cores, "_code", sparse_cores._code.__wrapped__)
+    monkeypatch.setattr(sparse_cores, "_is_there", functools.cache(sparse_cores._is_there.__wrapped__))
+    for name, value in changes.items():
+        monkeypatch.setattr(sparse_cores, name, value)
     for _ in range(2):
         assert not sparse_cores.can_run(q, q, q, top_n_plan(2, 4, 0, 64))
-    reason = "cuda-bindings is not installed" if bindings is None else "cuda-bindings cannot load NVRTC: no libnvrtc"
-    assert caplog.text.count(f"2:4 is left to other kernels than sparse_cores, as {reason}") == 1
+    assert caplog.text.count("2:4 is left to other kernels than sparse_cores, which would be faster: " + reason) == 1
 
 
 @pytest.mark.gpu
