@@ -36,8 +36,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from modelopt_lite.kernels import attention, sparse_cores
-from modelopt_lite.kernels.launch import FAR, Settings, forward, kernel_for
+from modelopt_lite.kernels import attention
+from modelopt_lite.kernels.launch import Settings, forward, hopper_can, sparse_cores_can
 from modelopt_lite.kernels.top_n import top_n_plan
 from modelopt_lite.plan import AttentionPlan
 
@@ -240,13 +240,12 @@ def measure_problem(
     if which == "forward":
         kernels = {"triton": "portable"}
         packed = tuple(x.flatten(0, 1) for x in (q, k, v))
-        has_hopper = kernel_for(*packed, FAR, plan_of("dense"), is_plain=True) == "hopper"
-        if has_hopper:
+        if hopper_can(*packed, plan_of("dense")):
             kernels["hopper"] = "hopper"
         for label, kernel in kernels.items():
             calls |= {(label, name): own_call(q, k, v, causal, name, kernel) for name in arguments.names}
         for name in arguments.names:
-            if has_hopper and sparse_cores.can_run(*packed, plan_of(name)):
+            if sparse_cores_can(*packed, plan_of(name)):
                 calls["sparse_cores", name] = own_call(q, k, v, causal, name, "sparse_cores")
     else:
         calls |= {("triton", name): own_training_call(q, k, v, causal, name) for name in arguments.names}

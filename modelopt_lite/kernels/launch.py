@@ -109,9 +109,9 @@ PORTABLE_UP_TO = {
     64: {0: 4096, 1: 4096, 2: 4096, 4: 4096, 8: 2048, 16: 8192},
     128: {0: 64, 1: 2048, 2: 2048, 4: 2048, 8: 2048, 16: 64},
 }
-"""Queries up to which the portable kernel is the faster one, or nearly so, in causal attention, by the Hopper kernel's
-head dimensions and the group (0: dense): for short sequences large tiles do not pay, and up to 64 queries leave a
-warpgroup idle. Groups of 1 and 2 are taken to be like 4; the others are in
+"""Queries of a sequence, on average, up to which the portable kernel is the faster one, or nearly so, in causal
+attention, by the Hopper kernel's head dimensions and the group (0: dense): for short sequences large tiles do not pay,
+and up to 64 queries leave a warpgroup idle. Groups of 1 and 2 are taken to be like 4; the others are in
 benchmarks/results/attention-nvidia-h200.json."""
 FORWARD_KERNELS = ("hopper", "portable", "sparse_cores")
 HOPPER_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
@@ -223,13 +223,14 @@ def forward(
             raise ValueError(f"kernel: {kernel!r} is not allowed with settings or positions; only portable takes these")
         kernel = "portable"
     is_plain = sliding_window is None and softcap is None and s_aux is None and _is_aligned(out)
-    if kernel == "sparse_cores" and not (is_plain and _sparse_cores_can(q, k, v, plan)):
+    if kernel == "sparse_cores" and not (is_plain and sparse_cores_can(q, k, v, plan)):
         raise ValueError(
             "kernel: 'sparse_cores' is not allowed; it takes aligned BF16 with a head_dim of 128, 2:4 and no "
-            "sliding_window, softcap or s_aux, on compute capability 9.0 and with cuda-bindings"
+            "sliding_window, softcap or s_aux, on compute capability 9.0; if it cannot be compiled or loaded, a "
+            "warning says why"
         )
     with torch.cuda.device_of(q):
-        chosen = kernel or kernel_for(q, k, v, max_q, plan, is_plain)
+        chosen = kernel or kernel_for(q, k, v, starts_q.shape[0], plan, is_plain)
         if chosen == "sparse_cores":
             _launch_sparse_cores(q, k, v, out, lse, problem)
             return out, lse
@@ -571,7 +572,7 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> str | None:
     return None
 
 
-def kernel_for(q: Tensor, k: Tensor, v: Tensor, max_q: int, plan: AttentionPlan, is_plain: bool) -> str:
+def kernel_for(q: Tensor, k: Tensor, v: Tensor, batch: int, plan: AttentionPlan, is_plain: bool) -> str:
     """Say which forward kernel runs what :func:`refusal` does not refuse and has no positions: the one place to choose.
 
     The environment variable ``MODELOPT_LITE_KERNEL`` may name one: ``portable`` for always, ``hopper`` and
@@ -582,7 +583,7 @@ def kernel_for(q: Tensor, k: Tensor, v: Tensor, max_q: int, plan: AttentionPlan,
         q: as in :func:`forward`, like all that is not named here.
         k: see there.
         v: see there.
-        max_q: see there.
+        batch: number of sequences.
         plan: see there.
         is_plain: whether there is no sliding window, softcap or ``s_aux``, and ``out`` is aligned to 16 bytes.
 
@@ -595,12 +596,22 @@ def kernel_for(q: Tensor, k: Tensor, v: Tensor, max_q: int, plan: AttentionPlan,
     wanted = os.environ.get("MODELOPT_LITE_KERNEL", "")
     if wanted not in ("", *FORWARD_KERNELS):
         raise ValueError(f"MODELOPT_LITE_KERNEL: {wanted!r} is not allowed; {', '.join(FORWARD_KERNELS)} or nothing")
+    # Not that of the longest: with one long sequence among decode steps, most of large tiles would be empty.
+    mean_length = q.shape[0] / max(1, batch)
     if is_plain and wanted in ("", "sparse_cores"):
-        # Up to 64 queries, half of a program idles. Fewer tiles than multiprocessors are better spread if they are smaller.
-        pays = max_q > sparse_cores.ROWS and q.shape[0] * q.shape[1] > sparse_cores.TILE * processors(q.device)
-        if (wanted or pays) and _sparse_cores_can(q, k, v, plan):
+        # Up to 64 queries, half of a program idles; fewer tiles than multiprocessors are better spread if smaller.
+        pays = mean_length > sparse_cores.ROWS and q.shape[0] * q.shape[1] > sparse_cores.TILE * processors(q.device)
+        if (wanted or pays) and sparse_cores_can(q, k, v, plan):
             return "sparse_cores"
-    can = (
+    if wanted == "portable" or not hopper_can(q, k, v, plan):
+        return "portable"
+    pays = mean_length > PORTABLE_UP_TO[q.shape[2]][0 if plan.is_dense else plan.group]
+    return "hopper" if wanted == "hopper" or pays else "portable"
+
+
+def hopper_can(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> bool:
+    """Say whether the Hopper kernel runs what :func:`refusal` does not refuse and has no positions."""
+    return (
         HOPPER_TRITON
         and compute_capability(q.device) == 90
         and q.dtype in (torch.float16, torch.bfloat16)
@@ -609,11 +620,10 @@ def kernel_for(q: Tensor, k: Tensor, v: Tensor, max_q: int, plan: AttentionPlan,
         and all(map(_is_aligned, (q, k, v)))
         and (plan.score_hook, plan.quick_hook) not in _PORTABLE_ONLY
     )
-    pays = wanted == "hopper" or (can and max_q > PORTABLE_UP_TO[q.shape[2]][0 if plan.is_dense else plan.group])
-    return "hopper" if can and pays and wanted != "portable" else "portable"
 
 
-def _sparse_cores_can(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> bool:
+def sparse_cores_can(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> bool:
+    """Say the same of the kernel on sparse tensor cores, if there is no sliding window, softcap or ``s_aux`` either."""
     return (
         compute_capability(q.device) == 90 and all(map(_is_aligned, (q, k, v))) and sparse_cores.can_run(q, k, v, plan)
     )

@@ -33,6 +33,8 @@ THREADS = 384
 BFLOAT16, NO_INTERLEAVE, SWIZZLE_128_BYTES, L2_256_BYTES, FILL_WITH_ZEROS = 9, 0, 3, 3, 0
 MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
 
+_kernels: dict[torch.device, ctypes.c_void_p] = {}
+
 logger = logging.getLogger(__name__)
 
 
@@ -53,9 +55,9 @@ class _Problem(ctypes.Structure):
 def can_run(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> bool:
     """Say whether the kernel runs these tensors on a GPU of compute capability 9.0.
 
-    They must be aligned as the tensor memory accelerator needs it, their device be the current one, and there be no
-    softcap, sliding window, ``s_aux`` or positions from outside. What the kernel runs it is compiled for here, when it
-    is first asked for; a warning is logged if that fails.
+    They must be aligned as the tensor memory accelerator needs it, and there be no softcap, sliding window, ``s_aux``
+    or positions from outside. The first time that is so, the kernel is compiled and loaded; if that fails, a warning
+    says why. While a CUDA graph is captured, it cannot be loaded, and runs nothing if it is not there yet.
     """
     return (
         plan.group == 4
@@ -63,7 +65,7 @@ def can_run(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> bool:
         and q.dtype == torch.bfloat16
         and q.shape[2] == v.shape[2] == HEAD_DIM
         and all(_width(x) < 2**31 for x in (q, k, v))
-        and _is_there(q.device)
+        and (q.device in _kernels or (not torch.cuda.is_current_stream_capturing() and _load(q.device)))
     )
 
 
@@ -96,7 +98,7 @@ def attend(
         processors: multiprocessors of the GPU.
 
     Raises:
-        RuntimeError: if the kernel cannot be launched.
+        RuntimeError: if the kernel cannot be launched; :func:`can_run` has been asked.
     """
     p, heads = problem, q.shape[1]
     batch, tiles = p.starts_q.shape[0], -(-min(p.max_q, q.shape[0]) // TILE)
@@ -138,7 +140,8 @@ def attend(
     programs = min(batch * heads * tiles, processors)
     stream = ctypes.c_void_p(torch.cuda.current_stream(q.device).cuda_stream)
     sizes = map(ctypes.c_uint, (programs, 1, 1, THREADS, 1, 1, SHARED_BYTES))
-    _check(_driver().cuLaunchKernel(_kernel(q.device), *sizes, stream, slots, None))
+    failed = _driver().cuLaunchKernel(_kernels[q.device], *sizes, stream, slots, None)
+    _check(failed, "; MODELOPT_LITE_KERNEL=hopper chooses another")
 
 
 def compiled() -> tuple[bytes, str]:
@@ -169,18 +172,22 @@ def compiled() -> tuple[bytes, str]:
 
 
 @functools.cache
-def _is_there(device: torch.device) -> bool:
-    """Compile and load the kernel for a device, which is the current one, and say whether that was possible."""
-    if nvrtc is None:
-        reason = "cuda-bindings is not installed (extra sparse-cores)"
-    else:
-        try:
-            _kernel(device)
-            return True
-        except RuntimeError as error:
-            reason = str(error)
-    logger.warning("2:4 is left to other kernels than sparse_cores, which would be faster: %s", reason)
-    return False
+def _load(device: torch.device) -> bool:
+    """Compile and load the kernel for a device, and say whether that was possible."""
+    try:
+        if nvrtc is None:
+            raise RuntimeError("cuda-bindings is not installed (extra sparse-cores)")
+        code, module, kernel = _code(), ctypes.c_void_p(), ctypes.c_void_p()
+        with torch.cuda.device(device):
+            torch.cuda.synchronize()  # a thread that has done nothing yet has no context
+            _check(_driver().cuModuleLoadData(ctypes.byref(module), ctypes.c_char_p(code)))
+            _check(_driver().cuModuleGetFunction(ctypes.byref(kernel), module, b"attend"))
+            _check(_driver().cuFuncSetAttribute(kernel, MAX_DYNAMIC_SHARED_SIZE_BYTES, SHARED_BYTES))
+    except (RuntimeError, OSError) as error:  # OSError: there is no driver
+        logger.warning("2:4 is left to other kernels than sparse_cores, which would be faster: %s", error)
+        return False
+    _kernels[device] = kernel
+    return True
 
 
 @functools.cache
@@ -193,25 +200,16 @@ def _check_compiler(failed: Any, log: str = "") -> None:
         raise RuntimeError(f"kernel: 'sparse_cores' does not compile: {failed} {log}".rstrip())
 
 
-def _check(failed: int) -> None:
+def _check(failed: int, remedy: str = "") -> None:
     if failed:
         text = ctypes.c_char_p()
         _driver().cuGetErrorString(failed, ctypes.byref(text))
-        raise RuntimeError(f"kernel: 'sparse_cores' does not run: {(text.value or b'').decode()} ({failed})")
+        raise RuntimeError(f"kernel: 'sparse_cores' does not run: {(text.value or b'').decode()} ({failed}){remedy}")
 
 
 @functools.cache
 def _code() -> bytes:
     return compiled()[0]
-
-
-@functools.cache
-def _kernel(device: torch.device) -> ctypes.c_void_p:
-    code, module, kernel = _code(), ctypes.c_void_p(), ctypes.c_void_p()
-    _check(_driver().cuModuleLoadData(ctypes.byref(module), ctypes.c_char_p(code)))
-    _check(_driver().cuModuleGetFunction(ctypes.byref(kernel), module, b"attend"))
-    _check(_driver().cuFuncSetAttribute(kernel, MAX_DYNAMIC_SHARED_SIZE_BYTES, SHARED_BYTES))
-    return kernel
 
 
 def _width(x: Tensor) -> int:

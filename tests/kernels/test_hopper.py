@@ -109,7 +109,7 @@ def absent_gpu(monkeypatch):
 )
 def test_choice(absent_gpu, monkeypatch, tokens, dims, dtype, plan, expected):
     q, v = (torch.zeros(tokens, 2, dim, dtype=dtype) for dim in dims)
-    choose = functools.partial(absent_gpu.kernel_for, q, q, v, tokens, plan, False)
+    choose = functools.partial(absent_gpu.kernel_for, q, q, v, 1, plan, False)
     assert choose() == ("hopper" if expected == "hopper" else "portable")
     monkeypatch.setenv("MODELOPT_LITE_KERNEL", "portable")
     assert choose() == "portable"

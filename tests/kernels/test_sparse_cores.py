@@ -1,10 +1,12 @@
 """The kernel on sparse tensor cores: its machine code without a GPU, and on one the contract, against the oracle."""
 
+import contextlib
 import ctypes
 import functools
 import math
 import re
 import tempfile
+import threading
 from collections import Counter
 from dataclasses import replace
 
@@ -35,6 +37,13 @@ def on_sparse_cores(monkeypatch):
     monkeypatch.setenv("MODELOPT_LITE_KERNEL", "sparse_cores")
     yield
     assert calls
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    """As in a process in which the kernel has not been loaded."""
+    monkeypatch.setattr(sparse_cores, "_kernels", {})
+    monkeypatch.setattr(sparse_cores, "_load", functools.cache(sparse_cores._load.__wrapped__))
 
 
 def of_128(**options):
@@ -79,28 +88,28 @@ def test_when_it_is_chosen(monkeypatch, changes, can):
     monkeypatch.setattr(launch, "compute_capability", lambda device: 90)
     monkeypatch.setattr(launch, "HOPPER_TRITON", True)
     monkeypatch.setattr(launch, "processors", lambda device: 132)
-    monkeypatch.setattr(sparse_cores, "_is_there", lambda device: True)
+    monkeypatch.setattr(sparse_cores, "_kernels", {torch.device("cpu"): None})
     monkeypatch.delenv("MODELOPT_LITE_KERNEL", raising=False)
     dim, dtype = changes.get("head_dim", 128), changes.get("dtype", torch.bfloat16)
     plan = top_n_plan(*changes.get("n_of_m", (2, 4)), 0, 64)
 
-    def choose(max_q, is_plain=True, tokens=132 * 32 + 1):
+    def choose(length, is_plain=True, tokens=64 * 80):
         q = torch.empty(tokens, 4, dim, dtype=dtype)
-        return launch.kernel_for(q, q, q, max_q, plan, is_plain)
+        return launch.kernel_for(q, q, q, tokens // length, plan, is_plain)
 
     assert choose(64) == "portable"
-    assert choose(65, tokens=132 * 32) != "sparse_cores"
-    assert [choose(max_q) == "sparse_cores" for max_q in (65, 10**5)] == [can, can]
-    assert choose(10**5, is_plain=False) == "hopper"
+    assert choose(65, tokens=65 * 64) != "sparse_cores"  # less than 128 * 132 rows of heads
+    assert [choose(length) == "sparse_cores" for length in (65, 64 * 80)] == [can, can]
+    assert choose(64 * 80, is_plain=False) == "hopper"
     monkeypatch.setenv("MODELOPT_LITE_KERNEL", "hopper")
-    assert choose(10**5) == "hopper"
+    assert choose(64 * 80) == "hopper"
     monkeypatch.setenv("MODELOPT_LITE_KERNEL", "portable")
-    assert choose(10**5) == "portable"
+    assert choose(64 * 80) == "portable"
     monkeypatch.setenv("MODELOPT_LITE_KERNEL", "sparse_cores")
     assert choose(1) == ("sparse_cores" if can else "portable")
     # What it cannot run is chosen as ever.
     assert choose(1, is_plain=False) == "portable"
-    assert choose(10**5, is_plain=False) == "hopper"
+    assert choose(64 * 80, is_plain=False) == "hopper"
 
 
 class BrokenBindings:
@@ -128,15 +137,20 @@ class OldDriver:
     [
         ({"nvrtc": None}, "cuda-bindings is not installed (extra sparse-cores)"),
         ({"nvrtc": BrokenBindings}, "no libnvrtc"),
-        ({"_code": lambda: b"", "_driver": OldDriver}, "kernel: 'sparse_cores' does not run: too new (222)"),
+        (
+            {"nvrtc": BrokenBindings, "_code": lambda: b"", "_driver": OldDriver},
+            "kernel: 'sparse_cores' does not run: too new (222)",
+        ),
     ],
 )
 def test_without_the_kernel(monkeypatch, caplog, changes, reason):
     """Others are chosen, and it is said why."""
     q = torch.zeros(8, 4, 128, dtype=torch.bfloat16)
-    monkeypatch.setattr(sparse_cores, "_kernel", sparse_cores._kernel.__wrapped__)
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    for name in ("synchronize", "is_current_stream_capturing"):
+        monkeypatch.setattr(torch.cuda, name, lambda: False)
     monkeypatch.setattr(sparse_cores, "_code", sparse_cores._code.__wrapped__)
-    monkeypatch.setattr(sparse_cores, "_is_there", functools.cache(sparse_cores._is_there.__wrapped__))
+    monkeypatch.setattr(sparse_cores, "_load", functools.cache(sparse_cores._load.__wrapped__))
     for name, value in changes.items():
         monkeypatch.setattr(sparse_cores, name, value)
     for _ in range(2):
@@ -154,6 +168,11 @@ class TestOnAGpu:
     def test_contract(self, lengths, is_causal, heads, sinks, window):
         plan = top_n_plan(2, 4, sinks, window)
         check(*of_128(lengths=lengths, is_causal=is_causal, heads=heads, plan=plan))
+
+    @pytest.mark.parametrize("programs", [1, 3])
+    def test_few_programs(self, monkeypatch, programs):
+        monkeypatch.setattr(launch, "processors", lambda device: programs)
+        check(*of_128(plan=top_n_plan(2, 4, 5, 64)))
 
     def test_more_queries_than_keys(self):
         lengths = ((300, 128), (5, 0), (700, 64), (2, 1))
@@ -192,8 +211,10 @@ class TestOnAGpu:
 
     @pytest.mark.parametrize("towards", ["later", "earlier"])
     @pytest.mark.parametrize(("sinks", "window"), [(0, 64), (4, 0)])
-    def test_scores_far_apart(self, towards, sinks, window):
-        """Scores jump by far more than an exponential holds, up or down along the keys."""
+    @pytest.mark.parametrize("programs", [1, 3, 132])
+    def test_scores_far_apart(self, monkeypatch, programs, towards, sinks, window):
+        """Scores jump by far more than an exponential holds, up or down. Few programs repair many items."""
+        monkeypatch.setattr(launch, "processors", lambda device: programs)
         lengths = ((1000, 1000), (200, 600))
         q, k, v, s_aux, problem = of_128(lengths=lengths, plan=top_n_plan(2, 4, sinks, window))
         ramp = torch.arange(k.shape[0], device="cuda") // 150
@@ -266,6 +287,50 @@ class TestOnAGpu:
     @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
     def test_the_tensors_device_and_not_the_current_one(self):
         test_gpu.test_the_tensors_device_and_not_the_current_one()
+
+    @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+    def test_named_for_another_device_than_the_current_one(self, fresh):
+        q, k, v, _, p = of_128(plan=top_n_plan(2, 4, 4, 64), device="cuda:1")
+        assert torch.cuda.current_device() == 0
+        packing = (p.starts_q, p.lengths_q, p.max_q, p.starts_k, p.lengths_k, p.max_k)
+        options = {"is_causal": True, "softmax_scale": p.softmax_scale, "softcap": None, "s_aux": None, "plan": p.plan}
+        launch.forward(q, k, v, *packing, **options, sliding_window=None, kernel="sparse_cores")
+        check(q, k, v, None, p)
+
+    def test_in_a_thread_of_its_own(self, fresh):
+        """That has made no call to CUDA before the kernel is loaded."""
+        arguments = of_128(plan=top_n_plan(2, 4, 4, 64))
+        failed = []
+
+        def target():
+            try:
+                check(*arguments)
+            except BaseException as error:
+                failed.append(error)
+
+        thread = threading.Thread(target=target)
+        thread.start()
+        thread.join()
+        assert not failed
+
+    def test_not_loaded_in_a_graph(self, monkeypatch, fresh):
+        """A graph is captured before the kernel was loaded: another runs there, and this one elsewhere."""
+        arguments = of_128(plan=top_n_plan(2, 4, 4, 64))
+        monkeypatch.setenv("MODELOPT_LITE_KERNEL", "portable")
+        run(*arguments)
+        monkeypatch.setenv("MODELOPT_LITE_KERNEL", "sparse_cores")
+        torch.use_deterministic_algorithms(False)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output, _ = run(*arguments)
+        assert not sparse_cores._kernels
+        graph.replay()
+        torch.testing.assert_close(output, run(*arguments)[0], rtol=0.02, atol=0.02)
+        assert sparse_cores._kernels
+
+    def test_chosen_by_itself(self, monkeypatch):
+        monkeypatch.delenv("MODELOPT_LITE_KERNEL")
+        check(*of_128(lengths=((1500, 1500), (700, 900)), heads=(16, 4), plan=top_n_plan(2, 4, 4, 64)))
 
     def test_what_it_cannot_run_is_refused(self):
         q, k, v, _, p = of_128(plan=top_n_plan(2, 4, 4, 64))
