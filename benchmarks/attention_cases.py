@@ -25,6 +25,8 @@ from torch import Tensor
 from modelopt_lite.kernels.launch import forward
 
 HEADS, HEAD_DIM, SEQ_LEN = (32, 8), 128, 16384
+NAMES = ["dense", "1:4", "2:4", "2:8", "4:8", "8:16"]
+NAMES_OF = {"hopper": NAMES, "sparse_cores": ["2:4"], "portable": NAMES}
 LENGTHS = [512 * (i + 1) for i in range(16)]
 """Tokens of the sequences of the ragged batch, 512 to 8192."""
 
@@ -61,8 +63,7 @@ def repeated(k: Tensor, times: int) -> Tensor:
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--names", nargs="+", default=["dense", "1:4", "2:4", "2:8", "4:8", "8:16"])
-    parser.add_argument("--kernels", nargs="+", default=["hopper", "portable"], choices=["hopper", "portable"])
+    parser.add_argument("--kernels", nargs="+", default=[*NAMES_OF], choices=NAMES_OF)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--heat", type=float, default=1.0, help="seconds of heating before each problem")
     parser.add_argument("--output", type=Path, help="by default benchmarks/results/attention-cases-<device>.json")
@@ -76,7 +77,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     print("| kernel | name | ragged batch | keys in threes | all keys alike |\n| --- | --- | ---: | ---: | ---: |")
     for kernel in arguments.kernels:
-        for name in arguments.names:
+        for name in NAMES_OF[kernel]:
             calls = {
                 "equal": packed_call([equal] * len(LENGTHS), name, kernel),
                 "ragged": packed_call(LENGTHS, name, kernel),
