@@ -17,7 +17,9 @@ from cases import RAGGED
 from cases import packed_problem as make
 from machine_code import classify, hot_loop, run_tool
 from test_gpu import check, poison, run
+from transformers import LlamaConfig, LlamaForCausalLM
 
+import modelopt_lite as mtsa
 from modelopt_lite.kernels import launch, sparse_cores
 from modelopt_lite.kernels.problem import AttentionProblem
 from modelopt_lite.kernels.top_n import top_n_plan
@@ -331,6 +333,27 @@ class TestOnAGpu:
     def test_chosen_by_itself(self, monkeypatch):
         monkeypatch.delenv("MODELOPT_LITE_KERNEL")
         check(*of_128(lengths=((1500, 1500), (700, 900)), heads=(16, 4), plan=top_n_plan(2, 4, 4, 64)))
+
+    def test_in_a_model(self, monkeypatch):
+        """Left-padded prompts: logits err no more than twice what they do with the portable kernel."""
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 512, "intermediate_size": 512, "vocab_size": 1000, "max_position_embeddings": 1024}
+        heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 128}
+        model = LlamaForCausalLM(LlamaConfig(**sizes, **heads)).to("cuda", torch.bfloat16).eval()
+        mtsa.sparsify(model, mtsa.SPARSE_SOFTMAX_DEFAULT)
+        ids = torch.randint(1000, (3, 700), device="cuda")
+        mask = torch.arange(700, device="cuda") >= torch.tensor([[0], [301], [690]], device="cuda")
+
+        def logits():
+            with torch.no_grad():
+                return model(input_ids=ids, attention_mask=mask.long()).logits[mask].double()
+
+        found = logits()
+        monkeypatch.setenv("MODELOPT_LITE_KERNEL", "portable")
+        portable = logits()
+        expected = (model.double(), logits())[1]
+        assert (found - expected).norm() <= 2 * (portable - expected).norm()
+        assert not torch.equal(found, portable)
 
     def test_what_it_cannot_run_is_refused(self):
         q, k, v, _, p = of_128(plan=top_n_plan(2, 4, 4, 64))
