@@ -102,7 +102,10 @@ def prepare(
         rows = (program - fillers) // kv_heads * ROWS + tl.arange(0, ROWS)[:, None]
         count = key_rows - tail_start
         copy_rows(key_ptr, key_tail_ptr, key_strides, tail_start, rows, count, head, kv_heads, OPTIONS.block_d)
-        copy_rows(value_ptr, value_tail_ptr, value_strides, tail_start, rows, count, head, kv_heads, OPTIONS.block_dv)
+        if value_tail_ptr is not None:
+            copy_rows(
+                value_ptr, value_tail_ptr, value_strides, tail_start, rows, count, head, kv_heads, OPTIONS.block_dv
+            )
 
 
 @triton.jit

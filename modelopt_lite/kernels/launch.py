@@ -352,10 +352,15 @@ def _launch_sparse_cores(
     p, (_, query_heads, head_dim), kv_heads = problem, q.shape, k.shape[1]
     settings = hopper_settings(q.dtype, head_dim, p.plan.group)
     options = _options(settings, head_dim, head_dim, p.is_causal, None, None, p.plan)
-    counter = _prepare(k, v, out, lse, (None, None, k.shape[0]), p, options)
+    # It loads whole tiles, those that reach past the last key from a copy.
+    key_tail = k.new_empty(2 * sparse_cores.TILE, kv_heads, head_dim)
+    tail_start = max(0, k.shape[0] - sparse_cores.TILE)
+    counter = _prepare(k, v, out, lse, (key_tail, None, tail_start), p, options)
     heads_per_wave = _heads_per_wave(p.max_k, k, v) * (query_heads // kv_heads)
     num_sinks, window, _ = _distances(p.plan, None)
-    sparse_cores.attend(q, k, v, out, lse, counter, p, heads_per_wave, num_sinks, window, processors(q.device))
+    sparse_cores.attend(
+        q, k, v, out, lse, counter, key_tail, tail_start, p, heads_per_wave, num_sinks, window, processors(q.device)
+    )
 
 
 def _prepare(
@@ -599,8 +604,9 @@ def kernel_for(q: Tensor, k: Tensor, v: Tensor, batch: int, plan: AttentionPlan,
     # Not that of the longest: with one long sequence among decode steps, most of large tiles would be empty.
     mean_length = q.shape[0] / max(1, batch)
     if is_plain and wanted in ("", "sparse_cores"):
-        # Up to 64 queries, half of a program idles; fewer tiles than multiprocessors are better spread if smaller.
-        pays = mean_length > sparse_cores.ROWS and q.shape[0] * q.shape[1] > sparse_cores.TILE * processors(q.device)
+        # Up to 64 queries, half of a program idles, and few tiles are better spread over a GPU if they are smaller.
+        tiles = q.shape[0] * q.shape[1] / sparse_cores.TILE
+        pays = mean_length > sparse_cores.ROWS and tiles > 1.5 * processors(q.device)
         if (wanted or pays) and sparse_cores_can(q, k, v, plan):
             return "sparse_cores"
     if wanted == "portable" or not hopper_can(q, k, v, plan):

@@ -25,7 +25,7 @@ struct Problem {
   long long out_token_stride, out_head_stride;               // of elements, like all strides
   int query_head_stride, key_head_stride, value_head_stride;
   int wide;  // bit i: the i-th of the first four pointers is to 64-bit integers
-  int batch, heads, heads_per_kv, tiles_per_head, heads_per_wave, key_rows;
+  int batch, heads, heads_per_kv, tiles_per_head, heads_per_wave, key_rows, tail_start;
   int num_sinks, window, causal, sparse_decode;
   float scale;      // to log2 space
   float no_factor;  // 0, which the compiler is not to know
@@ -45,7 +45,7 @@ constexpr u32 LOADED = VALUES + STAGES * TILE_BYTES, KEYS_FREE = LOADED + 8 * ST
 constexpr u32 FOUND = VALUES_FREE + 8 * STAGES, POSTED = FOUND + 8 * SLOTS, DONE = POSTED + 8 * SLOTS;
 constexpr u32 ITEMS = DONE + 8 * SLOTS, VERDICTS = ITEMS + 64 * SLOTS, SHARED = VERDICTS + 32 * SLOTS;
 static_assert(SHARED <= 6 * TILE_BYTES + 512, "");
-static_assert(sizeof(Problem) == 136, "");
+static_assert(sizeof(Problem) == 144, "");
 
 __device__ __forceinline__ void barrier_init(u32 barrier, u32 count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
@@ -405,7 +405,7 @@ __device__ __forceinline__ void find_items(const Problem& p, unsigned char* memo
 
 // Load what items need: the part of one thread. A stage holds the keys of one tile and the values of the tile before.
 __device__ __forceinline__ void load_items(
-    const TensorMap& query_map, const TensorMap& key_map, const TensorMap& key_pair_map, const TensorMap& value_map,
+    const TensorMap& query_map, const TensorMap& key_map, const TensorMap& key_tail_map, const TensorMap& value_map,
     const Problem& p, const unsigned char* memory, u32 base) {
   u32 step = 0;
   int idle = 0;
@@ -432,27 +432,21 @@ __device__ __forceinline__ void load_items(
       // already there it could miss a phase.
       if (index == 0) barrier_wait(base + VALUES_FREE + 8 * stage, parity);
       barrier_expect(loaded, (index < item.tiles ? TILE_BYTES : 0) + (index > 0 ? TILE_BYTES : 0));
-      if (index < item.tiles)
-        for (int half = 0; half < 2; half++) {
-          const u32 to = base + KEYS + stage * TILE_BYTES + 2 * BOX * half;
-          const int column = kv_head * p.key_head_stride + 64 * half;
-          if (row + TILE <= p.key_rows) {
-            // Rows have several addresses in this map: a sequence may begin anywhere.
-            for (int second = 0; second < 2; second++) {
-              const int first = row + 2 * second;
-              asm volatile(
-                  "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, "
-                  "%4, %5}], [%6];" ::"r"(to + BOX * second), "l"(&key_map), "r"(column), "r"(first % 4),
-                  "r"(first / 4 % 4), "r"(first / 16), "r"(loaded)
-                  : "memory");
-            }
-          } else {
-            // That map knows no last row. This one does, and its boxes have two keys.
-#pragma unroll 1
-            for (int pair = 0; pair < TILE / 2; pair++)
-              load_box(to + pair % 2 * BOX + pair / 2 * 256, key_pair_map, column, row + 2 * pair, loaded);
-          }
+      if (index < item.tiles) {
+        // Boxes know no last row: what is not whole before the end of the keys is in a copy of their end.
+        const bool in_tail = row + TILE > p.key_rows;
+        const TensorMap* map = in_tail ? &key_tail_map : &key_map;
+        const int column = kv_head * (in_tail ? DIM : p.key_head_stride), from = in_tail ? row - p.tail_start : row;
+        for (int box = 0; box < 4; box++) {
+          // Rows have several addresses in these maps: a sequence may begin anywhere.
+          const int first = from + box % 2 * 2;
+          asm volatile(
+              "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, "
+              "%5}], [%6];" ::"r"(base + KEYS + stage * TILE_BYTES + BOX * box), "l"(map), "r"(column + box / 2 * 64),
+              "r"(first % 4), "r"(first / 4 % 4), "r"(first / 16), "r"(loaded)
+              : "memory");
         }
+      }
       if (index > 0) {
         barrier_wait(base + VALUES_FREE + 8 * stage, parity);
         for (int half = 0; half < 2; half++)
@@ -484,9 +478,9 @@ struct Ring {
 
 // Clear a warpgroup's half of the values that lie past the sequence: zero times what is there need not be zero.
 __device__ __forceinline__ void clear_values(u32 values, int rows, const Thread& thread) {
-  for (int row = max(rows, ROWS * thread.warpgroup); row < ROWS * (thread.warpgroup + 1); row++)
-    if (thread.index < 64)
-      write_shared(values + thread.index / 32 * 2 * BOX + row * 128 + thread.index % 32 * 4, 0);
+  const int first = max(rows, ROWS * thread.warpgroup) + thread.index / 64;
+  for (int row = first; row < ROWS * (thread.warpgroup + 1); row += 2)
+    write_shared(values + thread.index / 32 % 2 * 2 * BOX + row * 128 + thread.index % 32 * 4, 0);
   fence_async();
   synchronize(3, 256);
 }
@@ -720,7 +714,7 @@ __device__ __forceinline__ void attend_items(const Problem& p, const unsigned ch
 
 extern "C" __global__ void __launch_bounds__(384, 1) attend(
     const __grid_constant__ TensorMap query_map, const __grid_constant__ TensorMap key_map,
-    const __grid_constant__ TensorMap key_pair_map, const __grid_constant__ TensorMap value_map,
+    const __grid_constant__ TensorMap key_tail_map, const __grid_constant__ TensorMap value_map,
     const __grid_constant__ Problem problem) {
   extern __shared__ unsigned char unaligned[];
   const u32 base = (u32)__cvta_generic_to_shared(unaligned) + 1023 & ~1023u;
@@ -743,7 +737,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) attend(
   const int role = __shfl_sync(ALL, threadIdx.x / 128, 0);
   if (role == 0) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-    if (threadIdx.x == 0) load_items(query_map, key_map, key_pair_map, value_map, problem, memory, base);
+    if (threadIdx.x == 0) load_items(query_map, key_map, key_tail_map, value_map, problem, memory, base);
     if (threadIdx.x == 32) find_items(problem, memory, base);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");

@@ -47,7 +47,10 @@ class _Problem(ctypes.Structure):
         *((name, ctypes.c_longlong) for name in ("out_token_stride", "out_head_stride")),
         *((name, ctypes.c_int) for name in ("query_head_stride", "key_head_stride", "value_head_stride", "wide")),
         *((name, ctypes.c_int) for name in ("batch", "heads", "heads_per_kv", "tiles_per_head", "heads_per_wave")),
-        *((name, ctypes.c_int) for name in ("key_rows", "num_sinks", "window", "causal", "sparse_decode")),
+        *(
+            (name, ctypes.c_int)
+            for name in ("key_rows", "tail_start", "num_sinks", "window", "causal", "sparse_decode")
+        ),
         *((name, ctypes.c_float) for name in ("scale", "no_factor")),
     )
 
@@ -76,6 +79,8 @@ def attend(
     out: Tensor,
     lse: Tensor | None,
     counter: Tensor,
+    key_tail: Tensor,
+    tail_start: int,
     problem: AttentionProblem,
     heads_per_wave: int,
     num_sinks: int,
@@ -91,6 +96,9 @@ def attend(
         out: see there; rows of no sequence are not written.
         lse: ``[tokens, query heads]`` in FP32, or None.
         counter: one int32, 0.
+        key_tail: the last ``TILE`` keys, or all if there are fewer, and rows of any content, ``2 * TILE`` together; as
+            ``k``, contiguous.
+        tail_start: the row of the first of these keys.
         problem: see there.
         heads_per_wave: of how many heads keys and values fit into the L2 cache, >= 1.
         num_sinks: the plan's sink tokens, below 2^31.
@@ -119,6 +127,7 @@ def attend(
         tiles,
         min(heads_per_wave, batch * heads),
         k.shape[0],
+        tail_start,
         num_sinks,
         window,
         p.is_causal,
@@ -126,13 +135,10 @@ def attend(
         p.softmax_scale * LOG2E.value,
         0.0,
     )
-    # Every other pair of keys, as [span of 16, group, key of a pair, dim]. A sequence may begin anywhere, so rows have
-    # several addresses. Boxes are only loaded from where they are whole.
-    row, rows = k.stride(0), k.shape[0]
     arguments = (
         _tensor_map(q, [q.shape[0]], [q.stride(0)], [ROWS]),
-        _tensor_map(k, [5, 7, rows // 16 + 1], [row, 4 * row, 16 * row], [2, 4, TILE // 16]),
-        _tensor_map(k, [rows], [row], [2]),
+        _key_map(k),
+        _key_map(key_tail),
         _tensor_map(v, [v.shape[0]], [v.stride(0)], [TILE]),
         numbers,
     )
@@ -215,6 +221,15 @@ def _code() -> bytes:
 def _width(x: Tensor) -> int:
     """Return over how many elements the heads of a token are spread: they are one dimension of tensor maps."""
     return (x.shape[1] - 1) * x.stride(1) + x.shape[2]
+
+
+def _key_map(k: Tensor) -> Any:
+    """Describe keys in boxes of every other pair of a tile, as ``[span of 16, group, key of a pair, dim]``.
+
+    A sequence may begin anywhere, so rows have several addresses. The kernel only loads boxes that are whole.
+    """
+    row = k.stride(0)
+    return _tensor_map(k, [5, 7, k.shape[0] // 16 + 1], [row, 4 * row, 16 * row], [2, 4, TILE // 16])
 
 
 def _tensor_map(x: Tensor, sizes: list[int], strides: list[int], box: list[int]) -> Any:

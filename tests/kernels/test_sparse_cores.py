@@ -71,7 +71,7 @@ def test_machine_code():
 
 
 def test_both_languages_lay_out_the_problem_alike():
-    assert ctypes.sizeof(sparse_cores._Problem) == 136  # as sparse_cores.cu asserts
+    assert ctypes.sizeof(sparse_cores._Problem) == 144  # as sparse_cores.cu asserts
 
 
 @pytest.mark.parametrize(
@@ -95,23 +95,23 @@ def test_when_it_is_chosen(monkeypatch, changes, can):
     dim, dtype = changes.get("head_dim", 128), changes.get("dtype", torch.bfloat16)
     plan = top_n_plan(*changes.get("n_of_m", (2, 4)), 0, 64)
 
-    def choose(length, is_plain=True, tokens=64 * 80):
+    def choose(length, is_plain=True, tokens=64 * 100):
         q = torch.empty(tokens, 4, dim, dtype=dtype)
         return launch.kernel_for(q, q, q, tokens // length, plan, is_plain)
 
     assert choose(64) == "portable"
-    assert choose(65, tokens=65 * 64) != "sparse_cores"  # less than 128 * 132 rows of heads
-    assert [choose(length) == "sparse_cores" for length in (65, 64 * 80)] == [can, can]
-    assert choose(64 * 80, is_plain=False) == "hopper"
+    assert choose(65, tokens=65 * 64) != "sparse_cores"  # fewer than 198 tiles
+    assert [choose(length) == "sparse_cores" for length in (65, 64 * 100)] == [can, can]
+    assert choose(64 * 100, is_plain=False) == "hopper"
     monkeypatch.setenv("MODELOPT_LITE_KERNEL", "hopper")
-    assert choose(64 * 80) == "hopper"
+    assert choose(64 * 100) == "hopper"
     monkeypatch.setenv("MODELOPT_LITE_KERNEL", "portable")
-    assert choose(64 * 80) == "portable"
+    assert choose(64 * 100) == "portable"
     monkeypatch.setenv("MODELOPT_LITE_KERNEL", "sparse_cores")
     assert choose(1) == ("sparse_cores" if can else "portable")
     # What it cannot run is chosen as ever.
     assert choose(1, is_plain=False) == "portable"
-    assert choose(64 * 80, is_plain=False) == "hopper"
+    assert choose(64 * 100, is_plain=False) == "hopper"
 
 
 class BrokenBindings:
@@ -179,6 +179,16 @@ class TestOnAGpu:
     def test_more_queries_than_keys(self):
         lengths = ((300, 128), (5, 0), (700, 64), (2, 1))
         check(*of_128(lengths=lengths, is_causal=False, plan=top_n_plan(2, 4, 3, 20)))
+
+    @pytest.mark.parametrize("is_causal", [True, False])
+    @pytest.mark.parametrize("before", [0, 3, 125, 600])
+    def test_any_end(self, is_causal, before):
+        """The last sequence ends with the tensor, where the last tile is loaded from a copy."""
+        plan = top_n_plan(2, 4, 5, 20)
+        for length in (1, 2, 5, 127, 128, 130, 255, 257, 383, 500):
+            q, k, v, _, problem = of_128(lengths=((before, before), (length, length)), is_causal=is_causal, plan=plan)
+            end = int(problem.starts_k[1]) + length
+            check(q, k[:end].clone(), v[:end].clone(), None, problem)
 
     def test_long_integers(self):
         q, k, v, s_aux, problem = of_128(plan=top_n_plan(2, 4, 3, 20))
