@@ -208,8 +208,8 @@ def forward(
         a visible key and rows of no sequence are 0 and -inf.
 
     Raises:
-        ValueError: if ``kernel`` is not the portable one and the settings or the problem are for that alone, or if it
-            is ``"sparse_cores"`` and cannot run this.
+        ValueError: if ``kernel`` is not the portable one and the settings or the problem are for that alone, if it is
+            ``"sparse_cores"`` and cannot run this, or if there are more tiles than 32 bits count.
     """
     if out is None:
         out = torch.empty(q.shape[0], q.shape[1], v.shape[2], dtype=q.dtype, device=q.device)
@@ -226,8 +226,8 @@ def forward(
     if kernel == "sparse_cores" and not (is_plain and sparse_cores_can(q, k, v, plan)):
         raise ValueError(
             "kernel: 'sparse_cores' is not allowed; it takes aligned BF16 with a head_dim of 128, 2:4 and no "
-            "sliding_window, softcap or s_aux, on compute capability 9.0; if it cannot be compiled or loaded, a "
-            "warning says why"
+            "sliding_window, softcap or s_aux, on compute capability 9.0; while a CUDA graph is captured, it has to be "
+            "loaded already, and if it cannot be compiled or loaded, a warning says why"
         )
     with torch.cuda.device_of(q):
         chosen = kernel or kernel_for(q, k, v, starts_q.shape[0], plan, is_plain)
@@ -317,6 +317,7 @@ def _launch_hopper(
     options = options._replace(pair=min(group, 2))
     tiles = triton.cdiv(p.max_q, settings.block_m)
     items = batch * query_heads * tiles
+    _refuse_too_many(items)
     tails = _tails(k, group, settings)
     key_tail, value_tail, tail_start = tails
     counter = _prepare(k, v, out, lse, tails, p, options)
@@ -352,6 +353,7 @@ def _launch_sparse_cores(
     p, (_, query_heads, head_dim), kv_heads = problem, q.shape, k.shape[1]
     settings = hopper_settings(q.dtype, head_dim, p.plan.group)
     options = _options(settings, head_dim, head_dim, p.is_causal, None, None, p.plan)
+    _refuse_too_many(p.starts_q.shape[0] * query_heads * triton.cdiv(p.max_q, sparse_cores.TILE))
     # It loads whole tiles, those that reach past the last key from a copy.
     key_tail = k.new_empty(2 * sparse_cores.TILE, kv_heads, head_dim)
     tail_start = max(0, k.shape[0] - sparse_cores.TILE)
@@ -361,6 +363,12 @@ def _launch_sparse_cores(
     sparse_cores.attend(
         q, k, v, out, lse, counter, key_tail, tail_start, p, heads_per_wave, num_sinks, window, processors(q.device)
     )
+
+
+def _refuse_too_many(items: int) -> None:
+    """Raise a ValueError if kernels could not count the tiles of all queries, heads and sequences in 32 bits."""
+    if items >= 2**30:
+        raise ValueError(f"max_q: {items} tiles of queries, heads and sequences are not allowed; fewer than 2^30")
 
 
 def _prepare(

@@ -1,7 +1,7 @@
 """Runs the kernel of ``sparse_cores.cu``: 2:4 attention on the sparse tensor cores of Hopper GPUs.
 
 Neither Triton nor Gluon has matrix instructions for sparse operands, so the kernel is CUDA C++. NVRTC compiles it when
-a process first needs it, in some seconds; it comes with CUDA builds of PyTorch, and ``cuda-bindings`` finds it.
+a process first needs it, in a second or two; it comes with CUDA builds of PyTorch, and ``cuda-bindings`` finds it.
 """
 
 from __future__ import annotations

@@ -242,6 +242,32 @@ def test_prepare(launch_for, group, rows):
     assert lse[1:].isneginf().all()
 
 
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
+@pytest.mark.parametrize("rows", [3, 128, 300])
+def test_prepare_copies_keys_alone(absent_gpu, monkeypatch, rows):
+    """For the kernel on sparse tensor cores."""
+    tails = []
+    monkeypatch.setattr(absent_gpu, "sparse_cores_can", lambda *arguments: True)
+    monkeypatch.setattr(absent_gpu, "processors", lambda device: 132)
+    monkeypatch.setattr(absent_gpu.sparse_cores, "attend", lambda *arguments: tails.append(arguments[6:8]))
+    q, k, v = torch.randn(70, 3, 128).to(BF16), *torch.randn(rows, 4, 128).to(BF16).split(2, 1)
+    packing = (torch.tensor([0]), torch.tensor([1]), 1, torch.tensor([0]), torch.tensor([rows]), rows)
+    options = {"is_causal": True, "softmax_scale": 1.0, "sliding_window": None, "softcap": None, "s_aux": None}
+    absent_gpu.forward(q, k, v, *packing, **options, plan=top_n_plan(2, 4, 0, 0), kernel="sparse_cores")
+    ((key_tail, start),) = tails
+    assert start == max(0, rows - 128)
+    assert key_tail.shape == (256, 2, 128)
+    assert torch.equal(key_tail[: rows - start], k[start:])
+
+
+def test_too_many_items_are_refused(absent_gpu):
+    q, starts = torch.zeros(2, 1, 128, dtype=BF16), torch.zeros(2, dtype=torch.int32)
+    packing = (starts, starts, 2**37, starts, starts, 2**37)
+    options = {"is_causal": True, "softmax_scale": 1.0, "sliding_window": None, "softcap": None, "s_aux": None}
+    with pytest.raises(ValueError, match="max_q: 2147483648 tiles of queries, heads and sequences are not allowed"):
+        absent_gpu.forward(q, q, q, *packing, **options, plan=DENSE, kernel="hopper")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("index", range(len(VARIANTS)), ids=lambda i: "-".join(map(str, VARIANTS[i])))
 def test_kernel_fits_the_gpu(compiled, index):

@@ -100,7 +100,7 @@ def test_when_it_is_chosen(monkeypatch, changes, can):
         return launch.kernel_for(q, q, q, tokens // length, plan, is_plain)
 
     assert choose(64) == "portable"
-    assert choose(65, tokens=65 * 64) != "sparse_cores"  # fewer than 198 tiles
+    assert choose(65, tokens=65 * 96) != "sparse_cores"  # fewer than 198 tiles
     assert [choose(length) == "sparse_cores" for length in (65, 64 * 100)] == [can, can]
     assert choose(64 * 100, is_plain=False) == "hopper"
     monkeypatch.setenv("MODELOPT_LITE_KERNEL", "hopper")
