@@ -33,6 +33,7 @@ def from_pretrained(path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedMo
     Raises:
         ConfigError: if the saved config holds no sparsity configuration, or one of another version, or names a class
             that is neither a model of Transformers nor to be trusted.
+        ValueError: by Transformers, if it names no class, and the one in ``auto_map`` is not to be trusted.
         UnsupportedError: if the model has a layer that is not supported.
     """
     config, _ = PreTrainedConfig.get_config_dict(path, **kwargs)
@@ -56,5 +57,7 @@ def from_pretrained(path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedMo
                 "auto_map names for one of Transformers' AutoModel classes, loaded with trust_remote_code=True, which "
                 "runs the model's own code"
             )
-    model: PreTrainedModel = loader.from_pretrained(path, **{**kwargs, "use_safetensors": True})
+    # Where nothing is said of trust, Transformers would ask at a terminal.
+    options = {"trust_remote_code": False, **kwargs, "use_safetensors": True}
+    model: PreTrainedModel = loader.from_pretrained(path, **options)
     return sparsify(model, {"sparse_cfg": dict(saved["sparse_cfg"])})

@@ -317,7 +317,6 @@ def _launch_hopper(
     options = options._replace(pair=min(group, 2))
     tiles = triton.cdiv(p.max_q, settings.block_m)
     items = batch * query_heads * tiles
-    _refuse_too_many(items)
     tails = _tails(k, group, settings)
     key_tail, value_tail, tail_start = tails
     counter = _prepare(k, v, out, lse, tails, p, options)
@@ -353,7 +352,6 @@ def _launch_sparse_cores(
     p, (_, query_heads, head_dim), kv_heads = problem, q.shape, k.shape[1]
     settings = hopper_settings(q.dtype, head_dim, p.plan.group)
     options = _options(settings, head_dim, head_dim, p.is_causal, None, None, p.plan)
-    _refuse_too_many(p.starts_q.shape[0] * query_heads * triton.cdiv(p.max_q, sparse_cores.TILE))
     # It loads whole tiles, those that reach past the last key from a copy.
     key_tail = k.new_empty(2 * sparse_cores.TILE, kv_heads, head_dim)
     tail_start = max(0, k.shape[0] - sparse_cores.TILE)
@@ -365,12 +363,6 @@ def _launch_sparse_cores(
     )
 
 
-def _refuse_too_many(items: int) -> None:
-    """Raise a ValueError if kernels could not count the tiles of all queries, heads and sequences in 32 bits."""
-    if items >= 2**30:
-        raise ValueError(f"max_q: {items} tiles of queries, heads and sequences are not allowed; fewer than 2^30")
-
-
 def _prepare(
     k: Tensor,
     v: Tensor,
@@ -380,8 +372,18 @@ def _prepare(
     problem: AttentionProblem,
     options: Options,
 ) -> Tensor:
-    """Fill what belongs to no sequence, copy to any :func:`_tails`, and return a counter of items, at 0."""
+    """Fill what belongs to no sequence, copy to any :func:`_tails`, and return a counter of items, at 0.
+
+    Raises:
+        ValueError: if there may be more items than the counter can hold.
+    """
     p, (total, query_heads, _), (key_rows, kv_heads, _) = problem, out.shape, k.shape
+    batch = p.starts_q.shape[0]
+    if batch * query_heads * triton.cdiv(p.max_q, ROWS.value) >= 2**30:
+        raise ValueError(
+            f"max_q: {p.max_q} is not allowed with {batch} sequences and {query_heads} heads; pass fewer sequences at "
+            f"a time, so that there are fewer than 2^30 tiles of {ROWS.value} queries"
+        )
     key_tail, value_tail, tail_start = tails
     counter = torch.empty(1, dtype=torch.int32, device=out.device)
     copies = triton.cdiv(key_rows - tail_start, ROWS.value) * kv_heads
@@ -398,7 +400,7 @@ def _prepare(
         v.stride()[:2],
         p.starts_q,
         p.lengths_q,
-        p.starts_q.shape[0],
+        batch,
         total,
         query_heads,
         tail_start,

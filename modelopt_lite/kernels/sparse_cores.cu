@@ -327,7 +327,8 @@ __device__ __forceinline__ int entry(const Problem& p, const void* numbers, int 
 // What there is to compute for 128 queries of one head, which they see in which tiles: masked ones first, the last keys,
 // then what is before the hot tiles, then the band around the queries backwards; then the hot tiles. As in hopper.py.
 struct Item {
-  int number, head, first_row, rows, start_k;                // rows: of the sequence, from the first of these on
+  int number, head, first_row, start_k;                      // first_row: of the queries; start_k: row of the first key
+  int rows;                                                 // of the sequence, from the first of these queries on
   int first_position, length, window;                       // of the first query, the keys, and the dense window
   int hot_begin, band_begin, band_end, last, masked, tiles;  // tiles: 0 if there is nothing to do; twice, it is the end
   int online;                                               // whether to use the ordinary online softmax

@@ -33,7 +33,7 @@ THREADS = 384
 BFLOAT16, NO_INTERLEAVE, SWIZZLE_128_BYTES, L2_256_BYTES, FILL_WITH_ZEROS = 9, 0, 3, 3, 0
 MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
 
-_kernels: dict[torch.device, ctypes.c_void_p] = {}
+_kernels: dict[torch.device, ctypes.c_void_p | None] = {}
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ def can_run(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> bool:
         and q.dtype == torch.bfloat16
         and q.shape[2] == v.shape[2] == HEAD_DIM
         and all(_width(x) < 2**31 for x in (q, k, v))
-        and (q.device in _kernels or (not torch.cuda.is_current_stream_capturing() and _load(q.device)))
+        and _kernel(q.device) is not None
     )
 
 
@@ -146,7 +146,7 @@ def attend(
     programs = min(batch * heads * tiles, processors)
     stream = ctypes.c_void_p(torch.cuda.current_stream(q.device).cuda_stream)
     sizes = map(ctypes.c_uint, (programs, 1, 1, THREADS, 1, 1, SHARED_BYTES))
-    failed = _driver().cuLaunchKernel(_kernels[q.device], *sizes, stream, slots, None)
+    failed = _driver().cuLaunchKernel(_kernel(q.device), *sizes, stream, slots, None)
     _check(failed, "; MODELOPT_LITE_KERNEL=hopper chooses another")
 
 
@@ -177,9 +177,17 @@ def compiled() -> tuple[bytes, str]:
     return code, text
 
 
-@functools.cache
-def _load(device: torch.device) -> bool:
-    """Compile and load the kernel for a device, and say whether that was possible."""
+def _kernel(device: torch.device) -> ctypes.c_void_p | None:
+    """Return the kernel on a device, or None if it could not be loaded, or can not while a graph is captured."""
+    if device not in _kernels:
+        if torch.cuda.is_current_stream_capturing():
+            return None
+        _kernels[device] = _load(device)
+    return _kernels[device]
+
+
+def _load(device: torch.device) -> ctypes.c_void_p | None:
+    """Compile and load the kernel for a device; warn and return None if that fails."""
     try:
         if nvrtc is None:
             raise RuntimeError("cuda-bindings is not installed (extra sparse-cores)")
@@ -191,9 +199,8 @@ def _load(device: torch.device) -> bool:
             _check(_driver().cuFuncSetAttribute(kernel, MAX_DYNAMIC_SHARED_SIZE_BYTES, SHARED_BYTES))
     except (RuntimeError, OSError) as error:  # OSError: there is no driver
         logger.warning("2:4 is left to other kernels than sparse_cores, which would be faster: %s", error)
-        return False
-    _kernels[device] = kernel
-    return True
+        return None
+    return kernel
 
 
 @functools.cache

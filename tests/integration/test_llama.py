@@ -465,6 +465,21 @@ def test_a_model_with_code_of_its_own_is_restored_only_if_that_is_trusted(model,
             mtsa.from_pretrained(folder, trust_remote_code=True)
 
 
+def test_trust_is_not_asked_for(sparse, tmp_path, monkeypatch):
+    """Not even at a terminal, for a model that names no class but has code."""
+    sparse.save_pretrained(tmp_path)
+    (tmp_path / "own.py").write_text("raise AssertionError('this ran')")
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text()) | {"model_type": "own", "architectures": None}
+    config["auto_map"] = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    file.write_text(json.dumps(config))
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *prompt: asked.append(prompt) or "y")
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        mtsa.from_pretrained(tmp_path)
+    assert not asked
+
+
 def test_a_dense_reload_made_sparse_and_back_keeps_its_saved_config(sparse, tmp_path):
     sparse.save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)

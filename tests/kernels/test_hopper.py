@@ -260,12 +260,14 @@ def test_prepare_copies_keys_alone(absent_gpu, monkeypatch, rows):
     assert torch.equal(key_tail[: rows - start], k[start:])
 
 
-def test_too_many_items_are_refused(absent_gpu):
+@pytest.mark.parametrize("kernel", ["hopper", "sparse_cores"])
+def test_too_many_items_are_refused(absent_gpu, monkeypatch, kernel):
+    monkeypatch.setattr(absent_gpu, "sparse_cores_can", lambda *arguments: True)
     q, starts = torch.zeros(2, 1, 128, dtype=BF16), torch.zeros(2, dtype=torch.int32)
     packing = (starts, starts, 2**37, starts, starts, 2**37)
     options = {"is_causal": True, "softmax_scale": 1.0, "sliding_window": None, "softcap": None, "s_aux": None}
-    with pytest.raises(ValueError, match="max_q: 2147483648 tiles of queries, heads and sequences are not allowed"):
-        absent_gpu.forward(q, q, q, *packing, **options, plan=DENSE, kernel="hopper")
+    with pytest.raises(ValueError, match="max_q: 137438953472 is not allowed with 2 sequences and 1 heads; pass fewer"):
+        absent_gpu.forward(q, q, q, *packing, **options, plan=top_n_plan(2, 4, 0, 0), kernel=kernel)
 
 
 @pytest.mark.slow
