@@ -238,13 +238,13 @@ def packed_layout(is_first: Tensor, *, is_causal: bool, sliding_window: int | No
     """
     batch, length = is_first.shape
     starts, lengths, counts = pack(is_first)
-    number, longest, left = batch * length, length, counts
-    if not torch.compiler.is_compiling():
-        number, longest = counts.tolist()
-        starts, lengths, left = starts[:number], lengths[:number], None
-    packing = (starts, lengths, longest)
+    if torch.compiler.is_compiling():
+        packing = (starts, lengths, length)
+        return Layout(batch, length, length, is_causal, sliding_window, True, *packing, *packing, counts=counts)
+    number, longest = counts.tolist()
+    packing = (starts[:number], lengths[:number], longest)
     whole = number == batch
-    return Layout(batch, length, length, is_causal, sliding_window, True, *packing, *packing, counts=left, whole=whole)
+    return Layout(batch, length, length, is_causal, sliding_window, True, *packing, *packing, whole=whole)
 
 
 def attend(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -100,7 +102,7 @@ def attention(
             the CPU and by the torch backend; on a GPU the caller vouches for them, as a check would stall it.
         UnsupportedError: if the backend asked for cannot run these arguments.
     """
-    if b_start_loc_k is b_seq_len_k is max_input_len_k is None:
+    if b_start_loc_k is None and b_seq_len_k is None and max_input_len_k is None:
         if isinstance(q, Tensor) and isinstance(k, Tensor) and q.shape[:1] != k.shape[:1]:
             raise ValueError(f"k: {k.shape[0]} rows, q has {q.shape[0]}; then b_start_loc_k is needed")
         b_start_loc_k, b_seq_len_k, max_input_len_k = b_start_loc, b_seq_len, max_input_len
@@ -128,7 +130,7 @@ def attention(
     if not all(isinstance(x, Tensor) for x in (*needed, *(x for x in others if x is not None))):
         check_request(request)
     output, lse = compute(request, backend)
-    return (output, lse) if return_lse else output
+    return (output, cast(Tensor, lse)) if return_lse else output
 
 
 def attention_statistics(
@@ -158,7 +160,7 @@ def attention_statistics(
         ValueError: if an argument is wrong; the message names it. Starts and lengths are checked value by value on the
             CPU alone.
     """
-    if b_start_loc_k is b_seq_len_k is max_input_len_k is None:
+    if b_start_loc_k is None and b_seq_len_k is None and max_input_len_k is None:
         b_start_loc_k, b_seq_len_k, max_input_len_k = b_start_loc, b_seq_len, max_input_len
     request = AttentionRequest(
         q=q,
@@ -179,7 +181,7 @@ def attention_statistics(
         first_q=b_first_q,
         first_k=b_first_k,
     )
-    return request_statistics(request)
+    return cast(AttentionStatistics, request_statistics(request))
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator] # a graph would hold every tile

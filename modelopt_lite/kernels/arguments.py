@@ -71,10 +71,8 @@ def _check_tensors(r: AttentionRequest) -> None:
 def _check_packing(suffix: str, starts: object, lengths: object, longest: object, q: Tensor) -> None:
     if starts is None or lengths is None or longest is None:
         raise ValueError("b_start_loc_k, b_seq_len_k, max_input_len_k: some are missing; give all three or none")
-    starts, lengths = (
-        _check_integers(f"b_start_loc{suffix}", starts, q),
-        _check_integers(f"b_seq_len{suffix}", lengths, q),
-    )
+    starts = _check_integers(f"b_start_loc{suffix}", starts, q)
+    lengths = _check_integers(f"b_seq_len{suffix}", lengths, q)
     if starts.shape != lengths.shape:
         raise ValueError(f"b_seq_len{suffix}: {lengths.shape[0]} sequences; b_start_loc{suffix} has {starts.shape[0]}")
     if not is_count(longest, 0):

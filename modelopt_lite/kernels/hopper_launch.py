@@ -49,7 +49,7 @@ def hopper_settings(dtype: torch.dtype, head_dim: int, group: int) -> Settings:
 
 
 def refusal(request: AttentionRequest) -> str | None:
-    """Say why the Gluon kernel cannot run a request, or None if it can; the portable kernel's refusal has been asked."""
+    """Say why the Gluon kernel cannot run a request that the portable kernel can run, or None if it can."""
     r = request
     hooks = (r.plan.score_hook, r.plan.quick_hook)
     if not r.q.is_cuda or compute_capability(r.q.device) != HOPPER:
@@ -59,7 +59,8 @@ def refusal(request: AttentionRequest) -> str | None:
     if r.q.dtype not in (torch.float16, torch.bfloat16):
         return f"the tensors are {r.q.dtype}, not torch.float16 or torch.bfloat16"
     if not (r.q.shape[2] == r.v.shape[2] and r.q.shape[2] in PORTABLE_UP_TO):
-        return f"head dimensions are {r.q.shape[2]} and {r.v.shape[2]}, not both {' or both '.join(map(str, PORTABLE_UP_TO))}"
+        allowed = " or both ".join(map(str, PORTABLE_UP_TO))
+        return f"head dimensions are {r.q.shape[2]} and {r.v.shape[2]}, not both {allowed}"
     if not all(map(is_aligned, (r.q, r.k, r.v))):
         return "addresses or strides of q, k or v are not multiples of 16 bytes"
     if r.has_positions:
@@ -203,7 +204,8 @@ def _tail(rows: int, group: int, settings: Settings) -> tuple[int, int]:
 
     Boxes reach further than their tile; see :func:`_key_descriptor`. Tiles that begin before that row are whole in what
     :func:`_key_descriptor` describes. The others are loaded from the copies, which have as many rows more as their
-    descriptors leave out: what these hold does not matter, as they belong to no sequence. Without groups there are none.
+    descriptors leave out: what these hold does not matter, as they belong to no sequence. Without groups there are no
+    copies.
     """
     if group == 1:
         return 0, rows

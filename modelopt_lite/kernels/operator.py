@@ -1,7 +1,7 @@
 """Attention as a PyTorch operator: its gradients, and its shapes for ``torch.compile``, which does not look inside.
 
-Operators take tensors, numbers and strings, so a request passes through one flattened. Where no gradient is recorded and
-nothing traces, there is no operator in between.
+Operators take tensors, numbers and strings, so a request passes through them flattened. Where no gradient is recorded
+and nothing traces, there is no operator in between.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def compute(request: AttentionRequest, backend: Backend = "auto") -> tuple[Tenso
     if is_compiling:
         output, lse = torch.ops.modelopt_lite.attention(*inputs)
     else:
-        output, lse = _Attention.apply(*inputs)
+        output, lse = _Attention.apply(*inputs)  # type: ignore[no-untyped-call]
     return output, lse.detach()
 
 
@@ -95,7 +95,7 @@ def _pack(is_first: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return lengths.cumsum(0) - lengths, lengths, counts
 
 
-@torch.library.register_fake("modelopt_lite::pack")
+@torch.library.register_fake("modelopt_lite::pack")  # type: ignore[untyped-decorator]
 def _(is_first: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     starts = is_first.new_empty(is_first.numel(), dtype=torch.int64)
     return starts, torch.empty_like(starts), torch.empty(2, dtype=torch.int64, device="cpu")
@@ -108,7 +108,7 @@ def _forward(*inputs: Any) -> tuple[Tensor, Tensor]:
     return output, _no_lse(request.q) if lse is None else lse
 
 
-@torch.library.register_fake("modelopt_lite::attention")
+@torch.library.register_fake("modelopt_lite::attention")  # type: ignore[untyped-decorator]
 def _(*inputs: Any) -> tuple[Tensor, Tensor]:
     fields = dict(zip(_NAMES, inputs, strict=True))
     q, v = fields["q"], fields["v"]
@@ -134,7 +134,7 @@ def _backward(grad: Tensor, output: Tensor, lse: Tensor, *inputs: Any) -> tuple[
     return grad_q, grad_k, grad_v, request.q.new_empty(0) if grad_s_aux is None else grad_s_aux
 
 
-@torch.library.register_fake("modelopt_lite::attention_backward")
+@torch.library.register_fake("modelopt_lite::attention_backward")  # type: ignore[untyped-decorator]
 def _(grad: Tensor, output: Tensor, lse: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     q, k, v, s_aux = inputs[:4]
     grad_s_aux = q.new_empty(0) if s_aux is None else s_aux.new_empty(s_aux.shape)

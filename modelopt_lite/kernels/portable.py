@@ -130,7 +130,7 @@ def prepare(
     descriptors = [
         rebased(_key_descriptor(x, r.group, block, settings), None) for x, block in ((r.k, block_d), (r.v, block_dv))
     ]
-    strides = tuple(x.stride()[:2] for x in (r.q, r.k, r.v)) + ((query_heads * value_dim, value_dim),)
+    strides = (*(x.stride()[:2] for x in (r.q, r.k, r.v)), (query_heads * value_dim, value_dim))
     launch = Launch(
         attention_forward, r.q.device, plan.score_hook, options_of(r, settings),
         num_warps=settings.num_warps, num_stages=settings.num_stages, enable_fp_fusion=True,
