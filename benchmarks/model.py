@@ -141,67 +141,6 @@ class Problem:
     warm_ups: int = WARM_UPS
 
 
-def synchronize() -> None:
-    """Wait for the GPU, if there is one."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def run_once(problem: Problem, variant: str) -> float:
-    """Run a variant's call and return the time of one of its operations in ms."""
-    call = problem.calls[variant]
-    synchronize()
-    start = time.perf_counter()
-    call()
-    if problem.waits:
-        synchronize()
-    taken = time.perf_counter() - start
-    synchronize()
-    problem.restore()
-    return taken * 1e3 / problem.count
-
-
-def warm_up(problem: Problem) -> tuple[dict[str, float], dict[str, float | None]]:
-    """Run each variant's call a few times.
-
-    A variant that fails is reported and left out.
-
-    Returns:
-        The last time of each variant in ms; and its peak memory in GiB, of what it takes itself and what is there for
-        all variants (weights, cache), but not of what variants before it hold on to (CUDA graphs).
-    """
-    last, peaks = {}, {}
-    has_gpu = torch.cuda.is_available()
-    shared = torch.cuda.memory_allocated() if has_gpu else 0
-    for variant in problem.calls:
-        before = torch.cuda.memory_allocated() if has_gpu else 0
-        if has_gpu:
-            torch.cuda.reset_peak_memory_stats()
-        try:
-            last[variant] = [run_once(problem, variant) for _ in range(problem.warm_ups)][-1]
-        except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:
-            print(f"{variant}: {type(error).__name__}: {str(error).splitlines()[0]}", file=sys.stderr)
-            problem.restore()
-            continue
-        peak = torch.cuda.max_memory_allocated() - before + shared if has_gpu else None
-        peaks[variant] = None if peak is None else round(peak / 2**30, 3)
-    return last, peaks
-
-
-def measure(problem: Problem, rounds: int) -> tuple[dict[str, float], dict[str, float | None]]:
-    """Return the median time in ms and the peak memory in GiB of each variant."""
-    last, peaks = warm_up(problem)
-    order, random_order = list(last), random.Random(0)
-    times: dict[str, list[float]] = {variant: [] for variant in order}
-    # The same number of calls for all, or the turn of a faster one would be the longer one.
-    turn = max(1, int(TURN_MS / (problem.count * max(last.values(), default=TURN_MS))))
-    for _ in range(rounds):
-        random_order.shuffle(order)
-        for variant in order:
-            times[variant].append(statistics.median(run_once(problem, variant) for _ in range(turn)))
-    return {variant: statistics.median(taken) for variant, taken in times.items()}, peaks
-
-
 class Bench:
     """A model in all variants, which share its weights, and the problems to measure with it.
 
@@ -219,19 +158,22 @@ class Bench:
             self.config = LlamaConfig(**MODELS[arguments.model], rope_parameters=rope_parameters(arguments.model))
         else:
             self.config = AutoConfig.from_pretrained(arguments.weights)
+            wrong = [name for name, value in MODELS[arguments.model].items() if getattr(self.config, name) != value]
+            if wrong:
+                raise SystemExit(f"--weights: {', '.join(wrong)} differ from the shape of --model {arguments.model}")
         if arguments.layers is not None:
             self.config.num_hidden_layers = arguments.layers
 
     @functools.cached_property
     def models(self) -> dict[str, PreTrainedModel]:
         """The model in each variant: objects of their own with the same parameters."""
-        options = {"dtype": self.dtype, "attn_implementation": "sdpa"}
-        with self.device:
+        options = {"config": self.config, "dtype": self.dtype, "attn_implementation": "sdpa"}
+        if self.arguments.weights is None:
             torch.manual_seed(0)
-            if self.arguments.weights is None:
-                model = AutoModelForCausalLM.from_config(self.config, **options)
-            else:
-                model = AutoModelForCausalLM.from_pretrained(self.arguments.weights, config=self.config, **options)
+            with self.device:
+                model = AutoModelForCausalLM.from_config(**options)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(self.arguments.weights, **options).to(self.device)
         model.eval().requires_grad_(False)
         weights = {id(x): x for x in itertools.chain(model.parameters(), model.buffers())}
         models = {}
@@ -346,10 +288,69 @@ class Bench:
             return torch.compile(model, backend="eager", dynamic=False)
         return torch.compile(model, mode=mode, dynamic=False)
 
+    def synchronize(self) -> None:
+        """Wait for the GPU, if it is used."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def run_once(self, problem: Problem, variant: str) -> float:
+        """Run a variant's call and return the time of one of its operations in ms."""
+        call = problem.calls[variant]
+        self.synchronize()
+        start = time.perf_counter()
+        call()
+        if problem.waits:
+            self.synchronize()
+        taken = time.perf_counter() - start
+        self.synchronize()
+        problem.restore()
+        return taken * 1e3 / problem.count
+
+    def warm_up(self, problem: Problem) -> tuple[dict[str, float], dict[str, float | None]]:
+        """Run each variant's call a few times; one that fails is reported and left out.
+
+        Returns:
+            The last time of each variant in ms; and its peak memory in GiB, of what it takes itself and what is there
+            for all variants (weights, cache), but not of what variants before it hold on to (CUDA graphs). None on a
+            CPU.
+        """
+        last: dict[str, float] = {}
+        peaks: dict[str, float | None] = {}
+        on_gpu = self.device.type == "cuda"
+        shared = torch.cuda.memory_allocated() if on_gpu else 0
+        for variant in problem.calls:
+            before = 0
+            if on_gpu:
+                before = torch.cuda.memory_allocated()
+                torch.cuda.reset_peak_memory_stats()
+            try:
+                last[variant] = [self.run_once(problem, variant) for _ in range(problem.warm_ups)][-1]
+            except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:
+                print(f"{variant}: {type(error).__name__}: {str(error).splitlines()[0]}", file=sys.stderr)
+                problem.restore()
+                continue
+            peaks[variant] = None
+            if on_gpu:
+                peaks[variant] = round((torch.cuda.max_memory_allocated() - before + shared) / 2**30, 3)
+        return last, peaks
+
+    def measure(self, problem: Problem) -> tuple[dict[str, float], dict[str, float | None]]:
+        """Return the median time in ms and the peak memory in GiB of each variant."""
+        last, peaks = self.warm_up(problem)
+        # The same number of calls for all, so that each heats the GPU as the others do.
+        turn = max(1, int(TURN_MS / (problem.count * max(last.values(), default=TURN_MS))))
+        order, random_order = list(last), random.Random(0)
+        times: dict[str, list[float]] = {variant: [] for variant in order}
+        for _ in range(self.arguments.rounds):
+            random_order.shuffle(order)
+            for variant in order:
+                times[variant].append(statistics.median(self.run_once(problem, variant) for _ in range(turn)))
+        return {variant: statistics.median(taken) for variant, taken in times.items()}, peaks
+
     def rows(self, what: str, mode: str, seq_len: int) -> list[dict[str, Any]]:
         """Measure one problem in all variants."""
         problem, batch = self.problem(what, mode, seq_len)
-        times, peaks = measure(problem, self.arguments.rounds)
+        times, peaks = self.measure(problem)
         sdpa = times.get("sdpa")
         return [
             {
@@ -470,12 +471,12 @@ def profile(bench: Bench) -> None:
     }
     for (name, problem), variant in itertools.product(problems.items(), PROFILED["variants"]):
         for _ in range(WARM_UPS):
-            run_once(problem, variant)
+            bench.run_once(problem, variant)
         profiler = cProfile.Profile()
         for _ in range(PROFILED["calls"]):
-            synchronize()
+            bench.synchronize()
             profiler.runcall(problem.calls[variant])
-            synchronize()
+            bench.synchronize()
             problem.restore()
         print(f"\n{variant}, {PROFILED['calls']} times one {name}")
         pstats.Stats(profiler).strip_dirs().sort_stats("cumulative").print_stats(40)
@@ -483,12 +484,13 @@ def profile(bench: Bench) -> None:
 
 def problems_of(arguments: argparse.Namespace) -> Iterator[tuple[str, str, int]]:
     """Yield what, mode and length of each problem that the arguments ask for: attention alone first, then models."""
-    for what in ("host", "attention"):
-        if what in arguments.parts and "eager" in arguments.modes:
-            yield from ((what, "eager", seq_len) for seq_len in arguments.seq_lens or SEQ_LENS[what])
-    for mode, what in itertools.product(arguments.modes, ("ttft", "decode", "batch", "generate")):
+    longest = MODELS[arguments.model]["max_position_embeddings"]
+    kinds = [(what, "eager") for what in ("host", "attention") if "eager" in arguments.modes]
+    kinds += [(what, mode) for mode in arguments.modes for what in ("ttft", "decode", "batch", "generate")]
+    for what, mode in kinds:
         if what in arguments.parts:
-            yield from ((what, mode, seq_len) for seq_len in arguments.seq_lens or SEQ_LENS[what])
+            lengths = arguments.seq_lens or [seq_len for seq_len in SEQ_LENS[what] if seq_len <= longest]
+            yield from ((what, mode, seq_len) for seq_len in lengths)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -497,7 +499,12 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--parts", nargs="+", default=[*SEQ_LENS], choices=SEQ_LENS, help="what is measured")
     parser.add_argument("--modes", nargs="+", default=["eager"], choices=["eager", "compiled"])
     parser.add_argument("--variants", nargs="+", default=[*VARIANTS], choices=VARIANTS)
-    parser.add_argument("--seq-lens", nargs="+", type=int, help="tokens, for all parts; by default each has its own")
+    parser.add_argument(
+        "--seq-lens",
+        nargs="+",
+        type=int,
+        help="tokens, for all parts; by default each its own, as many as the model has positions for",
+    )
     parser.add_argument("--model", default="llama-3.1-8b", choices=MODELS, help="shape; weights are random")
     parser.add_argument("--weights", type=Path, help="folder of a Transformers model to take weights and shape from")
     parser.add_argument("--layers", type=int, help="only so many of the model's layers")
@@ -529,7 +536,7 @@ def main(command_line: list[str] | None = None) -> None:
     output = arguments.output or recording.default_output("model", device)
     results = recording.header(device, transformers=transformers.__version__)
     rows = recording.rows_before(output, results)
-    print("\n".join(table([]).splitlines()), flush=True)
+    print(table([]), flush=True)
     for what, mode, seq_len in problems_of(arguments):
         new = bench.rows(what, mode, seq_len)
         if new:
@@ -538,7 +545,7 @@ def main(command_line: list[str] | None = None) -> None:
             # after every problem, so that an interrupted run keeps what it measured
             recording.write(output, results, rows)
         # Graphs and caches of this problem must not count as memory of the next.
-        torch._dynamo.reset()
+        torch.compiler.reset()
         gc.collect()
 
 
