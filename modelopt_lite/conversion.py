@@ -91,7 +91,7 @@ def sparsify(
     check_modules(model, modules, chosen)
     methods = config.assign(modules)
     check_revertible(model)
-    plans = {name: method.plan() for name, method in methods.items()}
+    plans = {name: method.shared_plan() for name, method in methods.items()}
 
     transformers = pretrained_models(model)
     for transformer in transformers.values():
