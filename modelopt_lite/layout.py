@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -308,7 +307,7 @@ def attend(
         if query.is_cuda and torch.cuda.is_current_stream_capturing():
             raise UnsupportedError(f"{layer_name(module)}: statistics cannot be collected in a CUDA graph")
         prefill = layout.lengths_q.masked_fill(layout.lengths_q == 1, 0)
-        statistics.add(request_statistics(replace(request, v=request.k, s_aux=None, lengths_q=prefill)))
+        statistics.add(request_statistics(request._replace(v=request.k, s_aux=None, lengths_q=prefill)))
     try:
         output, _ = compute(request, backend)
     except UnsupportedError as error:

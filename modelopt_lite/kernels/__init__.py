@@ -126,8 +126,18 @@ def attention(
         first_k=b_first_k,
         with_lse=return_lse,
     )
-    needed, others = (q, k, v, b_start_loc, b_seq_len, b_start_loc_k, b_seq_len_k), (s_aux, b_first_q, b_first_k)
-    if not all(isinstance(x, Tensor) for x in (*needed, *(x for x in others if x is not None))):
+    if not (
+        isinstance(q, Tensor)
+        and isinstance(k, Tensor)
+        and isinstance(v, Tensor)
+        and isinstance(b_start_loc, Tensor)
+        and isinstance(b_seq_len, Tensor)
+        and isinstance(b_start_loc_k, Tensor)
+        and isinstance(b_seq_len_k, Tensor)
+        and isinstance(s_aux, Tensor | None)
+        and isinstance(b_first_q, Tensor | None)
+        and isinstance(b_first_k, Tensor | None)
+    ):
         check_request(request)
     output, lse = compute(request, backend)
     return (output, cast(Tensor, lse)) if return_lse else output

@@ -180,18 +180,19 @@ def check_backend(request: AttentionRequest, backend: Backend) -> None:
 def _signature(r: AttentionRequest) -> tuple[Any, ...]:
     """Return all that a kernel's preparation depends on: everything but the tensors' addresses and contents.
 
-    Of an address, Triton looks at whether 16 divides it.
+    Of an address, Triton looks at whether 16 divides it. Written out, as it is computed at every call.
     """
-    tensors = (r.q, r.k, r.v, r.s_aux, r.starts_q, r.lengths_q, r.starts_k, r.lengths_k, r.first_q, r.first_k)
+    q, k, v, s_aux, first_q, first_k = r.q, r.k, r.v, r.s_aux, r.first_q, r.first_k
     return (
-        r.q.device,
-        *((x.shape, x.stride(), x.dtype, x.data_ptr() % 16) if x is not None else None for x in tensors),
-        r.max_q,
-        r.max_k,
-        r.is_causal,
-        r.softmax_scale,
-        r.sliding_window,
-        r.softcap,
-        r.plan.name,
-        r.with_lse,
-    )
+        q.device, q.dtype, q.shape, q.stride(), q.data_ptr() & 15,
+        k.dtype, k.shape, k.stride(), k.data_ptr() & 15,
+        v.dtype, v.shape, v.stride(), v.data_ptr() & 15,
+        None if s_aux is None else (s_aux.dtype, s_aux.shape, s_aux.device, s_aux.data_ptr() & 15),
+        _integers(r.starts_q), _integers(r.lengths_q), _integers(r.starts_k), _integers(r.lengths_k),
+        first_q if first_q is None else _integers(first_q), first_k if first_k is None else _integers(first_k),
+        r.max_q, r.max_k, r.is_causal, r.softmax_scale, r.sliding_window, r.softcap, r.plan.name, r.with_lse,
+    )  # fmt: skip
+
+
+def _integers(x: Tensor) -> tuple[Any, ...]:
+    return x.dtype, x.shape, x.device, x.data_ptr() & 15

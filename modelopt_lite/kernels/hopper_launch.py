@@ -18,7 +18,7 @@ from .hopper import ROWS, attention_forward_hopper
 from .hopper import prepare as prepare_kernel
 from .portable import new_results
 from .request import AttentionRequest, HookRefusedError
-from .settings import Options, Settings, SettingsRow, distances, hook_arguments, options_of
+from .settings import Options, Settings, SettingsRow, distances, hook_arguments, is_short, options_of
 
 HOPPER = 90
 HOPPER_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
@@ -69,7 +69,7 @@ def refusal(request: AttentionRequest) -> str | None:
 
 
 def pays(request: AttentionRequest) -> bool:
-    """Whether the Gluon kernel is faster than the portable one.
+    """Whether the Gluon kernel is faster than the portable one, of which one launch is enough.
 
     The mean length decides, not the longest: with one long sequence among decode steps, most of large tiles would be
     empty.
@@ -77,7 +77,7 @@ def pays(request: AttentionRequest) -> bool:
     r = request
     mean_length = r.q.shape[0] / max(1, r.starts_q.shape[0])
     limits = PORTABLE_UP_TO.get(r.q.shape[2])
-    return limits is not None and mean_length > limits[0 if r.plan.is_dense else r.plan.group]
+    return limits is not None and not is_short(r) and mean_length > limits[0 if r.plan.is_dense else r.plan.group]
 
 
 def prepare(request: AttentionRequest) -> Callable[[AttentionRequest], tuple[Tensor, Tensor | None]]:
@@ -165,7 +165,7 @@ class WorkPreparation:
         self, r: AttentionRequest, out: Tensor, lse: Tensor | None, key_tail: Tensor | None, value_tail: Tensor | None
     ) -> Tensor:
         """Launch, and return the counter; the tails are where the last keys and values go, or None."""
-        counter = torch.empty(1, dtype=torch.int32, device=out.device)
+        counter = out.new_empty(1, dtype=torch.int32)
         self.launch(
             self.fillers + self.copies, counter, out, lse, r.k, r.v, key_tail, value_tail, *self.strides,
             r.starts_q, r.lengths_q, *self.numbers,

@@ -7,7 +7,6 @@ and nothing traces, there is no operator in between.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -57,7 +56,7 @@ def compute(request: AttentionRequest, backend: Backend = "auto") -> tuple[Tenso
     check_request(request)
     choice.check_backend(request, backend)
     if needs_gradient:
-        request = replace(request, with_lse=True)
+        request = request._replace(with_lse=True)
     inputs = (*request.flatten(), backend)
     if is_compiling:
         output, lse = torch.ops.modelopt_lite.attention(*inputs)

@@ -22,6 +22,7 @@ from .settings import (
     default_settings,
     distances,
     hook_arguments,
+    is_short,
     options_of,
 )
 from .tiles import LOG2E
@@ -120,6 +121,8 @@ def prepare(
         settings = default_settings(
             _capability(r.q.device), r.q.dtype, max(block_d, block_dv), r.group, r.is_causal, SETTINGS
         )
+        if is_short(r):
+            settings = settings._replace(descriptors=False)  # which cost the host more than they save the GPU
     tiles = cdiv(r.max_q, settings.block_m)
     programs = batch * query_heads * tiles + cdiv(total, settings.block_m)
     heads = (query_heads, query_heads // kv_heads)
@@ -150,8 +153,8 @@ def prepare(
 def new_results(request: AttentionRequest) -> tuple[Tensor, Tensor | None]:
     """Return memory for a request's output and, if they are wanted, the logarithms of its softmax denominators."""
     r = request
-    out = torch.empty((r.q.shape[0], r.q.shape[1], r.v.shape[2]), dtype=r.q.dtype, device=r.q.device)
-    lse = torch.empty(r.q.shape[:2], dtype=torch.float32, device=r.q.device) if r.with_lse else None
+    out = r.q.new_empty((*r.q.shape[:2], r.v.shape[2]))
+    lse = r.q.new_empty(r.q.shape[:2], dtype=torch.float32) if r.with_lse else None
     return out, lse
 
 

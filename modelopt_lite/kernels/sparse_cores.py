@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .device import cdiv, compute_capability, heads_per_wave, is_aligned, processors
+from .device import cdiv, compute_capability, current_stream, heads_per_wave, is_aligned, processors
 from .hopper_launch import HOPPER, WorkPreparation, hopper_settings
 from .portable import new_results
 from .request import AttentionRequest
@@ -163,7 +163,7 @@ class _Launch:
         if self.sizes[0].value == 0:
             return
         numbers, driver = self.numbers, _driver()
-        stream = torch.cuda.current_stream(self.device).cuda_stream
+        stream = current_stream(self.device)
         # Launches copy the arguments, so the next one may change them.
         with self.lock:
             for tensor_map, x in zip(self.maps, (r.q, r.k, key_tail, r.v), strict=True):
