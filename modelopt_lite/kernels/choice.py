@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedError
-from .arguments import check_request
+from .arguments import check_request, check_rule
 from .blocked import forward_blocked
 from .language import tl
 from .request import AttentionRequest, HookRefusedError
@@ -98,10 +98,11 @@ def run(request: AttentionRequest, backend: Backend = "auto") -> Result:
         return prepared(request)
     check_request(request)
     check_backend(request, backend)
+    check_rule(request.plan, request.q.device)
     tried: list[str] = []
     while True:
         kernel = choose(request, backend, pinned, without=tried)
-        prepared = kernel.prepare(request)
+        prepared = _prepare(kernel, request)
         try:
             result = prepared(request)
             break
@@ -116,6 +117,12 @@ def run(request: AttentionRequest, backend: Backend = "auto") -> Result:
             _prepared.clear()
         _prepared[signature] = prepared
     return result
+
+
+def _prepare(kernel: Kernel, request: AttentionRequest) -> Run:
+    """Prepare a kernel, and copy what does not lie in memory as kernels read it."""
+    prepared = kernel.prepare(request.readable())
+    return prepared if request.readable() is request else lambda request: prepared(request.readable())
 
 
 def choose(
@@ -187,12 +194,12 @@ def _signature(r: AttentionRequest) -> tuple[Any, ...]:
         q.device, q.dtype, q.shape, q.stride(), q.data_ptr() & 15,
         k.dtype, k.shape, k.stride(), k.data_ptr() & 15,
         v.dtype, v.shape, v.stride(), v.data_ptr() & 15,
-        None if s_aux is None else (s_aux.dtype, s_aux.shape, s_aux.device, s_aux.data_ptr() & 15),
-        _integers(r.starts_q), _integers(r.lengths_q), _integers(r.starts_k), _integers(r.lengths_k),
-        first_q if first_q is None else _integers(first_q), first_k if first_k is None else _integers(first_k),
+        None if s_aux is None else _small(s_aux),
+        _small(r.starts_q), _small(r.lengths_q), _small(r.starts_k), _small(r.lengths_k),
+        first_q if first_q is None else _small(first_q), first_k if first_k is None else _small(first_k),
         r.max_q, r.max_k, r.is_causal, r.softmax_scale, r.sliding_window, r.softcap, r.plan.name, r.with_lse,
     )  # fmt: skip
 
 
-def _integers(x: Tensor) -> tuple[Any, ...]:
-    return x.dtype, x.shape, x.device, x.data_ptr() & 15
+def _small(x: Tensor) -> tuple[Any, ...]:
+    return x.dtype, x.shape, x.stride(), x.device, x.data_ptr() & 15

@@ -118,6 +118,15 @@ class AttentionRequest(NamedTuple):
         packing = {name: fields[name][:number] for name in ("starts_q", "lengths_q", "starts_k", "lengths_k")}
         return request._replace(counts=None, max_q=longest, max_k=longest, **packing)
 
+    def readable(self) -> AttentionRequest:
+        """Return the request with copies of what kernels could not read: they take any strides but the last ones."""
+        changes = {name: x.contiguous() for name in ("q", "k", "v") if (x := getattr(self, name)).stride(2) != 1}
+        for name in ("s_aux", "starts_q", "lengths_q", "starts_k", "lengths_k", "first_q", "first_k"):
+            x = getattr(self, name)
+            if x is not None and not x.is_contiguous():
+                changes[name] = x.contiguous()
+        return self._replace(**changes) if changes else self
+
     @property
     def group(self) -> int:
         """How many consecutive keys one decision of the plan looks at; 1 if it is dense."""
