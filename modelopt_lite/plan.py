@@ -16,10 +16,15 @@ from .registry import get_sparse_method
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .kernels.blocks import BlockGrid
+    from .kernels.reference import SequenceBlocks
+
 KeepRule: TypeAlias = "Callable[[Tensor, Tensor, Tensor], Tensor]"
 """``keep(scores, q_pos, k_pos) -> bool tensor``, see :class:`AttentionPlan`."""
 
 GROUP_SIZES = (1, 2, 4, 8, 16)
+BLOCK_SIZE = 128
+"""Default of keys in a key block and of queries in a query block."""
 
 _BY_HAND = "by hand "
 _this_process = uuid.uuid4().hex
@@ -30,13 +35,92 @@ _plans_by_hand: WeakValueDictionary[str, AttentionPlan] = WeakValueDictionary()
 
 
 @dataclass(frozen=True)
+class BlockSelector:
+    """Which key blocks the queries of a query block look at.
+
+    It scores every pair of a query block and a key block, and chooses by these scores. Blocks are anchored to
+    positions: key ``j`` belongs to key block ``j // block_size``, the query at position ``p`` to query block
+    ``p // block_rows``.
+
+    Attributes:
+        reference: the scores in FP64, which define the selector. Called with the
+            :class:`~modelopt_lite.kernels.reference.SequenceBlocks` of one sequence; returns ``[query_heads,
+            query_blocks, key_blocks]``.
+        choose: the choice, called as ``choose(scores, seen, forced) -> booleans``. ``scores`` is ``[heads,
+            query_blocks, key_blocks]`` in FP32 or FP64, ``seen`` (``[query_blocks, key_blocks]``) says where any query
+            sees any key, ``forced`` which of these are kept in any case. What it returns where nothing is seen or all
+            is forced does not matter. Scores where nothing is seen may hold anything.
+        scores: the scores in FP32, for all sequences at once and without waiting for the device. Called with a
+            :class:`~modelopt_lite.kernels.blocks.BlockGrid`; returns ``[query_heads, query_blocks, key_blocks]``, the
+            query blocks of all sequences one after the other. None: ``reference`` is called for one sequence after the
+            other, which waits for the device.
+        block_size: keys in a key block, a multiple of 16.
+        block_rows: positions in a query block, a multiple of ``block_size``.
+        first_blocks: leading key blocks of each sequence that are always kept, >= 0.
+        recent_blocks: last key blocks up to the diagonal that are always kept, >= 0; 1 is the diagonal alone.
+        per_kv_head: whether all query heads that share keys share one choice, made by the sum of their scores.
+
+    Raises:
+        ValueError: if a number is out of its range.
+    """
+
+    reference: Callable[[SequenceBlocks], Tensor]
+    choose: Callable[[Tensor, Tensor, Tensor], Tensor]
+    scores: Callable[[BlockGrid], Tensor] | None = None
+    block_size: int = BLOCK_SIZE
+    block_rows: int = BLOCK_SIZE
+    first_blocks: int = 1
+    recent_blocks: int = 1
+    per_kv_head: bool = False
+
+    def __post_init__(self) -> None:
+        _check_block_sizes("selector", self.block_size, self.block_rows)
+        for name in ("first_blocks", "recent_blocks"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"selector.{name}: {getattr(self, name)!r} is not allowed; an integer >= 0")
+
+
+@dataclass(frozen=True)
+class SkipRule:
+    """Skip-softmax: a key block is dropped if all its scores lie far below what each query has seen elsewhere.
+
+    A query's reference is its largest score among the kept keys that are exempt or in a diagonal block. A key block is
+    skipped for a query block if all other scores that are kept are below their query's ``reference + ln(threshold)``.
+
+    Attributes:
+        threshold: what a skipped key may weigh at most, relative to its query's heaviest key, > 0 and < 1.
+        block_size: keys in a key block, a multiple of 16.
+        block_rows: positions in a query block, a multiple of ``block_size``.
+
+    Raises:
+        ValueError: if a number is out of its range.
+    """
+
+    threshold: float
+    block_size: int = BLOCK_SIZE
+    block_rows: int = BLOCK_SIZE
+
+    def __post_init__(self) -> None:
+        _check_block_sizes("skip", self.block_size, self.block_rows)
+        if not 0 < self.threshold < 1:
+            raise ValueError(f"skip.threshold: {self.threshold!r} is not allowed; a number > 0 and < 1")
+
+
+def _check_block_sizes(name: str, block_size: int, block_rows: int) -> None:
+    if block_size < 1 or block_size % max(GROUP_SIZES):
+        raise ValueError(f"{name}.block_size: {block_size!r} is not allowed; a multiple of {max(GROUP_SIZES)}")
+    if block_rows < 1 or block_rows % block_size:
+        raise ValueError(f"{name}.block_rows: {block_rows!r} is not allowed; a multiple of block_size = {block_size}")
+
+
+@dataclass(frozen=True)
 class AttentionPlan:
     """One attention computation's sparsity: which visible keys take part in the softmax.
 
     A plan holds no tensors, is hashable, and means the same to every backend. A key that is visible to a query (inside
-    the sequence, causal, inside the layer's sliding window) is kept if the method's rule keeps it, if it is one of the
-    first ``num_sink_tokens`` keys of the sequence, or if it lies fewer than ``dense_window_size`` positions behind the
-    query.
+    the sequence, causal, inside the layer's sliding window) is kept if its block and the method's rule keep it, if it
+    is one of the first ``num_sink_tokens`` keys of the sequence, or if it lies fewer than ``dense_window_size``
+    positions behind the query.
 
     The plan of a method has a :attr:`name` that means the same in every process, so it can be pickled and exported. A
     plan that was made by hand works in its own process alone.
@@ -83,7 +167,8 @@ class AttentionPlan:
         made_by: the class of that method, if the plan was made by a registered one. Not an argument.
 
     Raises:
-        ValueError: if a field is out of its range or a hook comes without what it stands in for.
+        ValueError: if a field is out of its range, a hook comes without what it stands in for, or ``blocks`` and
+            ``skip`` have different grids.
     """
 
     keep: KeepRule | None = None
@@ -99,6 +184,9 @@ class AttentionPlan:
     keeps_nothing: bool = False
     keeps_top: int = 0
     quick_hook: Any | None = None
+    blocks: BlockSelector | None = None
+    skip: SkipRule | None = None
+    chooses_blocks: bool = field(init=False, compare=False, repr=False)
     name: str = field(init=False, compare=False, repr=False)
     made_by: type[Any] | None = field(default=None, init=False, compare=False, repr=False)
 
@@ -116,7 +204,14 @@ class AttentionPlan:
             raise ValueError("plan.quick_hook: a rule that may be wrong needs the right one in plan.score_hook")
         if self.quick_hook is not None and not self.keeps_group_max:
             raise ValueError("plan.quick_hook: weights are relative to the largest score; needs plan.keeps_group_max")
+        if self.blocks is not None and self.skip is not None:
+            selector, skip = ((x.block_size, x.block_rows) for x in (self.blocks, self.skip))
+            if selector != skip:
+                raise ValueError(
+                    f"plan.skip: (block_size, block_rows) = {skip} is not allowed; must be {selector}, those of plan.blocks"
+                )
 
+        object.__setattr__(self, "chooses_blocks", self.blocks is not None or self.skip is not None)
         object.__setattr__(self, "name", f"{_BY_HAND}{_this_process} {next(_numbers)}")
         _plans_by_hand[self.name] = self
 
@@ -150,7 +245,7 @@ class AttentionPlan:
     @property
     def is_dense(self) -> bool:
         """Whether every visible key is kept."""
-        return self.keep is None
+        return self.keep is None and not self.chooses_blocks
 
 
 def keep_plan(plan: AttentionPlan, name: str, made_by: type[Any] | None = None) -> AttentionPlan:

@@ -9,11 +9,13 @@ from torch import Tensor
 
 from ..plan import AttentionPlan
 from .arguments import check_request, is_count
-from .blocked import AttentionStatistics, statistics_blocked
+from .blocked import AttentionStatistics
+from .blocks import KeyBlocks
 from .choice import Backend
 from .operator import compute, pack
 from .request import AttentionRequest
 from .sdpa import DenseCall
+from .selection import select_blocks, statistics_of_blocks
 from .top_n import top_n_plan
 
 __all__ = [
@@ -21,11 +23,13 @@ __all__ = [
     "AttentionStatistics",
     "Backend",
     "DenseCall",
+    "KeyBlocks",
     "attention",
     "attention_statistics",
     "compute",
     "pack",
     "request_statistics",
+    "select_blocks",
 ]
 
 
@@ -52,6 +56,7 @@ def attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    blocks: KeyBlocks | None = None,
     backend: Backend = "auto",
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -88,6 +93,7 @@ def attention(
         softcap: scores become ``softcap * tanh(scores / softcap)``; > 0.
         s_aux: a further logit per query head in every softmax, without a value (a learnable sink),
             ``[query_heads]``.
+        blocks: lists of the key blocks that each query block looks at; not together with a plan that chooses them.
         backend: ``"torch"``, ``"triton"``, or ``"auto"``: triton for CUDA tensors, torch for all others.
         return_lse: also return the logarithm of each row's softmax denominator, without gradient. The output may
             round differently with it, and where a gradient is recorded.
@@ -125,6 +131,7 @@ def attention(
         first_q=b_first_q,
         first_k=b_first_k,
         with_lse=return_lse,
+        blocks=_blocks(blocks, plan),
     )
     if not (
         isinstance(q, Tensor)
@@ -132,6 +139,7 @@ def attention(
         and isinstance(v, Tensor)
         and isinstance(b_start_loc, Tensor)
         and isinstance(b_seq_len, Tensor)
+        and (blocks is None or isinstance(blocks, KeyBlocks))
         and isinstance(b_start_loc_k, Tensor)
         and isinstance(b_seq_len_k, Tensor)
         and isinstance(s_aux, Tensor | None)
@@ -201,7 +209,7 @@ def request_statistics(request: AttentionRequest) -> AttentionStatistics:
     if request.q.device.type == "cpu":
         request.check_values()
     with torch.autocast(request.q.device.type, enabled=False):
-        return statistics_blocked(request)
+        return statistics_of_blocks(request)
 
 
 def _scale(q: Tensor, softmax_scale: float | None) -> float:
@@ -209,6 +217,12 @@ def _scale(q: Tensor, softmax_scale: float | None) -> float:
         return q.shape[-1] ** -0.5 if isinstance(q, Tensor) and q.dim() and q.shape[-1] else 1.0
     # Other types stay as they are, to be refused.
     return float(softmax_scale) if type(softmax_scale) is int else softmax_scale
+
+
+def _blocks(blocks: KeyBlocks | None, plan: AttentionPlan | None) -> KeyBlocks | None:
+    if blocks is not None and isinstance(plan, AttentionPlan) and plan.chooses_blocks:
+        raise ValueError("blocks: not allowed together with a plan that chooses blocks itself; give one of them")
+    return blocks
 
 
 def _plan(plan: AttentionPlan | None, sparsity_n: int, sparsity_m: int, sinks: int, window: int) -> AttentionPlan:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedError
-from ..plan import AttentionPlan
+from ..plan import GROUP_SIZES, AttentionPlan
+from .blocks import KeyBlocks
 from .request import AttentionRequest
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -45,6 +46,8 @@ def check_request(request: AttentionRequest) -> None:
         raise ValueError(f"softcap: {r.softcap!r} is not allowed; a finite number > 0")
     if not isinstance(r.plan, AttentionPlan):
         raise ValueError(f"plan: {r.plan!r} is not allowed; an AttentionPlan")
+    if r.blocks is not None:
+        _check_blocks(r, r.blocks)
 
 
 def check_rule(plan: AttentionPlan, device: torch.device) -> None:
@@ -133,6 +136,31 @@ def _check_packing(suffix: str, starts: object, lengths: object, longest: object
         raise ValueError(f"b_seq_len{suffix}: {lengths.shape[0]} sequences; b_start_loc{suffix} has {starts.shape[0]}")
     if not is_count(longest, 0):
         raise ValueError(f"max_input_len{suffix}: {longest!r} is not allowed; an integer >= 0")
+
+
+def _check_blocks(r: AttentionRequest, blocks: object) -> None:
+    if not isinstance(blocks, KeyBlocks):
+        raise ValueError(f"blocks: {blocks!r} is not allowed; KeyBlocks")
+    size, rows = blocks.block_size, blocks.block_rows
+    if not is_count(size, 1) or size % max(GROUP_SIZES):
+        raise ValueError(f"blocks.block_size: {size!r} is not allowed; a multiple of {max(GROUP_SIZES)}")
+    if not is_count(rows, 1) or rows % size:
+        raise ValueError(f"blocks.block_rows: {rows!r} is not allowed; a multiple of block_size = {size}")
+    heads = (r.q.shape[1], r.k.shape[1])
+    counts, indices, starts = blocks.counts, blocks.indices, blocks.starts
+    for name, x, dimensions in (("counts", counts, 2), ("indices", indices, 3), ("starts", starts, 1)):
+        is_right = isinstance(x, Tensor) and x.dim() == dimensions and x.dtype == torch.int32
+        if not (is_right and x.device == r.q.device):
+            raise ValueError(
+                f"blocks.{name}: {_describe(x)}; must be int32 with {dimensions} dimensions on {r.q.device}"
+            )
+    if counts.shape[0] not in heads or indices.shape[:2] != counts.shape:
+        raise ValueError(
+            f"blocks: counts are {_describe(counts)}, indices {_describe(indices)}; must be [heads, query_blocks] and "
+            f"[heads, query_blocks, key_blocks] with {heads[0]} (query) or {heads[1]} (key/value) heads"
+        )
+    if starts.shape != r.starts_q.shape:
+        raise ValueError(f"blocks.starts: {starts.shape[0]} sequences; must be {r.starts_q.shape[0]}")
 
 
 def _check_integers(name: str, x: object, q: Tensor) -> Tensor:

@@ -7,15 +7,17 @@ of the inputs, never length times length.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from ..plan import GROUP_SIZES
+from .blocks import KeyBlocks
 from .request import AttentionRequest, PackedSequence
 
 QUERY_BLOCK = 256
@@ -33,12 +35,18 @@ class AttentionStatistics(NamedTuple):
         visible: scores at visible keys.
         kept: scores that take part in the softmax.
         mass: sum over the rows of the share of the dense softmax that lies on kept keys.
+        blocks: pairs of a query block and a key block of which any query sees any key; 0 if the plan knows no blocks.
+        blocks_visited: those of them that are listed.
+        blocks_skipped: those that the plan's selector keeps and its skip rule skips.
     """
 
     rows: Tensor
     visible: Tensor
     kept: Tensor
     mass: Tensor
+    blocks: Tensor
+    blocks_visited: Tensor
+    blocks_skipped: Tensor
 
 
 @dataclass
@@ -51,12 +59,12 @@ class _Tile:
     Attributes:
         scores: ``[kv_heads, repeat * queries, keys]``, scaled and capped, ``-inf`` where not visible.
         kept: booleans like ``scores``, or None if all visible keys are kept.
-        block: which block of keys.
+        block: which block of keys, or which ones.
     """
 
     scores: Tensor
     kept: Tensor | None
-    block: int
+    block: int | Tensor
 
     def kept_scores(self) -> Tensor:
         """Return the scores with ``-inf`` for every key that is not kept; overwrites them."""
@@ -74,11 +82,20 @@ class _Sequence:
         first_k: position of the first key.
         origin: position of the first slot of ``k``, where the first key's group begins.
         end_k: position behind the last key.
+        heads: the query heads that are computed.
+        heads_k: their heads of keys.
     """
 
-    def __init__(self, sequence: PackedSequence, request: AttentionRequest) -> None:
-        self.request = request
-        q, k, v = request.q[sequence.queries], request.k[sequence.keys], request.v[sequence.keys]
+    def __init__(
+        self,
+        sequence: PackedSequence,
+        request: AttentionRequest,
+        heads: slice = slice(None),
+        heads_k: slice = slice(None),
+    ) -> None:
+        self.request, self.heads, self.heads_k = request, heads, heads_k
+        q = request.q[sequence.queries, heads]
+        k, v = request.k[sequence.keys, heads_k], request.v[sequence.keys, heads_k]
         self.len_q, self.len_k = q.shape[0], k.shape[0]
         self.first_q, self.first_k = sequence.first_q, sequence.first_k
         self.end_k = self.first_k + self.len_k
@@ -86,13 +103,22 @@ class _Sequence:
         self.plan = request.plan_for(self.len_q)
         self.group = self.plan.group
         self.dtype = torch.promote_types(q.dtype, torch.float32)
-        rows = max(1, min(self.len_q, QUERY_BLOCK)) * q.shape[1]
-        alignment = max(GROUP_SIZES)
-        self.origin = self.first_k // alignment * alignment
-        span = self.end_k - self.origin
-        self.block = max(alignment, min(TILE_SCORES // rows, span + alignment - 1) // alignment * alignment)
+        self.origin = self.first_k // self.alignment * self.alignment
+        self.block = self.keys_of_a_block()
         self.q = self.heads_first(q)
         self.k, self.v = self.deinterleave(k), self.deinterleave(v)
+
+    @property
+    def alignment(self) -> int:
+        """What the position of every block's first key is a multiple of."""
+        return max(GROUP_SIZES)
+
+    def keys_of_a_block(self) -> int:
+        """Return how many keys a block holds."""
+        rows = max(1, min(self.len_q, QUERY_BLOCK)) * self.kv_heads * self.repeat
+        span = self.end_k - self.origin
+        width = min(TILE_SCORES // rows, span + self.alignment - 1) // self.alignment * self.alignment
+        return max(self.alignment, width)
 
     def heads_first(self, x: Tensor) -> Tensor:
         """``[len_q, query_heads, dim]`` to ``[kv_heads, repeat, len_q, dim]`` in the accumulation type."""
@@ -114,6 +140,14 @@ class _Sequence:
         """Undo :meth:`deinterleave`, but for the type."""
         x = x.unflatten(2, (self.group, -1)).permute(0, 3, 2, 1, 4)
         return x.flatten(0, 2)[self.first_k - self.origin :][: self.len_k]
+
+    def take(self, x: Tensor, block: Any) -> Tensor:
+        """Return a tile's block of keys or values, ``[kv_heads, keys, dim]``."""
+        return x[block]
+
+    def add(self, grad: Tensor, block: Any, left: Tensor, right: Tensor) -> None:
+        """Add the product of two matrices to the gradient of a tile's block of keys or values."""
+        grad[block].baddbmm_(left, right)
 
     def query_blocks(self) -> Iterator[slice]:
         for start in range(0, self.len_q, QUERY_BLOCK):
@@ -173,10 +207,136 @@ class _Sequence:
             yield _Tile(scores, kept, block)
 
 
+class _ListedSequence(_Sequence):
+    """Heads of one sequence that share lists of key blocks, of which a tile takes several at once.
+
+    ``k`` and ``v`` are ``[blocks, kv_heads, groups, group, dim]`` here, with one head of keys.
+    """
+
+    def __init__(
+        self, sequence: PackedSequence, request: AttentionRequest, blocks: KeyBlocks, head: int, number: int
+    ) -> None:
+        """Prepare one sequence.
+
+        Args:
+            sequence: its rows and positions.
+            request: the call.
+            blocks: its lists, in memory of the CPU.
+            head: which of the lists' heads.
+            number: which sequence.
+        """
+        shared = request.q.shape[1] // blocks.counts.shape[0]
+        head_k = head * request.k.shape[1] // blocks.counts.shape[0]
+        self.blocks, self.head, self.first_row = blocks, head, int(blocks.starts[number])
+        super().__init__(sequence, request, slice(head * shared, (head + 1) * shared), slice(head_k, head_k + 1))
+
+    @property
+    def alignment(self) -> int:
+        return self.blocks.block_size
+
+    def keys_of_a_block(self) -> int:
+        return self.blocks.block_size
+
+    def deinterleave(self, x: Tensor) -> Tensor:
+        before = self.first_k - self.origin
+        x = pad(x.to(self.dtype), (0, 0, 0, 0, before, -(before + self.len_k) % self.block))
+        return x.unflatten(0, (-1, self.block // self.group, self.group)).permute(0, 3, 1, 2, 4)
+
+    def interleave(self, x: Tensor) -> Tensor:
+        return x.permute(0, 2, 3, 1, 4).flatten(0, 2)[self.first_k - self.origin :][: self.len_k]
+
+    def take(self, x: Tensor, block: Any) -> Tensor:
+        taken: Tensor = x[block].permute(1, 3, 0, 2, 4).flatten(1, 3)
+        return taken
+
+    def add(self, grad: Tensor, block: Any, left: Tensor, right: Tensor) -> None:
+        product = torch.bmm(left, right).unflatten(1, (self.group, len(block), -1))
+        grad[block] += product.permute(2, 0, 3, 1, 4)
+
+    def query_blocks(self) -> Iterator[slice]:
+        rows = self.blocks.block_rows
+        cuts = range(rows - self.first_q % rows, self.len_q, rows)
+        for start, stop in pairwise([0, *cuts, self.len_q]):
+            yield slice(start, stop)
+
+    def tiles(self, queries: slice) -> Iterator[_Tile]:
+        """Compute the tiles of a block of queries: of the blocks that need no mask, and of all others."""
+        rows, size, device = self.blocks.block_rows, self.block, self.q.device
+        first, last = self.first_q + queries.start, self.first_q + queries.stop - 1
+        row = self.first_row + first // rows - self.first_q // rows
+        listed = set(self.blocks.indices[self.head, row, : int(self.blocks.counts[self.head, row])].tolist())
+        is_plain = {block: self._is_plain(self.origin + block * size, first, last) for block in listed}
+        plain = sorted(block for block in listed if is_plain[block])
+        masked = sorted((listed | self._exempt_blocks(first, last)) - set(plain))
+        few = max(1, TILE_SCORES // (self.repeat * (queries.stop - queries.start) * size))
+        q = self.rows(self.q, queries)
+        q_pos = torch.arange(first, last + 1, device=device)[:, None, None]
+        for blocks, has_mask in ((plain, False), (masked, True)):
+            for start in range(0, len(blocks), few):
+                part = blocks[start : start + few]
+                is_listed = torch.tensor([block in listed for block in part], device=device)
+                yield self._tile(q, q_pos, torch.tensor(part, device=device), is_listed, has_mask)
+
+    def _is_plain(self, low: int, first: int, last: int) -> bool:
+        """Whether all queries at ``first`` to ``last`` see all keys from ``low`` to the end of the block."""
+        high, window = low + self.block, self.request.sliding_window
+        return (
+            low >= self.first_k
+            and high <= self.end_k
+            and (high - 1 <= first or not self.request.is_causal)
+            and (window is None or max(last - low, high - 1 - first) < window)
+        )
+
+    def _exempt_blocks(self, first: int, last: int) -> set[int]:
+        """Return the blocks that hold sinks or keys that are recent for some query."""
+        plan, end = self.plan, self.end_k
+        spans = (
+            (self.first_k, min(end, plan.num_sink_tokens)),
+            (max(self.first_k, first - plan.dense_window_size + 1), min(end, last + 1)),
+        )
+        found: set[int] = set()
+        for low, high in spans if plan.dense_window_size else spans[:1]:
+            if low < high:
+                found.update(range((low - self.origin) // self.block, -(-(high - self.origin) // self.block)))
+        return found
+
+    def _tile(self, q: Tensor, q_pos: Tensor, block: Tensor, is_listed: Tensor, has_mask: bool) -> _Tile:
+        plan, request = self.plan, self.request
+        scores = _scores(q, self.take(self.k, block).mT, request)
+        grouped = scores.unflatten(1, (self.repeat, -1)).unflatten(3, (self.group, -1)).mT
+        slots = self.origin + block[:, None] * self.block + torch.arange(self.block, device=block.device)
+        k_pos = slots.flatten().unflatten(0, (-1, self.group)).mT.contiguous().mT
+        behind = q_pos - k_pos
+        if has_mask:
+            hidden = (k_pos < self.first_k) | (k_pos >= self.end_k)
+            if request.is_causal:
+                hidden = hidden | (behind < 0)
+            if request.sliding_window is not None:
+                hidden = hidden | (behind.abs() >= request.sliding_window)
+            grouped.masked_fill_(hidden, -torch.inf)
+        if plan.keep is None and not has_mask:
+            return _Tile(scores, None, block)
+        kept = is_listed.repeat_interleave(self.block // self.group)[:, None]
+        if plan.keep is not None:
+            kept = kept & plan.keep(grouped, q_pos, k_pos)
+        recent = (behind >= 0) & (behind < plan.dense_window_size)
+        kept = (kept | (k_pos < plan.num_sink_tokens) | recent).expand_as(grouped)
+        return _Tile(scores, kept.mT.flatten(3, 4).flatten(1, 2), block)
+
+
 def _sequences(request: AttentionRequest) -> Iterator[tuple[PackedSequence, _Sequence]]:
-    for item in request.sequences():
-        if item.queries.stop > item.queries.start:
+    if request.plan.chooses_blocks and request.blocks is None:
+        raise ValueError("blocks: None is not allowed; the plan chooses blocks, which select_blocks() lists")
+    blocks = None if request.blocks is None else request.blocks.on_cpu()
+    for number, item in enumerate(request.sequences()):
+        len_q = item.queries.stop - item.queries.start
+        if len_q == 0:
+            continue
+        if blocks is None or request.is_decode(len_q):
             yield item, _Sequence(item, request)
+        else:
+            for head in range(blocks.counts.shape[0]):
+                yield item, _ListedSequence(item, request, blocks, head, number)
 
 
 def _scores(q: Tensor, k: Tensor, request: AttentionRequest) -> Tensor:
@@ -197,7 +357,7 @@ def _start_of_softmax(sequence: _Sequence, queries: slice, s_aux: Tensor | None)
     if s_aux is None:
         highest = sequence.q.new_full(shape, -torch.inf)
         return highest.flatten(1), torch.zeros_like(highest).flatten(1)
-    highest = s_aux.to(sequence.dtype).view(shape[0], shape[1], 1).expand(shape).flatten(1)
+    highest = s_aux[sequence.heads].to(sequence.dtype).view(shape[0], shape[1], 1).expand(shape).flatten(1)
     return highest, torch.ones_like(highest)
 
 
@@ -231,11 +391,12 @@ def forward_blocked(request: AttentionRequest) -> tuple[Tensor, Tensor]:
             for tile in sequence.tiles(queries):
                 scores = tile.kept_scores()
                 highest, total, shrink = _add_to_softmax(highest, total, scores)
-                value.mul_(shrink[..., None]).baddbmm_(scores, sequence.v[tile.block])
+                value.mul_(shrink[..., None]).baddbmm_(scores, sequence.take(sequence.v, tile.block))
             value /= total.masked_fill(total == 0, 1.0)[..., None]
             rows = slice(item.queries.start + queries.start, item.queries.start + queries.stop)
-            output[rows] = sequence.heads_last(value.unflatten(1, (sequence.repeat, -1))).to(q.dtype)
-            lse[rows] = (highest + total.log()).unflatten(1, (sequence.repeat, -1)).permute(2, 0, 1).flatten(1)
+            heads = sequence.heads
+            output[rows, heads] = sequence.heads_last(value.unflatten(1, (sequence.repeat, -1))).to(q.dtype)
+            lse[rows, heads] = (highest + total.log()).unflatten(1, (sequence.repeat, -1)).permute(2, 0, 1).flatten(1)
     return output, lse
 
 
@@ -254,10 +415,10 @@ def backward_blocked(
     lse = lse.masked_fill(empty, 0.0)
     delta = (grad.to(accumulated) * output.to(accumulated)).sum(-1).masked_fill(empty, 0.0)
     for item, sequence in _sequences(request):
-        in_q, in_k = item.queries, item.keys
+        in_q, in_k = (item.queries, sequence.heads), (item.keys, sequence.heads_k)
         grads = sequence.heads_first(grad[in_q])
-        lses = sequence.heads_first(lse[in_q, :, None])
-        deltas = sequence.heads_first(delta[in_q, :, None])
+        lses = sequence.heads_first(lse[in_q][..., None])
+        deltas = sequence.heads_first(delta[in_q][..., None])
         grad_q_heads = torch.zeros_like(sequence.q)
         grad_k_blocks, grad_v_blocks = torch.zeros_like(sequence.k), torch.zeros_like(sequence.v)
         for queries in sequence.query_blocks():
@@ -267,15 +428,17 @@ def backward_blocked(
             for tile in sequence.tiles(queries):
                 scores = tile.kept_scores()
                 weights = torch.exp(scores - row_lse)
-                grad_scores = torch.bmm(row_grad, sequence.v[tile.block].mT).sub_(row_delta).mul_(weights)
+                grad_scores = (
+                    torch.bmm(row_grad, sequence.take(sequence.v, tile.block).mT).sub_(row_delta).mul_(weights)
+                )
                 if request.softcap is not None:
                     # d/ds of cap * tanh(s / cap); dropped scores are -inf and have weight 0
                     slope = 1 - (scores.masked_fill(scores == -torch.inf, 0.0) / request.softcap).square()
                     grad_scores.mul_(slope)
                 grad_scores.mul_(request.softmax_scale)
-                row_grad_q.baddbmm_(grad_scores, sequence.k[tile.block])
-                grad_k_blocks[tile.block].baddbmm_(grad_scores.mT, row_q)
-                grad_v_blocks[tile.block].baddbmm_(weights.mT, row_grad)
+                row_grad_q.baddbmm_(grad_scores, sequence.take(sequence.k, tile.block))
+                sequence.add(grad_k_blocks, tile.block, grad_scores.mT, row_q)
+                sequence.add(grad_v_blocks, tile.block, weights.mT, row_grad)
             grad_q_heads[:, :, queries] = row_grad_q.unflatten(1, (sequence.repeat, -1))
         grad_q[in_q] = sequence.heads_last(grad_q_heads)
         # Sequences may share keys, so their gradients add up.
@@ -299,6 +462,8 @@ class _Block(NamedTuple):
         first_k: position of the first key.
         end_k: position behind the last key.
         row_k: row of the packed keys where position 0 would be.
+        first_q: position of the sequence's first query.
+        sequence: which sequence it is.
         span: an upper bound of the keys from ``origin`` on that are visible.
     """
 
@@ -310,7 +475,25 @@ class _Block(NamedTuple):
     first_k: Tensor
     end_k: Tensor
     row_k: Tensor
+    first_q: Tensor
+    sequence: Tensor
     span: int
+
+    def listed(self, blocks: KeyBlocks, mask: Tensor, k_pos: Tensor) -> Tensor:
+        """Return which groups of keys are in listed blocks, ``[heads, queries, groups, 1]``; anything at absent ones.
+
+        Args:
+            blocks: the lists.
+            mask: the same as a mask.
+            k_pos: positions of the keys, ``[groups, group]``.
+        """
+        size, rows = blocks.block_size, blocks.block_rows
+        row = blocks.starts[self.sequence] + self.q_pos[:, 0, 0] // rows - self.first_q // rows
+        column = k_pos[:, 0] // size - self.first_k // size
+        if 0 in mask.shape:
+            return mask.new_zeros(mask.shape[0], 1, 1, 1)
+        row, column = row.clamp(0, mask.shape[1] - 1), column.clamp(0, mask.shape[2] - 1)
+        return mask[:, row][:, :, column, None]
 
 
 def _blocks(request: AttentionRequest) -> Iterator[_Block]:
@@ -345,7 +528,7 @@ def _blocks(request: AttentionRequest) -> Iterator[_Block]:
     alignment = max(GROUP_SIZES)
     origin = origin // alignment * alignment
     q_pos, is_query = q_pos[:, :, None, None], is_query[:, :, None, None]
-    columns = (rows, q_pos, is_query, len_q == 1, origin, first_k, end_k, start_k - first_k)
+    columns = (rows, q_pos, is_query, len_q == 1, origin, first_k, end_k, start_k - first_k, first_q, sequence)
     # The last of causal queries sees all keys, the one before it one fewer, and so on.
     fewer = size if p.is_causal and p.first_q is None else 0
     spans = [max(0, min(span - i // batch * fewer, reach)) + alignment - 1 for i in range(len(place))]
@@ -353,14 +536,20 @@ def _blocks(request: AttentionRequest) -> Iterator[_Block]:
 
 
 @torch.no_grad()
-def statistics_blocked(request: AttentionRequest) -> AttentionStatistics:
-    """Count what a plan keeps of a computation, without waiting for its device."""
+def statistics_blocked(request: AttentionRequest, counts_of_blocks: Sequence[Tensor] = ()) -> AttentionStatistics:
+    """Count what a plan keeps of a computation, without waiting for its device.
+
+    Args:
+        request: the computation, with its lists if the plan chooses blocks.
+        counts_of_blocks: the last three of the counts, if there are lists.
+    """
     q, k, plan, window = request.q, request.k, request.plan, request.sliding_window
     dtype = torch.promote_types(q.dtype, torch.float32)
     heads, kv_heads, alignment = q.shape[1], k.shape[1], max(GROUP_SIZES)
     repeat = heads // kv_heads
     rows, visible, kept = (torch.zeros((), dtype=torch.int64, device=q.device) for _ in range(3))
     mass = torch.zeros((), dtype=torch.float64, device=q.device)
+    mask = None if request.blocks is None else request.blocks.mask()
     for block in _blocks(request):
         query = q[block.rows].to(dtype).unflatten(1, (kv_heads, repeat)).permute(1, 2, 0, 3).flatten(1, 2)
         highest = query.new_full(query.shape[:2], -torch.inf)
@@ -383,15 +572,20 @@ def statistics_blocked(request: AttentionRequest) -> AttentionStatistics:
             visible += heads * seen.sum()
 
             chosen = seen
-            if plan.keep is not None:
-                chosen = (k_pos < plan.num_sink_tokens) | ((behind >= 0) & (behind < plan.dense_window_size))
+            if plan.keep is not None or mask is not None:
+                exempt = (k_pos < plan.num_sink_tokens) | ((behind >= 0) & (behind < plan.dense_window_size))
                 if not plan.sparse_decode:
-                    chosen |= block.is_decode
-                chosen = seen & (chosen | plan.keep(grouped, block.q_pos, k_pos))
+                    exempt |= block.is_decode
+                if plan.keep is not None:
+                    chosen = seen & plan.keep(grouped, block.q_pos, k_pos)
+                if request.blocks is not None and mask is not None:
+                    listed = block.listed(request.blocks, mask, k_pos)
+                    chosen = chosen & listed.repeat_interleave(heads // len(mask), 0).unflatten(0, (kv_heads, repeat))
+                chosen = chosen | (seen & exempt)
             chosen = chosen.expand_as(grouped).mT.flatten(3, 4).flatten(1, 2)
             kept += chosen.sum()
             highest, total, shrink = _add_to_softmax(highest, total, scores)
             kept_total = kept_total * shrink + scores.mul_(chosen).sum(-1)
         rows += (total > 0).sum()
         mass += (kept_total / total).where(total > 0, 0.0).sum(dtype=torch.float64)
-    return AttentionStatistics(rows, visible, kept, mass)
+    return AttentionStatistics(rows, visible, kept, mass, *(counts_of_blocks or [torch.zeros_like(rows)] * 3))

@@ -198,6 +198,7 @@ def _signature(r: AttentionRequest) -> tuple[Any, ...]:
         _small(r.starts_q), _small(r.lengths_q), _small(r.starts_k), _small(r.lengths_k),
         first_q if first_q is None else _small(first_q), first_k if first_k is None else _small(first_k),
         r.max_q, r.max_k, r.is_causal, r.softmax_scale, r.sliding_window, r.softcap, r.plan.name, r.with_lse,
+        None if r.blocks is None else r.blocks.signature(),
     )  # fmt: skip
 
 

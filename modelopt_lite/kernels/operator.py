@@ -11,14 +11,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..errors import UnsupportedError
 from . import choice
 from .arguments import check_request
 from .blocked import backward_blocked
+from .blocks import KeyBlocks, grid_shape
 from .choice import Backend
 from .language import tl
 from .request import SCHEMA, AttentionRequest
+from .selection import select_blocks
 
 if tl is not None:
     from . import portable
@@ -31,6 +34,10 @@ torch.library.define("modelopt_lite::attention", f"({_ARGUMENTS}) -> (Tensor, Te
 torch.library.define(
     "modelopt_lite::attention_backward",
     f"(Tensor grad, Tensor output, Tensor lse, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    "modelopt_lite::select_blocks",
+    f"({', '.join(f'{kind} {name}' for name, kind in SCHEMA.items())}) -> (Tensor, Tensor, Tensor)",
 )
 torch.library.define("modelopt_lite::pack", "(Tensor is_first) -> (Tensor, Tensor, Tensor)")
 
@@ -51,7 +58,11 @@ def compute(request: AttentionRequest, backend: Backend = "auto") -> tuple[Tenso
         UnsupportedError: if the backend asked for cannot run the request.
     """
     is_compiling, needs_gradient = torch.compiler.is_compiling(), _needs_gradient(request)
-    if not (is_compiling or needs_gradient or _is_traced(request.q)):
+    is_traced = is_compiling or _is_traced(request.q)
+    if request.plan.chooses_blocks:
+        check_request(request)
+        request = _with_blocks(request, is_traced)
+    if not (needs_gradient or is_traced):
         return choice.run(request, backend)
     check_request(request)
     choice.check_backend(request, backend)
@@ -63,6 +74,15 @@ def compute(request: AttentionRequest, backend: Backend = "auto") -> tuple[Tenso
     else:
         output, lse = _Attention.apply(*inputs)  # type: ignore[no-untyped-call]
     return output, lse.detach()
+
+
+def _with_blocks(request: AttentionRequest, is_traced: bool) -> AttentionRequest:
+    """Return a request with the key blocks that its plan chooses; the choice has no gradient."""
+    if not is_traced:
+        return request._replace(blocks=select_blocks(request))
+    with torch.no_grad():
+        counts, indices, starts = torch.ops.modelopt_lite.select_blocks(*request.flatten())
+    return request._replace(blocks=KeyBlocks(counts, indices, starts, *request.grid))
 
 
 def pack(is_first: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,9 +120,34 @@ def _(is_first: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return starts, torch.empty_like(starts), torch.empty(2, dtype=torch.int64, device="cpu")
 
 
+@torch.library.impl("modelopt_lite::select_blocks", "default")
+def _select_blocks(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    request = AttentionRequest.unflatten(inputs)
+    blocks = select_blocks(request.present())
+    if request.counts is None:
+        return blocks.counts, blocks.indices, blocks.starts
+    # A graph knows the number of sequences and their lengths by upper bounds alone.
+    rows, columns = grid_shape(request, *request.grid)
+    padding = (0, rows - blocks.counts.shape[1])
+    indices = pad(blocks.indices, (0, columns - blocks.indices.shape[2], *padding))
+    starts = pad(blocks.starts, (0, request.starts_q.shape[0] - blocks.starts.shape[0]))
+    return pad(blocks.counts, padding), indices, starts
+
+
+@torch.library.register_fake("modelopt_lite::select_blocks")  # type: ignore[untyped-decorator]
+def _(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    request = AttentionRequest.unflatten(inputs)
+    plan, q = request.plan, request.q
+    per_kv_head = plan.blocks is not None and plan.blocks.per_kv_head and plan.skip is None
+    heads = request.k.shape[1] if per_kv_head else q.shape[1]
+    rows, columns = grid_shape(request, *request.grid)
+    counts = q.new_empty(heads, rows, dtype=torch.int32)
+    return counts, q.new_empty(heads, rows, columns, dtype=torch.int32), request.starts_q.to(torch.int32)
+
+
 @torch.library.impl("modelopt_lite::attention", "default")
 def _forward(*inputs: Any) -> tuple[Tensor, Tensor]:
-    request = AttentionRequest.unflatten(inputs[:-1])
+    request = AttentionRequest.unflatten(inputs[:-1]).present()
     output, lse = choice.run(request, inputs[-1])
     return output, _no_lse(request.q) if lse is None else lse
 
@@ -123,7 +168,7 @@ def _no_lse(q: Tensor) -> Tensor:
 
 @torch.library.impl("modelopt_lite::attention_backward", "default")
 def _backward(grad: Tensor, output: Tensor, lse: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    request, backend = AttentionRequest.unflatten(inputs[:-1]), inputs[-1]
+    request, backend = AttentionRequest.unflatten(inputs[:-1]).present(), inputs[-1]
     if choice.runs_on_gpu_kernels(request, backend):
         grad_q, grad_k, grad_v, grad_s_aux = portable.backward(grad, output, lse, request.readable())
     else:
@@ -192,7 +237,7 @@ class _Attention(torch.autograd.Function):
 
 
 torch.library.register_autograd("modelopt_lite::attention", _backward_of_forward, setup_context=_save_for_backward)
-for _name in ("attention", "attention_backward"):
+for _name in ("attention", "attention_backward", "select_blocks"):
     _operator = getattr(torch.ops.modelopt_lite, _name)
     torch.library.register_vmap(
         f"modelopt_lite::{_name}",

@@ -90,6 +90,8 @@ def refusal(request: AttentionRequest) -> str | None:
             return f"the GPU's compute capability is {compute_capability(r.q.device) / 10}, not {OLDEST / 10} or later"
     elif not triton.knobs.runtime.interpret:
         return f"the tensors are on {r.q.device}, not on a CUDA GPU, and TRITON_INTERPRET=1 is not set"
+    if r.blocks is not None or r.plan.chooses_blocks:
+        return "it visits all blocks of keys, and the method or the call chooses blocks"
     if not r.plan.is_dense and r.plan.score_hook is None:
         return "the method has no score_hook, only a rule in PyTorch"
     for name, x in (("q", r.q), ("k", r.k), ("v", r.v)):

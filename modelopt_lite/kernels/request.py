@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..plan import DENSE, AttentionPlan, plan_by_name
+from ..plan import BLOCK_SIZE, DENSE, AttentionPlan, plan_by_name
+from .blocks import KeyBlocks
 
 SCHEMA = {
     "q": "Tensor",
@@ -31,8 +32,16 @@ SCHEMA = {
     "first_k": "Tensor?",
     "counts": "Tensor?",
     "with_lse": "bool",
+    "block_counts": "Tensor?",
+    "block_indices": "Tensor?",
+    "block_starts": "Tensor?",
+    "block_size": "int",
+    "block_rows": "int",
 }
-"""The fields of a request and what PyTorch's operators call their types; a plan travels by its name."""
+"""The fields of a request and what PyTorch's operators call their types. A plan travels by its name, the lists of key
+blocks by their fields, which come last."""
+_FIELDS = tuple(SCHEMA)[: -len(KeyBlocks._fields)]
+_NO_BLOCKS = (None, None, None, BLOCK_SIZE, BLOCK_SIZE)
 
 
 class HookRefusedError(Exception):
@@ -81,6 +90,8 @@ class AttentionRequest(NamedTuple):
         counts: ``[sequences, longest]``, on the CPU: how many of the sequences are there, and an upper bound of their
             lengths, where :func:`~modelopt_lite.kernels.operator.pack` found them; None if all are.
         with_lse: whether logarithms of the softmax denominators are wanted.
+        blocks: the key blocks that each query block looks at; None: all. They are final: where there are lists, no
+            kernel applies the plan's selector or skip rule.
     """
 
     q: Tensor
@@ -102,21 +113,30 @@ class AttentionRequest(NamedTuple):
     first_k: Tensor | None = None
     counts: Tensor | None = None
     with_lse: bool = False
+    blocks: KeyBlocks | None = None
 
     def flatten(self) -> tuple[Any, ...]:
         """Return the fields as PyTorch's operators take them, in the order of :data:`SCHEMA`."""
-        return tuple(self.plan.name if name == "plan" else getattr(self, name) for name in SCHEMA)
+        blocks = _NO_BLOCKS if self.blocks is None else self.blocks
+        return (*(self.plan.name if name == "plan" else getattr(self, name) for name in _FIELDS), *blocks)
 
     @classmethod
     def unflatten(cls, values: Sequence[Any]) -> AttentionRequest:
-        """Undo :meth:`flatten`, and keep only the sequences that ``counts`` says are there."""
-        fields = dict(zip(SCHEMA, values, strict=True))
-        request = cls(**{**fields, "plan": plan_by_name(fields["plan"])})
-        if request.counts is None:
-            return request
-        number, longest = request.counts.tolist()
-        packing = {name: fields[name][:number] for name in ("starts_q", "lengths_q", "starts_k", "lengths_k")}
-        return request._replace(counts=None, max_q=longest, max_k=longest, **packing)
+        """Undo :meth:`flatten`."""
+        values, blocks = values[: len(_FIELDS)], values[len(_FIELDS) :]
+        fields = dict(zip(_FIELDS, values, strict=True))
+        fields["plan"] = plan_by_name(fields["plan"])
+        return cls(**fields, blocks=None if blocks[0] is None else KeyBlocks(*blocks))
+
+    def present(self) -> AttentionRequest:
+        """Keep only the sequences that ``counts`` says are there."""
+        if self.counts is None:
+            return self
+        number, longest = self.counts.tolist()
+        packing = {name: getattr(self, name)[:number] for name in ("starts_q", "lengths_q", "starts_k", "lengths_k")}
+        if self.blocks is not None:
+            packing["blocks"] = self.blocks._replace(starts=self.blocks.starts[:number])
+        return self._replace(counts=None, max_q=longest, max_k=longest, **packing)
 
     def readable(self) -> AttentionRequest:
         """Return the request with copies of what kernels could not read: they take any strides but the last ones."""
@@ -155,9 +175,19 @@ class AttentionRequest(NamedTuple):
                 first_q = first_k + len_k - len_q
             yield PackedSequence(slice(start_q, start_q + len_q), slice(start_k, start_k + len_k), first_q, first_k)
 
+    def is_decode(self, len_q: int) -> bool:
+        """Whether a sequence with ``len_q`` queries is decode that stays dense: a single query is, by default."""
+        return len_q == 1 and not self.plan.sparse_decode
+
     def plan_for(self, len_q: int) -> AttentionPlan:
         """Return the plan of a sequence with ``len_q`` queries: a single query is decode, dense by default."""
-        return DENSE if len_q == 1 and not self.plan.sparse_decode else self.plan
+        return DENSE if self.is_decode(len_q) else self.plan
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """The keys of a key block and the positions of a query block, where there are any blocks."""
+        of = self.blocks or self.plan.blocks or self.plan.skip
+        return (BLOCK_SIZE, BLOCK_SIZE) if of is None else (of.block_size, of.block_rows)
 
     def check_values(self) -> None:
         """Check starts and lengths of every sequence against the rows there are; waits for their device.
@@ -189,7 +219,32 @@ class AttentionRequest(NamedTuple):
                 raise ValueError(f"b_seq_len_k[{b}]: {len_k} is not allowed; if causal, at least the {len_q} queries")
             if len_q:
                 occupied.append((queries.start, queries.stop))
+        if self.blocks is not None:
+            self._check_lists(self.blocks.on_cpu())
         occupied.sort()
         for (_, stop), (start, _) in pairwise(occupied):
             if stop > start:
                 raise ValueError(f"b_start_loc: row {start} belongs to two sequences; each query row belongs to one")
+
+    def _check_lists(self, blocks: KeyBlocks) -> None:
+        """Check that the lists name key blocks that are there."""
+        size, rows = blocks.block_size, blocks.block_rows
+        for b, (queries, keys, first_q, first_k) in enumerate(self.sequences()):
+            len_q, len_k = queries.stop - queries.start, keys.stop - keys.start
+            if len_q == 0:
+                continue
+            start, here = int(blocks.starts[b]), (first_q + len_q - 1) // rows - first_q // rows + 1
+            if not 0 <= start <= blocks.counts.shape[1] - here:
+                raise ValueError(
+                    f"blocks.starts[{b}]: {start} is not allowed; the sequence has {here} query blocks, and there are "
+                    f"{blocks.counts.shape[1]} lists"
+                )
+            counts, indices = blocks.counts[:, start : start + here], blocks.indices[:, start : start + here]
+            there = (first_k + len_k - 1) // size - first_k // size + 1 if len_k else 0
+            listed = torch.arange(indices.shape[2]) < counts[..., None]
+            if not bool(((counts >= 0) & (counts <= indices.shape[2])).all()):
+                raise ValueError(f"blocks.counts: of sequence {b}, not all are from 0 to {indices.shape[2]}")
+            if not bool(((indices >= 0) & (indices < there) | ~listed).all()):
+                raise ValueError(f"blocks.indices: of sequence {b}, not all are from 0 to {there - 1}, its key blocks")
+            if not bool(((indices.diff(dim=-1) > 0) | ~listed[..., 1:]).all()):
+                raise ValueError(f"blocks.indices: of sequence {b}, not all are in ascending order")

@@ -1,0 +1,199 @@
+"""Which key blocks a request visits: the plan's selector, then skip-softmax, made into lists before the main loop."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..plan import AttentionPlan, BlockSelector, SkipRule
+from .blocked import AttentionStatistics, statistics_blocked
+from .blocks import BlockGrid, GridPart, KeyBlocks, scaled, visible_keys
+from .reference import SequenceBlocks, selected_blocks
+from .request import AttentionRequest
+
+TILE_SCORES = 1 << 20
+"""About how many scores skip-softmax looks at together."""
+
+
+@torch.no_grad()
+def select_blocks(request: AttentionRequest) -> KeyBlocks:
+    """Return the key blocks that the request's plan visits.
+
+    It does not wait for the device unless the selector has a reference alone.
+
+    Args:
+        request: a checked request without lists, whose plan chooses blocks.
+    """
+    selected, skipped = chosen_blocks(request)
+    mask = selected if skipped is None else selected & ~skipped
+    grid = BlockGrid(request, *request.grid)
+    return KeyBlocks.from_mask(mask, grid.starts, *request.grid)
+
+
+@torch.no_grad()
+def chosen_blocks(request: AttentionRequest) -> tuple[Tensor, Tensor | None]:
+    """Return which key blocks the plan's selector keeps, and which of all its skip rule skips, None without one.
+
+    Both are booleans ``[heads, query_blocks, key_blocks]``, as in :class:`~modelopt_lite.kernels.blocks.KeyBlocks`.
+    """
+    plan = request.plan
+    grid = BlockGrid(request, *request.grid)
+    with torch.autocast(request.q.device.type, enabled=False):
+        seen = grid.seen()
+        if plan.blocks is None or 0 in grid.shape:
+            selected = seen.expand(request.q.shape[1], *seen.shape)
+        else:
+            selected = _selected(request, grid, seen, plan.blocks)
+            selected = (selected | grid.is_dense()[:, None]) & seen
+        if plan.skip is None or 0 in grid.shape:
+            return selected, None
+        selected = selected.repeat_interleave(request.q.shape[1] // selected.shape[0], 0)
+        return selected, selected & _skipped(request, grid, selected, plan.skip) & ~grid.is_dense()[:, None]
+
+
+@torch.no_grad()
+def statistics_of_blocks(request: AttentionRequest) -> AttentionStatistics:
+    """Count what a request keeps, with its lists or those that its plan chooses, without waiting for the device."""
+    if request.blocks is None and not request.plan.chooses_blocks:
+        return statistics_blocked(request)
+    grid, heads = BlockGrid(request, *request.grid), request.q.shape[1]
+    skipped = None
+    if request.blocks is not None:
+        visited = request.blocks.mask()
+    else:
+        visited, skipped = chosen_blocks(request)
+        visited = visited if skipped is None else visited & ~skipped
+        request = request._replace(blocks=KeyBlocks.from_mask(visited, grid.starts, *request.grid))
+    counts = (
+        heads * grid.seen().sum(),
+        heads // visited.shape[0] * visited.sum(),
+        torch.zeros_like(visited.sum()) if skipped is None else skipped.sum(),
+    )
+    return statistics_blocked(request, counts)
+
+
+def _selected(request: AttentionRequest, grid: BlockGrid, seen: Tensor, selector: BlockSelector) -> Tensor:
+    if selector.scores is None:
+        return _selected_by_reference(request, grid, selector)
+    scores = selector.scores(grid)
+    if selector.per_kv_head:
+        scores = scores.unflatten(0, (request.k.shape[1], -1)).sum(1)
+    forced = grid.forced(selector.first_blocks, selector.recent_blocks) & seen
+    return forced | selector.choose(scores, seen, forced)
+
+
+def _selected_by_reference(request: AttentionRequest, grid: BlockGrid, selector: BlockSelector) -> Tensor:
+    heads = request.k.shape[1] if selector.per_kv_head else request.q.shape[1]
+    mask = torch.zeros(heads, *grid.shape, dtype=torch.bool, device=request.q.device)
+    for sequence, start in zip(request.sequences(), grid.starts.tolist(), strict=True):
+        q, k = request.q[sequence.queries].double(), request.k[sequence.keys].double()
+        if 0 in (q.shape[0], k.shape[0]):
+            continue
+        q_pos, k_pos = (
+            first + torch.arange(x.shape[0], device=x.device)
+            for first, x in ((sequence.first_q, q), (sequence.first_k, k))
+        )
+        view = SequenceBlocks(q, k, q_pos, k_pos, visible_keys(request, q_pos[:, None], k_pos), request)
+        found = selected_blocks(view, selector)
+        mask[:, start : start + found.shape[1], : found.shape[2]] = found
+    return mask
+
+
+def _skipped(request: AttentionRequest, grid: BlockGrid, selected: Tensor, skip: SkipRule) -> Tensor:
+    """Return which of the selected blocks skip-softmax skips, ``[query_heads, query_blocks, key_blocks]``."""
+    skipped = torch.zeros_like(selected)
+    diagonal, needed = grid.diagonal(), None
+    if request.q.device.type == "cpu":  # where it costs nothing to know what there is
+        needed = grid.seen() & (selected.any(0) | diagonal | _may_be_exempt(grid, request.plan))
+    for number in range(grid.shape[0]):
+        if needed is None:
+            columns = torch.arange(grid.shape[1], device=request.q.device)
+        else:
+            columns = needed[number].nonzero().flatten()
+        if columns.numel():
+            part = GridPart(grid, slice(number, number + 1))
+            row = _Row(request, grid, part, selected[:, number], diagonal[number], number)
+            highest, others = row.maxima(columns)
+            matter = (others >= highest[..., None] + math.log(skip.threshold)) & (others > -torch.inf)
+            has_others = (others > -torch.inf).any(-2)
+            skipped[:, number, columns] = (has_others & ~matter.any(-2)).flatten(0, 1)
+    return skipped
+
+
+def _may_be_exempt(grid: BlockGrid, plan: AttentionPlan) -> Tensor:
+    """Return where a key block holds sinks or keys that are recent for some query of a query block."""
+    low_k, high_k = grid.low_k[grid.sequence], grid.high_k[grid.sequence]
+    is_recent = (high_k > grid.low_q[:, None] - plan.dense_window_size) & (low_k <= grid.high_q[:, None])
+    return (low_k < plan.num_sink_tokens) | is_recent
+
+
+class _Row:
+    """One query block with all keys that it may see.
+
+    Attributes:
+        query: ``[kv_heads, repeat, block_rows, head_dim]``.
+        q_pos: ``[block_rows, 1]``.
+        is_query: which of them the call has, ``[block_rows, 1]``.
+        selected: which key blocks the selector keeps, ``[kv_heads, repeat, 1, key_blocks]``.
+        diagonal: which key blocks are diagonal ones, ``[key_blocks]``.
+    """
+
+    def __init__(
+        self,
+        request: AttentionRequest,
+        grid: BlockGrid,
+        part: GridPart,
+        selected: Tensor,
+        diagonal: Tensor,
+        number: int,
+    ) -> None:
+        self.request, self.grid = request, grid
+        self.query = part.queries()[0]
+        self.sequence = grid.sequence[number]
+        self.q_pos = (grid.origin_q[number] + torch.arange(grid.block_rows, device=selected.device))[:, None]
+        self.is_query = (self.q_pos >= grid.low_q[number]) & (self.q_pos <= grid.high_q[number])
+        self.selected = selected.unflatten(0, self.query.shape[:2])[:, :, None]
+        self.diagonal = diagonal
+
+    def maxima(self, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the largest score of each query among the reference keys, and among the others of each key block.
+
+        Args:
+            columns: the key blocks to look at.
+
+        Returns:
+            ``[kv_heads, repeat, block_rows]`` and ``[kv_heads, repeat, block_rows, columns]``.
+        """
+        size = self.grid.block_size
+        highest, others = self.query.new_full(self.query.shape[:3], -torch.inf), []
+        for few in columns.split(max(1, TILE_SCORES // (self.query.shape[:3].numel() * size))):
+            scores, kept, exempt = self._scores(few)
+            is_reference = kept & (exempt | self.diagonal[few].repeat_interleave(size))
+            highest = highest.maximum(scores.masked_fill(~is_reference, -torch.inf).amax(-1))
+            scores = scores.masked_fill_(~kept | is_reference, -torch.inf)
+            others.append(scores.unflatten(-1, (-1, size)).amax(-1))
+        return highest, torch.cat(others, -1)
+
+    def _scores(self, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the scores with some key blocks, which of these are kept so far, and which keys are exempt."""
+        grid, request, plan = self.grid, self.request, self.request.plan
+        size = grid.block_size
+        k_pos = (grid.origin_k[self.sequence, columns][:, None] + torch.arange(size, device=columns.device)).flatten()
+        key = request.k[(grid.row_k[self.sequence] + k_pos).clamp(0, request.k.shape[0] - 1)].to(grid.dtype)
+        scores = torch.bmm(self.query.flatten(1, 2), key.permute(1, 2, 0)).unflatten(1, self.query.shape[1:3])
+        low, high = grid.low_k[self.sequence, 0], grid.high_k[self.sequence].amax()
+        visible = self.is_query & (k_pos >= low) & (k_pos <= high) & visible_keys(request, self.q_pos, k_pos)
+        scores = scaled(scores, request).masked_fill_(~visible, -torch.inf)
+        kept = visible & self.selected[..., columns].repeat_interleave(size, -1)
+        if plan.keep is not None:
+            groups = (
+                scores.unflatten(-1, (-1, plan.group)),
+                self.q_pos[..., None],
+                k_pos.unflatten(0, (-1, plan.group)),
+            )
+            kept = kept & plan.keep(*groups).flatten(-2)
+        behind = self.q_pos - k_pos
+        exempt = visible & ((k_pos < plan.num_sink_tokens) | ((behind >= 0) & (behind < plan.dense_window_size)))
+        return scores, kept | exempt, exempt
