@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from .errors import UnsupportedError
-from .kernels import Backend, attention, attention_statistics
-from .module import SparseAttentionModule, original_class
-from .plan import DENSE
+from .kernels import attention, attention_statistics
+from .module import SparseAttentionModule, decide, original_class
+from .recomputation import Decision
 
 
 class Layout(NamedTuple):
@@ -250,6 +250,7 @@ def attend(
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    decision: Decision | None = None,
 ) -> Tensor:
     """Compute an attention module's attention as its flags say.
 
@@ -262,6 +263,7 @@ def attend(
         scaling: factor on the scores.
         softcap: bound of the scores, if the model has one.
         s_aux: learnable sink logits ``[query_heads]``, if the model has them.
+        decision: what the call does, if that has been decided already.
 
     Returns:
         ``[batch, len_q, query_heads, value_dim]``, 0 where no sequence is.
@@ -269,10 +271,7 @@ def attend(
     Raises:
         UnsupportedError: if the layout is not that of the tensors, or the backend cannot do it; names the layer.
     """
-    flags = None
-    if isinstance(module, SparseAttentionModule):
-        flags = module.sparse_attention
-        flags.reached = True
+    decision = decision or decide(module, is_decode=layout.max_q == 1)
     found = (query.shape[0], query.shape[2], key.shape[0], key.shape[2])
     if found != (layout.batch, layout.len_q, layout.batch, layout.slots):
         raise UnsupportedError(
@@ -292,7 +291,7 @@ def attend(
         key, value = key[rows, layout.order_k], value[rows, layout.order_k]
     query = query.flatten(0, 1)
     key, value, layout = _flatten_keys(key, value, layout)
-    plan = DENSE if flags is None else flags.plan
+    plan = decision.plan
     # Without groups and sinks only distances count, which need not know what a cache has dropped.
     is_dense = plan.is_dense or (layout.max_q == 1 and not plan.sparse_decode)
     if not is_dense and _is_cross_attention(module, layout):
@@ -313,14 +312,13 @@ def attend(
         "softcap": softcap,
         "plan": plan,
     }
-    if flags is not None and flags.statistics is not None and flags.enabled and layout.max_q > 1:
+    if decision.statistics is not None and layout.max_q > 1:
         if query.is_cuda and torch.cuda.is_current_stream_capturing():
             raise UnsupportedError(f"{layer_name(module)}: statistics cannot be collected in a CUDA graph")
         prefill = layout.lengths_q.masked_fill(layout.lengths_q == 1, 0)
-        flags.statistics.add(attention_statistics(query, key, **{**arguments, "b_seq_len": prefill}))
-    backend: Backend = "auto" if flags is None else flags.method.backend
+        decision.statistics.add(attention_statistics(query, key, **{**arguments, "b_seq_len": prefill}))
     try:
-        output = cast(Tensor, attention(query, key, value, **arguments, s_aux=s_aux, backend=backend))
+        output = cast(Tensor, attention(query, key, value, **arguments, s_aux=s_aux, backend=decision.backend))
     except UnsupportedError as error:
         raise UnsupportedError(f"{layer_name(module)}: {error}") from None
     output = output.view(layout.batch, layout.len_q, *output.shape[1:])
