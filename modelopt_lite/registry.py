@@ -48,7 +48,7 @@ def register_sparse_method(cls: MethodClass) -> MethodClass:
         ValueError: if one of the names is taken by a class of another place.
     """
     names = method_names(cls)
-    replaced = set()
+    replaced: set[str] = set()
     for name in names:
         if name in _methods:
             taken_by = _methods[name]
