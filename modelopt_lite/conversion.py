@@ -14,17 +14,9 @@ from rich.table import Table
 from torch import nn
 
 from .config import SparsityConfig, abbreviate, match_names
+from .discovery import attention_modules, check_modules, pretrained_models, uses_interface
 from .errors import ConfigError, UnsupportedError
-from .huggingface import (
-    attention_modules,
-    check_modules,
-    implementations,
-    pretrained_models,
-    set_implementations,
-    switch_on,
-    switch_to_paging,
-    uses_interface,
-)
+from .huggingface import implementations, set_implementations, switch_on, switch_to_paging
 from .interception import InterceptedAttentionModule
 from .module import (
     SparseAttentionFlags,
