@@ -15,13 +15,12 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
-from .discovery import uses_interface
+from .discovery import ATTENTION_NAME, uses_interface
 from .errors import UnsupportedError
 from .layout import Layout, attend, layer_name, whole_layout
 from .module import original_class, sparse_modules
 from .transformers_masks import attention_mask
 
-ATTENTION_NAME = "modelopt_lite"
 # In continuous batching Transformers goes by the name: it is "flash" that takes packed sequences without a mask.
 PAGED_ATTENTION_NAME = "modelopt_lite_paged_flash"
 PAGING_SINCE = (5, 19)  # before, it knew only "paged|..." names and handed the cache's indices to it
