@@ -14,17 +14,16 @@ from rich.table import Table
 from torch import nn
 
 from .config import SparsityConfig, abbreviate, match_names
-from .errors import ConfigError, UnsupportedError
-from .huggingface import (
+from .discovery import (
     attention_modules,
+    check_found,
     check_modules,
-    implementations,
     pretrained_models,
-    set_implementations,
-    switch_on,
-    switch_to_paging,
+    unreachable_modules,
     uses_interface,
 )
+from .errors import ConfigError, UnsupportedError
+from .huggingface import implementations, set_implementations, switch_on, switch_to_paging
 from .interception import InterceptedAttentionModule
 from .module import (
     SparseAttentionFlags,
@@ -91,8 +90,11 @@ def sparsify(
     config = SparsityConfig.load(config)
     chosen = _chosen_modules(model, attention)
     modules = attention_modules(model, chosen)
-    check_modules(model, modules, chosen)
-    methods = config.assign(modules)
+    unreachable = unreachable_modules(model, modules)
+    check_found(model, [*modules, *unreachable])
+    methods = config.assign([name for name, _ in model.named_modules() if name in modules or name in unreachable])
+    check_modules(model, modules, methods, chosen)
+    methods = {name: method for name, method in methods.items() if name in modules}
     check_revertible(model)
     plans = {name: method.plan() for name, method in methods.items()}
 
