@@ -7,15 +7,17 @@ batching has an attention function of its own, under a second name.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
-from .discovery import ATTENTION_NAME, uses_interface
+from .discovery import ATTENTION_NAME
 from .errors import UnsupportedError
 from .layout import Layout, attend, layer_name, whole_layout
 from .module import original_class, sparse_modules
@@ -249,22 +251,87 @@ def _may_equal(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and (not can_read or bool((one == other).all()))
 
 
-def implementations(model: PreTrainedModel) -> dict[str, str]:
-    """Return a model's attention implementation, under ``""``, and those of its parts with a config of their own."""
-    config = model.config
-    parts = {name: getattr(config, name, None) for name in config.sub_configs}
-    own = {name: part._attn_implementation for name, part in parts.items() if part is not None}
-    return {"": config._attn_implementation, **own}
+def interface_configs(model: PreTrainedModel, names: Iterable[str]) -> list[PreTrainedConfig]:
+    """Return the configs that say which attention function some layers call, and which masks their model makes.
+
+    These are the configs of the layers and of the modules that they are inside of. Other parts of the model keep their
+    implementation, unless they share one of these configs.
+
+    Args:
+        model: the model.
+        names: dotted names of layers in it that go through Transformers' attention interface.
+
+    Raises:
+        UnsupportedError: if one of the layers has no config; names it.
+    """
+    modules = dict(model.named_modules())
+    found: dict[int, PreTrainedConfig] = {}
+    for name in names:
+        if not isinstance(getattr(modules[name], "config", None), PreTrainedConfig):
+            raise UnsupportedError(
+                f"{name} ({original_class(modules[name]).__name__}): its attention implementation cannot be set, as it "
+                "has no config of Transformers"
+            )
+        parts = name.split(".") if name else []
+        for depth in range(len(parts) + 1):
+            config = getattr(modules[".".join(parts[:depth])], "config", None)
+            if isinstance(config, PreTrainedConfig):
+                found[id(config)] = config
+    return list(found.values())
 
 
-def set_implementations(model: PreTrainedModel, names: dict[str, str]) -> None:
-    """Set what :func:`implementations` returned."""
-    model.set_attn_implementation(names if len(names) > 1 else names[""])
-    if ATTENTION_NAME not in names.values():
-        for module in model.modules():
-            if isinstance(module, PreTrainedModel) and _HOOK_ATTRIBUTE in vars(module):
-                getattr(module, _HOOK_ATTRIBUTE).remove()
-                delattr(module, _HOOK_ATTRIBUTE)
+def own_configs(root: nn.Module, name: str) -> None:
+    """Give a Transformers model configs of its own, equal to those it has, which another model may share.
+
+    Args:
+        root: what the model is inside of, or itself; what wraps the model gets the same configs.
+        name: the model's dotted name in it.
+    """
+    copies: dict[int, Any] = {}
+    model = root.get_submodule(name)
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, PreTrainedConfig):
+                copy.deepcopy(value, copies)
+    wrappers = [each for outer, each in root.named_modules() if not outer or name.startswith(f"{outer}.")]
+    for module in (*wrappers, *model.modules()):
+        for attribute, value in vars(module).items():
+            if isinstance(value, PreTrainedConfig) and id(value) in copies:
+                vars(module)[attribute] = copies[id(value)]
+
+
+def set_implementation(configs: Iterable[PreTrainedConfig], name: str) -> list[tuple[PreTrainedConfig, str | None]]:
+    """Set the attention implementation in some configs; return what :func:`restore_implementations` restores."""
+    before = [(config, config._attn_implementation) for config in configs]
+    for config, _ in before:
+        # Not by set_attn_implementation, which takes every name with "flash" in it for a package to import, and knows
+        # no parts without an implementation. The mapping keeps what is set in the parts of a config.
+        config._attn_implementation = {"": name}
+    return before
+
+
+def restore_implementations(before: Iterable[tuple[PreTrainedConfig, str | None]]) -> None:
+    """Restore the attention implementations of configs, but for those that something else has changed since."""
+    for config, name in before:
+        if config._attn_implementation in (ATTENTION_NAME, PAGED_ATTENTION_NAME):
+            config._attn_implementation = {"": name}
+
+
+def refuse_attention_weights(model: PreTrainedModel) -> None:
+    """Make a model and its parts refuse to return attention weights, until :func:`allow_attention_weights`."""
+    # All of them: wrappers, such as those of PEFT, call the outermost model's forward itself, past its hooks.
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and _HOOK_ATTRIBUTE not in vars(part):
+            hook = part.register_forward_pre_hook(_refuse_attention_weights, with_kwargs=True)
+            setattr(part, _HOOK_ATTRIBUTE, hook)
+
+
+def allow_attention_weights(model: nn.Module) -> None:
+    """Undo :func:`refuse_attention_weights`."""
+    for part in model.modules():
+        hook = vars(part).pop(_HOOK_ATTRIBUTE, None)
+        if hook is not None:
+            hook.remove()
 
 
 def _refuse_attention_weights(model: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
@@ -276,46 +343,17 @@ def _refuse_attention_weights(model: nn.Module, _args: Any, kwargs: dict[str, An
         raise UnsupportedError(f"{layer_name(next(iter(modules.values())))}: {_NO_WEIGHTS}")
 
 
-def switch_on(model: PreTrainedModel) -> None:
-    """Make all of a model's attention run on this package's attention function, unless none asks for one.
-
-    The model and its parts refuse from then on to return attention weights, until :func:`set_implementations` sets
-    others than this package's.
+def check_paging() -> None:
+    """Check that this version of Transformers has a place for this package in continuous batching.
 
     Raises:
-        UnsupportedError: if the model does not let itself be switched, naming the first layer; it is as before then.
-    """
-    # All of them: wrappers, such as those of PEFT, call the outermost model's forward itself, past its hooks.
-    for part in model.modules():
-        if isinstance(part, PreTrainedModel):
-            hook = part.register_forward_pre_hook(_refuse_attention_weights, with_kwargs=True)
-            setattr(part, _HOOK_ATTRIBUTE, hook)
-    modules = {name: module for name, module in model.named_modules() if uses_interface(module)}
-    if not modules:
-        return
-    before = implementations(model)
-    set_implementations(model, dict.fromkeys(before, ATTENTION_NAME))
-    for name, module in modules.items():
-        if getattr(module, "config", model.config)._attn_implementation != ATTENTION_NAME:
-            set_implementations(model, before)
-            raise UnsupportedError(
-                f"{name} ({original_class(module).__name__}): its model's attention implementation cannot be set"
-            )
-
-
-def switch_to_paging(model: PreTrainedModel) -> None:
-    """Make all of a model's attention run in continuous batching, and nowhere else.
-
-    Raises:
-        UnsupportedError: if this version of Transformers has no place for it.
+        UnsupportedError: if not.
     """
     if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < PAGING_SINCE:
         wanted = ".".join(map(str, PAGING_SINCE))
         raise UnsupportedError(
             f"continuous batching needs Transformers {wanted} or later, not {transformers.__version__}"
         )
-    # Not by set_attn_implementation, which takes every name with "flash" in it for a package to import.
-    model.config._attn_implementation = PAGED_ATTENTION_NAME
 
 
 AttentionInterface.register(ATTENTION_NAME, attention_forward)
