@@ -26,13 +26,13 @@ from .discovery import (
 from .errors import ConfigError, UnsupportedError
 from .huggingface import (
     PAGED_ATTENTION_NAME,
-    allow_attention_weights,
     check_paging,
     interface_configs,
     own_configs,
-    refuse_attention_weights,
     restore_implementations,
     set_implementation,
+    unwatch,
+    watch,
 )
 from .interception import InterceptedAttentionModule
 from .module import (
@@ -132,7 +132,7 @@ def sparsify(
             set_implementation(configs, ATTENTION_NAME), getattr(transformer.config, CONFIG_ATTRIBUTE, None)
         )
         setattr(transformer, _BEFORE_ATTRIBUTE, before)
-        refuse_attention_weights(transformer)
+        watch(transformer)
     for name, method in methods.items():
         module = modules[name]
         flags = SparseAttentionFlags(name, method, plans[name], enabled=method.enable)
@@ -162,7 +162,7 @@ def _undo(model: nn.Module) -> dict[nn.Module, SparseAttentionFlags]:
         before: _Before | None = vars(part).pop(_BEFORE_ATTRIBUTE, None)
         if before is None:
             continue
-        allow_attention_weights(part)
+        unwatch(part)
         restore_implementations(before.implementations)
         config: Any = part.config
         if before.config_entry is not None:

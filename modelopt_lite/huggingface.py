@@ -8,7 +8,11 @@ batching has an attention function of its own, under a second name.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+import functools
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -46,7 +50,9 @@ IRRELEVANT_ARGUMENTS = frozenset(
 # What continuous batching hands to every layer for its cache.
 PAGING_ARGUMENTS = ("block_table", "cu_seq_lens_k", "max_length_k", "read_index", "write_index")
 _NO_WEIGHTS = "output_attentions is not supported; unsparsify the model and use attn_implementation='eager'"
-_HOOK_ATTRIBUTE = "_refuses_attention_weights"
+_HOOKS_ATTRIBUTE = "_hooks_of_sparsity"
+
+logger = logging.getLogger(__name__)
 
 
 def attention_forward(
@@ -317,21 +323,24 @@ def restore_implementations(before: Iterable[tuple[PreTrainedConfig, str | None]
             config._attn_implementation = {"": name}
 
 
-def refuse_attention_weights(model: PreTrainedModel) -> None:
-    """Make a model and its parts refuse to return attention weights, until :func:`allow_attention_weights`."""
+def watch(model: PreTrainedModel) -> None:
+    """Refuse to return attention weights, and warn if adapters are saved without the sparsity, until :func:`unwatch`.
+
+    Args:
+        model: a sparse model; its parts refuse as well.
+    """
+    hooks = [model.register_state_dict_pre_hook(_warn_of_adapters)]
     # All of them: wrappers, such as those of PEFT, call the outermost model's forward itself, past its hooks.
     for part in model.modules():
-        if isinstance(part, PreTrainedModel) and _HOOK_ATTRIBUTE not in vars(part):
-            hook = part.register_forward_pre_hook(_refuse_attention_weights, with_kwargs=True)
-            setattr(part, _HOOK_ATTRIBUTE, hook)
+        if isinstance(part, PreTrainedModel):
+            hooks.append(part.register_forward_pre_hook(_refuse_attention_weights, with_kwargs=True))
+    setattr(model, _HOOKS_ATTRIBUTE, hooks)
 
 
-def allow_attention_weights(model: nn.Module) -> None:
-    """Undo :func:`refuse_attention_weights`."""
-    for part in model.modules():
-        hook = vars(part).pop(_HOOK_ATTRIBUTE, None)
-        if hook is not None:
-            hook.remove()
+def unwatch(model: nn.Module) -> None:
+    """Undo :func:`watch`."""
+    for hook in vars(model).pop(_HOOKS_ATTRIBUTE):
+        hook.remove()
 
 
 def _refuse_attention_weights(model: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
@@ -341,6 +350,34 @@ def _refuse_attention_weights(model: nn.Module, _args: Any, kwargs: dict[str, An
         wanted = getattr(model.config, "output_attentions", False)
     if wanted and (modules := sparse_modules(model)):
         raise UnsupportedError(f"{layer_name(next(iter(modules.values())))}: {_NO_WEIGHTS}")
+
+
+_saving_sparsity: ContextVar[bool] = ContextVar("modelopt_lite_saving", default=False)
+
+
+@contextmanager
+def saving_sparsity() -> Iterator[None]:
+    """Let adapters be saved inside the ``with`` block, as the caller saves the sparsity beside them."""
+    token = _saving_sparsity.set(True)
+    try:
+        yield
+    finally:
+        _saving_sparsity.reset(token)
+
+
+def _warn_of_adapters(model: nn.Module, _prefix: str, _keep_vars: bool) -> None:
+    """Warn, where the weights of a model with adapters are asked for, that PEFT saves nothing else."""
+    if getattr(model, "peft_config", None) and not _saving_sparsity.get():
+        _warn_once(type(model).__name__)
+
+
+@functools.cache
+def _warn_once(class_name: str) -> None:
+    logger.warning(
+        "%s is sparse and has adapters: PEFT saves them without the sparsity; use "
+        "modelopt_lite.save_pretrained(model, folder) instead of model.save_pretrained(folder)",
+        class_name,
+    )
 
 
 def check_paging() -> None:
