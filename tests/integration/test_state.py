@@ -474,9 +474,8 @@ def llama(config):
 
 def state_of(model):
     """All that says which attention a model runs."""
-    parts = {
-        name: module.config for name, module in model.named_modules() if is_config(getattr(module, "config", None))
-    }
+    configs = {name: getattr(module, "config", None) for name, module in model.named_modules()}
+    parts = {name: config for name, config in configs.items() if isinstance(config, transformers.PreTrainedConfig)}
     return (
         {name: config._attn_implementation for name, config in parts.items()},
         {name: config.to_dict() for name, config in parts.items()},
