@@ -14,25 +14,27 @@ from rich.table import Table
 from torch import nn
 
 from .config import SparsityConfig, abbreviate, match_names
-from .errors import ConfigError, UnsupportedError
-from .huggingface import (
+from .discovery import (
     attention_modules,
+    check_found,
     check_modules,
-    implementations,
     pretrained_models,
-    set_implementations,
-    switch_on,
-    switch_to_paging,
+    unreachable_modules,
     uses_interface,
 )
+from .errors import ConfigError, UnsupportedError
+from .huggingface import implementations, set_implementations, switch_on, switch_to_paging
 from .interception import InterceptedAttentionModule
 from .module import (
     SparseAttentionFlags,
     SparseAttentionModule,
     check_revertible,
     convert,
+    follow,
     original_class,
+    present_decision,
     revert,
+    run_dense,
     sparse_modules,
 )
 from .stats import ModelStatistics
@@ -88,8 +90,11 @@ def sparsify(
     config = SparsityConfig.load(config)
     chosen = _chosen_modules(model, attention)
     modules = attention_modules(model, chosen)
-    check_modules(model, modules, chosen)
-    methods = config.assign(modules)
+    unreachable = unreachable_modules(model, modules)
+    check_found(model, [*modules, *unreachable])
+    methods = config.assign([name for name, _ in model.named_modules() if name in modules or name in unreachable])
+    check_modules(model, modules, methods, chosen)
+    methods = {name: method for name, method in methods.items() if name in modules}
     check_revertible(model)
     plans = {name: method.shared_plan() for name, method in methods.items()}
 
@@ -165,14 +170,8 @@ def disabled(model: ModelT) -> Iterator[ModelT]:
     Yields:
         The model.
     """
-    states = [(module.sparse_attention, module.sparse_attention.enabled) for module in sparse_modules(model).values()]
-    for flags, _ in states:
-        flags.enabled = False
-    try:
+    with run_dense(list(sparse_modules(model).values())):
         yield model
-    finally:
-        for flags, enabled in states:
-            flags.enabled = enabled
 
 
 @contextmanager
@@ -207,7 +206,8 @@ def continuous_batching(model: ModelT) -> Iterator[ModelT]:
     try:
         for transformer in transformers.values():
             switch_to_paging(transformer)
-        yield model
+        with follow(list(sparse_modules(model).values())):
+            yield model
     finally:
         for name, transformer in transformers.items():
             set_implementations(transformer, before[name])
@@ -315,5 +315,6 @@ def summary(model: nn.Module, statistics: ModelStatistics | None = None) -> Summ
         measured = None if statistics is None else statistics.layers.get(name)
         shares = (None, None) if measured is None or not measured.rows else (measured.sparsity, measured.mass_kept)
         method, settings = flags.method.method, flags.method.settings()
-        rows.append(LayerSummary(name, class_name, method, settings, flags.enabled, flags.active, *shares))
+        is_on = present_decision(module).is_on
+        rows.append(LayerSummary(name, class_name, method, settings, is_on, flags.active, *shares))
     return rows
