@@ -112,7 +112,7 @@ def sparsify(
     check_modules(model, modules, methods, chosen)
     methods = {name: method for name, method in methods.items() if name in modules}
     check_revertible(model)
-    plans = {name: method.plan() for name, method in methods.items()}
+    plans = {name: method.shared_plan() for name, method in methods.items()}
 
     transformers = {name: each for name, each in pretrained_models(model).items() if _inside(name, methods)}
     through_interface = {

@@ -68,7 +68,7 @@ class SparseAttentionFlags:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Make a copy."""
-        vars(self).update(vars(SparseAttentionFlags(sparse_plan=state["method"].plan(), **state)))
+        vars(self).update(vars(SparseAttentionFlags(sparse_plan=state["method"].shared_plan(), **state)))
 
     def decision(self, is_dense: bool, statistics: LayerStatistics | None) -> Decision:
         """Return what a call does, given whether it is to be dense and what it is counted in."""
