@@ -208,7 +208,7 @@ class AttentionPlan:
             selector, skip = ((x.block_size, x.block_rows) for x in (self.blocks, self.skip))
             if selector != skip:
                 raise ValueError(
-                    f"plan.skip: (block_size, block_rows) = {skip} is not allowed; must be {selector}, those of plan.blocks"
+                    f"plan.skip: (block_size, block_rows) = {skip} is not allowed; plan.blocks has {selector}"
                 )
 
         object.__setattr__(self, "chooses_blocks", self.blocks is not None or self.skip is not None)

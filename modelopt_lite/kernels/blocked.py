@@ -143,7 +143,8 @@ class _Sequence:
 
     def take(self, x: Tensor, block: Any) -> Tensor:
         """Return a tile's block of keys or values, ``[kv_heads, keys, dim]``."""
-        return x[block]
+        taken: Tensor = x[block]
+        return taken
 
     def add(self, grad: Tensor, block: Any, left: Tensor, right: Tensor) -> None:
         """Add the product of two matrices to the gradient of a tile's block of keys or values."""
@@ -240,7 +241,8 @@ class _ListedSequence(_Sequence):
     def deinterleave(self, x: Tensor) -> Tensor:
         before = self.first_k - self.origin
         x = pad(x.to(self.dtype), (0, 0, 0, 0, before, -(before + self.len_k) % self.block))
-        return x.unflatten(0, (-1, self.block // self.group, self.group)).permute(0, 3, 1, 2, 4)
+        blocks: Tensor = x.unflatten(0, (-1, self.block // self.group, self.group))
+        return blocks.permute(0, 3, 1, 2, 4)
 
     def interleave(self, x: Tensor) -> Tensor:
         return x.permute(0, 2, 3, 1, 4).flatten(0, 2)[self.first_k - self.origin :][: self.len_k]

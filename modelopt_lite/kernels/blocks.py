@@ -335,8 +335,8 @@ def grid_shape(request: AttentionRequest, block_size: int, block_rows: int) -> t
     r, batch = request, request.starts_q.shape[0]
     longest, keys = torch.sym_min(r.max_q, r.q.shape[0]), torch.sym_min(r.max_k, r.k.shape[0])
     # A sequence may begin and end in the middle of a block.
-    each = (longest + 2 * block_rows - 2) // block_rows
+    each = torch.sym_min(longest, (longest + 2 * block_rows - 2) // block_rows)
     rows = torch.sym_min(batch * each, r.q.shape[0] // block_rows + 2 * batch)
     if r.first_k is None:
         return rows, (keys + block_size - 1) // block_size
-    return rows, (keys + 2 * block_size - 2) // block_size
+    return rows, torch.sym_min(keys, (keys + 2 * block_size - 2) // block_size)

@@ -79,10 +79,15 @@ def compute(request: AttentionRequest, backend: Backend = "auto") -> tuple[Tenso
 def _with_blocks(request: AttentionRequest, is_traced: bool) -> AttentionRequest:
     """Return a request with the key blocks that its plan chooses; the choice has no gradient."""
     if not is_traced:
-        return request._replace(blocks=select_blocks(request))
+        return request._replace(blocks=_selected(request))
     with torch.no_grad():
         counts, indices, starts = torch.ops.modelopt_lite.select_blocks(*request.flatten())
     return request._replace(blocks=KeyBlocks(counts, indices, starts, *request.grid))
+
+
+def _selected(request: AttentionRequest) -> KeyBlocks:
+    with torch.autocast(request.q.device.type, enabled=False):
+        return select_blocks(request)
 
 
 def pack(is_first: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -123,7 +128,7 @@ def _(is_first: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 @torch.library.impl("modelopt_lite::select_blocks", "default")
 def _select_blocks(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     request = AttentionRequest.unflatten(inputs)
-    blocks = select_blocks(request.present())
+    blocks = _selected(request.present())
     if request.counts is None:
         return blocks.counts, blocks.indices, blocks.starts
     # A graph knows the number of sequences and their lengths by upper bounds alone.

@@ -96,7 +96,11 @@ def kept_scores(
 def model_scores(q: Tensor, k: Tensor, request: AttentionRequest) -> Tensor:
     """Return the scores ``[query_heads, n, m]`` of ``[n, query_heads, dim]`` and ``[m, kv_heads, dim]``."""
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-    scores = request.softmax_scale * torch.einsum("qhd,khd->hqk", q, k)
+    return _scaled(torch.einsum("qhd,khd->hqk", q, k), request)
+
+
+def _scaled(products: Tensor, request: AttentionRequest) -> Tensor:
+    scores = request.softmax_scale * products
     if request.softcap is not None:
         scores = request.softcap * torch.tanh(scores / request.softcap)
     return scores
@@ -132,6 +136,10 @@ class SequenceBlocks(NamedTuple):
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
         """Return the scores ``[query_heads, n, m]`` of ``[n, query_heads, dim]`` and ``[m, kv_heads, dim]``."""
         return model_scores(q, k, self.request)
+
+    def scale(self, products: Tensor) -> Tensor:
+        """Scale and cap products of queries and keys as the model does."""
+        return _scaled(products, self.request)
 
 
 def selected_blocks(view: SequenceBlocks, selector: BlockSelector) -> Tensor:

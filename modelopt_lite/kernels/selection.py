@@ -21,7 +21,7 @@ TILE_SCORES = 1 << 20
 def select_blocks(request: AttentionRequest) -> KeyBlocks:
     """Return the key blocks that the request's plan visits.
 
-    It does not wait for the device unless the selector has a reference alone.
+    It does not wait for the device unless the selector has a reference alone. The caller has switched autocast off.
 
     Args:
         request: a checked request without lists, whose plan chooses blocks.
@@ -40,17 +40,16 @@ def chosen_blocks(request: AttentionRequest) -> tuple[Tensor, Tensor | None]:
     """
     plan = request.plan
     grid = BlockGrid(request, *request.grid)
-    with torch.autocast(request.q.device.type, enabled=False):
-        seen = grid.seen()
-        if plan.blocks is None or 0 in grid.shape:
-            selected = seen.expand(request.q.shape[1], *seen.shape)
-        else:
-            selected = _selected(request, grid, seen, plan.blocks)
-            selected = (selected | grid.is_dense()[:, None]) & seen
-        if plan.skip is None or 0 in grid.shape:
-            return selected, None
-        selected = selected.repeat_interleave(request.q.shape[1] // selected.shape[0], 0)
-        return selected, selected & _skipped(request, grid, selected, plan.skip) & ~grid.is_dense()[:, None]
+    seen = grid.seen()
+    if plan.blocks is None or 0 in grid.shape:
+        selected = seen.expand(request.q.shape[1], *seen.shape)
+    else:
+        selected = _selected(request, grid, seen, plan.blocks)
+        selected = (selected | grid.is_dense()[:, None]) & seen
+    if plan.skip is None or 0 in grid.shape:
+        return selected, None
+    selected = selected.repeat_interleave(request.q.shape[1] // selected.shape[0], 0)
+    return selected, selected & _skipped(request, grid, selected, plan.skip) & ~grid.is_dense()[:, None]
 
 
 @torch.no_grad()
@@ -151,7 +150,7 @@ class _Row:
     ) -> None:
         self.request, self.grid = request, grid
         self.query = part.queries()[0]
-        self.sequence = grid.sequence[number]
+        self.sequence = grid.sequence[number : number + 1]  # a number by itself would be read from the device
         self.q_pos = (grid.origin_q[number] + torch.arange(grid.block_rows, device=selected.device))[:, None]
         self.is_query = (self.q_pos >= grid.low_q[number]) & (self.q_pos <= grid.high_q[number])
         self.selected = selected.unflatten(0, self.query.shape[:2])[:, :, None]
@@ -180,10 +179,10 @@ class _Row:
         """Return the scores with some key blocks, which of these are kept so far, and which keys are exempt."""
         grid, request, plan = self.grid, self.request, self.request.plan
         size = grid.block_size
-        k_pos = (grid.origin_k[self.sequence, columns][:, None] + torch.arange(size, device=columns.device)).flatten()
+        k_pos = (grid.origin_k[self.sequence][0, columns, None] + torch.arange(size, device=columns.device)).flatten()
         key = request.k[(grid.row_k[self.sequence] + k_pos).clamp(0, request.k.shape[0] - 1)].to(grid.dtype)
         scores = torch.bmm(self.query.flatten(1, 2), key.permute(1, 2, 0)).unflatten(1, self.query.shape[1:3])
-        low, high = grid.low_k[self.sequence, 0], grid.high_k[self.sequence].amax()
+        low, high = grid.low_k[self.sequence].amin(), grid.high_k[self.sequence].amax()
         visible = self.is_query & (k_pos >= low) & (k_pos <= high) & visible_keys(request, self.q_pos, k_pos)
         scores = scaled(scores, request).masked_fill_(~visible, -torch.inf)
         kept = visible & self.selected[..., columns].repeat_interleave(size, -1)

@@ -20,8 +20,8 @@ def requests(
 ) -> AttentionRequest:
     """Draw a call: ragged lengths with 0 and 1 among them, suffix queries, any heads, masks, positions and rule.
 
-    Queries and keys are small multiples of 1/2, so that all scores are exact and many of them equal. Rows of no sequence
-    hold NaN.
+    Queries and keys are small multiples of 1/2, so that all scores are exact and many of them equal. Rows of no
+    sequence hold NaN.
     """
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     is_causal = draw(st.booleans()) if causal is None else causal

@@ -1,0 +1,131 @@
+"""What the methods that choose blocks of keys have in common."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, TypeAlias
+
+import torch
+from pydantic import Field, ValidationInfo, field_validator
+from torch import Tensor
+
+from ..kernels.blocks import BlockGrid
+from ..kernels.reference import SequenceBlocks
+from ..plan import AttentionPlan, BlockSelector
+from .base import SparseAttentionMethod, WindowSize
+
+BlockSize: TypeAlias = Annotated[
+    Literal[16, 32, 64, 128], Field(description="keys in a key block; it divides block_rows")
+]
+BlockRows: TypeAlias = Annotated[
+    Literal[16, 32, 64, 128], Field(description="positions in a query block, whose queries look at the same key blocks")
+]
+
+
+class BlockMethod(SparseAttentionMethod):
+    """A method that keeps whole blocks of keys for each block of queries, chosen before the scores are computed.
+
+    A subclass is one file. It scores pairs of a query block and a key block, in FP64 and to be read as
+    :meth:`reference_scores`, and to be fast as :meth:`scores`, and chooses by the scores as :meth:`choose`. What
+    blocks are and what a choice may depend on is in the documentation, under Semantics.
+    """
+
+    dense_window_size: WindowSize = 0
+    block_size: BlockSize = 128
+    block_rows: BlockRows = 128
+    first_blocks: int = Field(default=1, ge=0, description="first key blocks of each sequence, always kept")
+    recent_blocks: int = Field(
+        default=1, ge=0, description="last key blocks up to the diagonal, always kept; 1 is the diagonal alone"
+    )
+    per_kv_head: bool = Field(
+        default=False, description="true: all query heads that share keys share one choice, by the sum of their scores"
+    )
+
+    @field_validator("block_size", "block_rows", mode="before")
+    @classmethod
+    def _whole_number(cls, value: object) -> object:
+        # A literal compares by value, so that 64.0 would pass for 64.
+        if isinstance(value, float):
+            raise ValueError("Input should be 16, 32, 64 or 128")
+        return value
+
+    @field_validator("block_rows", mode="after")
+    @classmethod
+    def _whole_blocks(cls, rows: int, info: ValidationInfo) -> int:
+        size = info.data.get("block_size")  # missing if it is wrong itself
+        if size is not None and rows % size:
+            raise ValueError(f"Input should be a multiple of block_size = {size}")
+        return rows
+
+    def reference_scores(self, view: SequenceBlocks) -> Tensor:
+        """Score the blocks of one sequence: the method's definition.
+
+        Args:
+            view: the sequence's queries and keys, in FP64.
+
+        Returns:
+            ``[query_heads, query_blocks, key_blocks]``; where no query sees any key, anything.
+        """
+        raise NotImplementedError(f"{type(self).__name__} defines neither reference_scores() nor plan()")
+
+    def scores(self, grid: BlockGrid) -> Tensor:
+        """Score the blocks of all sequences at once, in FP32 and without waiting for the device.
+
+        A class that leaves it out is slow: :meth:`reference_scores` is called for one sequence after the other.
+
+        Args:
+            grid: the query blocks of all sequences, and their key blocks.
+
+        Returns:
+            ``[query_heads, query_blocks, key_blocks]``; where no query sees any key, anything.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no fast form")
+
+    def choose(self, scores: Tensor, seen: Tensor, forced: Tensor) -> Tensor:
+        """Choose blocks by their scores.
+
+        Args:
+            scores: ``[heads, query_blocks, key_blocks]``, FP32 or FP64.
+            seen: where any query sees any key, booleans ``[query_blocks, key_blocks]``.
+            forced: which of these are kept in any case.
+
+        Returns:
+            Booleans of the shape of ``scores``; those where nothing is seen are ignored.
+        """
+        raise NotImplementedError(f"{type(self).__name__} defines neither choose() nor plan()")
+
+    def plan(self) -> AttentionPlan:
+        """Return the plan of the method's selector."""
+        selector = BlockSelector(
+            reference=self.reference_scores,
+            choose=self.choose,
+            scores=None if type(self).scores is BlockMethod.scores else self.scores,
+            block_size=self.block_size,
+            block_rows=self.block_rows,
+            first_blocks=self.first_blocks,
+            recent_blocks=self.recent_blocks,
+            per_kv_head=self.per_kv_head,
+        )
+        return AttentionPlan(
+            blocks=selector, num_sink_tokens=self.num_sink_tokens, dense_window_size=self.dense_window_size
+        )
+
+
+def softmax_over(logits: Tensor, seen: Tensor) -> Tensor:
+    """Take the softmax over the last dimension where ``seen`` is true; 0 elsewhere, also in rows that see nothing."""
+    weights: Tensor = logits.masked_fill(~seen, -torch.inf).softmax(-1)
+    return weights.masked_fill(~seen, 0.0)
+
+
+def largest_first(scores: Tensor, seen: Tensor, forced: Tensor) -> Tensor:
+    """Order blocks: the forced ones, then the others by descending score, equal ones by number, then those not seen.
+
+    Returns:
+        Their numbers, of the shape of ``scores``.
+    """
+    ranked = scores.masked_fill(~seen, -torch.inf).masked_fill(forced, torch.inf)
+    return ranked.argsort(dim=-1, descending=True, stable=True)
+
+
+def in_order(values: Tensor, order: Tensor) -> Tensor:
+    """Undo :func:`largest_first`: return ``values``, which are in that order, by the blocks' numbers."""
+    return torch.empty_like(values).scatter_(-1, order, values)

@@ -1,0 +1,52 @@
+"""A fixed share of key blocks, by mean queries and mean keys."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ..kernels.blocks import BlockGrid
+from ..kernels.reference import SequenceBlocks
+from ..registry import register_sparse_method
+from .blocks import BlockMethod, in_order, largest_first
+
+
+@register_sparse_method
+class MeanPoolTopK(BlockMethod):
+    """The key blocks whose mean key scores highest with the mean query of a query block: a simple baseline.
+
+    The rule that MoBA (https://arxiv.org/abs/2502.13189) trains models with, and SeerAttention
+    (https://arxiv.org/abs/2410.13276) compares with. Of the key blocks of which a query block sees any key, the share
+    ``keep`` is kept, rounded up. The first and the recent blocks count as part of it; if they are more, all of them are
+    kept. Here MoBA's mean of keys meets the mean of a whole query block instead of each query by itself, so that all
+    queries of a block look at the same keys.
+    """
+
+    method: Literal["mean_pool_top_k"] = Field(default="mean_pool_top_k", description="the method's name")
+    keep: float = Field(default=0.25, ge=0, le=1, description="share of the key blocks that are kept, rounded up")
+
+    def reference_scores(self, view: SequenceBlocks) -> Tensor:
+        """Score mean queries with mean keys."""
+        of_queries, of_keys = view.queries_in(self.block_rows), view.keys_in(self.block_size)
+        mean_q = torch.einsum("bq,qhd->bhd", of_queries / of_queries.sum(-1, keepdim=True), view.q)
+        mean_k = torch.einsum("bk,khd->bhd", of_keys / of_keys.sum(-1, keepdim=True), view.k)
+        return view.scores(mean_q, mean_k)
+
+    def scores(self, grid: BlockGrid) -> Tensor:
+        """Score the blocks of all sequences, a few query blocks at a time."""
+        means, found = grid.mean_keys(), []
+        number = (grid.high_q - grid.low_q + 1).clamp(min=1)
+        for part in grid.parts(grid.request.q.shape[1] * (grid.shape[1] + grid.block_rows * grid.request.q.shape[2])):
+            mean_q = part.queries().sum(-2, keepdim=True) / number[part.rows, None, None, None, None]
+            found.append(part.scores(mean_q, part.of_keys(means)).squeeze(-2))
+        return torch.cat(found).flatten(1, 2).transpose(0, 1)
+
+    def choose(self, scores: Tensor, seen: Tensor, forced: Tensor) -> Tensor:
+        """Keep the share with the largest scores, the forced ones first."""
+        number = seen.sum(-1, keepdim=True, dtype=torch.float64) * self.keep
+        rank = torch.arange(scores.shape[-1], device=scores.device)
+        kept = rank < (number - 1e-9).ceil()  # 0.7 * 10 is a little more than 7
+        return in_order(kept.expand_as(scores), largest_first(scores, seen, forced))

@@ -1,0 +1,51 @@
+"""Skip-softmax: key blocks that weigh next to nothing for all queries of a block."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AliasChoices, Field
+
+from ..plan import AttentionPlan, SkipRule
+from ..registry import register_sparse_method
+from .base import SparseAttentionMethod
+
+Threshold = Annotated[
+    float,
+    Field(
+        gt=0,
+        lt=1,
+        validation_alias=AliasChoices("threshold", "skip_softmax_threshold"),
+        description="what a skipped key may weigh at most, relative to its query's heaviest key",
+    ),
+]
+
+
+@register_sparse_method
+class SkipSoftmax(SparseAttentionMethod):
+    """Skip-softmax: a block of keys is skipped if all its scores lie far enough below what each query has elsewhere.
+
+    A query's reference is its largest score among the sinks, its dense window and the diagonal blocks. A key block is
+    skipped for a query block if, for each of these queries, all other scores lie below ``reference + ln(threshold)``.
+    So no skipped key weighs more than ``threshold`` times its query's heaviest key.
+
+    The published form (BLASST, https://arxiv.org/abs/2512.12087, and NVIDIA Model-Optimizer's
+    ``triton_skip_softmax``) compares with the maximum of the tiles computed so far, so that its result depends on the
+    order and the size of tiles. Here it depends on neither, and sinks and dense window stay exact.
+    """
+
+    method: Literal["skip_softmax", "triton_skip_softmax", "flash_skip_softmax"] = Field(
+        default="skip_softmax", description="the method's name; the others are Model-Optimizer's"
+    )
+    threshold: Threshold = 0.01
+    block_size: Literal[16, 32, 64, 128] = Field(
+        default=128, description="keys in a key block and queries in a query block"
+    )
+
+    def plan(self) -> AttentionPlan:
+        """Return the plan of the skip rule."""
+        return AttentionPlan(
+            skip=SkipRule(self.threshold, self.block_size, self.block_size),
+            num_sink_tokens=self.num_sink_tokens,
+            dense_window_size=self.dense_window_size,
+        )

@@ -1,0 +1,83 @@
+"""XAttention: key blocks by sums along antidiagonals."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from ..kernels.blocks import BlockGrid
+from ..kernels.reference import SequenceBlocks
+from ..registry import register_sparse_method
+from .blocks import BlockMethod, in_order, largest_first, softmax_over
+
+
+@register_sparse_method
+class XAttention(BlockMethod):
+    """XAttention (https://arxiv.org/abs/2503.16428): key blocks by antidiagonals, up to a share of their mass.
+
+    Queries and keys are cut into groups of ``stride`` positions. The logit of two groups is the mean of the scores on
+    the antidiagonal of their square: the first query with the last key, the second with the one before it, and so on,
+    so that vertical and diagonal lines in the attention are seen alike. The softmax over the key groups of which a
+    query group sees any key, summed over the groups of two blocks, is the mass of a key block. Key blocks are kept in
+    the order of their mass, the first and the recent ones before all others, until those that are kept hold at least
+    ``threshold`` of it.
+
+    Scores of tokens that are not in the call count as 0. As in the paper, those of a key behind its query count in full
+    where a query group meets its own key group.
+    """
+
+    method: Literal["xattention"] = Field(default="xattention", description="the method's name")
+    stride: Literal[4, 8, 16] = Field(default=8, description="tokens in a group; time falls with it")
+    threshold: float = Field(default=0.9, gt=0, le=1, description="share of the estimated attention mass that is kept")
+
+    @field_validator("stride", mode="before")
+    @classmethod
+    def _whole_stride(cls, value: object) -> object:
+        # A literal compares by value, so that 8.0 would pass for 8.
+        if isinstance(value, float):
+            raise ValueError("Input should be 4, 8 or 16")
+        return value
+
+    def reference_scores(self, view: SequenceBlocks) -> Tensor:
+        """Return the mass of each key block, from the mean scores on antidiagonals."""
+        of_queries, of_keys = view.queries_in(self.stride), view.keys_in(self.stride)
+        is_antidiagonal = view.q_pos[:, None] % self.stride + view.k_pos % self.stride == self.stride - 1
+        products = torch.einsum("qhd,khd->hqk", view.q, view.k.repeat_interleave(view.q.shape[1] // view.k.shape[1], 1))
+        logits = view.scale(of_queries @ (products * is_antidiagonal) @ of_keys.T / self.stride)
+        seen = of_queries @ view.visible.double() @ of_keys.T > 0
+        weights = softmax_over(logits, seen)  # [heads, query groups, key groups]
+        # A group is in the block of any of its tokens.
+        query_blocks = (view.queries_in(self.block_rows) @ of_queries.T > 0).double()
+        key_blocks = (view.keys_in(self.block_size) @ of_keys.T > 0).double()
+        return query_blocks @ weights @ key_blocks.T
+
+    def scores(self, grid: BlockGrid) -> Tensor:
+        """Return the masses for all sequences, a few query blocks at a time."""
+        request, stride, found = grid.request, self.stride, []
+        heads, kv_heads, dim = request.q.shape[1], request.k.shape[1], request.q.shape[2]
+        keys_held = grid.shape[1] * grid.block_size
+        groups_held = heads * (grid.block_rows // stride) * (keys_held // stride)
+        keys = None
+        is_one_sequence = grid.starts.shape[0] == 1
+        for part in grid.parts(
+            groups_held + heads * grid.block_rows * dim + (0 if is_one_sequence else keys_held * kv_heads * dim)
+        ):
+            if keys is None or not is_one_sequence:
+                keys = (
+                    part.keys().unflatten(1, (-1, stride)).transpose(2, 3).flatten(3)
+                )  # [.., groups, heads, stride * dim]
+            queries = part.queries().unflatten(3, (-1, stride)).flip(4).flatten(4)
+            logits = part.scores(queries, keys, 1 / stride)
+            weights = softmax_over(logits, part.sees(stride, stride)[:, None, None])
+            found.append(weights.sum(-2).unflatten(-1, (-1, grid.block_size // stride)).sum(-1))
+        return torch.cat(found).flatten(1, 2).transpose(0, 1)
+
+    def choose(self, scores: Tensor, seen: Tensor, forced: Tensor) -> Tensor:
+        """Keep the blocks with the largest mass, the forced ones first, until they hold enough of it."""
+        order = largest_first(scores, seen, forced)
+        mass = scores.masked_fill(~seen, 0.0).gather(-1, order)
+        before = mass.cumsum(-1) - mass
+        return in_order(before < self.threshold * mass.sum(-1, keepdim=True), order)
