@@ -22,7 +22,17 @@ if TYPE_CHECKING:
     )
     from .errors import ConfigError, UnsupportedError
     from .kernels import attention
-    from .methods import SinkWindow, SparseAttentionMethod, SparseSoftmax
+    from .methods import (
+        BlockMethod,
+        Combined,
+        FlashPrefill,
+        MeanPoolTopK,
+        SinkWindow,
+        SkipSoftmax,
+        SparseAttentionMethod,
+        SparseSoftmax,
+        XAttention,
+    )
     from .module import SparseAttentionModule
     from .plan import AttentionPlan
     from .registry import get_sparse_method, list_sparse_methods, register_sparse_method
@@ -31,13 +41,19 @@ if TYPE_CHECKING:
 _MODULE_OF = {
     "SPARSE_SOFTMAX_DEFAULT": "config",
     "AttentionPlan": "plan",
+    "BlockMethod": "methods",
+    "Combined": "methods",
     "ConfigError": "errors",
+    "FlashPrefill": "methods",
+    "MeanPoolTopK": "methods",
     "SinkWindow": "methods",
+    "SkipSoftmax": "methods",
     "SparseAttentionMethod": "methods",
     "SparseAttentionModule": "module",
     "SparseSoftmax": "methods",
     "SparsityConfig": "config",
     "UnsupportedError": "errors",
+    "XAttention": "methods",
     "attention": "kernels",
     "collect_statistics": "stats",
     "continuous_batching": "conversion",
@@ -58,13 +74,19 @@ __version__ = "0.1.0"
 __all__ = [
     "SPARSE_SOFTMAX_DEFAULT",
     "AttentionPlan",
+    "BlockMethod",
+    "Combined",
     "ConfigError",
+    "FlashPrefill",
+    "MeanPoolTopK",
     "SinkWindow",
+    "SkipSoftmax",
     "SparseAttentionMethod",
     "SparseAttentionModule",
     "SparseSoftmax",
     "SparsityConfig",
     "UnsupportedError",
+    "XAttention",
     "__version__",
     "attention",
     "collect_statistics",

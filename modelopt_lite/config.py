@@ -17,7 +17,7 @@ from pydantic import Field, GetJsonSchemaHandler, PlainValidator, SerializeAsAny
 from pydantic_core import CoreSchema
 
 from .errors import ConfigError
-from .methods import SparseAttentionMethod, SparseSoftmax
+from .methods import Combined, SparseAttentionMethod, SparseSoftmax
 from .registry import get_sparse_method, list_sparse_methods
 from .schema import ConfigModel, describe_errors, field_errors
 
@@ -38,8 +38,12 @@ class Disabled(ConfigModel):
 def _validate_entry(value: object) -> SparseAttentionMethod | Disabled:
     if isinstance(value, SparseAttentionMethod | Disabled):
         return value
+    if isinstance(value, list | tuple):
+        if not value:
+            raise ValueError("Input should be a list of at least one method")
+        return _validate_entry(value[0]) if len(value) == 1 else Combined.model_validate({"methods": value})
     if not isinstance(value, dict):
-        raise ValueError("Input should be a mapping with 'method', or {'enable': false}")
+        raise ValueError("Input should be a mapping with 'method', a list of such, or {'enable': false}")
     if "method" not in value:
         if value.keys() == {"enable"} and value["enable"] is False:  # not 0, which equals False
             return Disabled(enable=False)
@@ -63,7 +67,7 @@ class _EntrySchema:
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         methods = functools.reduce(operator.or_, list_sparse_methods().values())
         by_name = Annotated[methods, Field(discriminator="method")]  # type: ignore[valid-type]
-        return handler(TypeAdapter(by_name | Disabled).core_schema)
+        return handler(TypeAdapter(by_name | list[by_name] | Disabled).core_schema)
 
 
 Entry: TypeAlias = Annotated[
@@ -77,8 +81,9 @@ class SparsityConfig(ConfigModel):
     ``sparse_cfg`` maps patterns to entries. A pattern (``fnmatch``: ``*``, ``?``, ``[seq]``) is matched against the
     dotted names of the model's attention modules, case-sensitively. The entry ``"default"``, if any, is applied first;
     then the others in order, and the last that matches a module decides for it alone: nothing is merged. An
-    entry is a method's configuration, or ``{"enable": False}`` to leave modules as they are. Modules that nothing
-    matches stay as they are.
+    entry is a method's configuration, a list of such that work together (see
+    :class:`~modelopt_lite.methods.combined.Combined`), or ``{"enable": False}`` to leave modules as they are. Modules
+    that nothing matches stay as they are.
     """
 
     sparse_cfg: dict[str, Entry] = Field(description="pattern of attention module names: the method they get")

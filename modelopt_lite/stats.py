@@ -19,7 +19,7 @@ class LayerStatistics:
     """
 
     def __init__(self) -> None:
-        self._counts: tuple[int | float | Tensor, ...] = (0, 0, 0, 0.0)
+        self._counts: tuple[int | float | Tensor, ...] = (0, 0, 0, 0.0, 0, 0, 0)
 
     def add(self, counts: AttentionStatistics) -> None:
         """Add the counts of another computation."""
@@ -27,7 +27,8 @@ class LayerStatistics:
 
     def merge(self, other: LayerStatistics) -> None:
         """Add the counts of another layer, which may be on another device."""
-        counts = (other.rows, other.visible, other.kept, other.mass)
+        blocks = (other.blocks, other.blocks_visited, other.blocks_skipped)
+        counts = (other.rows, other.visible, other.kept, other.mass, *blocks)
         self._counts = tuple(a + b for a, b in zip(self._counts, counts, strict=True))
 
     @property
@@ -49,6 +50,29 @@ class LayerStatistics:
     def mass(self) -> float:
         """Sum over the rows of the share of the dense attention that lies on kept keys."""
         return float(self._counts[3])
+
+    @property
+    def blocks(self) -> int:
+        """Pairs of a query block and a key block, over all heads, of which any query sees any key.
+
+        0 if the method knows no blocks.
+        """
+        return int(self._counts[4])
+
+    @property
+    def blocks_visited(self) -> int:
+        """Those of the blocks whose keys take part, and not only sinks and dense window."""
+        return int(self._counts[5])
+
+    @property
+    def blocks_skipped(self) -> int:
+        """Those of the blocks that a selector kept, if there is one, and skip-softmax skipped."""
+        return int(self._counts[6])
+
+    @property
+    def block_sparsity(self) -> float:
+        """Share of the blocks that were not visited; 0 if the method knows no blocks."""
+        return 1 - self.blocks_visited / self.blocks if self.blocks else 0.0
 
     @property
     def sparsity(self) -> float:

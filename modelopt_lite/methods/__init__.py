@@ -2,6 +2,7 @@
 
 from .base import SparseAttentionMethod
 from .blocks import BlockMethod
+from .combined import Combined
 from .flash_prefill import FlashPrefill
 from .mean_pool_top_k import MeanPoolTopK
 from .sink_window import SinkWindow
@@ -11,6 +12,7 @@ from .xattention import XAttention
 
 __all__ = [
     "BlockMethod",
+    "Combined",
     "FlashPrefill",
     "MeanPoolTopK",
     "SinkWindow",

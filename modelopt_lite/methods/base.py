@@ -80,12 +80,15 @@ class SparseAttentionMethod(ConfigModel):
 
         ``backend`` and ``enable`` are left out of the name: they say how and whether a plan runs, not what it is.
         """
-        configuration = self.model_dump(mode="json", exclude={"backend", "enable"})
-        name, found = find_plan(canonical_name(configuration), type(self))
+        name, found = find_plan(canonical_name(self.identity()), type(self))
         if found is not None:
             return found
         plan = self.plan()
         return keep_plan(plan, name, type(self)) if plan.is_by_hand else plan
+
+    def identity(self) -> dict[str, Any]:
+        """Return the configuration that names the plan: all but how and whether it runs."""
+        return self.model_dump(mode="json", exclude={"backend", "enable"})
 
     def settings(self) -> dict[str, Any]:
         """Return the fields that tune the method, for tables: all but its name and the on/off switch."""

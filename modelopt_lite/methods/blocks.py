@@ -21,24 +21,11 @@ BlockRows: TypeAlias = Annotated[
 ]
 
 
-class BlockMethod(SparseAttentionMethod):
-    """A method that keeps whole blocks of keys for each block of queries, chosen before the scores are computed.
+class GridMethod(SparseAttentionMethod):
+    """A method that decides about blocks of keys for blocks of queries."""
 
-    A subclass is one file. It scores pairs of a query block and a key block, in FP64 and to be read as
-    :meth:`reference_scores`, and to be fast as :meth:`scores`, and chooses by the scores as :meth:`choose`. What
-    blocks are and what a choice may depend on is in the documentation, under Semantics.
-    """
-
-    dense_window_size: WindowSize = 0
     block_size: BlockSize = 128
     block_rows: BlockRows = 128
-    first_blocks: int = Field(default=1, ge=0, description="first key blocks of each sequence, always kept")
-    recent_blocks: int = Field(
-        default=1, ge=0, description="last key blocks up to the diagonal, always kept; 1 is the diagonal alone"
-    )
-    per_kv_head: bool = Field(
-        default=False, description="true: all query heads that share keys share one choice, by the sum of their scores"
-    )
 
     @field_validator("block_size", "block_rows", mode="before")
     @classmethod
@@ -55,6 +42,24 @@ class BlockMethod(SparseAttentionMethod):
         if size is not None and rows % size:
             raise ValueError(f"Input should be a multiple of block_size = {size}")
         return rows
+
+
+class BlockMethod(GridMethod):
+    """A method that keeps whole blocks of keys for each block of queries, chosen before the scores are computed.
+
+    A subclass is one file. It scores pairs of a query block and a key block, in FP64 and to be read as
+    :meth:`reference_scores`, and to be fast as :meth:`scores`, and chooses by the scores as :meth:`choose`. What
+    blocks are and what a choice may depend on is in the documentation, under Semantics.
+    """
+
+    dense_window_size: WindowSize = 0
+    first_blocks: int = Field(default=1, ge=0, description="first key blocks of each sequence, always kept")
+    recent_blocks: int = Field(
+        default=1, ge=0, description="last key blocks up to the diagonal, always kept; 1 is the diagonal alone"
+    )
+    per_kv_head: bool = Field(
+        default=False, description="true: all query heads that share keys share one choice, by the sum of their scores"
+    )
 
     def reference_scores(self, view: SequenceBlocks) -> Tensor:
         """Score the blocks of one sequence: the method's definition.

@@ -25,8 +25,8 @@ class FlashPrefill(BlockMethod):
     The mean is that of all keys that the block has in this call. In the diagonal block some of them lie behind a query,
     so the choice of blocks, though never the attention, looks up to ``block_rows - 1`` tokens ahead, as any choice that
     queries share does. Here each query's weights are normalised before they are summed, so that all queries count
-    alike. The paper also computes the last two query blocks of a prompt in full. Here no query block is special, because
-    the result would then depend on how a prefill is cut into chunks.
+    alike. The paper also computes the last two query blocks of a prompt in full. Here no query block is special,
+    because the result would then depend on how a prefill is cut into chunks.
     """
 
     method: Literal["flash_prefill"] = Field(default="flash_prefill", description="the method's name")

@@ -8,7 +8,7 @@ from pydantic import AliasChoices, Field
 
 from ..plan import AttentionPlan, SkipRule
 from ..registry import register_sparse_method
-from .base import SparseAttentionMethod
+from .blocks import GridMethod
 
 Threshold = Annotated[
     float,
@@ -22,7 +22,7 @@ Threshold = Annotated[
 
 
 @register_sparse_method
-class SkipSoftmax(SparseAttentionMethod):
+class SkipSoftmax(GridMethod):
     """Skip-softmax: a block of keys is skipped if all its scores lie far enough below what each query has elsewhere.
 
     A query's reference is its largest score among the sinks, its dense window and the diagonal blocks. A key block is
@@ -38,14 +38,11 @@ class SkipSoftmax(SparseAttentionMethod):
         default="skip_softmax", description="the method's name; the others are Model-Optimizer's"
     )
     threshold: Threshold = 0.01
-    block_size: Literal[16, 32, 64, 128] = Field(
-        default=128, description="keys in a key block and queries in a query block"
-    )
 
     def plan(self) -> AttentionPlan:
         """Return the plan of the skip rule."""
         return AttentionPlan(
-            skip=SkipRule(self.threshold, self.block_size, self.block_size),
+            skip=SkipRule(self.threshold, self.block_size, self.block_rows),
             num_sink_tokens=self.num_sink_tokens,
             dense_window_size=self.dense_window_size,
         )

@@ -42,7 +42,7 @@ BAD = {
     "enable as a number": ({"sparse_cfg": {"*": {"enable": 0}}}, "sparse_cfg.*"),
     "unknown method": (
         entry(method="2:4"),
-        "sparse_cfg.*attn*.method: '2:4' is not allowed; must be one of those installed: sink_window",
+        "sparse_cfg.*attn*.method: '2:4' is not allowed; must be one of those installed: combined, flash_prefill",
     ),
     "method type": (entry(method=["sparse_softmax"]), "sparse_cfg.*attn*.method: ['sparse_softmax'] is not allowed"),
     "method None": (entry(method=None), "sparse_cfg.*attn*.method: None is not allowed"),
