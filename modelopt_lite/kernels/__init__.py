@@ -11,7 +11,7 @@ from ..plan import AttentionPlan
 from .arguments import check_request, is_count
 from .blocked import AttentionStatistics, statistics_blocked
 from .choice import Backend
-from .operator import compute, pack
+from .operator import compute, is_traced, pack
 from .request import AttentionRequest
 from .sdpa import DenseCall
 from .top_n import top_n_plan
@@ -24,6 +24,7 @@ __all__ = [
     "attention",
     "attention_statistics",
     "compute",
+    "is_traced",
     "pack",
     "request_statistics",
 ]
