@@ -30,6 +30,15 @@ def compiled(request):
 
 
 @pytest.fixture
+def poison():
+    """Fill what is allocated and not yet written with NaN."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
 def absent_gpu(monkeypatch):
     """Have the choice take tensors of type ``OnGpu`` to be on a Hopper GPU; returns how to set its capability."""
 

@@ -7,7 +7,7 @@ import torch
 from cases import cases, doubled, gradients, oracle, smallest_gap
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_forward_interpreter import HOOKS, n_of_m, poison, sequences
+from test_forward_interpreter import HOOKS, n_of_m, sequences
 
 from modelopt_lite.kernels import AttentionRequest, portable
 from modelopt_lite.kernels.reference import attention_reference
@@ -16,12 +16,12 @@ from modelopt_lite.methods.sink_window import SinkWindow
 from modelopt_lite.plan import DENSE
 
 pytestmark = [
+    pytest.mark.usefixtures("poison"),
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter"),
     # Rows that keep nothing divide by zero on purpose.
     pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning"),
 ]
 
-__all__ = ["poison"]
 FORWARD = Settings(16, 16, 4, 1, descriptors=False, frozen=False)
 POINTERS = (Settings(16, 16, 4, 1, descriptors=False, frozen=False),) * 2
 DESCRIPTORS = (

@@ -20,6 +20,7 @@ from modelopt_lite.methods import SinkWindow
 from modelopt_lite.plan import DENSE, GROUP_SIZES, AttentionPlan
 
 pytestmark = [
+    pytest.mark.usefixtures("poison"),
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter"),
     # A frozen reference that is too low overflows on purpose.
     pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning"),
@@ -33,15 +34,6 @@ FP32 = {"rtol": 2e-5, "atol": 2e-5}
 
 def n_of_m(n, m, num_sink_tokens=0, dense_window_size=0):
     return top_n_plan(n, m, num_sink_tokens, dense_window_size)
-
-
-@pytest.fixture(autouse=True)
-def poison():
-    """Fill what is allocated and not yet written with NaN."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def run(request, kernel_settings):

@@ -15,7 +15,6 @@ import triton.language as tl
 from cases import OnGpu, one_sequence
 from machine_code import classify, inspect
 from test_forward_compile import pretend_gpu, zeros
-from test_forward_interpreter import poison
 
 from modelopt_lite.kernels import AttentionRequest, hopper_launch, sparse_cores
 from modelopt_lite.kernels.choice import choose
@@ -25,7 +24,6 @@ from modelopt_lite.kernels.tiles import join_groups, key_of_row, split_groups
 from modelopt_lite.kernels.top_n import top_n_plan
 from modelopt_lite.plan import DENSE, GROUP_SIZES
 
-poison = pytest.fixture(poison.__wrapped__ if hasattr(poison, '__wrapped__') else poison)
 BF16, FP16 = torch.bfloat16, torch.float16
 SHARED_LIMIT = 227 * 1024
 REGISTERS = {2: 168, 3: 128}  # of a thread at the launch, by warpgroups that compute; then they give and take
@@ -111,6 +109,7 @@ def request_on_gpu(tokens, dims, dtype, plan, heads=32):
 )
 def test_choice(absent_gpu, monkeypatch, tokens, dims, dtype, plan, expected):
     request = request_on_gpu(tokens, dims, dtype, plan)
+
     def chosen(request, pinned=""):
         # s_aux keeps the kernel on sparse tensor cores out.
         return choose(request._replace(s_aux=torch.zeros(request.q.shape[1])), "auto", pinned).name
