@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .errors import UnsupportedError
-from .kernels import AttentionRequest, Backend, DenseCall, compute, pack, request_statistics
-from .module import SparseAttentionModule, original_class
-from .plan import DENSE, AttentionPlan
+from .kernels import AttentionRequest, DenseCall, compute, pack, request_statistics
+from .module import SparseAttentionModule, decide, original_class
+from .plan import AttentionPlan
+from .recomputation import Decision
 
 
 class Layout(NamedTuple):
@@ -256,6 +257,7 @@ def attend(
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    decision: Decision | None = None,
 ) -> Tensor:
     """Compute an attention module's attention as its flags say.
 
@@ -268,6 +270,7 @@ def attend(
         scaling: factor on the scores.
         softcap: bound of the scores, if the model has one.
         s_aux: learnable sink logits ``[query_heads]``, if the model has them.
+        decision: what the call does, if that has been decided already.
 
     Returns:
         ``[batch, len_q, query_heads, value_dim]``, 0 where no sequence is.
@@ -275,10 +278,7 @@ def attend(
     Raises:
         UnsupportedError: if the layout is not that of the tensors, or the backend cannot do it; names the layer.
     """
-    flags = None
-    if isinstance(module, SparseAttentionModule):
-        flags = module.sparse_attention
-        flags.reached = True
+    decision = decision or decide(module, is_decode=layout.max_q == 1)
     found = (query.shape[0], query.shape[2], key.shape[0], key.shape[2])
     if found != (layout.batch, layout.len_q, layout.batch, layout.slots):
         raise UnsupportedError(
@@ -289,12 +289,11 @@ def attend(
         # As for PyTorch's own attention: out of rotary embeddings queries and keys come in FP32, values do not.
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x.to(dtype) for x in (query, key, value))
-    plan = DENSE if flags is None else flags.plan
-    backend: Backend = "auto" if flags is None else flags.method.backend
+    plan = decision.plan
     # Without groups and sinks only distances count, which need not know what a cache has dropped.
     is_dense = plan.is_dense or (layout.max_q == 1 and not plan.sparse_decode)
-    statistics = None if flags is None or not flags.enabled or layout.max_q <= 1 else flags.statistics
-    if is_dense and layout.whole and statistics is None and backend == "auto":
+    statistics = decision.statistics if layout.max_q > 1 else None
+    if is_dense and layout.whole and statistics is None and decision.backend == "auto":
         call = DenseCall(query, key, value, layout.is_causal, layout.sliding_window, softcap, s_aux)
         if call.refusal() is None and call.pays():
             return call.run(scaling).transpose(1, 2)
@@ -309,7 +308,7 @@ def attend(
         prefill = layout.lengths_q.masked_fill(layout.lengths_q == 1, 0)
         statistics.add(request_statistics(request._replace(v=request.k, s_aux=None, lengths_q=prefill)))
     try:
-        output, _ = compute(request, backend)
+        output, _ = compute(request, decision.backend)
     except UnsupportedError as error:
         raise UnsupportedError(f"{layer_name(module)}: {error}") from None
     output = output.view(layout.batch, layout.len_q, *output.shape[1:])

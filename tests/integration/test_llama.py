@@ -363,9 +363,9 @@ def test_statistics(sparse, ids):
     with mtsa.collect_statistics(sparse) as nothing, mtsa.disabled(sparse):
         logits(sparse, ids)
     assert (nothing.total.visible, nothing.total.sparsity, nothing.total.mass_kept) == (0, 0.0, 1.0)
-    assert all(
-        module.sparse_attention.statistics is None for module in sparse.modules() if hasattr(module, "sparse_attention")
-    )
+    seen = statistics.total.visible
+    logits(sparse, ids)
+    assert (statistics.total.visible, nothing.total.visible) == (seen, 0)
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature")
@@ -517,12 +517,10 @@ class Custom(nn.Module):
     pass
 
 
-class Unswitchable(LlamaForCausalLM):
-    def __init__(self):
-        super().__init__(LlamaConfig(**SIZES))
-
-    def set_attn_implementation(self, attn_implementation, **_):
-        pass
+def without_a_config():
+    model = tiny()
+    del model.model.layers[1].self_attn.config
+    return model
 
 
 UNSUPPORTED = {
@@ -555,9 +553,9 @@ UNSUPPORTED = {
         lambda: nn.ModuleDict({"attention": tiny().model.layers[0].self_attn}),
         r"attention \(LlamaAttention\): is a Transformers attention layer outside of a PreTrainedModel",
     ),
-    "a model that cannot be switched": (
-        Unswitchable,
-        r"model.layers.0.self_attn \(LlamaAttention\): its model's attention implementation cannot be set",
+    "a layer without a config": (
+        without_a_config,
+        r"model.layers.1.self_attn \(LlamaAttention\): its attention implementation cannot be set, as it has no config",
     ),
 }
 
