@@ -107,8 +107,6 @@ def run(request: AttentionRequest, backend: Backend = "auto") -> Result:
             result = prepared(request)
             break
         except HookRefusedError as error:
-            if kernel.name == pinned:
-                raise UnsupportedError(f"MODELOPT_LITE_KERNEL: {pinned!r} cannot run this: {error}") from None
             logger.warning("the kernel %s is left out: %s", kernel.name, error)
             tried.append(kernel.name)
     # A kernel may refuse for the moment while a graph is captured.

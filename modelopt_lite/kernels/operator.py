@@ -104,7 +104,7 @@ def _(is_first: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _forward(*inputs: Any) -> tuple[Tensor, Tensor]:
     request = AttentionRequest.unflatten(inputs[:-1])
     output, lse = choice.run(request, inputs[-1])
-    return output, _no_lse(request.q) if lse is None else lse
+    return output, lse if request.with_lse and lse is not None else _no_lse(request.q)
 
 
 @torch.library.register_fake("modelopt_lite::attention")  # type: ignore[untyped-decorator]

@@ -140,6 +140,8 @@ def prepare(
     )  # fmt: skip
 
     def run(r: AttentionRequest) -> tuple[Tensor, Tensor | None]:
+        if r.q.device.type == "cpu":
+            r.check_values()  # Triton's interpreter would write to whatever memory they lead to
         out, lse = new_results(r)
         if total:
             keys, values = (rebased(d, x) for d, x in zip(descriptors, (r.k, r.v), strict=True))
