@@ -136,6 +136,7 @@ def attention(
         and isinstance(b_seq_len, Tensor)
         and isinstance(b_start_loc_k, Tensor)
         and isinstance(b_seq_len_k, Tensor)
+        and isinstance(request.plan, AttentionPlan)
         and isinstance(s_aux, Tensor | None)
         and isinstance(b_first_q, Tensor | None)
         and isinstance(b_first_k, Tensor | None)

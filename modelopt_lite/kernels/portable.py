@@ -145,8 +145,8 @@ def prepare(
         if total:
             sequences = (r.starts_q, r.lengths_q, r.starts_k, r.lengths_k, *r.first_positions())
             launch(
-                programs, r.q, r.k, r.v, out, lse, r.s_aux, rebased(keys, r.k), rebased(values, r.v), strides, sequences,
-                *rest,
+                programs, r.q, r.k, r.v, out, lse, r.s_aux, rebased(keys, r.k), rebased(values, r.v), strides,
+                sequences, *rest,
             )  # fmt: skip
         return out, lse
 
