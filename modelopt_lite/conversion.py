@@ -85,8 +85,9 @@ def sparsify(
     it is pointed out with ``attention``.
 
     Calling it again replaces the configuration. The model gets copies of its configs, as another model may share them.
-    ``model.save_pretrained`` then writes the configuration into the
-    model's ``config.json``, from where :func:`~modelopt_lite.checkpoint.from_pretrained` takes it.
+    ``model.save_pretrained`` then writes the configuration into the model's ``config.json``, from where
+    :func:`~modelopt_lite.checkpoint.from_pretrained` takes it; for adapters of PEFT, use
+    :func:`~modelopt_lite.checkpoint.save_pretrained`.
 
     Args:
         model: a Transformers model, a model that holds or wraps one, or any module.
@@ -190,8 +191,8 @@ def _chosen_modules(model: nn.Module, attention: AttentionChoice | None) -> set[
 def unsparsify(model: ModelT) -> ModelT:
     """Give a model back its own attention: classes, attention implementation and config as before :func:`sparsify`.
 
-    An attention implementation that something else has set since stays. With gradient checkpointing, call ``backward()``
-    first: a later one is refused when it computes a layer again.
+    An attention implementation that something else has set since stays. With gradient checkpointing, call
+    ``backward()`` first: a later one is refused when it computes a layer again.
 
     Args:
         model: a model, sparse or not; one that is not stays as it is.
