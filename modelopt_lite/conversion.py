@@ -23,7 +23,14 @@ from .discovery import (
     uses_interface,
 )
 from .errors import ConfigError, UnsupportedError
-from .huggingface import implementations, set_implementations, switch_on, switch_to_paging
+from .huggingface import (
+    forget_own_attention,
+    implementations,
+    remember_own_attention,
+    set_implementations,
+    switch_on,
+    switch_to_paging,
+)
 from .interception import InterceptedAttentionModule
 from .module import (
     SparseAttentionFlags,
@@ -95,6 +102,7 @@ def sparsify(
     check_revertible(model)
     plans = {name: method.plan() for name, method in methods.items()}
 
+    remember_own_attention(model)
     transformers = pretrained_models(model)
     for transformer in transformers.values():
         if _BEFORE_ATTRIBUTE not in vars(transformer):
@@ -154,6 +162,7 @@ def unsparsify(model: ModelT) -> ModelT:
         elif hasattr(transformer.config, CONFIG_ATTRIBUTE):
             delattr(transformer.config, CONFIG_ATTRIBUTE)
         delattr(transformer, _BEFORE_ATTRIBUTE)
+    forget_own_attention(model)
     return model
 
 
