@@ -20,7 +20,6 @@ import importlib.metadata
 import itertools
 import json
 import math
-import platform
 import random
 import statistics
 import sys
@@ -29,6 +28,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import recording
 import torch
 import triton
 from torch import Tensor
@@ -355,26 +355,11 @@ def main() -> None:
         return
 
     torch._dynamo.config.recompile_limit = 1000
-    device = torch.cuda.get_device_name()
-    output = (
-        arguments.output or Path(__file__).parent / "results" / f"attention-{device.lower().replace(' ', '-')}.json"
-    )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = {
-        "device": device,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-            "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version(),
-            "fa3-fwd": None if flash_attention_3 is None else importlib.metadata.version("fa3-fwd"),
-        },
-        "date": datetime.date.today().isoformat(),
-    }
-    before = json.loads(output.read_text()) if output.exists() else results
-    same = all(before[name] == results[name] for name in ("device", "versions"))
-    rows: list[dict[str, Any]] = before.get("rows", []) if same else []
+    device = recording.device_name()
+    output = arguments.output or recording.default_output("attention", device)
+    fa3 = None if flash_attention_3 is None else importlib.metadata.version("fa3-fwd")
+    results = recording.header(device, **{"fa3-fwd": fa3})
+    rows = recording.rows_before(output, results)
     for which, dtype, head_dim, heads, causal, seq_len in itertools.product(
         arguments.passes, arguments.dtypes, arguments.head_dims, arguments.heads, arguments.causal, arguments.seq_lens
     ):
@@ -383,7 +368,7 @@ def main() -> None:
         print(table(new).splitlines()[-1], flush=True)
         rows = sorted([row for row in rows if problem_of(row) != problem_of(new[0])] + new, key=place_of)
         # after every problem, so that an interrupted run keeps what it measured
-        output.write_text(json.dumps(results | {"rows": rows}, indent=1) + "\n")
+        recording.write(output, results, rows)
     print(f"\n{table(rows)}")
 
 

@@ -37,8 +37,11 @@ from .module import (
     SparseAttentionModule,
     check_revertible,
     convert,
+    follow,
     original_class,
+    present_decision,
     revert,
+    run_dense,
     sparse_modules,
 )
 from .stats import ModelStatistics
@@ -100,7 +103,7 @@ def sparsify(
     check_modules(model, modules, methods, chosen)
     methods = {name: method for name, method in methods.items() if name in modules}
     check_revertible(model)
-    plans = {name: method.plan() for name, method in methods.items()}
+    plans = {name: method.shared_plan() for name, method in methods.items()}
 
     remember_own_attention(model)
     transformers = pretrained_models(model)
@@ -176,14 +179,8 @@ def disabled(model: ModelT) -> Iterator[ModelT]:
     Yields:
         The model.
     """
-    states = [(module.sparse_attention, module.sparse_attention.enabled) for module in sparse_modules(model).values()]
-    for flags, _ in states:
-        flags.enabled = False
-    try:
+    with run_dense(list(sparse_modules(model).values())):
         yield model
-    finally:
-        for flags, enabled in states:
-            flags.enabled = enabled
 
 
 @contextmanager
@@ -218,7 +215,8 @@ def continuous_batching(model: ModelT) -> Iterator[ModelT]:
     try:
         for transformer in transformers.values():
             switch_to_paging(transformer)
-        yield model
+        with follow(list(sparse_modules(model).values())):
+            yield model
     finally:
         for name, transformer in transformers.items():
             set_implementations(transformer, before[name])
@@ -326,5 +324,6 @@ def summary(model: nn.Module, statistics: ModelStatistics | None = None) -> Summ
         measured = None if statistics is None else statistics.layers.get(name)
         shares = (None, None) if measured is None or not measured.rows else (measured.sparsity, measured.mass_kept)
         method, settings = flags.method.method, flags.method.settings()
-        rows.append(LayerSummary(name, class_name, method, settings, flags.enabled, flags.active, *shares))
+        is_on = present_decision(module).is_on
+        rows.append(LayerSummary(name, class_name, method, settings, is_on, flags.active, *shares))
     return rows

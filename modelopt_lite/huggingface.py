@@ -23,7 +23,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .discovery import ATTENTION_NAME, forward_globals, uses_interface
 from .errors import UnsupportedError
 from .layout import Layout, attend, layer_name, layout_of_mask, whole_layout
-from .module import SparseAttentionModule, original_class, sparse_modules
+from .module import SparseAttentionModule, decide, original_class, sparse_modules
+from .recomputation import Decision
 from .transformers_masks import Mask, RefusedMask, attention_mask, note_positions, packed_by_positions
 
 logger = logging.getLogger(__name__)
@@ -136,10 +137,16 @@ def attention_forward(
     Raises:
         UnsupportedError: if the call asks for something this attention cannot do; names the layer.
     """
-    own = getattr(module, OWN_ATTRIBUTE, None)
-    if own is not None and _keeps_its_own(module, query, attention_mask):
+    own: OwnAttention | None = getattr(module, OWN_ATTRIBUTE, None)
+    decision = None
+    keeps_own = not isinstance(module, SparseAttentionModule)
+    if not (keeps_own or attention_mask is None or isinstance(attention_mask, Layout)):
+        is_decode = query.shape[2] == 1
+        decision = decide(module, is_decode)
+        keeps_own = decision.plan.is_dense or (is_decode and not decision.plan.sparse_decode)
+    if own is not None and keeps_own:
         return _own_attention(own, module, query, key, value, attention_mask, dropout, scaling, kwargs)
-    return _attention(module, query, key, value, attention_mask, dropout, scaling, **kwargs), None
+    return _attention(module, query, key, value, attention_mask, decision, dropout, scaling, **kwargs), None
 
 
 def _attention(
@@ -148,6 +155,7 @@ def _attention(
     key: Tensor,
     value: Tensor,
     mask: Mask | Tensor | None,
+    decision: Decision | None,
     dropout: float,
     scaling: float | None,
     softcap: float | None = None,
@@ -164,6 +172,7 @@ def _attention(
     """Compute attention on this package's kernels.
 
     Args beyond those of :func:`attention_forward`:
+        decision: what the call does, if that has been decided already.
         softcap: bound of the scores, if the model has one.
         s_aux: learnable sink logits ``[query_heads]``, if the model has them.
         is_causal: whether the attention is causal where there is no mask; by default what the module says, else true.
@@ -192,21 +201,7 @@ def _attention(
             layout = packed_by_positions(layout, position_ids)
         except UnsupportedError as error:
             raise UnsupportedError(f"{layer_name(module)}: {error}") from None
-    return attend(module, query, key, value, layout, scaling=scaling, softcap=softcap, s_aux=s_aux)
-
-
-def _keeps_its_own(module: nn.Module, query: Tensor, mask: Mask | Tensor | None) -> bool:
-    """Whether a module's attention is the one it had before it was switched to this package's."""
-    if not isinstance(module, SparseAttentionModule):
-        return True
-    if mask is None or isinstance(mask, Layout):
-        return False
-    flags = module.sparse_attention
-    plan = flags.plan
-    if plan.is_dense or (query.shape[2] == 1 and not plan.sparse_decode):
-        flags.reached = True
-        return True
-    return False
+    return attend(module, query, key, value, layout, scaling=scaling, softcap=softcap, s_aux=s_aux, decision=decision)
 
 
 def _own_attention(

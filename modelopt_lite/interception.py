@@ -16,7 +16,8 @@ from torch.overrides import TorchFunctionMode
 
 from .errors import UnsupportedError
 from .layout import Layout, attend, layer_name, layout_of_mask, whole_layout
-from .module import SparseAttentionModule
+from .module import SparseAttentionModule, decide
+from .recomputation import Decision
 
 
 class InterceptedAttentionModule(SparseAttentionModule):
@@ -43,16 +44,17 @@ class _Interception(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is not scaled_dot_product_attention:
             return func(*args, **kwargs)
-        flags = self.module.sparse_attention
         query: Tensor = args[0] if args else kwargs["query"]
-        flags.reached = True
-        if not flags.enabled or (query.shape[-2] == 1 and not flags.sparse_plan.sparse_decode):
+        is_decode = query.shape[-2] == 1
+        decision = decide(self.module, is_decode)
+        if not decision.is_on or (is_decode and not decision.plan.sparse_decode):
             return func(*args, **kwargs)
-        return _attention(self.module, *args, **kwargs)
+        return _attention(self.module, decision, *args, **kwargs)
 
 
 def _attention(
     module: nn.Module,
+    decision: Decision,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -89,7 +91,7 @@ def _attention(
             "packed sequences"
         )
         raise UnsupportedError(f"{layer_name(module)}: {refusal}")
-    output = attend(module, query, key, value, layout, scaling=scale).transpose(1, 2)
+    output = attend(module, query, key, value, layout, scaling=scale, decision=decision).transpose(1, 2)
     return output[:, 0] if len(shape) == 3 else output
 
 

@@ -7,12 +7,13 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
+from torch.utils.weak import WeakIdKeyDictionary, WeakTensorKeyDictionary
 
 from .errors import UnsupportedError
-from .kernels import Backend, attention, attention_statistics
-from .module import SparseAttentionModule, original_class
-from .plan import DENSE
+from .kernels import AttentionRequest, DenseCall, compute, pack, request_statistics
+from .module import SparseAttentionModule, decide, original_class
+from .plan import AttentionPlan
+from .recomputation import Decision
 
 ResultT = TypeVar("ResultT")
 
@@ -42,7 +43,10 @@ class Layout(NamedTuple):
         order_q: slots of each row such that its real queries come first, ``[batch, len_q]``; None if they need not be
             moved.
         restore_q: the inverse of ``order_q``.
-        order_k: the like for the keys, ``[batch, slots]``.
+        order_k: the same for the keys, ``[batch, slots]``.
+        counts: how many of the sequences are there, where only a traced graph will know; see
+            :class:`~modelopt_lite.kernels.AttentionRequest`.
+        whole: whether each row is known to be one sequence that fills all slots, the queries being its last tokens.
         request: what Transformers asked for, from which another attention implementation's mask can be made; or None.
     """
 
@@ -63,6 +67,8 @@ class Layout(NamedTuple):
     order_q: Tensor | None = None
     restore_q: Tensor | None = None
     order_k: Tensor | None = None
+    counts: Tensor | None = None
+    whole: bool = False
     request: Any = None
 
     @property
@@ -79,7 +85,7 @@ class Layout(NamedTuple):
         if self.starts_q.device == device:
             return self
         moved: Any = (x.to(device) if isinstance(x, Tensor) else x for x in self)
-        return Layout(*moved)
+        return Layout(*moved)._replace(counts=self.counts)
 
 
 def whole_layout(
@@ -123,6 +129,7 @@ def whole_layout(
         slots,
         None if first_q is None else torch.zeros_like(rows) + first_q,
         torch.full_like(rows, dropped) if dropped else None,
+        whole=first_q is None and (used is None or (isinstance(used, int) and used == slots)),
     )
 
 
@@ -216,6 +223,7 @@ def padded_layout(
         order_q,
         restore_q,
         order_k,
+        whole=unpadded and isinstance(q_offset, int) and q_offset + len_q == real.shape[1],
     )
 
 
@@ -226,7 +234,7 @@ def _real_first(real: Tensor) -> Tensor:
 def packed_layout(is_first: Tensor, *, is_causal: bool, sliding_window: int | None = None) -> Layout:
     """Lay out rows that hold several sequences one after the other, without a cache.
 
-    Waits for ``is_first`` unless a graph is traced, where there are as many sequences as tokens, most of them empty.
+    Waits for ``is_first``, in a traced graph when it runs.
 
     Args:
         is_first: where a sequence begins, booleans ``[batch, length]``; each row begins one in any case.
@@ -234,16 +242,14 @@ def packed_layout(is_first: Tensor, *, is_causal: bool, sliding_window: int | No
         sliding_window: as in :class:`Layout`.
     """
     batch, length = is_first.shape
-    begins = torch.cat([torch.ones_like(is_first[:, :1]), is_first[:, 1:]], dim=1).flatten()
-    sequence = begins.cumsum(0) - 1
-    lengths = torch.zeros_like(sequence).scatter_add(0, sequence, torch.ones_like(sequence))
-    longest = length
-    if not torch.compiler.is_compiling():
-        count, longest = torch.stack([sequence[-1] + 1, lengths.max()]).tolist()
-        lengths = lengths[:count]
-    starts = lengths.cumsum(0) - lengths
-    packing = (starts, lengths, longest)
-    return Layout(batch, length, length, is_causal, sliding_window, True, *packing, *packing)
+    starts, lengths, counts = pack(is_first)
+    if torch.compiler.is_compiling():
+        packing = (starts, lengths, length)
+        return Layout(batch, length, length, is_causal, sliding_window, True, *packing, *packing, counts=counts)
+    number, longest = counts.tolist()
+    packing = (starts[:number], lengths[:number], longest)
+    whole = number == batch
+    return Layout(batch, length, length, is_causal, sliding_window, True, *packing, *packing, whole=whole)
 
 
 def segmented_layout(
@@ -422,6 +428,7 @@ def attend(
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    decision: Decision | None = None,
 ) -> Tensor:
     """Compute an attention module's attention as its flags say.
 
@@ -434,6 +441,7 @@ def attend(
         scaling: factor on the scores.
         softcap: bound of the scores, if the model has one.
         s_aux: learnable sink logits ``[query_heads]``, if the model has them.
+        decision: what the call does, if that has been decided already.
 
     Returns:
         ``[batch, len_q, query_heads, value_dim]``, 0 where no sequence is.
@@ -441,84 +449,141 @@ def attend(
     Raises:
         UnsupportedError: if the layout is not that of the tensors, or the backend cannot do it; names the layer.
     """
-    flags = None
-    if isinstance(module, SparseAttentionModule):
-        flags = module.sparse_attention
-        flags.reached = True
+    decision = decision or decide(module, is_decode=layout.max_q == 1)
     found = (query.shape[0], query.shape[2], key.shape[0], key.shape[2])
     if found != (layout.batch, layout.len_q, layout.batch, layout.slots):
         raise UnsupportedError(
             f"{layer_name(module)}: queries {found[:2]} and keys {found[2:]} [batch, tokens] do not have the layout of "
             f"the mask, {(layout.batch, layout.len_q)} and {(layout.batch, layout.slots)}"
         )
-    layout = layout.on(query.device)
     if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
         # As for PyTorch's own attention: out of rotary embeddings queries and keys come in FP32, values do not.
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x.to(dtype) for x in (query, key, value))
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # [batch, tokens, heads, dim]
-    rows = torch.arange(layout.batch, device=query.device)[:, None]
-    if layout.order_q is not None:
-        query = query[rows, layout.order_q]
-    if layout.order_k is not None:
-        key, value = key[rows, layout.order_k], value[rows, layout.order_k]
-    query = query.flatten(0, 1)
-    key, value, layout = _flatten_keys(key, value, layout)
-    plan = DENSE if flags is None else flags.plan
+    plan = decision.plan
     # Without groups and sinks only distances count, which need not know what a cache has dropped.
     is_dense = plan.is_dense or (layout.max_q == 1 and not plan.sparse_decode)
+    statistics = decision.statistics if layout.max_q > 1 else None
+    if is_dense and layout.whole and statistics is None and decision.backend == "auto":
+        call = DenseCall(query, key, value, layout.is_causal, layout.sliding_window, softcap, s_aux)
+        if call.refusal() is None and call.pays():
+            return call.run(scaling).transpose(1, 2)
+    layout = layout.on(query.device)
     if not is_dense and _is_cross_attention(module, layout):
         # Before all keys no key is recent, so there is no dense window, wherever a chunk of queries begins.
         layout = layout._replace(first_q=torch.full_like(layout.starts_q, -layout.len_q))
-    arguments: dict[str, Any] = {
-        "b_start_loc": layout.starts_q,
-        "b_seq_len": layout.lengths_q,
-        "max_input_len": layout.max_q,
-        "is_causal": layout.is_causal,
-        "b_start_loc_k": layout.starts_k,
-        "b_seq_len_k": layout.lengths_k,
-        "max_input_len_k": layout.max_k,
-        "b_first_q": layout.first_q,
-        "b_first_k": None if is_dense and layout.first_q is None else layout.first_k,
-        "sliding_window": layout.sliding_window,
-        "softmax_scale": scaling,
-        "softcap": softcap,
-        "plan": plan,
-    }
-    if flags is not None and flags.statistics is not None and flags.enabled and layout.max_q > 1:
+    request = _request(query, key, value, layout, plan, is_dense, scaling, softcap, s_aux)
+    if statistics is not None:
         if query.is_cuda and torch.cuda.is_current_stream_capturing():
             raise UnsupportedError(f"{layer_name(module)}: statistics cannot be collected in a CUDA graph")
         prefill = layout.lengths_q.masked_fill(layout.lengths_q == 1, 0)
-        flags.statistics.add(attention_statistics(query, key, **{**arguments, "b_seq_len": prefill}))
-    backend: Backend = "auto" if flags is None else flags.method.backend
+        statistics.add(request_statistics(request._replace(v=request.k, s_aux=None, lengths_q=prefill)))
     try:
-        output = cast(Tensor, attention(query, key, value, **arguments, s_aux=s_aux, backend=backend))
+        output, _ = compute(request, decision.backend)
     except UnsupportedError as error:
         raise UnsupportedError(f"{layer_name(module)}: {error}") from None
     output = output.view(layout.batch, layout.len_q, *output.shape[1:])
-    return output if layout.restore_q is None else output[rows, layout.restore_q]
+    if layout.restore_q is None:
+        return output
+    return output[torch.arange(layout.batch, device=output.device)[:, None], layout.restore_q]
 
 
-def _flatten_keys(key: Tensor, value: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Layout]:
-    """Flatten the batch of keys and values ``[batch, slots, heads, dim]``, without a copy of a cache.
+def _request(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    plan: AttentionPlan,
+    is_dense: bool,
+    scaling: float | None,
+    softcap: float | None,
+    s_aux: Tensor | None,
+) -> AttentionRequest:
+    """Pack the tensors of :func:`attend` as their layout says."""
+    q = _packed(query, layout.order_q)
+    if layout.order_k is not None:
+        k, v, starts_k = _packed(key, layout.order_k), _packed(value, layout.order_k), layout.starts_k
+    else:
+        k, v, starts_k = _packed_keys(key, value, layout)
+    return AttentionRequest(
+        q=q,
+        k=k,
+        v=v,
+        s_aux=s_aux,
+        starts_q=layout.starts_q,
+        lengths_q=layout.lengths_q,
+        max_q=layout.max_q,
+        starts_k=starts_k,
+        lengths_k=layout.lengths_k,
+        max_k=layout.max_k,
+        is_causal=layout.is_causal,
+        softmax_scale=query.shape[3] ** -0.5 if scaling is None else float(scaling),
+        sliding_window=layout.sliding_window,
+        softcap=softcap,
+        plan=plan,
+        first_q=layout.first_q,
+        first_k=None if is_dense and layout.first_q is None else layout.first_k,
+        counts=layout.counts,
+    )
+
+
+def _packed(x: Tensor, order: Tensor | None = None) -> Tensor:
+    """Flatten ``[batch, heads, tokens, dim]`` to ``[batch * tokens, heads, dim]``, each row's tokens in an order."""
+    if order is not None:
+        return x.transpose(1, 2)[torch.arange(x.shape[0], device=x.device)[:, None], order].flatten(0, 1)
+    if _is_recorded(x):
+        return x.transpose(1, 2).flatten(0, 1)
+    (batch, heads, tokens, dim), (apart, head, token, _) = x.shape, x.stride()
+    if batch > 1 and apart != tokens * token:
+        return x.transpose(1, 2).flatten(0, 1)
+    return x.as_strided((batch * tokens, heads, dim), (token, head, x.stride(3)))  # one operation instead of two
+
+
+def _packed_keys(key: Tensor, value: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+    """Flatten keys and values ``[batch, heads, slots, dim]``, without a copy of a cache.
 
     In a cache, all slots of one head lie side by side. Rows that begin a whole number of slots apart are one range of
     slots all the same, in which other heads' slots lie between those of two rows.
+
+    Returns:
+        The keys, the values, and the row of each sequence's first key.
     """
-    (batch, slots), pitch = key.shape[:2], layout.slots
+    (batch, _, slots, _), step = key.shape, key.stride(2)
     # Gradients would be as large as that range.
-    trained = torch.is_grad_enabled() and (key.requires_grad or value.requires_grad)
-    if batch > 1 and not trained and not torch.compiler.is_compiling():
-        apart, same = (x.stride(0) / max(x.stride(1), 1) for x in (key, value))
-        if apart == same >= slots and apart.is_integer():
-            pitch = int(apart)
-    if pitch == slots:
-        return key.flatten(0, 1), value.flatten(0, 1), layout
+    if batch == 1 or _is_recorded(key) or _is_recorded(value) or step == 0 or key.stride(0) % step:
+        return _packed(key), _packed(value), layout.starts_k
+    pitch = key.stride(0) // step
+    if pitch < slots or value.stride(2) == 0 or value.stride(0) != pitch * value.stride(2):
+        return _packed(key), _packed(value), layout.starts_k
     size = (batch - 1) * pitch + slots
-    key, value = (x.as_strided((size, *x.shape[2:]), x.stride()[1:]) for x in (key, value))
-    # An empty sequence may begin behind the last row.
-    row = (layout.starts_k // slots).clamp(max=batch - 1)
-    return key, value, layout._replace(starts_k=layout.starts_k + row * (pitch - slots))
+    key, value = (
+        x.as_strided((size, x.shape[1], x.shape[3]), (x.stride(2), x.stride(1), x.stride(3))) for x in (key, value)
+    )
+    return key, value, layout.starts_k if pitch == slots else _starts_apart(layout.starts_k, batch, slots, pitch)
+
+
+def _is_recorded(x: Tensor) -> bool:
+    """Whether operations on a tensor are recorded, so that they should be simple ones."""
+    return (
+        torch.compiler.is_compiling()
+        or (x.requires_grad and torch.is_grad_enabled())
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
+_pitched_starts = WeakTensorKeyDictionary()
+"""Starts of keys in a cache, by those in a batch and the distance of rows: alike in all layers of a forward pass."""
+
+
+def _starts_apart(starts: Tensor, batch: int, slots: int, pitch: int) -> Tensor:
+    """Move the rows of a batch ``pitch`` slots apart."""
+    found = _pitched_starts.get(starts)
+    if found is None or found[0] != pitch:
+        # An empty sequence may begin behind the last row.
+        row = (starts // slots).clamp(max=batch - 1)
+        found = _pitched_starts[starts] = (pitch, starts + row * (pitch - slots))
+    moved: Tensor = found[1]
+    return moved
 
 
 def _is_cross_attention(module: nn.Module, layout: Layout) -> bool:

@@ -106,7 +106,8 @@ def attention_mask(
             "batch_size": batch_size,
             "q_length": q_length,
             "kv_length": kv_length,
-            "q_offset": q_offset,
+            # A static cache counts on in the same tensor, before its layer's attention.
+            "q_offset": q_offset.clone() if isinstance(q_offset, Tensor) else q_offset,
             "kv_offset": kv_offset,
             "mask_function": mask_function,
             "attention_mask": attention_mask,
