@@ -27,8 +27,10 @@ from .errors import ConfigError, UnsupportedError
 from .huggingface import (
     PAGED_ATTENTION_NAME,
     check_paging,
+    forget_own_attention,
     interface_configs,
     own_configs,
+    remember_own_attention,
     restore_implementations,
     set_implementation,
     unwatch,
@@ -129,6 +131,7 @@ def sparsify(
     for name, transformer in transformers.items():
         if name not in has_own_configs:
             own_configs(model, name)
+        remember_own_attention(transformer)
         configs = interface_configs(transformer, through_interface[name])
         before = _Before(
             set_implementation(configs, ATTENTION_NAME), getattr(transformer.config, CONFIG_ATTRIBUTE, None)
@@ -165,6 +168,7 @@ def _undo(model: nn.Module) -> dict[nn.Module, SparseAttentionFlags]:
         if before is None:
             continue
         unwatch(part)
+        forget_own_attention(part)
         restore_implementations(before.implementations)
         config: Any = part.config
         if before.config_entry is not None:
