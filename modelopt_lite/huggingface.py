@@ -7,21 +7,24 @@ batching has an attention function of its own, under a second name.
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .discovery import ATTENTION_NAME, forward_globals, uses_interface
 from .errors import UnsupportedError
-from .layout import Layout, attend, layer_name, layout_of_mask, refuse_context_parallel, whole_layout
+from .layout import READABLE_MASKS, Layout, attend, layer_name, layout_of_mask, refuse_context_parallel, whole_layout
 from .module import SparseAttentionModule, decide, original_class, sparse_modules
 from .recomputation import Decision
 from .transformers_masks import Mask, RefusedMask, attention_mask, note_positions, packed_by_positions
@@ -82,7 +85,7 @@ REFUSED_ARGUMENTS = frozenset(
 # What continuous batching hands to every layer for its cache.
 PAGING_ARGUMENTS = ("block_table", "cu_seq_lens_k", "max_length_k", "read_index", "write_index")
 _NO_WEIGHTS = "output_attentions is not supported; unsparsify the model and use attn_implementation='eager'"
-_HOOK_ATTRIBUTE = "_refuses_attention_weights"
+_HOOKS_ATTRIBUTE = "_hooks_of_sparsity"
 OWN_ATTRIBUTE = "_own_attention"
 """Attribute of a module: the :class:`OwnAttention` that it had before it was switched."""
 
@@ -368,9 +371,7 @@ def _layout_of_other_mask(module: nn.Module, query: Tensor, key: Tensor, mask: R
     if layout is None:
         raise UnsupportedError(
             f"{layer_name(module)}: its attention mask {list(mask.shape)} is not supported; a finished mask, of the "
-            "caller's or of the model's own, must be boolean, or 0 and -10000 or less, the same for all heads, and causal or "
-            "bidirectional, with padding anywhere; for self-attention also with a sliding window or for packed "
-            "sequences; while torch.compile traces, none is"
+            f"caller's or of the model's own, {READABLE_MASKS}; while torch.compile traces, none is"
         )
     return layout
 
@@ -426,22 +427,90 @@ def _may_equal(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and (not can_read or bool((one == other).all()))
 
 
-def implementations(model: PreTrainedModel) -> dict[str, str]:
-    """Return a model's attention implementation, under ``""``, and those of its parts with a config of their own."""
-    config = model.config
-    parts = {name: getattr(config, name, None) for name in config.sub_configs}
-    own = {name: part._attn_implementation for name, part in parts.items() if part is not None}
-    return {"": config._attn_implementation, **own}
+def interface_configs(model: PreTrainedModel, names: Iterable[str]) -> list[PreTrainedConfig]:
+    """Return the configs that say which attention function some layers call, and which masks their model makes.
+
+    These are the configs of the layers and of the modules that they are inside of. Other parts of the model keep their
+    implementation, unless they share one of these configs.
+
+    Args:
+        model: the model.
+        names: dotted names of layers in it that go through Transformers' attention interface.
+
+    Raises:
+        UnsupportedError: if one of the layers has no config; names it.
+    """
+    modules = dict(model.named_modules())
+    found: dict[int, PreTrainedConfig] = {}
+    for name in names:
+        if not isinstance(getattr(modules[name], "config", None), PreTrainedConfig):
+            raise UnsupportedError(
+                f"{name} ({original_class(modules[name]).__name__}): its attention implementation cannot be set, as it "
+                "has no config of Transformers"
+            )
+        parts = name.split(".") if name else []
+        for depth in range(len(parts) + 1):
+            config = getattr(modules[".".join(parts[:depth])], "config", None)
+            if isinstance(config, PreTrainedConfig):
+                found[id(config)] = config
+    return list(found.values())
 
 
-def set_implementations(model: PreTrainedModel, names: dict[str, str]) -> None:
-    """Set what :func:`implementations` returned."""
-    model.set_attn_implementation(names if len(names) > 1 else names[""])
-    if ATTENTION_NAME not in names.values():
-        for module in model.modules():
-            if isinstance(module, PreTrainedModel) and _HOOK_ATTRIBUTE in vars(module):
-                getattr(module, _HOOK_ATTRIBUTE).remove()
-                delattr(module, _HOOK_ATTRIBUTE)
+def own_configs(root: nn.Module, name: str) -> None:
+    """Give a Transformers model configs of its own, equal to those it has, which another model may share.
+
+    Args:
+        root: what the model is inside of, or itself; what wraps the model gets the same configs.
+        name: the model's dotted name in it.
+    """
+    copies: dict[int, Any] = {}
+    model = root.get_submodule(name)
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, PreTrainedConfig):
+                copy.deepcopy(value, copies)
+    wrappers = [each for outer, each in root.named_modules() if not outer or name.startswith(f"{outer}.")]
+    for module in (*wrappers, *model.modules()):
+        for attribute, value in vars(module).items():
+            if isinstance(value, PreTrainedConfig) and id(value) in copies:
+                vars(module)[attribute] = copies[id(value)]
+
+
+def set_implementation(configs: Iterable[PreTrainedConfig], name: str) -> list[tuple[PreTrainedConfig, str | None]]:
+    """Set the attention implementation in some configs; return what :func:`restore_implementations` restores."""
+    before = [(config, config._attn_implementation) for config in configs]
+    for config, _ in before:
+        # Not by set_attn_implementation, which takes every name with "flash" in it for a package to import, and knows
+        # no parts without an implementation. The mapping keeps what is set in the parts of a config.
+        config._attn_implementation = {"": name}
+    return before
+
+
+def restore_implementations(before: Iterable[tuple[PreTrainedConfig, str | None]]) -> None:
+    """Restore the attention implementations of configs, but for those that something else has changed since."""
+    for config, name in before:
+        if config._attn_implementation in (ATTENTION_NAME, PAGED_ATTENTION_NAME):
+            config._attn_implementation = {"": name}
+
+
+def watch(model: PreTrainedModel) -> None:
+    """Refuse to return attention weights, and warn if adapters are saved without the sparsity, until :func:`unwatch`.
+
+    Args:
+        model: a sparse model; its parts refuse as well.
+    """
+    hooks = [model.register_state_dict_pre_hook(_warn_of_adapters)]
+    # All of them: wrappers, such as those of PEFT, call the outermost model's forward itself, past its hooks.
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            hooks.append(part.register_forward_pre_hook(_refuse_attention_weights, with_kwargs=True))
+    setattr(model, _HOOKS_ATTRIBUTE, hooks)
+
+
+def unwatch(model: nn.Module) -> None:
+    """Undo :func:`watch`."""
+    for hook in vars(model).pop(_HOOKS_ATTRIBUTE):
+        hook.remove()
 
 
 def _refuse_attention_weights(model: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
@@ -458,46 +527,45 @@ def _refuse_attention_weights(model: nn.Module, _args: Any, kwargs: dict[str, An
         raise UnsupportedError(f"{layer_name(next(iter(modules.values())))}: {_NO_WEIGHTS}")
 
 
-def switch_on(model: PreTrainedModel) -> None:
-    """Make all of a model's attention run on this package's attention function, unless none asks for one.
+_saving_sparsity: ContextVar[bool] = ContextVar("modelopt_lite_saving", default=False)
 
-    The model and its parts refuse from then on to return attention weights, until :func:`set_implementations` sets
-    others than this package's.
+
+@contextmanager
+def saving_sparsity() -> Iterator[None]:
+    """Let adapters be saved inside the ``with`` block, as the caller saves the sparsity beside them."""
+    token = _saving_sparsity.set(True)
+    try:
+        yield
+    finally:
+        _saving_sparsity.reset(token)
+
+
+def _warn_of_adapters(model: nn.Module, _prefix: str, _keep_vars: bool) -> None:
+    """Warn, where the weights of a model with adapters are asked for, that PEFT saves nothing else."""
+    if getattr(model, "peft_config", None) and not _saving_sparsity.get():
+        _warn_once(type(model).__name__)
+
+
+@functools.cache
+def _warn_once(class_name: str) -> None:
+    logger.warning(
+        "%s is sparse and has adapters: PEFT saves them without the sparsity; use "
+        "modelopt_lite.save_pretrained(model, folder) instead of model.save_pretrained(folder)",
+        class_name,
+    )
+
+
+def check_paging() -> None:
+    """Check that this version of Transformers has a place for this package in continuous batching.
 
     Raises:
-        UnsupportedError: if the model does not let itself be switched, naming the first layer; it is as before then.
-    """
-    # All of them: wrappers, such as those of PEFT, call the outermost model's forward itself, past its hooks.
-    for part in model.modules():
-        if isinstance(part, PreTrainedModel):
-            hook = part.register_forward_pre_hook(_refuse_attention_weights, with_kwargs=True)
-            setattr(part, _HOOK_ATTRIBUTE, hook)
-    modules = {name: module for name, module in model.named_modules() if uses_interface(module)}
-    if not modules:
-        return
-    before = implementations(model)
-    set_implementations(model, dict.fromkeys(before, ATTENTION_NAME))
-    for name, module in modules.items():
-        if getattr(module, "config", model.config)._attn_implementation != ATTENTION_NAME:
-            set_implementations(model, before)
-            raise UnsupportedError(
-                f"{name} ({original_class(module).__name__}): its model's attention implementation cannot be set"
-            )
-
-
-def switch_to_paging(model: PreTrainedModel) -> None:
-    """Make all of a model's attention run in continuous batching, and nowhere else.
-
-    Raises:
-        UnsupportedError: if this version of Transformers has no place for it.
+        UnsupportedError: if not.
     """
     if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < PAGING_SINCE:
         wanted = ".".join(map(str, PAGING_SINCE))
         raise UnsupportedError(
             f"continuous batching needs Transformers {wanted} or later, not {transformers.__version__}"
         )
-    # Not by set_attn_implementation, which takes every name with "flash" in it for a package to import.
-    model.config._attn_implementation = PAGED_ATTENTION_NAME
 
 
 AttentionInterface.register(ATTENTION_NAME, attention_forward)

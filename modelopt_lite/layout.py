@@ -20,6 +20,10 @@ ResultT = TypeVar("ResultT")
 
 HIDDEN = -1e4
 """What a finished mask adds to the scores of keys that are not seen, or less: their weights are 0 in any precision."""
+READABLE_MASKS = (
+    "must be boolean, or 0 and -10000 or less, the same for all heads, and causal or bidirectional, with padding "
+    "anywhere; for self-attention also with a sliding window or for packed sequences"
+)
 
 
 class Layout(NamedTuple):
@@ -591,7 +595,7 @@ def _starts_apart(starts: Tensor, batch: int, slots: int, pitch: int) -> Tensor:
 
 
 def refuse_context_parallel() -> str | None:
-    """Return why a call is refused under PyTorch's context parallelism, which gives this package's attention one shard."""
+    """Return why a call is refused under PyTorch's context parallelism, where a layer sees one shard of the tokens."""
     function = torch.nn.functional.scaled_dot_product_attention
     if function is scaled_dot_product_attention or not function.__module__.startswith("torch.distributed"):
         return None

@@ -163,8 +163,10 @@ def _closed_over(function: Any, name: str) -> Any:
 
 def _by_stack() -> Iterator[Checkpoint]:
     """Yield the autograd functions in whose forward or backward the caller is."""
-    if torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:
-        return  # the forward of an autograd function runs without gradients
+    # An autograd function's forward runs without forward-mode gradients, in which no_grad() alone does not differ.
+    is_inside = not torch._C._is_fwd_grad_enabled() and not torch.is_inference_mode_enabled()
+    if not is_inside and torch._C._current_graph_task_id() == -1:
+        return
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code

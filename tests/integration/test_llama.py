@@ -517,12 +517,10 @@ class Custom(nn.Module):
     pass
 
 
-class Unswitchable(LlamaForCausalLM):
-    def __init__(self):
-        super().__init__(LlamaConfig(**SIZES))
-
-    def set_attn_implementation(self, attn_implementation, **_):
-        pass
+def without_a_config():
+    model = tiny()
+    del model.model.layers[1].self_attn.config
+    return model
 
 
 UNSUPPORTED = {
@@ -555,9 +553,9 @@ UNSUPPORTED = {
         lambda: nn.ModuleDict({"attention": tiny().model.layers[0].self_attn}),
         r"attention \(LlamaAttention\): is a Transformers attention layer outside of a PreTrainedModel",
     ),
-    "a model that cannot be switched": (
-        Unswitchable,
-        r"model.layers.0.self_attn \(LlamaAttention\): its model's attention implementation cannot be set",
+    "a layer without a config": (
+        without_a_config,
+        r"model.layers.1.self_attn \(LlamaAttention\): its attention implementation cannot be set, as it has no config",
     ),
 }
 
