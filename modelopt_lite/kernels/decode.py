@@ -25,7 +25,6 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .language import INTERPRETED
 from .tiles import LOG2E, as_if_of, join_groups, scale_scores, select_scores, weigh
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -86,14 +85,13 @@ def tile_span(query_length, first_query, first_key, end, num_sinks, window, slid
 
 
 @triton.jit
-def divide_work(sequences, batch, target, num_sinks, window, sliding_window, OPTIONS: tl.constexpr, SPLIT: tl.constexpr):
+def divide_work(sequences, index, batch, target, num_sinks, window, sliding_window, OPTIONS: tl.constexpr, SPLIT: tl.constexpr):
     """Divide the tiles of all sequences into pieces; the same in every program of both kernels.
 
     Returns:
-        ``(index, tiles, pieces, slots)``, a vector over sequences each: their numbers, the tiles that one unit needs,
-        the pieces of one unit, and the slots of all units together.
+        ``(tiles, pieces, slots)``, a vector over the sequences ``index`` each: the tiles that one unit needs, its
+        pieces, and the slots of all the sequence's units together.
     """
-    index = tl.arange(0, SPLIT.batch_block)
     query_length, first_query, first_key, end, num_sinks, window = place_sequences(
         sequences, index, index < batch, num_sinks, window, OPTIONS
     )
@@ -104,7 +102,7 @@ def divide_work(sequences, batch, target, num_sinks, window, sliding_window, OPT
     units = SPLIT.kv_heads * tl.cdiv(query_length * SPLIT.heads_per_kv, OPTIONS.block_m)
     size = tl.maximum(tl.cdiv(tl.sum(tiles * units, 0), target), SPLIT.least_tiles)
     pieces = tl.cdiv(tiles, size)
-    return index, tiles, pieces, pieces * units
+    return tiles, pieces, pieces * units
 
 
 @triton.jit
@@ -142,7 +140,7 @@ def find_rows(first, source, first_key, end, OPTIONS: tl.constexpr, SPLIT: tl.co
 
     Args:
         first: position of the tile's first key.
-        source: ``(row of position 0, pointer to the sequence's page numbers or None)``.
+        source: ``(row of position 0, page table or None, place of the sequence's first page in it)``.
         first_key: position of the first key that is there.
         end: position behind the last one.
         OPTIONS: see :func:`attend_pieces`.
@@ -154,25 +152,25 @@ def find_rows(first, source, first_key, end, OPTIONS: tl.constexpr, SPLIT: tl.co
     """
     BLOCK_N: tl.constexpr = OPTIONS.block_n
     GROUP: tl.constexpr = OPTIONS.group
-    start, page_table = source
+    start, page_table_ptr, first_page = source
     # [BLOCK_N]
     places = tl.arange(0, BLOCK_N)
     members = GROUP * (places % (BLOCK_N // GROUP)) + places // (BLOCK_N // GROUP)
     keys = first + members
     exists = (keys >= first_key) & (keys < end)
-    if page_table is None:
+    if page_table_ptr is None:
         row = start + first
         offsets = members.to(tl.int64)
     elif SPLIT.page_size % BLOCK_N == 0 and not OPTIONS.positions:
-        page = tl.load(page_table + first // SPLIT.page_size).to(tl.int64)
+        page = tl.load(page_table_ptr + first_page + first // SPLIT.page_size).to(tl.int64)
         row = page * SPLIT.page_size + first % SPLIT.page_size
         offsets = members.to(tl.int64)
     else:
         keys -= first_key
         if BOUNDED:
-            pages = tl.load(page_table + keys // SPLIT.page_size, mask=exists, other=0)
+            pages = tl.load(page_table_ptr + first_page + keys // SPLIT.page_size, mask=exists, other=0)
         else:
-            pages = tl.load(page_table + keys // SPLIT.page_size)
+            pages = tl.load(page_table_ptr + first_page + keys // SPLIT.page_size)
         row = start * 0
         offsets = pages.to(tl.int64) * SPLIT.page_size + keys % SPLIT.page_size
     return row, offsets, exists
@@ -309,12 +307,17 @@ def attend_pieces(
     """
     BLOCK_M: tl.constexpr = OPTIONS.block_m
     BLOCK_N: tl.constexpr = OPTIONS.block_n
+    BLOCK_DV: tl.constexpr = OPTIONS.block_dv
     SPARSE: tl.constexpr = SCORE_HOOK is not None
     if SPLIT.overlaps:
         gdc_launch_dependents()
     slot = tl.program_id(0)
-    index, tiles_of, pieces_of, slots_of = divide_work(
-        sequences, batch, target, num_sinks, window, sliding_window, OPTIONS, SPLIT
+    # Loaded together with the lengths, so that memory is waited for once.
+    index = tl.arange(0, SPLIT.batch_block)
+    starts_q = tl.load(sequences[0] + index, mask=index < batch, other=0).to(tl.int64)
+    starts_k = tl.load(sequences[2] + index, mask=index < batch, other=0).to(tl.int64)
+    tiles_of, pieces_of, slots_of = divide_work(
+        sequences, index, batch, target, num_sinks, window, sliding_window, OPTIONS, SPLIT
     )
     sequence = tl.sum((tl.cumsum(slots_of, 0) <= slot).to(tl.int32), 0)
     if sequence >= batch:
@@ -333,11 +336,8 @@ def attend_pieces(
     begin, hole_begin, hole_end, _ = tile_span(
         query_length, first_query, first_key, end, num_sinks, window, sliding_window, OPTIONS
     )
-    start_q = tl.load(sequences[0] + sequence).to(tl.int64)
-    start_k = tl.load(sequences[2] + sequence).to(tl.int64) - first_key
-    page_table = None
-    if page_table_ptr is not None:
-        page_table = page_table_ptr + sequence.to(tl.int64) * page_stride
+    start_q = of_sequence(starts_q, index, sequence)
+    start_k = of_sequence(starts_k, index, sequence) - first_key
 
     # [BLOCK_M]; rows past the last repeat it and are not stored.
     rows = query_length * SPLIT.heads_per_kv - row_start
@@ -361,13 +361,13 @@ def attend_pieces(
         )
         query = query + (query_tail,)
 
-    source = (start_k, page_table)
+    source = (start_k, page_table_ptr, sequence.to(tl.int64) * page_stride)
     memory = (key_ptr + kv_head * key_strides[1], key_strides[0], value_ptr + kv_head * value_strides[1],
               value_strides[0])  # fmt: skip
     rules = (positions, end, num_sinks, window, sliding_window)
     if OPTIONS.positions:
         rules = rules + (first_key,)
-    accumulator = tl.zeros([BLOCK_M, OPTIONS.block_dv], tl.float32)
+    accumulator = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     running_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     partial_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
 
@@ -402,7 +402,7 @@ def attend_pieces(
     slot_rows = slot.to(tl.int64) * SPLIT.rows + offsets_m
     lse_ptr = partial_ptr + slots.to(tl.int64) * (SPLIT.rows * OPTIONS.value_dim)
     tl.store(lse_ptr + slot_rows, running_max + tl.math.log2(weight), mask=stored)
-    offsets_dv = tl.arange(0, OPTIONS.block_dv)
+    offsets_dv = tl.arange(0, BLOCK_DV)
     tl.store(
         partial_ptr + slot_rows[:, None] * OPTIONS.value_dim + offsets_dv[None, :],
         accumulator * inverse[:, None],
@@ -444,11 +444,13 @@ def merge_pieces(
         SPLIT: see there.
     """
     AT_ONCE: tl.constexpr = SPLIT.merge_block
+    BLOCK_DV: tl.constexpr = OPTIONS.block_dv
     heads: tl.constexpr = SPLIT.kv_heads * SPLIT.heads_per_kv
     token = tl.program_id(0) // heads
     head = tl.program_id(0) % heads
-    index, _, pieces_of, slots_of = divide_work(
-        sequences, batch, target, num_sinks, window, sliding_window, OPTIONS, SPLIT
+    index = tl.arange(0, SPLIT.batch_block)
+    _, pieces_of, slots_of = divide_work(
+        sequences, index, batch, target, num_sinks, window, sliding_window, OPTIONS, SPLIT
     )
     starts = tl.load(sequences[0] + index, mask=index < batch, other=0).to(tl.int32)
     lengths = tl.load(sequences[1] + index, mask=index < batch, other=0).to(tl.int32)
@@ -472,9 +474,9 @@ def merge_pieces(
     if SPLIT.overlaps:
         gdc_wait()
     offsets = tl.arange(0, AT_ONCE)
-    offsets_dv = tl.arange(0, OPTIONS.block_dv)
+    offsets_dv = tl.arange(0, BLOCK_DV)
     # [BLOCK_DV]
-    accumulator = tl.zeros([OPTIONS.block_dv], tl.float32)
+    accumulator = tl.zeros([BLOCK_DV], tl.float32)
     for first in tl.range(0, pieces, AT_ONCE, num_stages=1):
         # [AT_ONCE], [AT_ONCE, BLOCK_DV]
         exists = first + offsets < pieces

@@ -208,7 +208,7 @@ def prepare(
 def default_settings(request: AttentionRequest) -> DecodeSettings:
     """Return the table's settings for a request."""
     r = request
-    capability = compute_capability(r.q.device) if r.q.is_cuda else OLDEST
+    capability = _capability(r.q.device)
     if capability in (86, 89) or capability >= 120:
         capability = SMALL
     block_d = block_dim(max(r.q.shape[2], r.v.shape[2]))
@@ -221,6 +221,11 @@ def default_settings(request: AttentionRequest) -> DecodeSettings:
         and _block_m(r) <= row.rows
         and r.group <= row.group
     )
+
+
+def _capability(device: torch.device) -> int:
+    # Triton's interpreter computes on the CPU, with the simplest settings.
+    return compute_capability(device) if device.type == "cuda" else OLDEST
 
 
 def _options(r: AttentionRequest, settings: DecodeSettings) -> Options:
@@ -241,7 +246,7 @@ def _split(r: AttentionRequest, settings: DecodeSettings, options: Options) -> S
         page_size=r.page_size if isinstance(r, PagedRequest) else 0,
         peel=settings.peel,
         merge_block=max(16, MERGED_ELEMENTS // options.block_dv),
-        overlaps=r.q.is_cuda and compute_capability(r.q.device) >= 90,
+        overlaps=_capability(r.q.device) >= 90,
     )
 
 
