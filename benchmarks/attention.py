@@ -31,7 +31,6 @@ from typing import Any, TypeAlias
 import recording
 import torch
 import triton
-from modelopt_lite.kernels.launch import Settings
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
