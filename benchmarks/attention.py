@@ -31,13 +31,13 @@ from typing import Any, TypeAlias
 import recording
 import torch
 import triton
+from modelopt_lite.kernels.launch import Settings, forward, hopper_can, sparse_cores_can
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from modelopt_lite.kernels import attention
-from modelopt_lite.kernels.launch import Settings, forward, hopper_can, sparse_cores_can
 from modelopt_lite.kernels.top_n import top_n_plan
 from modelopt_lite.plan import AttentionPlan
 

@@ -128,6 +128,7 @@ def sparsify(
 
     has_own_configs = {name for name, transformer in transformers.items() if _BEFORE_ATTRIBUTE in vars(transformer)}
     reverted = _undo(model)
+    remember_own_attention(model)
     for name, transformer in transformers.items():
         if name not in has_own_configs:
             own_configs(model, name)
@@ -163,6 +164,7 @@ def _undo(model: nn.Module) -> dict[nn.Module, SparseAttentionFlags]:
     reverted: dict[nn.Module, SparseAttentionFlags] = {}
     for module in sparse_modules(model).values():
         reverted[module] = revert(module)
+    forget_own_attention(model)
     for part in list(model.modules()):
         before: _Before | None = vars(part).pop(_BEFORE_ATTRIBUTE, None)
         if before is None:

@@ -18,14 +18,13 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .discovery import ATTENTION_NAME, forward_globals, uses_interface
 from .errors import UnsupportedError
-from .layout import Layout, attend, layer_name, layout_of_mask, whole_layout
+from .layout import READABLE_MASKS, Layout, attend, layer_name, layout_of_mask, refuse_context_parallel, whole_layout
 from .module import SparseAttentionModule, decide, original_class, sparse_modules
 from .recomputation import Decision
 from .transformers_masks import Mask, RefusedMask, attention_mask, note_positions, packed_by_positions
@@ -345,7 +344,7 @@ def _refused_argument(dropout: float, kwargs: dict[str, Any]) -> str | None:
         if name in REFUSED_ARGUMENTS:
             return f"the argument {name}={type(value).__name__} of the model's attention is not supported"
         _warn_of_argument(name)
-    return _context_parallel()
+    return refuse_context_parallel()
 
 
 @functools.cache
@@ -361,17 +360,6 @@ def _warn_of_argument(name: str) -> None:
 torch.compiler.assume_constant_result(_warn_of_argument)
 
 
-def _context_parallel() -> str | None:
-    """Return that PyTorch's context parallelism is on, which replaces its attention by one over all shards of keys."""
-    function = torch.nn.functional.scaled_dot_product_attention
-    if function is scaled_dot_product_attention or not function.__module__.startswith("torch.distributed"):
-        return None
-    return (
-        "context_parallel shards the tokens and gathers keys for PyTorch's own attention only, which is not supported; "
-        "unsparsify the model or do without it"
-    )
-
-
 def _layout_of_other_mask(module: nn.Module, query: Tensor, key: Tensor, mask: RefusedMask | Tensor) -> Layout:
     """Lay out a call whose mask did not come as a layout."""
     if isinstance(mask, RefusedMask):
@@ -383,9 +371,7 @@ def _layout_of_other_mask(module: nn.Module, query: Tensor, key: Tensor, mask: R
     if layout is None:
         raise UnsupportedError(
             f"{layer_name(module)}: its attention mask {list(mask.shape)} is not supported; a finished mask, of the "
-            "caller's or of the model's own, must be boolean, or 0 and -inf, the same for all heads, and causal or "
-            "bidirectional, with padding anywhere; for self-attention also with a sliding window or for packed "
-            "sequences; while torch.compile traces, none is"
+            f"caller's or of the model's own, {READABLE_MASKS}; while torch.compile traces, none is"
         )
     return layout
 

@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from .errors import UnsupportedError
-from .layout import Layout, attend, layer_name, layout_of_mask, whole_layout
+from .layout import READABLE_MASKS, Layout, attend, layer_name, layout_of_mask, refuse_context_parallel, whole_layout
 from .module import SparseAttentionModule, decide
 from .recomputation import Decision
 
@@ -71,7 +71,9 @@ def _attention(
             layer.
     """
     shape = query.shape
-    refusal = None
+    refusal = refuse_context_parallel()
+    if refusal is not None:
+        raise UnsupportedError(f"{layer_name(module)}: {refusal}")
     if dropout_p:
         refusal = f"attention dropout ({dropout_p}) is not supported; call eval() or set it to 0"
     elif query.dim() not in (3, 4) or key.dim() != query.dim() or value.dim() != query.dim():
@@ -85,11 +87,7 @@ def _attention(
     if refusal is None:
         layout = _layout(query, key, attn_mask, is_causal)
     if layout is None:
-        refusal = refusal or (
-            "its attention mask is not supported; it must be boolean, or 0 and -inf, the same for all heads, and "
-            "causal or bidirectional, with padding anywhere; for self-attention also with a sliding window or for "
-            "packed sequences"
-        )
+        refusal = refusal or (f"its attention mask is not supported; it {READABLE_MASKS}")
         raise UnsupportedError(f"{layer_name(module)}: {refusal}")
     output = attend(module, query, key, value, layout, scaling=scale, decision=decision).transpose(1, 2)
     return output[:, 0] if len(shape) == 3 else output

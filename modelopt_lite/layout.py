@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.weak import WeakIdKeyDictionary, WeakTensorKeyDictionary
 
 from .errors import UnsupportedError
@@ -16,6 +17,13 @@ from .plan import AttentionPlan
 from .recomputation import Decision
 
 ResultT = TypeVar("ResultT")
+
+HIDDEN = -1e4
+"""What a finished mask adds to the scores of keys that are not seen, or less: their weights are 0 in any precision."""
+READABLE_MASKS = (
+    "must be boolean, or 0 and -10000 or less, the same for all heads, and causal or bidirectional, with padding "
+    "anywhere; for self-attention also with a sliding window or for packed sequences"
+)
 
 
 class Layout(NamedTuple):
@@ -321,7 +329,7 @@ def layout_of_mask(mask: Tensor, batch: int, len_q: int, slots: int) -> Layout |
     """Lay out a call by a finished mask, None if no layout says the same; waits for the mask, once in a forward.
 
     Args:
-        mask: booleans, or 0 and -inf or the least number, that can be expanded to ``[batch, heads, len_q, slots]``.
+        mask: booleans, or 0 and -10000 or less, that can be expanded to ``[batch, heads, len_q, slots]``.
         batch: rows of the batch.
         len_q: queries of each row.
         slots: key slots of each row.
@@ -413,7 +421,7 @@ def _visible(mask: Tensor, batch: int, len_q: int, slots: int) -> tuple[Tensor, 
         visible, is_plain = mask, torch.ones((), dtype=torch.bool, device=mask.device)
     else:
         visible = mask == 0
-        is_plain = (visible | (mask <= torch.finfo(mask.dtype).min)).all()
+        is_plain = (visible | (mask <= HIDDEN)).all()
     visible = visible.expand(torch.broadcast_shapes(visible.shape, (batch, 1, len_q, slots)))
     return visible[:, 0], is_plain & (visible == visible[:, :1]).all()
 
@@ -584,6 +592,17 @@ def _starts_apart(starts: Tensor, batch: int, slots: int, pitch: int) -> Tensor:
         found = _pitched_starts[starts] = (pitch, starts + row * (pitch - slots))
     moved: Tensor = found[1]
     return moved
+
+
+def refuse_context_parallel() -> str | None:
+    """Return why a call is refused under PyTorch's context parallelism, where a layer sees one shard of the tokens."""
+    function = torch.nn.functional.scaled_dot_product_attention
+    if function is scaled_dot_product_attention or not function.__module__.startswith("torch.distributed"):
+        return None
+    return (
+        "context_parallel shards the tokens and gathers keys for PyTorch's own attention only, which is not supported; "
+        "unsparsify the model or do without it"
+    )
 
 
 def _is_cross_attention(module: nn.Module, layout: Layout) -> bool:
