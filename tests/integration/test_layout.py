@@ -23,12 +23,12 @@ def seen(monkeypatch):
     """Keys and values that reach the kernels."""
     found = []
 
-    def attention(query, key, value, *arguments, **options):
-        found.extend((key, value))
-        return kernels(query, key, value, *arguments, **options)
+    def spy(request, backend):
+        found.extend((request.k, request.v))
+        return compute(request, backend)
 
-    kernels = layout.attention
-    monkeypatch.setattr(layout, "attention", attention)
+    compute = layout.compute
+    monkeypatch.setattr(layout, "compute", spy)
     return found
 
 
