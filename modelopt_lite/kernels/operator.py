@@ -210,7 +210,7 @@ def is_traced(x: Tensor | None = None) -> bool:
     """Whether something looks at the operators that run, or a tensor has no memory of its own."""
     return (
         torch.compiler.is_compiling()
-        or (x is not None and type(x) is not Tensor)
+        or (x is not None and (type(x) is not Tensor or x.is_meta))
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch.autograd.forward_ad._current_level >= 0
