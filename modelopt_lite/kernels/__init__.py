@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -9,7 +12,7 @@ from ..plan import AttentionPlan
 from .arguments import check_request, is_count
 from .blocked import AttentionStatistics, statistics_blocked
 from .choice import Backend
-from .operator import compute, pack
+from .operator import compute, is_traced, pack
 from .request import AttentionRequest
 from .sdpa import DenseCall
 from .top_n import top_n_plan
@@ -22,6 +25,7 @@ __all__ = [
     "attention",
     "attention_statistics",
     "compute",
+    "is_traced",
     "pack",
     "request_statistics",
 ]
@@ -100,7 +104,7 @@ def attention(
             the CPU and by the torch backend; on a GPU the caller vouches for them, as a check would stall it.
         UnsupportedError: if the backend asked for cannot run these arguments.
     """
-    if b_start_loc_k is b_seq_len_k is max_input_len_k is None:
+    if b_start_loc_k is None and b_seq_len_k is None and max_input_len_k is None:
         if isinstance(q, Tensor) and isinstance(k, Tensor) and q.shape[:1] != k.shape[:1]:
             raise ValueError(f"k: {k.shape[0]} rows, q has {q.shape[0]}; then b_start_loc_k is needed")
         b_start_loc_k, b_seq_len_k, max_input_len_k = b_start_loc, b_seq_len, max_input_len
@@ -124,11 +128,22 @@ def attention(
         first_k=b_first_k,
         with_lse=return_lse,
     )
-    needed, others = (q, k, v, b_start_loc, b_seq_len, b_start_loc_k, b_seq_len_k), (s_aux, b_first_q, b_first_k)
-    if not all(isinstance(x, Tensor) for x in (*needed, *(x for x in others if x is not None))):
+    if not (
+        isinstance(q, Tensor)
+        and isinstance(k, Tensor)
+        and isinstance(v, Tensor)
+        and isinstance(b_start_loc, Tensor)
+        and isinstance(b_seq_len, Tensor)
+        and isinstance(b_start_loc_k, Tensor)
+        and isinstance(b_seq_len_k, Tensor)
+        and isinstance(request.plan, AttentionPlan)
+        and isinstance(s_aux, Tensor | None)
+        and isinstance(b_first_q, Tensor | None)
+        and isinstance(b_first_k, Tensor | None)
+    ):
         check_request(request)
     output, lse = compute(request, backend)
-    return (output, lse) if return_lse else output
+    return (output, cast(Tensor, lse)) if return_lse else output
 
 
 def attention_statistics(
@@ -158,7 +173,7 @@ def attention_statistics(
         ValueError: if an argument is wrong; the message names it. Starts and lengths are checked value by value on the
             CPU alone.
     """
-    if b_start_loc_k is b_seq_len_k is max_input_len_k is None:
+    if b_start_loc_k is None and b_seq_len_k is None and max_input_len_k is None:
         b_start_loc_k, b_seq_len_k, max_input_len_k = b_start_loc, b_seq_len, max_input_len
     request = AttentionRequest(
         q=q,
@@ -179,7 +194,7 @@ def attention_statistics(
         first_q=b_first_q,
         first_k=b_first_k,
     )
-    return request_statistics(request)
+    return cast(AttentionStatistics, request_statistics(request))
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator] # a graph would hold every tile
@@ -201,18 +216,24 @@ def _scale(q: Tensor, softmax_scale: float | None) -> float:
 
 def _plan(plan: AttentionPlan | None, sparsity_n: int, sparsity_m: int, sinks: int, window: int) -> AttentionPlan:
     """Return the plan that is given, or that of four numbers; both are refused."""
+    if plan is None:
+        return _plan_of_numbers(sparsity_n, sparsity_m, sinks, window)
     numbers = {
         "sparsity_n": (sparsity_n, 0),
         "sparsity_m": (sparsity_m, 4),
         "num_sink_tokens": (sinks, 0),
         "dense_window_size": (window, 64),
     }
-    if plan is not None:
-        given = [name for name, (number, default) in numbers.items() if number != default]
-        if given:
-            raise ValueError(f"{', '.join(given)}: not allowed together with plan; the plan says it all")
-        return plan
-    for name, (number, _) in numbers.items():
+    given = [name for name, (number, default) in numbers.items() if number != default]
+    if given:
+        raise ValueError(f"{', '.join(given)}: not allowed together with plan; the plan says it all")
+    return plan
+
+
+@functools.cache
+def _plan_of_numbers(sparsity_n: int, sparsity_m: int, num_sink_tokens: int, dense_window_size: int) -> AttentionPlan:
+    numbers = {"sparsity_n": sparsity_n, "sparsity_m": sparsity_m}
+    for name, number in {**numbers, "num_sink_tokens": num_sink_tokens, "dense_window_size": dense_window_size}.items():
         if not is_count(number, 0):
             raise ValueError(f"{name}: {number!r} is not allowed; an integer >= 0")
-    return top_n_plan(sparsity_n, sparsity_m, sinks, window)
+    return top_n_plan(sparsity_n, sparsity_m, num_sink_tokens, dense_window_size)

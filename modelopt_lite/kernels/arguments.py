@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from ..errors import UnsupportedError
 from ..plan import AttentionPlan
 from .request import AttentionRequest
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+_checked_rules: set[str] = set()
+"""Names of the plans whose rule was found to be right."""
 
 
 def check_request(request: AttentionRequest) -> None:
@@ -42,6 +47,57 @@ def check_request(request: AttentionRequest) -> None:
         raise ValueError(f"plan: {r.plan!r} is not allowed; an AttentionPlan")
 
 
+def check_rule(plan: AttentionPlan, device: torch.device) -> None:
+    """Check a plan's rule in PyTorch: that it returns what it has to, and decides each group of each query by itself.
+
+    Kernels call the rule with one tile of scores at a time, so a rule that looks at more would keep what the tile size
+    decides. Here it sees random scores whole, and cut in two ways.
+
+    Args:
+        plan: the plan; a dense one has no rule.
+        device: where to call the rule.
+
+    Raises:
+        UnsupportedError: if the rule is wrong in one of these ways.
+    """
+    if plan.keep is None or plan.name in _checked_rules:
+        return
+    generator = torch.Generator().manual_seed(0)
+    heads, queries, groups = 2, 3, 512
+    scores = 3 * torch.randn(heads, queries, groups, plan.group, generator=generator)
+    # A group has to be visible in part, too.
+    last_visible = groups * plan.group - torch.tensor([1, plan.group // 2 + 1, 40 * plan.group])[:, None, None]
+    k_pos = torch.arange(groups * plan.group).unflatten(0, (groups, plan.group))
+    visible = (k_pos <= last_visible).expand_as(scores).to(device)
+    scores, k_pos, q_pos = (
+        scores.to(device).masked_fill(~visible, -torch.inf),
+        k_pos.to(device),
+        last_visible.to(device),
+    )
+
+    def kept(rows: slice, columns: slice) -> Tensor:
+        seen = scores[:, rows, columns].clone()
+        found: object = plan.keep(seen, q_pos[rows], k_pos[columns]) if plan.keep else None
+        if not isinstance(found, Tensor) or found.dtype != torch.bool or found.shape != seen.shape:
+            raise UnsupportedError(
+                f"the rule of the plan returns {_describe(found)} for scores {list(seen.shape)}; it must return "
+                "booleans of the shape of the scores"
+            )
+        return found
+
+    whole = kept(slice(None), slice(None))
+    by_query = torch.cat([kept(slice(i, i + 1), slice(None)) for i in range(queries)], 1)
+    cuts = (0, 1, 7, 8, 200, groups)
+    by_group = torch.cat([kept(slice(None), slice(*cut)) for cut in pairwise(cuts)], 2)
+    for cut, what in ((by_query, "queries"), (by_group, "groups")):
+        if not torch.equal(cut & visible, whole & visible):
+            raise UnsupportedError(
+                f"the rule of the plan keeps other keys if it sees fewer {what} at a time, so that the tile size would "
+                f"decide; a rule may look only at the scores of one query in one group (group_size = {plan.group})"
+            )
+    _checked_rules.add(plan.name)
+
+
 def _check_tensors(r: AttentionRequest) -> None:
     q, k, v, s_aux = r.q, r.k, r.v, r.s_aux
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -71,10 +127,8 @@ def _check_tensors(r: AttentionRequest) -> None:
 def _check_packing(suffix: str, starts: object, lengths: object, longest: object, q: Tensor) -> None:
     if starts is None or lengths is None or longest is None:
         raise ValueError("b_start_loc_k, b_seq_len_k, max_input_len_k: some are missing; give all three or none")
-    starts, lengths = (
-        _check_integers(f"b_start_loc{suffix}", starts, q),
-        _check_integers(f"b_seq_len{suffix}", lengths, q),
-    )
+    starts = _check_integers(f"b_start_loc{suffix}", starts, q)
+    lengths = _check_integers(f"b_seq_len{suffix}", lengths, q)
     if starts.shape != lengths.shape:
         raise ValueError(f"b_seq_len{suffix}: {lengths.shape[0]} sequences; b_start_loc{suffix} has {starts.shape[0]}")
     if not is_count(longest, 0):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedError
-from .arguments import check_request
+from .arguments import check_request, check_rule
 from .blocked import forward_blocked
 from .language import tl
 from .request import AttentionRequest, HookRefusedError
@@ -98,16 +98,15 @@ def run(request: AttentionRequest, backend: Backend = "auto") -> Result:
         return prepared(request)
     check_request(request)
     check_backend(request, backend)
+    check_rule(request.plan, request.q.device)
     tried: list[str] = []
     while True:
         kernel = choose(request, backend, pinned, without=tried)
-        prepared = kernel.prepare(request)
+        prepared = _prepare(kernel, request)
         try:
             result = prepared(request)
             break
         except HookRefusedError as error:
-            if kernel.name == pinned:
-                raise UnsupportedError(f"MODELOPT_LITE_KERNEL: {pinned!r} cannot run this: {error}") from None
             logger.warning("the kernel %s is left out: %s", kernel.name, error)
             tried.append(kernel.name)
     # A kernel may refuse for the moment while a graph is captured.
@@ -116,6 +115,12 @@ def run(request: AttentionRequest, backend: Backend = "auto") -> Result:
             _prepared.clear()
         _prepared[signature] = prepared
     return result
+
+
+def _prepare(kernel: Kernel, request: AttentionRequest) -> Run:
+    """Prepare a kernel, and copy what does not lie in memory as kernels read it."""
+    prepared = kernel.prepare(request.readable())
+    return prepared if request.readable() is request else lambda request: prepared(request.readable())
 
 
 def choose(
@@ -180,18 +185,21 @@ def check_backend(request: AttentionRequest, backend: Backend) -> None:
 def _signature(r: AttentionRequest) -> tuple[Any, ...]:
     """Return all that a kernel's preparation depends on: everything but the tensors' addresses and contents.
 
-    Of an address, Triton looks at whether 16 divides it.
+    Of an address, Triton looks at whether 16 divides it. Written out, as it is computed at every call.
     """
-    tensors = (r.q, r.k, r.v, r.s_aux, r.starts_q, r.lengths_q, r.starts_k, r.lengths_k, r.first_q, r.first_k)
+    q, k, v, s_aux, first_q, first_k = r.q, r.k, r.v, r.s_aux, r.first_q, r.first_k
     return (
-        r.q.device,
-        *((x.shape, x.stride(), x.dtype, x.data_ptr() % 16) if x is not None else None for x in tensors),
-        r.max_q,
-        r.max_k,
-        r.is_causal,
-        r.softmax_scale,
-        r.sliding_window,
-        r.softcap,
-        r.plan.name,
-        r.with_lse,
-    )
+        q.device, q.dtype, q.shape, q.stride(), q.data_ptr() & 15,
+        k.device, k.dtype, k.shape, k.stride(), k.data_ptr() & 15,
+        v.device, v.dtype, v.shape, v.stride(), v.data_ptr() & 15,
+        None if s_aux is None else _small(s_aux),
+        _small(r.starts_q), _small(r.lengths_q),
+        r.starts_k is r.starts_q or _small(r.starts_k), r.lengths_k is r.lengths_q or _small(r.lengths_k),
+        first_q if first_q is None else _small(first_q), first_k if first_k is None else _small(first_k),
+        r.max_q, type(r.max_q), r.max_k, type(r.max_k), r.is_causal, type(r.is_causal),
+        r.softmax_scale, r.sliding_window, r.softcap, r.plan.name, r.with_lse,
+    )  # fmt: skip
+
+
+def _small(x: Tensor) -> tuple[Any, ...]:
+    return x.dtype, x.shape, x.stride(), x.device, x.data_ptr() & 15

@@ -63,15 +63,32 @@ class Launch:
         """Launch ``programs`` programs on the current stream of the tensors' device."""
         if self.device.type == "cuda" and self.device.index != torch.cuda.current_device():
             with torch.cuda.device(self.device):
-                self._launch(programs, arguments)
+                self._launch(programs, *arguments, *self.constants)
         else:
-            self._launch(programs, arguments)
+            self._launch(programs, *arguments, *self.constants)
 
-    def _launch(self, programs: int, arguments: tuple[Any, ...]) -> None:
-        if self.compiled is not None:
-            self.compiled[programs, 1, 1](*arguments, *self.constants)
-        else:  # the interpreter compiles nothing
-            self.compiled = self.kernel[(programs,)](*arguments, *self.constants, **self.options)
+    def _launch(self, programs: int, *arguments: Any) -> None:
+        compiled, hooks = self.compiled, triton.knobs.runtime
+        if compiled is None:  # the first time, and always in the interpreter, which compiles nothing
+            self.compiled = self.kernel[(programs,)](*arguments, **self.options)
+        elif _calls(hooks.launch_enter_hook) or _calls(hooks.launch_exit_hook):
+            compiled[programs, 1, 1](*arguments)
+        else:  # the same without what profilers need
+            compiled.run(
+                programs, 1, 1, current_stream(self.device), compiled.function, compiled.packed_metadata, None, None,
+                None, *arguments,
+            )  # fmt: skip
+
+
+def _calls(hook: Any) -> bool:
+    """Whether a hook of Triton's launches does anything: it is None, or a chain that may be empty."""
+    return bool(getattr(hook, "calls", hook))
+
+
+def current_stream(device: torch.device) -> int:
+    """Return the handle of the current stream of a GPU."""
+    stream: int = triton.runtime.driver.active.get_current_stream(device.index)
+    return stream
 
 
 def rebased(descriptor: Any, x: Tensor | None) -> Any:

@@ -18,7 +18,7 @@ from .hopper import ROWS, attention_forward_hopper
 from .hopper import prepare as prepare_kernel
 from .portable import new_results
 from .request import AttentionRequest, HookRefusedError
-from .settings import Options, Settings, SettingsRow, distances, hook_arguments, options_of
+from .settings import Options, Settings, SettingsRow, distances, hook_arguments, is_short, options_of
 
 HOPPER = 90
 HOPPER_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
@@ -49,7 +49,7 @@ def hopper_settings(dtype: torch.dtype, head_dim: int, group: int) -> Settings:
 
 
 def refusal(request: AttentionRequest) -> str | None:
-    """Say why the Gluon kernel cannot run a request, or None if it can; the portable kernel's refusal has been asked."""
+    """Say why the Gluon kernel cannot run a request that the portable kernel can run, or None if it can."""
     r = request
     hooks = (r.plan.score_hook, r.plan.quick_hook)
     if not r.q.is_cuda or compute_capability(r.q.device) != HOPPER:
@@ -59,7 +59,8 @@ def refusal(request: AttentionRequest) -> str | None:
     if r.q.dtype not in (torch.float16, torch.bfloat16):
         return f"the tensors are {r.q.dtype}, not torch.float16 or torch.bfloat16"
     if not (r.q.shape[2] == r.v.shape[2] and r.q.shape[2] in PORTABLE_UP_TO):
-        return f"head dimensions are {r.q.shape[2]} and {r.v.shape[2]}, not both {' or both '.join(map(str, PORTABLE_UP_TO))}"
+        allowed = " or both ".join(map(str, PORTABLE_UP_TO))
+        return f"head dimensions are {r.q.shape[2]} and {r.v.shape[2]}, not both {allowed}"
     if not all(map(is_aligned, (r.q, r.k, r.v))):
         return "addresses or strides of q, k or v are not multiples of 16 bytes"
     if r.has_positions:
@@ -68,7 +69,7 @@ def refusal(request: AttentionRequest) -> str | None:
 
 
 def pays(request: AttentionRequest) -> bool:
-    """Whether the Gluon kernel is faster than the portable one.
+    """Whether the Gluon kernel is faster than the portable one, of which one launch is enough.
 
     The mean length decides, not the longest: with one long sequence among decode steps, most of large tiles would be
     empty.
@@ -76,15 +77,15 @@ def pays(request: AttentionRequest) -> bool:
     r = request
     mean_length = r.q.shape[0] / max(1, r.starts_q.shape[0])
     limits = PORTABLE_UP_TO.get(r.q.shape[2])
-    return limits is not None and mean_length > limits[0 if r.plan.is_dense else r.plan.group]
+    return limits is not None and not is_short(r) and mean_length > limits[0 if r.plan.is_dense else r.plan.group]
 
 
 def prepare(request: AttentionRequest) -> Callable[[AttentionRequest], tuple[Tensor, Tensor | None]]:
     """Compute what requests of one signature have in common; as :func:`modelopt_lite.kernels.portable.prepare`.
 
     Raises:
-        ValueError: by the function returned, if there may be more tiles than 32 bits count.
-        HookRefusedError: by that function, at its first call, if Gluon cannot compile the plan's hook.
+        ValueError: if there may be more tiles than 32 bits count.
+        HookRefusedError: by the function returned, at its first call, if Gluon cannot compile the plan's hook.
     """
     r, plan = request, request.plan
     (total, query_heads, head_dim), kv_heads, batch = r.q.shape, r.v.shape[1], r.starts_q.shape[0]
@@ -164,7 +165,7 @@ class WorkPreparation:
         self, r: AttentionRequest, out: Tensor, lse: Tensor | None, key_tail: Tensor | None, value_tail: Tensor | None
     ) -> Tensor:
         """Launch, and return the counter; the tails are where the last keys and values go, or None."""
-        counter = torch.empty(1, dtype=torch.int32, device=out.device)
+        counter = out.new_empty(1, dtype=torch.int32)
         self.launch(
             self.fillers + self.copies, counter, out, lse, r.k, r.v, key_tail, value_tail, *self.strides,
             r.starts_q, r.lengths_q, *self.numbers,
@@ -203,7 +204,8 @@ def _tail(rows: int, group: int, settings: Settings) -> tuple[int, int]:
 
     Boxes reach further than their tile; see :func:`_key_descriptor`. Tiles that begin before that row are whole in what
     :func:`_key_descriptor` describes. The others are loaded from the copies, which have as many rows more as their
-    descriptors leave out: what these hold does not matter, as they belong to no sequence. Without groups there are none.
+    descriptors leave out: what these hold does not matter, as they belong to no sequence. Without groups there are no
+    copies.
     """
     if group == 1:
         return 0, rows

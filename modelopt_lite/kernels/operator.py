@@ -1,13 +1,12 @@
 """Attention as a PyTorch operator: its gradients, and its shapes for ``torch.compile``, which does not look inside.
 
-Operators take tensors, numbers and strings, so a request passes through one flattened. Where no gradient is recorded and
-nothing traces, there is no operator in between.
+Operators take tensors, numbers and strings, so a request passes through them flattened. Where no gradient is recorded
+and nothing traces, there is no operator in between.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -51,18 +50,18 @@ def compute(request: AttentionRequest, backend: Backend = "auto") -> tuple[Tenso
         ValueError: if an argument is wrong; the message names it.
         UnsupportedError: if the backend asked for cannot run the request.
     """
-    is_compiling, needs_gradient = torch.compiler.is_compiling(), _needs_gradient(request)
-    if not (is_compiling or needs_gradient or _is_traced(request.q)):
+    needs_gradient = _needs_gradient(request)
+    if not (needs_gradient or is_traced(request.q)):
         return choice.run(request, backend)
     check_request(request)
     choice.check_backend(request, backend)
     if needs_gradient:
-        request = replace(request, with_lse=True)
+        request = request._replace(with_lse=True)
     inputs = (*request.flatten(), backend)
-    if is_compiling:
+    if torch.compiler.is_compiling():
         output, lse = torch.ops.modelopt_lite.attention(*inputs)
     else:
-        output, lse = _Attention.apply(*inputs)
+        output, lse = _Attention.apply(*inputs)  # type: ignore[no-untyped-call]
     return output, lse.detach()
 
 
@@ -95,7 +94,7 @@ def _pack(is_first: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return lengths.cumsum(0) - lengths, lengths, counts
 
 
-@torch.library.register_fake("modelopt_lite::pack")
+@torch.library.register_fake("modelopt_lite::pack")  # type: ignore[untyped-decorator]
 def _(is_first: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     starts = is_first.new_empty(is_first.numel(), dtype=torch.int64)
     return starts, torch.empty_like(starts), torch.empty(2, dtype=torch.int64, device="cpu")
@@ -105,10 +104,10 @@ def _(is_first: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _forward(*inputs: Any) -> tuple[Tensor, Tensor]:
     request = AttentionRequest.unflatten(inputs[:-1])
     output, lse = choice.run(request, inputs[-1])
-    return output, _no_lse(request.q) if lse is None else lse
+    return output, lse if request.with_lse and lse is not None else _no_lse(request.q)
 
 
-@torch.library.register_fake("modelopt_lite::attention")
+@torch.library.register_fake("modelopt_lite::attention")  # type: ignore[untyped-decorator]
 def _(*inputs: Any) -> tuple[Tensor, Tensor]:
     fields = dict(zip(_NAMES, inputs, strict=True))
     q, v = fields["q"], fields["v"]
@@ -126,7 +125,7 @@ def _no_lse(q: Tensor) -> Tensor:
 def _backward(grad: Tensor, output: Tensor, lse: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     request, backend = AttentionRequest.unflatten(inputs[:-1]), inputs[-1]
     if choice.runs_on_gpu_kernels(request, backend):
-        grad_q, grad_k, grad_v, grad_s_aux = portable.backward(grad, output, lse, request)
+        grad_q, grad_k, grad_v, grad_s_aux = portable.backward(grad, output, lse, request.readable())
     else:
         with torch.autocast(request.q.device.type, enabled=False):
             grad_q, grad_k, grad_v, grad_s_aux = backward_blocked(grad, output, lse, request)
@@ -134,7 +133,7 @@ def _backward(grad: Tensor, output: Tensor, lse: Tensor, *inputs: Any) -> tuple[
     return grad_q, grad_k, grad_v, request.q.new_empty(0) if grad_s_aux is None else grad_s_aux
 
 
-@torch.library.register_fake("modelopt_lite::attention_backward")
+@torch.library.register_fake("modelopt_lite::attention_backward")  # type: ignore[untyped-decorator]
 def _(grad: Tensor, output: Tensor, lse: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     q, k, v, s_aux = inputs[:4]
     grad_s_aux = q.new_empty(0) if s_aux is None else s_aux.new_empty(s_aux.shape)
@@ -207,10 +206,11 @@ def _needs_gradient(request: AttentionRequest) -> bool:
     )
 
 
-def _is_traced(x: Tensor) -> bool:
-    """Whether something looks at the operators that run on a tensor, or it has no memory of its own."""
+def is_traced(x: Tensor | None = None) -> bool:
+    """Whether something looks at the operators that run, or a tensor has no memory of its own."""
     return (
-        type(x) is not Tensor
+        torch.compiler.is_compiling()
+        or (x is not None and (type(x) is not Tensor or x.is_meta))
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch.autograd.forward_ad._current_level >= 0

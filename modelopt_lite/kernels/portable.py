@@ -22,6 +22,7 @@ from .settings import (
     default_settings,
     distances,
     hook_arguments,
+    is_short,
     options_of,
 )
 from .tiles import LOG2E
@@ -120,6 +121,8 @@ def prepare(
         settings = default_settings(
             _capability(r.q.device), r.q.dtype, max(block_d, block_dv), r.group, r.is_causal, SETTINGS
         )
+        if is_short(r):
+            settings = settings._replace(descriptors=False)  # which cost the host more than they save the GPU
     tiles = cdiv(r.max_q, settings.block_m)
     programs = batch * query_heads * tiles + cdiv(total, settings.block_m)
     heads = (query_heads, query_heads // kv_heads)
@@ -127,21 +130,24 @@ def prepare(
     numbers = (r.softmax_scale, r.softcap or 0.0)
     rest = (heads, numbers, batch, total, tiles, wave, *distances(r), hook_arguments(plan))
     # Tensors are described by their shapes and strides; each call puts its own addresses in.
-    descriptors = [
-        rebased(_key_descriptor(x, r.group, block, settings), None) for x, block in ((r.k, block_d), (r.v, block_dv))
-    ]
-    strides = tuple(x.stride()[:2] for x in (r.q, r.k, r.v)) + ((query_heads * value_dim, value_dim),)
+    keys = rebased(_key_descriptor(r.k, r.group, block_d, settings), None)
+    values = rebased(_key_descriptor(r.v, r.group, block_dv, settings), None)
+    strides = (*(x.stride()[:2] for x in (r.q, r.k, r.v)), (query_heads * value_dim, value_dim))
     launch = Launch(
         attention_forward, r.q.device, plan.score_hook, options_of(r, settings),
         num_warps=settings.num_warps, num_stages=settings.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
 
     def run(r: AttentionRequest) -> tuple[Tensor, Tensor | None]:
+        if r.q.device.type == "cpu":
+            r.check_values()  # Triton's interpreter would write to whatever memory they lead to
         out, lse = new_results(r)
         if total:
-            keys, values = (rebased(d, x) for d, x in zip(descriptors, (r.k, r.v), strict=True))
             sequences = (r.starts_q, r.lengths_q, r.starts_k, r.lengths_k, *r.first_positions())
-            launch(programs, r.q, r.k, r.v, out, lse, r.s_aux, keys, values, strides, sequences, *rest)
+            launch(
+                programs, r.q, r.k, r.v, out, lse, r.s_aux, rebased(keys, r.k), rebased(values, r.v), strides,
+                sequences, *rest,
+            )  # fmt: skip
         return out, lse
 
     return run
@@ -150,8 +156,8 @@ def prepare(
 def new_results(request: AttentionRequest) -> tuple[Tensor, Tensor | None]:
     """Return memory for a request's output and, if they are wanted, the logarithms of its softmax denominators."""
     r = request
-    out = torch.empty((r.q.shape[0], r.q.shape[1], r.v.shape[2]), dtype=r.q.dtype, device=r.q.device)
-    lse = torch.empty(r.q.shape[:2], dtype=torch.float32, device=r.q.device) if r.with_lse else None
+    out = r.q.new_empty((*r.q.shape[:2], r.v.shape[2]))
+    lse = r.q.new_empty(r.q.shape[:2], dtype=torch.float32) if r.with_lse else None
     return out, lse
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -56,9 +55,10 @@ class PackedSequence(NamedTuple):
     first_k: int
 
 
-@dataclass(frozen=True, eq=False)
-class AttentionRequest:
+class AttentionRequest(NamedTuple):
     """A checked attention call; what every kernel is given.
+
+    A tuple because it is made at every call, and nothing immutable is made faster; its fields are read by name.
 
     Attributes:
         q: queries of all sequences, ``[total_q, query_heads, head_dim]``, any strides.
@@ -116,7 +116,16 @@ class AttentionRequest:
             return request
         number, longest = request.counts.tolist()
         packing = {name: fields[name][:number] for name in ("starts_q", "lengths_q", "starts_k", "lengths_k")}
-        return replace(request, counts=None, max_q=longest, max_k=longest, **packing)
+        return request._replace(counts=None, max_q=longest, max_k=longest, **packing)
+
+    def readable(self) -> AttentionRequest:
+        """Return the request with copies of what kernels could not read: they take any strides but the last ones."""
+        changes = {name: x.contiguous() for name in ("q", "k", "v") if (x := getattr(self, name)).stride(2) != 1}
+        for name in ("s_aux", "starts_q", "lengths_q", "starts_k", "lengths_k", "first_q", "first_k"):
+            x = getattr(self, name)
+            if x is not None and not x.is_contiguous():
+                changes[name] = x.contiguous()
+        return self._replace(**changes) if changes else self
 
     @property
     def group(self) -> int:

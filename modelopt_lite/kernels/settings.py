@@ -12,6 +12,8 @@ from .request import AttentionRequest
 
 FAR = 2**30
 """A distance in tokens beyond all others, with room to add the difference of two positions to it in 32 bits."""
+SHORT = 2**25
+"""Scores of all heads up to which :func:`is_short`."""
 SMALL = 0
 """Compute capability that 8.6, 8.9 and 12.0 or later count as in the tables: these GPUs offer a program 99 KB of shared
 memory, where 8.0 offers 163 KB, and multiply matrices as 8.0 does."""
@@ -127,6 +129,12 @@ def options_of(request: AttentionRequest, settings: Settings) -> Options:
         hopper=settings.descriptors,
         positions=r.has_positions,
     )
+
+
+def is_short(request: AttentionRequest) -> bool:
+    """Whether a launch costs as much as the kernel: up to about 1024 tokens of 32 heads."""
+    r = request
+    return r.q.shape[0] * r.q.shape[1] * min(r.max_k, r.k.shape[0]) <= SHORT
 
 
 def block_dim(dim: int) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .device import cdiv, compute_capability, heads_per_wave, is_aligned, processors
+from .device import cdiv, compute_capability, current_stream, heads_per_wave, is_aligned, processors
 from .hopper_launch import HOPPER, WorkPreparation, hopper_settings
 from .portable import new_results
 from .request import AttentionRequest
@@ -86,7 +86,7 @@ def refusal(request: AttentionRequest) -> str | None:
 
 
 def pays(request: AttentionRequest) -> bool:
-    """Whether the kernel is the fastest: not up to 64 queries, which leave half of a program idle, nor for few tiles."""
+    """Whether the kernel is the fastest: not with 64 queries, which leave half of a program idle, nor few tiles."""
     r = request
     tiles = r.q.shape[0] * r.q.shape[1] / TILE
     return r.q.shape[0] > ROWS * r.starts_q.shape[0] and tiles > 1.5 * processors(r.q.device)
@@ -162,8 +162,12 @@ class _Launch:
         """Launch on the current stream of the device; rows of no sequence are not written."""
         if self.sizes[0].value == 0:
             return
+        if self.device.index != torch.cuda.current_device():
+            with torch.cuda.device(self.device):
+                self(r, out, lse, counter, key_tail)
+            return
         numbers, driver = self.numbers, _driver()
-        stream = torch.cuda.current_stream(self.device).cuda_stream
+        stream = current_stream(self.device)
         # Launches copy the arguments, so the next one may change them.
         with self.lock:
             for tensor_map, x in zip(self.maps, (r.q, r.k, key_tail, r.v), strict=True):

@@ -277,11 +277,11 @@ def select_scores(
         scores: ``[BLOCK_M, BLOCK_N]``.
         q_pos: the queries' positions, spread over ``scores``.
         groups: the positions of the groups' first keys, spread over ``scores``.
-        rules: ``(positions, length, num_sinks, window, sliding_window)``, and with ``OPTIONS.positions`` the first key's
-            position.
+        rules: ``(positions, length, num_sinks, window, sliding_window)``, and with ``OPTIONS.positions`` the first
+            key's position.
         hook_args: constants, then numbers, for the hook.
         SCORE_HOOK: which scores to keep, or None.
-        OPTIONS: :class:`modelopt_lite.kernels.launch.Options`.
+        OPTIONS: :class:`modelopt_lite.kernels.settings.Options`.
         MASKED: whether visibility and exemptions are checked for each key.
 
     Returns:
