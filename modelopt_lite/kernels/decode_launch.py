@@ -85,13 +85,16 @@ class DecodeRow(NamedTuple):
 SETTINGS = (
     DecodeRow(90, 2, 64, 16, 1, DecodeSettings(128, 4, 3, 4, 2, True)),
     DecodeRow(90, 2, 128, 16, 1, DecodeSettings(64, 4, 4, 4, 4, True)),
-    DecodeRow(90, 2, 128, 64, 16, DecodeSettings(128, 4, 2, 4, 2, True)),
-    DecodeRow(90, 2, 256, 64, 16, DecodeSettings(64, 4, 2, 4, 2, True)),
+    DecodeRow(90, 2, 128, 16, 8, DecodeSettings(128, 4, 2, 4, 2, True)),
+    DecodeRow(90, 2, 128, 64, 1, DecodeSettings(64, 4, 3, 4, 4, True)),
+    DecodeRow(90, 2, 128, 64, 8, DecodeSettings(64, 8, 3, 4, 4, True)),
+    DecodeRow(90, 2, 128, 64, 16, DecodeSettings(128, 8, 2, 4, 2, True)),
+    DecodeRow(90, 2, 256, 64, 16, DecodeSettings(64, 8, 2, 4, 2, True)),
     DecodeRow(90, 2, 1024, 64, 16, DecodeSettings(32, 8, 2, 2, 4, True)),
-    DecodeRow(SMALL, 2, 128, 64, 16, DecodeSettings(64, 4, 2, 4, 4, True)),
-    DecodeRow(SMALL, 2, 256, 64, 16, DecodeSettings(32, 4, 2, 4, 4, True)),
+    DecodeRow(SMALL, 2, 128, 64, 16, DecodeSettings(64, 8, 2, 4, 4, True)),
+    DecodeRow(SMALL, 2, 256, 64, 16, DecodeSettings(32, 8, 2, 4, 4, True)),
     DecodeRow(SMALL, 2, 1024, 64, 16, DecodeSettings(16, 8, 1, 2, 4, True)),
-    DecodeRow(SMALL, 4, 128, 64, 16, DecodeSettings(32, 4, 2, 4, 4, True)),
+    DecodeRow(SMALL, 4, 128, 64, 16, DecodeSettings(32, 8, 2, 4, 4, True)),
     DecodeRow(SMALL, 4, 256, 64, 16, DecodeSettings(16, 4, 2, 4, 4, True)),
     DecodeRow(SMALL, 4, 1024, 64, 16, DecodeSettings(16, 8, 1, 2, 4, True)),
 )
@@ -106,7 +109,6 @@ class Split(NamedTuple):
         batch_block: sequences, rounded up to a power of two.
         rows: rows of a slot.
         block_tail: width of the part of ``head_dim`` behind ``block_d``, or 0.
-        least_tiles: see :class:`DecodeSettings`.
         page_size: see :class:`PagedRequest`.
         peel: see :class:`DecodeSettings`.
         merge_block: pieces that are merged at one time.
@@ -118,7 +120,6 @@ class Split(NamedTuple):
     batch_block: int
     rows: int
     block_tail: int
-    least_tiles: int
     page_size: int
     peel: bool
     merge_block: int
@@ -165,23 +166,24 @@ def prepare(
     r = request
     if r.max_q == 1 and not r.plan.sparse_decode:
         r = replace(r, plan=DENSE)
-    (total, query_heads, _), (kv_heads, value_dim), batch = r.q.shape, r.v.shape[1:], r.starts_q.shape[0]
-    heads_per_kv = query_heads // kv_heads
+    (total, query_heads, _), value_dim, batch = r.q.shape, r.v.shape[2], r.starts_q.shape[0]
     settings = settings or default_settings(r)
     options = _options(r, settings)
     split = _split(r, settings, options)
     # The interpreter counts as one multiprocessor.
     target = settings.programs * (processors(r.q.device) if r.q.is_cuda else 1)
-    slots = _slots(r, options, split, target)
+    slots = _slots(r, options, split, target, settings.least_tiles)
     page_stride = r.page_table.stride(0) if isinstance(r, PagedRequest) and r.page_table is not None else 0
     numbers = (r.softmax_scale, r.softcap or 0.0)
     strides = tuple(x.stride()[:2] for x in (r.q, r.k, r.v))
-    work = (batch, slots, target)
+    work = (batch, slots, target, settings.least_tiles)
     rules = distances(r)
     size = slots * split.rows * (value_dim + 1)
+    # The compiler gives the loads of page numbers half of the stages.
+    num_stages = 2 * settings.num_stages - 1 if split.page_size else settings.num_stages
     attend = Launch(
         attend_pieces, r.q.device, r.plan.score_hook, options, split,
-        num_warps=settings.num_warps, num_stages=settings.num_stages, enable_fp_fusion=True,
+        num_warps=settings.num_warps, num_stages=num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     overlapping = {"launch_pdl": True} if split.overlaps else {}
     merge = Launch(merge_pieces, r.q.device, options, split, num_warps=MERGE_WARPS, **overlapping)
@@ -229,7 +231,9 @@ def _capability(device: torch.device) -> int:
 
 
 def _options(r: AttentionRequest, settings: DecodeSettings) -> Options:
-    options = options_of(r, Settings(_block_m(r), settings.block_n, settings.num_warps, settings.num_stages, False, False))
+    options = options_of(
+        r, Settings(_block_m(r), settings.block_n, settings.num_warps, settings.num_stages, False, False)
+    )
     return options._replace(block_d=_blocks_d(r.q.shape[2])[0])
 
 
@@ -242,7 +246,6 @@ def _split(r: AttentionRequest, settings: DecodeSettings, options: Options) -> S
         batch_block=max(16, 1 << max(0, r.starts_q.shape[0] - 1).bit_length()),
         rows=min(options.block_m, heads_per_kv * max(1, r.max_q)),
         block_tail=_blocks_d(r.q.shape[2])[1],
-        least_tiles=settings.least_tiles,
         page_size=r.page_size if isinstance(r, PagedRequest) else 0,
         peel=settings.peel,
         merge_block=max(16, MERGED_ELEMENTS // options.block_dv),
@@ -250,7 +253,7 @@ def _split(r: AttentionRequest, settings: DecodeSettings, options: Options) -> S
     )
 
 
-def _slots(r: AttentionRequest, options: Options, split: Split, target: int) -> int:
+def _slots(r: AttentionRequest, options: Options, split: Split, target: int, least_tiles: int) -> int:
     """Return how many pieces there may be at most, whatever the lengths."""
     row_tiles = cdiv(split.heads_per_kv * r.max_q, options.block_m)
     units = r.starts_q.shape[0] * split.kv_heads * row_tiles
@@ -259,16 +262,17 @@ def _slots(r: AttentionRequest, options: Options, split: Split, target: int) -> 
         longest = min(longest, (1 if r.is_causal else 2) * r.sliding_window + r.max_q)
     # Keys may begin inside a tile.
     begins_inside = r.has_positions or r.sliding_window is not None
-    pieces = cdiv(cdiv(longest, options.block_n) + begins_inside, split.least_tiles) if longest else 0
+    pieces = cdiv(cdiv(longest, options.block_n) + begins_inside, least_tiles) if longest else 0
     if r.starts_q.shape[0] == 1 and row_tiles == 1:
         pieces = min(pieces, cdiv(target, units))
     return min(units * pieces, units + target)
 
 
 def _block_m(r: AttentionRequest) -> int:
-    """Return how many rows a unit has: few, or as many as a warpgroup multiplies at one time."""
+    """Return how many rows a unit has: few, or as many as a warpgroup multiplies at one time and registers hold."""
     rows = r.q.shape[1] // r.k.shape[1] * r.max_q
-    return min(64, block_dim(max(1, rows)))
+    most = 16 if r.q.dtype.itemsize == 4 else 32 if r.v.shape[2] > 256 else 64
+    return min(most, block_dim(max(1, rows)))
 
 
 def _blocks_d(head_dim: int) -> tuple[int, int]:
