@@ -86,8 +86,10 @@ def sparsify(
     way of a method or function that it names. A module inside which something else makes that call stays dense unless
     it is pointed out with ``attention``.
 
-    Calling it again replaces the configuration. ``model.save_pretrained`` then writes the configuration into the
-    model's ``config.json``, from where :func:`~modelopt_lite.checkpoint.from_pretrained` takes it.
+    Calling it again replaces the configuration. The model gets copies of its configs, as another model may share them.
+    ``model.save_pretrained`` then writes the configuration into the model's ``config.json``, from where
+    :func:`~modelopt_lite.checkpoint.from_pretrained` takes it; for adapters of PEFT, use
+    :func:`~modelopt_lite.checkpoint.save_pretrained`.
 
     Args:
         model: a Transformers model, a model that holds or wraps one, or any module.
@@ -130,6 +132,7 @@ def sparsify(
     for name, transformer in transformers.items():
         if name not in has_own_configs:
             own_configs(model, name)
+        remember_own_attention(transformer)
         configs = interface_configs(transformer, through_interface[name])
         before = _Before(
             set_implementation(configs, ATTENTION_NAME), getattr(transformer.config, CONFIG_ATTRIBUTE, None)
@@ -167,6 +170,7 @@ def _undo(model: nn.Module) -> dict[nn.Module, SparseAttentionFlags]:
         if before is None:
             continue
         unwatch(part)
+        forget_own_attention(part)
         restore_implementations(before.implementations)
         config: Any = part.config
         if before.config_entry is not None:
@@ -193,6 +197,9 @@ def _chosen_modules(model: nn.Module, attention: AttentionChoice | None) -> set[
 def unsparsify(model: ModelT) -> ModelT:
     """Give a model back its own attention: classes, attention implementation and config as before :func:`sparsify`.
 
+    An attention implementation that something else has set since stays. With gradient checkpointing, call
+    ``backward()`` first: a later one is refused when it computes a layer again.
+
     Args:
         model: a model, sparse or not; one that is not stays as it is.
 
@@ -212,6 +219,9 @@ def unsparsify(model: ModelT) -> ModelT:
 @contextmanager
 def disabled(model: ModelT) -> Iterator[ModelT]:
     """Run a model dense inside the ``with`` block; afterwards its layers are on or off as before.
+
+    It holds for the calls of the thread or task that has entered the block. What gradient checkpointing computes again
+    later is dense as well. Compiled models are dense in all threads.
 
     Args:
         model: a model after :func:`sparsify`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from contextlib import nullcontext
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
@@ -11,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.weak import WeakIdKeyDictionary, WeakTensorKeyDictionary
 
 from .errors import UnsupportedError
-from .kernels import AttentionRequest, DenseCall, compute, pack, request_statistics
+from .kernels import AttentionRequest, DenseCall, compute, is_traced, pack, request_statistics
 from .module import SparseAttentionModule, decide, original_class
 from .plan import AttentionPlan
 from .recomputation import Decision
@@ -121,24 +122,51 @@ def whole_layout(
         dropped: keys before the first slot that a cache no longer holds.
         first_q: position of the first query; by default the queries are the last tokens.
     """
-    rows = torch.arange(batch, device=device)
+    whole = first_q is None and (used is None or (isinstance(used, int) and used == slots))
+    packing = _whole_packing(batch, len_q, slots if used is None else used, slots, torch.device(device))
+    first_k = torch.full_like(packing.starts_q, dropped) if dropped else None
+    if first_q is not None:
+        first_q = torch.zeros_like(packing.starts_q) + first_q
     return Layout(
-        batch,
-        len_q,
-        slots,
-        is_causal,
-        sliding_window,
-        True,
-        rows * len_q,
-        torch.full_like(rows, len_q),
-        len_q,
-        rows * slots,
-        torch.zeros_like(rows) + (slots if used is None else used),
-        slots,
-        None if first_q is None else torch.zeros_like(rows) + first_q,
-        torch.full_like(rows, dropped) if dropped else None,
-        whole=first_q is None and (used is None or (isinstance(used, int) and used == slots)),
-    )
+        batch, len_q, slots, is_causal, sliding_window, True,
+        packing.starts_q, packing.lengths_q, len_q, packing.starts_k, packing.lengths_k, slots,
+        first_q, first_k, whole=whole,
+    )  # fmt: skip
+
+
+class _Packing(NamedTuple):
+    """Where the sequences of a batch without padding are; as in :class:`Layout`."""
+
+    starts_q: Tensor
+    lengths_q: Tensor
+    starts_k: Tensor
+    lengths_k: Tensor
+
+
+_rows: dict[tuple[Any, ...], tuple[Tensor, Tensor, Tensor]] = {}
+"""Rows of a batch, and starts and lengths of their queries, so that they are not made anew in every forward pass."""
+MAX_ROWS = 256
+
+
+def _whole_packing(batch: int, len_q: int, len_k: int | Tensor, slots: int, device: torch.device) -> _Packing:
+    """Return the packing of rows that are one sequence each."""
+    is_kept = not is_traced()
+    found = _rows.get((batch, len_q, device)) if is_kept else None
+    if found is None:
+        # What is kept has to serve in training, too.
+        with torch.inference_mode(False) if is_kept else nullcontext():
+            rows = torch.arange(batch, device=device)
+            found = (rows, rows * len_q, torch.full_like(rows, len_q))
+        if is_kept and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            if len(_rows) >= MAX_ROWS:
+                _rows.clear()
+            _rows[batch, len_q, device] = found
+    rows, starts_q, lengths_q = found
+    if slots == len_q and isinstance(len_k, int) and len_k == len_q:
+        return _Packing(starts_q, lengths_q, starts_q, lengths_q)
+    starts_k = rows if batch == 1 else rows * slots  # of one row, 0
+    lengths_k = torch.full_like(rows, len_k) if isinstance(len_k, int) else torch.zeros_like(rows) + len_k
+    return _Packing(starts_q, lengths_q, starts_k, lengths_k)
 
 
 _DROPPED = (
@@ -572,11 +600,7 @@ def _packed_keys(key: Tensor, value: Tensor, layout: Layout) -> tuple[Tensor, Te
 
 def _is_recorded(x: Tensor) -> bool:
     """Whether operations on a tensor are recorded, so that they should be simple ones."""
-    return (
-        torch.compiler.is_compiling()
-        or (x.requires_grad and torch.is_grad_enabled())
-        or torch._C._are_functorch_transforms_active()
-    )
+    return (x.requires_grad and torch.is_grad_enabled()) or is_traced(x)
 
 
 _pitched_starts = WeakTensorKeyDictionary()

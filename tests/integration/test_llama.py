@@ -86,8 +86,8 @@ def logits(model, ids, **kwargs):
 def test_in_place_and_the_model_runs_on_it(model, ids, monkeypatch):
     dense = logits(model, ids)
     calls = []
-    original = layout.attention
-    monkeypatch.setattr(layout, "attention", lambda *args, **kwargs: calls.append(kwargs) or original(*args, **kwargs))
+    original = layout.compute
+    monkeypatch.setattr(layout, "compute", lambda request, *rest: calls.append(request) or original(request, *rest))
     assert mtsa.sparsify(model, mtsa.SPARSE_SOFTMAX_DEFAULT) is model
     assert model.config._attn_implementation == ATTENTION_NAME
     # The default's dense window covers this prompt, so the result is dense attention by this package's kernels.
@@ -95,7 +95,7 @@ def test_in_place_and_the_model_runs_on_it(model, ids, monkeypatch):
     assert len(calls) == 3
     mtsa.sparsify(model, CONFIG)
     assert (logits(model, ids) - dense).abs().max() > 0.1
-    assert [call["plan"].num_sink_tokens for call in calls[3:]] == [1, 1, 1]
+    assert [request.plan.num_sink_tokens for request in calls[3:]] == [1, 1, 1]
 
 
 def test_parameters_names_and_classes_stay(model):
