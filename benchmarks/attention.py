@@ -36,8 +36,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from modelopt_lite.kernels import attention
-from modelopt_lite.kernels.launch import Settings, forward, hopper_can, sparse_cores_can
+from modelopt_lite.kernels import AttentionRequest, attention, hopper_launch, portable, sparse_cores
+from modelopt_lite.kernels.settings import Settings
 from modelopt_lite.kernels.top_n import top_n_plan
 from modelopt_lite.plan import AttentionPlan
 
@@ -75,33 +75,42 @@ def inputs(batch: int, seq_len: int, heads: tuple[int, int], head_dim: int, dtyp
     )
 
 
-def own_call(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    causal: bool,
-    name: str,
-    kernel: str,
-    settings: Settings | None = None,
-    with_lse: bool = False,
-) -> Call:
-    """Return a call of one of this project's kernels; tensors are ``[batch, seq, heads, dim]``."""
-    packing = packing_of(q)
-    return functools.partial(
-        forward,
-        *(x.flatten(0, 1) for x in (q, k, v)),
-        *packing,
-        *packing,
+def request_of(q: Tensor, k: Tensor, v: Tensor, causal: bool, name: str) -> AttentionRequest:
+    """Return the request of a batch of equal sequences; tensors are ``[batch, seq, heads, dim]``."""
+    return packed_request(*(x.flatten(0, 1) for x in (q, k, v)), packing_of(q), causal, name)
+
+
+def packed_request(
+    q: Tensor, k: Tensor, v: Tensor, packing: tuple[Tensor, Tensor, int], causal: bool, name: str
+) -> AttentionRequest:
+    """Return the request of self-attention; tensors are ``[tokens, heads, dim]``."""
+    starts, lengths, longest = packing
+    return AttentionRequest(
+        q=q,
+        k=k,
+        v=v,
+        s_aux=None,
+        starts_q=starts,
+        lengths_q=lengths,
+        max_q=longest,
+        starts_k=starts,
+        lengths_k=lengths,
+        max_k=longest,
         is_causal=causal,
-        softmax_scale=q.shape[3] ** -0.5,
+        softmax_scale=q.shape[2] ** -0.5,
         sliding_window=None,
         softcap=None,
-        s_aux=None,
         plan=plan_of(name),
-        with_lse=with_lse,
-        settings=settings,
-        kernel=kernel,
     )
+
+
+def own_call(request: AttentionRequest, kernel: str, settings: Settings | None = None) -> Call:
+    """Return a call of one of this project's kernels, prepared as for requests that come again."""
+    if kernel == "portable":
+        prepared = portable.prepare(request, settings)
+    else:
+        prepared = {"hopper": hopper_launch.prepare, "sparse_cores": sparse_cores.prepare}[kernel](request)
+    return functools.partial(prepared, request)
 
 
 def packing_of(q: Tensor) -> tuple[Tensor, Tensor, int]:
@@ -238,15 +247,14 @@ def measure_problem(
     q, k, v = inputs(batch, seq_len, heads, head_dim, dtype)
     calls: dict[Any, Call] = {}
     if which == "forward":
-        kernels = {"triton": "portable"}
-        packed = tuple(x.flatten(0, 1) for x in (q, k, v))
-        if hopper_can(*packed, plan_of("dense")):
-            kernels["hopper"] = "hopper"
-        for label, kernel in kernels.items():
-            calls |= {(label, name): own_call(q, k, v, causal, name, kernel) for name in arguments.names}
-        for name in arguments.names:
-            if sparse_cores_can(*packed, plan_of(name)):
-                calls["sparse_cores", name] = own_call(q, k, v, causal, name, "sparse_cores")
+        requests = {name: request_of(q, k, v, causal, name) for name in arguments.names}
+        for label, kernel, refusal in (
+            ("triton", "portable", portable.refusal),
+            ("hopper", "hopper", hopper_launch.refusal),
+            ("sparse_cores", "sparse_cores", sparse_cores.refusal),
+        ):
+            able = {name: request for name, request in requests.items() if refusal(request) is None}
+            calls |= {(label, name): own_call(request, kernel) for name, request in able.items()}
     else:
         calls |= {("triton", name): own_training_call(q, k, v, causal, name) for name in arguments.names}
     for peer in arguments.peers:

@@ -211,7 +211,7 @@ def attention_forward(
     SCORE_HOOK: tl.constexpr,
     OPTIONS: tl.constexpr,
 ):
-    """Compute attention of packed sequences, and its log-sum-exp; see :func:`modelopt_lite.kernels.launch.forward`.
+    """Compute attention of packed sequences, and its log-sum-exp; see :func:`modelopt_lite.kernels.portable.prepare`.
 
     Args:
         query_ptr: ``[tokens, heads, head_dim]``, as are the keys; the last dimension is contiguous everywhere.
@@ -236,7 +236,7 @@ def attention_forward(
         sliding_window: most recent keys that are visible, if ``OPTIONS.sliding``.
         hook_args: constants, then numbers, for the hook.
         SCORE_HOOK: which scores to keep, or None.
-        OPTIONS: :class:`modelopt_lite.kernels.launch.Options`.
+        OPTIONS: :class:`modelopt_lite.kernels.settings.Options`.
     """
     BLOCK_M: tl.constexpr = OPTIONS.block_m
     BLOCK_D: tl.constexpr = OPTIONS.block_d

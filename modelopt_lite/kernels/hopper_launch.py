@@ -84,8 +84,8 @@ def prepare(request: AttentionRequest) -> Callable[[AttentionRequest], tuple[Ten
     """Compute what requests of one signature have in common; as :func:`modelopt_lite.kernels.portable.prepare`.
 
     Raises:
-        ValueError: by the function returned, if there may be more tiles than 32 bits count.
-        HookRefusedError: by that function, at its first call, if Gluon cannot compile the plan's hook.
+        ValueError: if there may be more tiles than 32 bits count.
+        HookRefusedError: by the function returned, at its first call, if Gluon cannot compile the plan's hook.
     """
     r, plan = request, request.plan
     (total, query_heads, head_dim), kv_heads, batch = r.q.shape, r.v.shape[1], r.starts_q.shape[0]

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..errors import UnsupportedError
+from ..plan import DENSE
 from . import choice
 from .arguments import check_request
 from .blocked import backward_blocked
@@ -57,28 +58,27 @@ def compute(request: AttentionRequest, backend: Backend = "auto") -> tuple[Tenso
         ValueError: if an argument is wrong; the message names it.
         UnsupportedError: if the backend asked for cannot run the request.
     """
-    is_compiling, needs_gradient = torch.compiler.is_compiling(), _needs_gradient(request)
-    is_traced = is_compiling or _is_traced(request.q)
     if request.plan.chooses_blocks:
         check_request(request)
-        request = _with_blocks(request, is_traced)
-    if not (needs_gradient or is_traced):
+        request = request._replace(plan=DENSE) if request.is_decode(request.max_q) else _with_blocks(request)
+    needs_gradient = _needs_gradient(request)
+    if not (needs_gradient or is_traced(request.q)):
         return choice.run(request, backend)
     check_request(request)
     choice.check_backend(request, backend)
     if needs_gradient:
         request = request._replace(with_lse=True)
     inputs = (*request.flatten(), backend)
-    if is_compiling:
+    if torch.compiler.is_compiling():
         output, lse = torch.ops.modelopt_lite.attention(*inputs)
     else:
         output, lse = _Attention.apply(*inputs)  # type: ignore[no-untyped-call]
     return output, lse.detach()
 
 
-def _with_blocks(request: AttentionRequest, is_traced: bool) -> AttentionRequest:
+def _with_blocks(request: AttentionRequest) -> AttentionRequest:
     """Return a request with the key blocks that its plan chooses; the choice has no gradient."""
-    if not is_traced:
+    if not is_traced(request.q):
         return request._replace(blocks=_selected(request))
     with torch.no_grad():
         counts, indices, starts = torch.ops.modelopt_lite.select_blocks(*request.flatten())
@@ -154,7 +154,7 @@ def _(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _forward(*inputs: Any) -> tuple[Tensor, Tensor]:
     request = AttentionRequest.unflatten(inputs[:-1]).present()
     output, lse = choice.run(request, inputs[-1])
-    return output, _no_lse(request.q) if lse is None else lse
+    return output, lse if request.with_lse and lse is not None else _no_lse(request.q)
 
 
 @torch.library.register_fake("modelopt_lite::attention")  # type: ignore[untyped-decorator]
@@ -256,10 +256,11 @@ def _needs_gradient(request: AttentionRequest) -> bool:
     )
 
 
-def _is_traced(x: Tensor) -> bool:
-    """Whether something looks at the operators that run on a tensor, or it has no memory of its own."""
+def is_traced(x: Tensor | None = None) -> bool:
+    """Whether something looks at the operators that run, or a tensor has no memory of its own."""
     return (
-        type(x) is not Tensor
+        torch.compiler.is_compiling()
+        or (x is not None and (type(x) is not Tensor or x.is_meta))
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch.autograd.forward_ad._current_level >= 0

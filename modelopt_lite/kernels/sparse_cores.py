@@ -162,6 +162,10 @@ class _Launch:
         """Launch on the current stream of the device; rows of no sequence are not written."""
         if self.sizes[0].value == 0:
             return
+        if self.device.index != torch.cuda.current_device():
+            with torch.cuda.device(self.device):
+                self(r, out, lse, counter, key_tail)
+            return
         numbers, driver = self.numbers, _driver()
         stream = current_stream(self.device)
         # Launches copy the arguments, so the next one may change them.
