@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from modelopt_lite.kernels import decode_launch
 from modelopt_lite.kernels.decode import divide_work
-from modelopt_lite.kernels.decode_launch import DecodeSettings, PagedRequest, pays, prepare, refusal
+from modelopt_lite.kernels.decode_launch import DecodeSettings, pays, prepare, refusal
 from modelopt_lite.kernels.language import jit, tl
 from modelopt_lite.kernels.reference import attention_reference, kept_scores
 from modelopt_lite.kernels.request import AttentionRequest
@@ -238,8 +238,7 @@ def paged(request, page_size):
         for b, (_, keys, *_) in enumerate(request.sequences()):
             j = torch.arange(keys.stop - keys.start, device=device)
             pages[name][table[b, j // page_size] * page_size + j % page_size] = x[keys]
-    fields = {field.name: getattr(request, field.name) for field in dataclasses.fields(request)}
-    return PagedRequest(**{**fields, **pages, "page_table": table, "page_size": page_size})
+    return request._replace(**pages, page_table=table, page_size=page_size)
 
 
 @interpreted
