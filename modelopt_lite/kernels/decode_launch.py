@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -30,22 +29,20 @@ MERGED_ELEMENTS = 8192
 MERGE_WARPS = 4
 
 
-@dataclass(frozen=True, eq=False)
-class PagedRequest(AttentionRequest):
-    """An attention call whose keys and values lie in pages, which sequences own in any order.
+class Pages(NamedTuple):
+    """Where the keys and values of a request lie, if they are in pages, which sequences own in any order.
 
-    ``k`` and ``v`` are all pages, flattened to ``[pages * page_size, kv_heads, dim]``. Key ``j`` of sequence ``b``, of
-    those that are there, lies in row ``page_table[b, j // page_size] * page_size + j % page_size``; ``starts_k`` is not
-    used. Only the kernels of this module read page tables.
+    ``k`` and ``v`` are all pages then, flattened to ``[pages * size, kv_heads, dim]``. Key ``j`` of sequence ``b``, of
+    those that are there, lies in row ``table[b, j // size] * size + j % size``; ``starts_k`` is not used.
 
     Attributes:
-        page_table: pages of each sequence, ``[batch, pages of the longest]``, int32; what lies beyond a sequence's
-            keys is never read.
-        page_size: keys a page, > 0.
+        table: pages of each sequence, ``[batch, pages of the longest]``, int32, with contiguous rows; what lies beyond
+            a sequence's keys is never read.
+        size: keys a page, > 0.
     """
 
-    page_table: Tensor | None = None
-    page_size: int = 0
+    table: Tensor
+    size: int
 
 
 class DecodeSettings(NamedTuple):
@@ -109,7 +106,7 @@ class Split(NamedTuple):
         batch_block: sequences, rounded up to a power of two.
         rows: rows of a slot.
         block_tail: width of the part of ``head_dim`` behind ``block_d``, or 0.
-        page_size: see :class:`PagedRequest`.
+        page_size: ``size`` of :class:`Pages`, or 0.
         peel: see :class:`DecodeSettings`.
         merge_block: pieces that are merged at one time.
         overlaps: whether the second kernel starts while the first one runs.
@@ -149,31 +146,36 @@ def pays(request: AttentionRequest) -> bool:
     return request.max_q <= MAX_QUERIES and request.max_k >= LEAST_KEYS
 
 
-def run(request: AttentionRequest) -> tuple[Tensor, Tensor | None]:
+def run(request: AttentionRequest, pages: Pages | None = None) -> tuple[Tensor, Tensor | None]:
     """Compute a request, without waiting for its device; see :func:`prepare`."""
-    return prepare(request)(request)
+    return prepare(request, pages=pages)(request, pages)
 
 
 def prepare(
-    request: AttentionRequest, settings: DecodeSettings | None = None
-) -> Callable[[AttentionRequest], tuple[Tensor, Tensor | None]]:
+    request: AttentionRequest, settings: DecodeSettings | None = None, pages: Pages | None = None
+) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """Compute what requests of one signature have in common; as :func:`modelopt_lite.kernels.portable.prepare`.
 
     Args:
         request: one of them; :func:`refusal` has been asked.
         settings: instead of the table's.
+        pages: where its keys and values lie, if they are in pages.
+
+    Returns:
+        A function from a request, and its pages if there are any, to the output and the logarithms of the softmax
+        denominators.
     """
     r = request
     if r.max_q == 1 and not r.plan.sparse_decode:
-        r = replace(r, plan=DENSE)
+        r = r._replace(plan=DENSE)
     (total, query_heads, _), value_dim, batch = r.q.shape, r.v.shape[2], r.starts_q.shape[0]
     settings = settings or default_settings(r)
     options = _options(r, settings)
-    split = _split(r, settings, options)
+    split = _split(r, settings, options, 0 if pages is None else pages.size)
     # The interpreter counts as one multiprocessor.
     target = settings.programs * (processors(r.q.device) if r.q.is_cuda else 1)
     slots = _slots(r, options, split, target, settings.least_tiles)
-    page_stride = r.page_table.stride(0) if isinstance(r, PagedRequest) and r.page_table is not None else 0
+    page_stride = 0 if pages is None else pages.table.stride(0)
     numbers = (r.softmax_scale, r.softcap or 0.0)
     strides = tuple(x.stride()[:2] for x in (r.q, r.k, r.v))
     work = (batch, slots, target, settings.least_tiles)
@@ -189,13 +191,13 @@ def prepare(
     merge = Launch(merge_pieces, r.q.device, options, split, num_warps=MERGE_WARPS, **overlapping)
     hook_args = hook_arguments(r.plan)
 
-    def run(r: AttentionRequest) -> tuple[Tensor, Tensor | None]:
+    def run(r: AttentionRequest, pages: Pages | None = None) -> tuple[Tensor, Tensor | None]:
         out, lse = new_results(r)
         if total == 0:
             return out, lse
         partial = torch.empty(size, dtype=torch.float32, device=r.q.device)
         sequences = (r.starts_q, r.lengths_q, r.starts_k, r.lengths_k, r.first_q, r.first_k)
-        page_table = r.page_table if isinstance(r, PagedRequest) else None
+        page_table = None if pages is None else pages.table
         if slots:
             attend(
                 slots, r.q, r.k, r.v, partial, page_table, strides, sequences, numbers, *work, page_stride, *rules,
@@ -237,7 +239,7 @@ def _options(r: AttentionRequest, settings: DecodeSettings) -> Options:
     return options._replace(block_d=_blocks_d(r.q.shape[2])[0])
 
 
-def _split(r: AttentionRequest, settings: DecodeSettings, options: Options) -> Split:
+def _split(r: AttentionRequest, settings: DecodeSettings, options: Options, page_size: int = 0) -> Split:
     kv_heads = r.k.shape[1]
     heads_per_kv = r.q.shape[1] // kv_heads
     return Split(
@@ -246,7 +248,7 @@ def _split(r: AttentionRequest, settings: DecodeSettings, options: Options) -> S
         batch_block=max(16, 1 << max(0, r.starts_q.shape[0] - 1).bit_length()),
         rows=min(options.block_m, heads_per_kv * max(1, r.max_q)),
         block_tail=_blocks_d(r.q.shape[2])[1],
-        page_size=r.page_size if isinstance(r, PagedRequest) else 0,
+        page_size=page_size,
         peel=settings.peel,
         merge_block=max(16, MERGED_ELEMENTS // options.block_dv),
         overlaps=_capability(r.q.device) >= 90,

@@ -81,12 +81,10 @@ def compile_variant(capability, dtype, heads, dims, queries, n_of_m, page_size):
         "softcap": None,
         "plan": top_n_plan(*(n_of_m or (0, 4)), 0, 64),
     }
+    pages = None
     if page_size:
-        table = torch.zeros(1, slots // page_size, dtype=torch.int32)
-        request = decode_launch.PagedRequest(**fields, page_table=table, page_size=page_size)
-    else:
-        request = decode_launch.AttentionRequest(**fields)
-    decode_launch.run(request)
+        pages = decode_launch.Pages(torch.zeros(1, slots // page_size, dtype=torch.int32), page_size)
+    decode_launch.run(decode_launch.AttentionRequest(**fields), pages)
     return [inspect(kernel) for kernel in compiled]
 
 
