@@ -26,6 +26,7 @@ def select_blocks(request: AttentionRequest) -> KeyBlocks:
     Args:
         request: a checked request without lists, whose plan chooses blocks.
     """
+    request = request.without_pages()
     selected, skipped = chosen_blocks(request)
     mask = selected if skipped is None else selected & ~skipped
     grid = BlockGrid(request, *request.grid)
@@ -57,6 +58,7 @@ def statistics_of_blocks(request: AttentionRequest) -> AttentionStatistics:
     """Count what a request keeps, with its lists or those that its plan chooses, without waiting for the device."""
     if request.blocks is None and not request.plan.chooses_blocks:
         return statistics_blocked(request)
+    request = request.without_pages()
     grid, heads = BlockGrid(request, *request.grid), request.q.shape[1]
     skipped = None
     if request.blocks is not None:
