@@ -9,7 +9,8 @@ from block_cases import GRIDS, kept_by_brute_force, plans, requests, with_lists
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modelopt_lite.kernels import KeyBlocks, attention, blocked, compute, request_statistics, selection
+from modelopt_lite import UnsupportedError
+from modelopt_lite.kernels import KeyBlocks, attention, blocked, compute, operator, request_statistics, selection
 from modelopt_lite.kernels.blocks import BlockGrid
 from modelopt_lite.kernels.reference import attention_reference, kept_scores, listed_blocks
 from modelopt_lite.kernels.selection import select_blocks
@@ -335,6 +336,24 @@ def test_lists_and_a_plan_that_chooses():
     packing = (torch.tensor([0]), torch.tensor([48]), 48)
     with pytest.raises(ValueError, match="blocks: not allowed together with a plan that chooses blocks itself"):
         attention(q, q, q, *packing, blocks=lists(), plan=AttentionPlan(skip=SkipRule(0.1)))
+
+
+@pytest.mark.parametrize("changes", [{"blocks": lists()}, {"plan": AttentionPlan(skip=SkipRule(0.1))}])
+def test_gpu_kernels_refuse(changes):
+    q = torch.randn(48, 2, 16)
+    packing = (torch.tensor([0]), torch.tensor([48]), 48)
+    with pytest.raises(UnsupportedError, match=r"backend: 'triton' cannot run this: .* chooses blocks of keys"):
+        attention(q, q, q, *packing, backend="triton", **changes)
+
+
+def test_decode_alone_chooses_nothing(monkeypatch):
+    """Where every sequence has one query, no selector runs, so that decode costs what it costs without one."""
+    plan = AttentionPlan(blocks=BlockSelector(sums, at_least_the_mean, block_size=16, block_rows=16))
+    monkeypatch.setattr(operator, "select_blocks", None)
+    q, k = torch.randn(2, 2, 8), torch.randn(60, 2, 8)
+    ones, starts_k, lengths_k = torch.ones(2, dtype=torch.int64), torch.tensor([0, 40]), torch.tensor([40, 20])
+    packing = (torch.arange(2), ones, 1, True, None, starts_k, lengths_k, 40)
+    assert torch.equal(attention(q, k, k, *packing, plan=plan), attention(q, k, k, *packing, plan=DENSE))
 
 
 def test_plans_that_are_wrong():

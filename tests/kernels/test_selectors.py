@@ -2,18 +2,20 @@
 
 import math
 from itertools import pairwise
+from typing import Literal
 
 import pytest
 import torch
 from block_cases import plans, requests
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import Field
 
-from modelopt_lite.kernels import attention, attention_statistics, blocks
+from modelopt_lite.kernels import attention, attention_statistics, blocks, compute
 from modelopt_lite.kernels.blocks import BlockGrid
-from modelopt_lite.kernels.reference import SequenceBlocks
+from modelopt_lite.kernels.reference import SequenceBlocks, attention_reference
 from modelopt_lite.kernels.selection import chosen_blocks, select_blocks
-from modelopt_lite.methods import FlashPrefill, MeanPoolTopK, SkipSoftmax, XAttention
+from modelopt_lite.methods import BlockMethod, FlashPrefill, MeanPoolTopK, SkipSoftmax, XAttention
 
 some_cases = settings(max_examples=12, deadline=None)
 SMALL = {"block_size": 16, "block_rows": 16}
@@ -185,6 +187,31 @@ def test_skipping_waits_for_no_device(request, data):
     moved = {name: x.to("meta") for name in fields if (x := getattr(request, name)) is not None}
     found, expected = select_blocks(request._replace(**moved)), select_blocks(request)
     assert [x.shape for x in found[:3]] == [x.shape for x in expected[:3]]
+
+
+class Peaks(BlockMethod):
+    """The example of ``docs/writing_a_method.md``, with a reference alone."""
+
+    method: Literal["peaks"] = "peaks"
+    margin: float = Field(default=4.0, ge=0, description="how far below the best score a kept block may be")
+
+    def reference_scores(self, view):
+        in_block = view.keys_in(self.block_size)
+        means = torch.einsum("bk,khd->bhd", in_block / in_block.sum(-1, keepdim=True), view.k)
+        scores = view.scores(view.q, means)
+        of_block = view.queries_in(self.block_rows) > 0
+        return scores[:, None].masked_fill(~of_block[..., None], -torch.inf).amax(2)
+
+    def choose(self, scores, seen, forced):
+        return scores >= scores.masked_fill(~seen, -torch.inf).amax(-1, keepdim=True) - self.margin
+
+
+@given(requests(plan=Peaks(margin=0.1, **SMALL).plan()))
+@settings(max_examples=8, deadline=None)
+def test_own_method_without_a_fast_form(request):
+    output, _ = compute(request)
+    expected, _ = attention_reference(request)
+    torch.testing.assert_close(output, expected.float(), rtol=1e-5, atol=1e-5)
 
 
 def test_top_k_counts_forced_blocks():
