@@ -133,7 +133,7 @@ def attention(
         first_q=b_first_q,
         first_k=b_first_k,
         with_lse=return_lse,
-        blocks=_blocks(blocks, plan),
+        blocks=None if blocks is None else _blocks(blocks, plan),
     )
     if not (
         isinstance(q, Tensor)
@@ -222,8 +222,8 @@ def _scale(q: Tensor, softmax_scale: float | None) -> float:
     return float(softmax_scale) if type(softmax_scale) is int else softmax_scale
 
 
-def _blocks(blocks: KeyBlocks | None, plan: AttentionPlan | None) -> KeyBlocks | None:
-    if blocks is not None and isinstance(plan, AttentionPlan) and plan.chooses_blocks:
+def _blocks(blocks: KeyBlocks, plan: AttentionPlan | None) -> KeyBlocks:
+    if isinstance(plan, AttentionPlan) and plan.chooses_blocks:
         raise ValueError("blocks: not allowed together with a plan that chooses blocks itself; give one of them")
     return blocks
 
