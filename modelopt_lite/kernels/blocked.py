@@ -305,6 +305,8 @@ class _ListedSequence(_Sequence):
     def _tile(self, q: Tensor, q_pos: Tensor, block: Tensor, is_listed: Tensor, has_mask: bool) -> _Tile:
         plan, request = self.plan, self.request
         scores = _scores(q, self.take(self.k, block).mT, request)
+        if plan.keep is None and not has_mask:
+            return _Tile(scores, None, block)
         grouped = scores.unflatten(1, (self.repeat, -1)).unflatten(3, (self.group, -1)).mT
         slots = self.origin + block[:, None] * self.block + torch.arange(self.block, device=block.device)
         k_pos = slots.flatten().unflatten(0, (-1, self.group)).mT.contiguous().mT
@@ -316,14 +318,11 @@ class _ListedSequence(_Sequence):
             if request.sliding_window is not None:
                 hidden = hidden | (behind.abs() >= request.sliding_window)
             grouped.masked_fill_(hidden, -torch.inf)
-        if plan.keep is None and not has_mask:
-            return _Tile(scores, None, block)
         kept = is_listed.repeat_interleave(self.block // self.group)[:, None]
         if plan.keep is not None:
             kept = kept & plan.keep(grouped, q_pos, k_pos)
-        recent = (behind >= 0) & (behind < plan.dense_window_size)
-        kept = (kept | (k_pos < plan.num_sink_tokens) | recent).expand_as(grouped)
-        return _Tile(scores, kept.mT.flatten(3, 4).flatten(1, 2), block)
+        kept = kept | (k_pos < plan.num_sink_tokens) | ((behind >= 0) & (behind < plan.dense_window_size))
+        return _Tile(scores, kept.expand_as(grouped).mT.flatten(3, 4).flatten(1, 2), block)
 
 
 def _sequences(request: AttentionRequest) -> Iterator[tuple[PackedSequence, _Sequence]]:

@@ -8,6 +8,7 @@ from pydantic import AliasChoices, Field
 
 from ..plan import AttentionPlan, SkipRule
 from ..registry import register_sparse_method
+from .base import SinkTokens, WindowSize
 from .blocks import GridMethod
 
 Threshold = Annotated[
@@ -31,13 +32,16 @@ class SkipSoftmax(GridMethod):
 
     The published form (BLASST, https://arxiv.org/abs/2512.12087, and NVIDIA Model-Optimizer's
     ``triton_skip_softmax``) compares with the maximum of the tiles computed so far, so that its result depends on the
-    order and the size of tiles. Here it depends on neither, and sinks and dense window stay exact.
+    order and the size of tiles. Here it depends on neither, and sinks and dense window stay exact. Sinks matter as
+    references: without any, many queries see their heaviest key too late, and fewer blocks are skipped.
     """
 
     method: Literal["skip_softmax", "triton_skip_softmax", "flash_skip_softmax"] = Field(
         default="skip_softmax", description="the method's name; the others are Model-Optimizer's"
     )
-    threshold: Threshold = 0.01
+    num_sink_tokens: SinkTokens = 4
+    dense_window_size: WindowSize = 0
+    threshold: Threshold = 0.03
 
     def plan(self) -> AttentionPlan:
         """Return the plan of the skip rule."""
