@@ -10,7 +10,6 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from .errors import ConfigError
 
-
 if TYPE_CHECKING:
     from pydantic._internal._model_construction import ModelMetaclass
 else:
@@ -73,7 +72,7 @@ def describe_errors(error: ValidationError, prefix: str = "") -> str:
     """Put a validation error in one line per problem: ``path.in.the.config: value is not allowed; what is``."""
     lines = []
     for details in error.errors(include_url=False):
-        path = ".".join(str(part) for part in details["loc"]) or "the configuration"
+        path = ".".join(str(part) for part in details["loc"] if part != "[key]") or "the configuration"
         if details["type"] == "missing":
             lines.append(f"{prefix}{path}: missing; the field is required")
             continue
