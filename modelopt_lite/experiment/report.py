@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import io
 import re
@@ -117,7 +118,7 @@ def write_report(result: ExperimentResult, folder: Path | None = None) -> None:
         folder: where; by default the run folder.
     """
     folder = result.folder if folder is None else folder
-    sections = list(_sections(result))
+    sections = [_without_repeated_notes(section) for section in _sections(result)]
     (folder / "report.html").write_text(_page(_title(result), _facts(result), sections), encoding="utf-8")
     (folder / "report.md").write_text(_markdown(_title(result), _facts(result), sections), encoding="utf-8")
     (folder / PLOTS).mkdir(exist_ok=True)
@@ -125,6 +126,19 @@ def write_report(result: ExperimentResult, folder: Path | None = None) -> None:
         for block in section.blocks:
             if isinstance(block, Plot):
                 block.figure.savefig(folder / PLOTS / f"{block.name}.png", dpi=110)
+
+
+def _without_repeated_notes(section: Section) -> Section:
+    """Return a section in which a note stands below the first table that needs it, and no other."""
+    seen: set[str] = set()
+    blocks: list[Block] = []
+    for block in section.blocks:
+        if isinstance(block, Table) and not block.folded:
+            new = {name: note for name, note in block.notes.items() if name not in seen}
+            seen.update(new)
+            block = dataclasses.replace(block, notes=new)
+        blocks.append(block)
+    return dataclasses.replace(section, blocks=blocks)
 
 
 def _title(result: ExperimentResult) -> str:
