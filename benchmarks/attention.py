@@ -20,7 +20,6 @@ import importlib.metadata
 import itertools
 import json
 import math
-import platform
 import random
 import statistics
 import sys
@@ -29,6 +28,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import recording
 import torch
 import triton
 from torch import Tensor
@@ -36,8 +36,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from modelopt_lite.kernels import attention
-from modelopt_lite.kernels.launch import Settings, forward, hopper_can, sparse_cores_can
+from modelopt_lite.kernels import AttentionRequest, attention, hopper_launch, portable, sparse_cores
+from modelopt_lite.kernels.settings import Settings
 from modelopt_lite.kernels.top_n import top_n_plan
 from modelopt_lite.plan import AttentionPlan
 
@@ -75,33 +75,42 @@ def inputs(batch: int, seq_len: int, heads: tuple[int, int], head_dim: int, dtyp
     )
 
 
-def own_call(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    causal: bool,
-    name: str,
-    kernel: str,
-    settings: Settings | None = None,
-    with_lse: bool = False,
-) -> Call:
-    """Return a call of one of this project's kernels; tensors are ``[batch, seq, heads, dim]``."""
-    packing = packing_of(q)
-    return functools.partial(
-        forward,
-        *(x.flatten(0, 1) for x in (q, k, v)),
-        *packing,
-        *packing,
+def request_of(q: Tensor, k: Tensor, v: Tensor, causal: bool, name: str) -> AttentionRequest:
+    """Return the request of a batch of equal sequences; tensors are ``[batch, seq, heads, dim]``."""
+    return packed_request(*(x.flatten(0, 1) for x in (q, k, v)), packing_of(q), causal, name)
+
+
+def packed_request(
+    q: Tensor, k: Tensor, v: Tensor, packing: tuple[Tensor, Tensor, int], causal: bool, name: str
+) -> AttentionRequest:
+    """Return the request of self-attention; tensors are ``[tokens, heads, dim]``."""
+    starts, lengths, longest = packing
+    return AttentionRequest(
+        q=q,
+        k=k,
+        v=v,
+        s_aux=None,
+        starts_q=starts,
+        lengths_q=lengths,
+        max_q=longest,
+        starts_k=starts,
+        lengths_k=lengths,
+        max_k=longest,
         is_causal=causal,
-        softmax_scale=q.shape[3] ** -0.5,
+        softmax_scale=q.shape[2] ** -0.5,
         sliding_window=None,
         softcap=None,
-        s_aux=None,
         plan=plan_of(name),
-        with_lse=with_lse,
-        settings=settings,
-        kernel=kernel,
     )
+
+
+def own_call(request: AttentionRequest, kernel: str, settings: Settings | None = None) -> Call:
+    """Return a call of one of this project's kernels, prepared as for requests that come again."""
+    if kernel == "portable":
+        prepared = portable.prepare(request, settings)
+    else:
+        prepared = {"hopper": hopper_launch.prepare, "sparse_cores": sparse_cores.prepare}[kernel](request)
+    return functools.partial(prepared, request)
 
 
 def packing_of(q: Tensor) -> tuple[Tensor, Tensor, int]:
@@ -238,15 +247,14 @@ def measure_problem(
     q, k, v = inputs(batch, seq_len, heads, head_dim, dtype)
     calls: dict[Any, Call] = {}
     if which == "forward":
-        kernels = {"triton": "portable"}
-        packed = tuple(x.flatten(0, 1) for x in (q, k, v))
-        if hopper_can(*packed, plan_of("dense")):
-            kernels["hopper"] = "hopper"
-        for label, kernel in kernels.items():
-            calls |= {(label, name): own_call(q, k, v, causal, name, kernel) for name in arguments.names}
-        for name in arguments.names:
-            if sparse_cores_can(*packed, plan_of(name)):
-                calls["sparse_cores", name] = own_call(q, k, v, causal, name, "sparse_cores")
+        requests = {name: request_of(q, k, v, causal, name) for name in arguments.names}
+        for label, kernel, refusal in (
+            ("triton", "portable", portable.refusal),
+            ("hopper", "hopper", hopper_launch.refusal),
+            ("sparse_cores", "sparse_cores", sparse_cores.refusal),
+        ):
+            able = {name: request for name, request in requests.items() if refusal(request) is None}
+            calls |= {(label, name): own_call(request, kernel) for name, request in able.items()}
     else:
         calls |= {("triton", name): own_training_call(q, k, v, causal, name) for name in arguments.names}
     for peer in arguments.peers:
@@ -355,26 +363,11 @@ def main() -> None:
         return
 
     torch._dynamo.config.recompile_limit = 1000
-    device = torch.cuda.get_device_name()
-    output = (
-        arguments.output or Path(__file__).parent / "results" / f"attention-{device.lower().replace(' ', '-')}.json"
-    )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = {
-        "device": device,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-            "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version(),
-            "fa3-fwd": None if flash_attention_3 is None else importlib.metadata.version("fa3-fwd"),
-        },
-        "date": datetime.date.today().isoformat(),
-    }
-    before = json.loads(output.read_text()) if output.exists() else results
-    same = all(before[name] == results[name] for name in ("device", "versions"))
-    rows: list[dict[str, Any]] = before.get("rows", []) if same else []
+    device = recording.device_name()
+    output = arguments.output or recording.default_output("attention", device)
+    fa3 = None if flash_attention_3 is None else importlib.metadata.version("fa3-fwd")
+    results = recording.header(device, **{"fa3-fwd": fa3})
+    rows = recording.rows_before(output, results)
     for which, dtype, head_dim, heads, causal, seq_len in itertools.product(
         arguments.passes, arguments.dtypes, arguments.head_dims, arguments.heads, arguments.causal, arguments.seq_lens
     ):
@@ -383,7 +376,7 @@ def main() -> None:
         print(table(new).splitlines()[-1], flush=True)
         rows = sorted([row for row in rows if problem_of(row) != problem_of(new[0])] + new, key=place_of)
         # after every problem, so that an interrupted run keeps what it measured
-        output.write_text(json.dumps(results | {"rows": rows}, indent=1) + "\n")
+        recording.write(output, results, rows)
     print(f"\n{table(rows)}")
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import functools
 import json
 import platform
 from pathlib import Path
@@ -19,10 +18,8 @@ from typing import Any
 
 import torch
 import triton
-from attention import Call, inputs, measure, own_call, plan_of
+from attention import Call, inputs, measure, own_call, packed_request, request_of
 from torch import Tensor
-
-from modelopt_lite.kernels.launch import forward
 
 HEADS, HEAD_DIM, SEQ_LEN = (32, 8), 128, 16384
 NAMES = ["dense", "1:4", "2:4", "2:8", "4:8", "8:16"]
@@ -37,22 +34,7 @@ def packed_call(lengths: list[int], name: str, kernel: str) -> Call:
     length = torch.tensor(lengths)[order].cuda()
     packing = length.cumsum(0) - length, length, max(lengths)
     q, k, v = (x[0] for x in inputs(1, sum(lengths), HEADS, HEAD_DIM, "bf16"))
-    return functools.partial(
-        forward,
-        q,
-        k,
-        v,
-        *packing,
-        *packing,
-        is_causal=True,
-        softmax_scale=HEAD_DIM**-0.5,
-        sliding_window=None,
-        softcap=None,
-        s_aux=None,
-        plan=plan_of(name),
-        with_lse=False,
-        kernel=kernel,
-    )
+    return own_call(packed_request(q, k, v, packing, True, name), kernel)
 
 
 def repeated(k: Tensor, times: int) -> Tensor:
@@ -81,9 +63,9 @@ def main() -> None:
             calls = {
                 "equal": packed_call([equal] * len(LENGTHS), name, kernel),
                 "ragged": packed_call(LENGTHS, name, kernel),
-                "random": own_call(q, k, v, True, name, kernel),
-                "threes": own_call(q, repeated(k, 3)[:, :SEQ_LEN], v, True, name, kernel),
-                "alike": own_call(q, repeated(k, SEQ_LEN), v, True, name, kernel),
+                "random": own_call(request_of(q, k, v, True, name), kernel),
+                "threes": own_call(request_of(q, repeated(k, 3)[:, :SEQ_LEN], v, True, name), kernel),
+                "alike": own_call(request_of(q, repeated(k, SEQ_LEN), v, True, name), kernel),
             }
             ms = measure(calls, arguments.heat, arguments.rounds)
             # Both batches have the same work up to rounding of the equal length.

@@ -21,9 +21,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from modelopt_lite.kernels import backward, forward, launch
-from modelopt_lite.kernels.launch import KEY_SETTINGS, QUERY_SETTINGS, SETTINGS, Settings
+from modelopt_lite.kernels import AttentionRequest, backward, forward
+from modelopt_lite.kernels.portable import KEY_SETTINGS, QUERY_SETTINGS, SETTINGS
+from modelopt_lite.kernels.settings import Settings, block_dim, default_settings, options_of
 from modelopt_lite.kernels.top_n import top_n_plan
+from modelopt_lite.plan import AttentionPlan
 
 KERNELS = {
     # function, its table of settings, number of tensors with strides
@@ -53,7 +55,7 @@ def compile_kernel(
     causal: bool,
     settings: Settings | None = None,
 ) -> CompiledKernel:
-    """Compile one of ``KERNELS`` as :mod:`modelopt_lite.kernels.launch` would, by default with its settings.
+    """Compile one of ``KERNELS`` as :mod:`modelopt_lite.kernels.portable` would, by default with its settings.
 
     Args:
         kernel: its name.
@@ -67,7 +69,7 @@ def compile_kernel(
     function, _, strided = KERNELS[kernel]
     plan = top_n_plan(*(n_of_m or (0, 4)), 0, 64)
     group = 1 if plan.is_dense else plan.group
-    block_d, block_dv = map(launch.block_dim, dims)
+    block_d, block_dv = map(block_dim, dims)
     settings = settings or table_settings(kernel, capability, dtype, dims, n_of_m, causal)
     keys_box, queries_box = [group, settings.block_n // group, 1], [1, settings.block_m]
     boxes = {
@@ -100,7 +102,7 @@ def compile_kernel(
     constants |= {(places["sequences"], index): None for index in (4, 5)}
     constants |= {(places["hook_args"], index): number for index, number in enumerate(plan.hook_constants)}
     constants[places["SCORE_HOOK"],] = plan.score_hook
-    constants[places["OPTIONS"],] = launch._options(settings, *dims, causal, None, None, plan)
+    constants[places["OPTIONS"],] = options_of(empty_request(dtype, dims, plan, causal), settings)
     aligned = [(place,) for name, place in places.items() if name.endswith("_ptr") and signature[name] != "constexpr"]
     aligned += [(places["strides"], *pair) for pair in itertools.product(range(strided), range(2))]
     return triton.compile(
@@ -119,8 +121,18 @@ def table_settings(
     causal: bool,
 ) -> Settings:
     """Return the settings that a kernel is launched with; arguments are those of :func:`compile_kernel`."""
-    block_d, group = launch.block_dim(max(dims)), 1 if n_of_m is None else n_of_m[1]
-    return launch.default_settings(capability, dtype, block_d, group, causal, KERNELS[kernel][1])
+    block_d, group = block_dim(max(dims)), 1 if n_of_m is None else n_of_m[1]
+    return default_settings(capability, dtype, block_d, group, causal, KERNELS[kernel][1], kernel != "forward")
+
+
+def empty_request(dtype: torch.dtype, dims: tuple[int, int], plan: AttentionPlan, causal: bool) -> AttentionRequest:
+    """Return a request without tokens, as options are made from."""
+    q, v = (torch.empty(0, 1, dim, dtype=dtype) for dim in dims)
+    none = torch.empty(0, dtype=torch.int64)
+    return AttentionRequest(
+        q=q, k=q, v=v, s_aux=None, starts_q=none, lengths_q=none, max_q=0, starts_k=none, lengths_k=none, max_k=0,
+        is_causal=causal, softmax_scale=1.0, sliding_window=None, softcap=None, plan=plan,
+    )  # fmt: skip
 
 
 def inspect(kernel: CompiledKernel) -> dict[str, Any]:

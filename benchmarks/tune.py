@@ -1,4 +1,4 @@
-"""Measure launch settings of the portable kernels on this GPU and propose rows for the tables in ``kernels/launch.py``.
+"""Measure launch settings of the portable kernels on this GPU and propose rows for the tables in kernels/portable.py.
 
 Candidates of one problem take turns, after heating, and count by their median. Kernels are compiled beforehand, in
 parallel. A candidate that does not fit the GPU is left out. Candidates of each kernel of the backward are measured with
@@ -20,20 +20,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from attention import DTYPES, Call, inputs, measure, own_call, packing_of, plan_of
+from attention import DTYPES, Call, inputs, measure, own_call, request_of
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from modelopt_lite.kernels.launch import (
-    KEY_SETTINGS,
-    QUERY_SETTINGS,
-    Settings,
-    SettingsRow,
-    backward,
-    block_dim,
-    compute_capability,
-    default_settings,
-)
+from modelopt_lite.kernels.device import compute_capability
+from modelopt_lite.kernels.portable import KEY_SETTINGS, QUERY_SETTINGS, backward
+from modelopt_lite.kernels.settings import Settings, SettingsRow, block_dim, default_settings
 
 HEADS = (32, 8)
 KERNELS = {"forward": ["forward"], "backward": ["queries", "keys"]}
@@ -79,31 +72,16 @@ class Problem(NamedTuple):
 
     def call(self, q: Tensor, k: Tensor, v: Tensor, settings: Settings) -> Call:
         """Return a call of the kernel's whole pass; tensors are ``[batch, seq, heads, dim]``."""
+        request = request_of(q, k, v, True, self.name)
         if self.kernel == "forward":
-            return own_call(q, k, v, True, self.name, "portable", settings)
+            return own_call(request, "portable", settings)
         described = (gpu(), DTYPES[self.dtype], block_dim(self.head_dim), self.group, True)
         if self.kernel == "queries":
-            both = settings, default_settings(*described, KEY_SETTINGS)
+            both = settings, default_settings(*described, KEY_SETTINGS, True)
         else:
-            both = default_settings(*described, QUERY_SETTINGS), settings
-        out, lse = own_call(q, k, v, True, self.name, "portable", with_lse=True)()
-        packing = packing_of(q)
-        return functools.partial(
-            backward,
-            torch.randn_like(out),
-            *(x.flatten(0, 1) for x in (q, k, v)),
-            None,
-            out,
-            lse,
-            *packing,
-            *packing,
-            is_causal=True,
-            softmax_scale=self.head_dim**-0.5,
-            sliding_window=None,
-            softcap=None,
-            plan=plan_of(self.name),
-            settings=both,
-        )
+            both = default_settings(*described, QUERY_SETTINGS, True), settings
+        out, lse = own_call(request._replace(with_lse=True), "portable")()
+        return functools.partial(backward, torch.randn_like(out), out, lse, request, both)
 
 
 def gpu() -> int:

@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .checkpoint import from_pretrained
+    from .checkpoint import from_pretrained, save_pretrained
     from .config import SPARSE_SOFTMAX_DEFAULT, SparsityConfig
     from .conversion import (
         continuous_batching,
@@ -48,6 +48,7 @@ _MODULE_OF = {
     "get_sparse_method": "registry",
     "list_sparse_methods": "registry",
     "register_sparse_method": "registry",
+    "save_pretrained": "checkpoint",
     "sparsify": "conversion",
     "summary": "conversion",
     "unsparsify": "conversion",
@@ -75,6 +76,7 @@ __all__ = [
     "get_sparse_method",
     "list_sparse_methods",
     "register_sparse_method",
+    "save_pretrained",
     "sparsify",
     "summary",
     "unsparsify",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar, cast
@@ -14,16 +14,27 @@ from rich.table import Table
 from torch import nn
 
 from .config import SparsityConfig, abbreviate, match_names
+from .discovery import (
+    ATTENTION_NAME,
+    attention_modules,
+    check_found,
+    check_modules,
+    pretrained_models,
+    unreachable_modules,
+    uses_interface,
+)
 from .errors import ConfigError, UnsupportedError
 from .huggingface import (
-    attention_modules,
-    check_modules,
-    implementations,
-    pretrained_models,
-    set_implementations,
-    switch_on,
-    switch_to_paging,
-    uses_interface,
+    PAGED_ATTENTION_NAME,
+    check_paging,
+    forget_own_attention,
+    interface_configs,
+    own_configs,
+    remember_own_attention,
+    restore_implementations,
+    set_implementation,
+    unwatch,
+    watch,
 )
 from .interception import InterceptedAttentionModule
 from .module import (
@@ -31,8 +42,12 @@ from .module import (
     SparseAttentionModule,
     check_revertible,
     convert,
+    follow,
+    forbid_recomputation,
     original_class,
+    present_decision,
     revert,
+    run_dense,
     sparse_modules,
 )
 from .stats import ModelStatistics
@@ -47,9 +62,14 @@ _BEFORE_ATTRIBUTE = "_before_sparsify"
 
 @dataclass
 class _Before:
-    """What :func:`unsparsify` restores, kept on each Transformers model."""
+    """What :func:`unsparsify` restores, kept on each Transformers model.
 
-    implementations: dict[str, str]
+    Attributes:
+        implementations: the configs whose attention implementation was set, and what it was.
+        config_entry: what stood in the model's config where the sparsity's configuration is.
+    """
+
+    implementations: list[tuple[Any, str | None]]
     config_entry: Any
 
 
@@ -66,8 +86,10 @@ def sparsify(
     way of a method or function that it names. A module inside which something else makes that call stays dense unless
     it is pointed out with ``attention``.
 
-    Calling it again replaces the configuration. ``model.save_pretrained`` then writes the configuration into the
-    model's ``config.json``, from where :func:`~modelopt_lite.checkpoint.from_pretrained` takes it.
+    Calling it again replaces the configuration. The model gets copies of its configs, as another model may share them.
+    ``model.save_pretrained`` then writes the configuration into the model's ``config.json``, from where
+    :func:`~modelopt_lite.checkpoint.from_pretrained` takes it; for adapters of PEFT, use
+    :func:`~modelopt_lite.checkpoint.save_pretrained`.
 
     Args:
         model: a Transformers model, a model that holds or wraps one, or any module.
@@ -88,28 +110,74 @@ def sparsify(
     config = SparsityConfig.load(config)
     chosen = _chosen_modules(model, attention)
     modules = attention_modules(model, chosen)
-    check_modules(model, modules, chosen)
-    methods = config.assign(modules)
+    unreachable = unreachable_modules(model, modules)
+    check_found(model, [*modules, *unreachable])
+    methods = config.assign([name for name, _ in model.named_modules() if name in modules or name in unreachable])
+    check_modules(model, modules, methods, chosen)
+    methods = {name: method for name, method in methods.items() if name in modules}
     check_revertible(model)
-    plans = {name: method.plan() for name, method in methods.items()}
+    plans = {name: method.shared_plan() for name, method in methods.items()}
 
-    transformers = pretrained_models(model)
-    for transformer in transformers.values():
-        if _BEFORE_ATTRIBUTE not in vars(transformer):
-            before = _Before(implementations(transformer), getattr(transformer.config, CONFIG_ATTRIBUTE, None))
-            switch_on(transformer)
-            setattr(transformer, _BEFORE_ATTRIBUTE, before)
-    for sparse in sparse_modules(model).values():
-        revert(sparse)
+    transformers = {name: each for name, each in pretrained_models(model).items() if _inside(name, methods)}
+    through_interface = {
+        name: [inner for inner, path in _inside(name, methods).items() if uses_interface(modules[path])]
+        for name in transformers
+    }
+    for name, transformer in transformers.items():
+        interface_configs(transformer, through_interface[name])  # raises if there is a layer without one
+
+    has_own_configs = {name for name, transformer in transformers.items() if _BEFORE_ATTRIBUTE in vars(transformer)}
+    reverted = _undo(model)
+    remember_own_attention(model)
+    for name, transformer in transformers.items():
+        if name not in has_own_configs:
+            own_configs(model, name)
+        remember_own_attention(transformer)
+        configs = interface_configs(transformer, through_interface[name])
+        before = _Before(
+            set_implementation(configs, ATTENTION_NAME), getattr(transformer.config, CONFIG_ATTRIBUTE, None)
+        )
+        setattr(transformer, _BEFORE_ATTRIBUTE, before)
+        watch(transformer)
     for name, method in methods.items():
         module = modules[name]
         flags = SparseAttentionFlags(name, method, plans[name], enabled=method.enable)
         convert(module, flags, SparseAttentionModule if uses_interface(module) else InterceptedAttentionModule)
+    for module, flags in reverted.items():
+        if not isinstance(module, SparseAttentionModule):
+            forbid_recomputation(module, flags)
     if "" in transformers:
         # JSON readers and writers may reorder a mapping, and the order of patterns counts: so pairs.
         entries = [list(entry) for entry in config.model_dump(mode="json")["sparse_cfg"].items()]
         setattr(transformers[""].config, CONFIG_ATTRIBUTE, {"version": CONFIG_VERSION, "sparse_cfg": entries})
     return model
+
+
+def _inside(name: str, paths: Iterable[str]) -> dict[str, str]:
+    """Return those of some modules' paths that are inside of a module, by their path inside of it."""
+    prefix = f"{name}." if name else ""
+    return {path.removeprefix(prefix): path for path in paths if path.startswith(prefix)}
+
+
+def _undo(model: nn.Module) -> dict[nn.Module, SparseAttentionFlags]:
+    """Undo what :func:`sparsify` did, but for the configs of its own; return the flags of what was sparse."""
+    reverted: dict[nn.Module, SparseAttentionFlags] = {}
+    for module in sparse_modules(model).values():
+        reverted[module] = revert(module)
+    forget_own_attention(model)
+    for part in list(model.modules()):
+        before: _Before | None = vars(part).pop(_BEFORE_ATTRIBUTE, None)
+        if before is None:
+            continue
+        unwatch(part)
+        forget_own_attention(part)
+        restore_implementations(before.implementations)
+        config: Any = part.config
+        if before.config_entry is not None:
+            setattr(config, CONFIG_ATTRIBUTE, before.config_entry)
+        elif hasattr(config, CONFIG_ATTRIBUTE):
+            delattr(config, CONFIG_ATTRIBUTE)
+    return reverted
 
 
 def _chosen_modules(model: nn.Module, attention: AttentionChoice | None) -> set[str]:
@@ -129,6 +197,9 @@ def _chosen_modules(model: nn.Module, attention: AttentionChoice | None) -> set[
 def unsparsify(model: ModelT) -> ModelT:
     """Give a model back its own attention: classes, attention implementation and config as before :func:`sparsify`.
 
+    An attention implementation that something else has set since stays. With gradient checkpointing, call
+    ``backward()`` first: a later one is refused when it computes a layer again.
+
     Args:
         model: a model, sparse or not; one that is not stays as it is.
 
@@ -140,18 +211,8 @@ def unsparsify(model: ModelT) -> ModelT:
             ``fully_shard`` does with a layer that it shards by itself; names it. The model is untouched then.
     """
     check_revertible(model)
-    for module in sparse_modules(model).values():
-        revert(module)
-    for transformer in pretrained_models(model).values():
-        before = cast("_Before | None", vars(transformer).get(_BEFORE_ATTRIBUTE))
-        if before is None:
-            continue
-        set_implementations(transformer, before.implementations)
-        if before.config_entry is not None:
-            setattr(transformer.config, CONFIG_ATTRIBUTE, before.config_entry)
-        elif hasattr(transformer.config, CONFIG_ATTRIBUTE):
-            delattr(transformer.config, CONFIG_ATTRIBUTE)
-        delattr(transformer, _BEFORE_ATTRIBUTE)
+    for module, flags in _undo(model).items():
+        forbid_recomputation(module, flags)
     return model
 
 
@@ -159,20 +220,17 @@ def unsparsify(model: ModelT) -> ModelT:
 def disabled(model: ModelT) -> Iterator[ModelT]:
     """Run a model dense inside the ``with`` block; afterwards its layers are on or off as before.
 
+    It holds for the calls of the thread or task that has entered the block. What gradient checkpointing computes again
+    later is dense as well. Compiled models are dense in all threads.
+
     Args:
         model: a model after :func:`sparsify`.
 
     Yields:
         The model.
     """
-    states = [(module.sparse_attention, module.sparse_attention.enabled) for module in sparse_modules(model).values()]
-    for flags, _ in states:
-        flags.enabled = False
-    try:
+    with run_dense(list(sparse_modules(model).values())):
         yield model
-    finally:
-        for flags, enabled in states:
-            flags.enabled = enabled
 
 
 @contextmanager
@@ -193,24 +251,25 @@ def continuous_batching(model: ModelT) -> Iterator[ModelT]:
         UnsupportedError: if no sparse layer goes through Transformers' attention interface, or Transformers is older
             than 5.19.
     """
-    transformers = {
-        name: transformer
-        for name, transformer in pretrained_models(model).items()
-        if any(uses_interface(module) for module in sparse_modules(transformer).values())
-    }
+    transformers = {}
+    for name, transformer in pretrained_models(model).items():
+        names = [inner for inner, module in sparse_modules(transformer).items() if uses_interface(module)]
+        if names:
+            transformers[name] = (transformer, names)
     if not transformers:
         raise UnsupportedError(
             f"{type(model).__name__} has no sparse layer that goes through Transformers' attention interface, which "
             "continuous batching needs"
         )
-    before = {name: implementations(transformer) for name, transformer in transformers.items()}
+    check_paging()
+    before = []
     try:
-        for transformer in transformers.values():
-            switch_to_paging(transformer)
-        yield model
+        for transformer, names in transformers.values():
+            before += set_implementation(interface_configs(transformer, names), PAGED_ATTENTION_NAME)
+        with follow(list(sparse_modules(model).values())):
+            yield model
     finally:
-        for name, transformer in transformers.items():
-            set_implementations(transformer, before[name])
+        restore_implementations(before)
 
 
 def enable_sparse_attention(model: ModelT, pattern: str = "*") -> ModelT:
@@ -315,5 +374,6 @@ def summary(model: nn.Module, statistics: ModelStatistics | None = None) -> Summ
         measured = None if statistics is None else statistics.layers.get(name)
         shares = (None, None) if measured is None or not measured.rows else (measured.sparsity, measured.mass_kept)
         method, settings = flags.method.method, flags.method.settings()
-        rows.append(LayerSummary(name, class_name, method, settings, flags.enabled, flags.active, *shares))
+        is_on = present_decision(module).is_on
+        rows.append(LayerSummary(name, class_name, method, settings, is_on, flags.active, *shares))
     return rows

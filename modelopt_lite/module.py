@@ -1,56 +1,86 @@
-"""The class swap that turns a model's attention module into a sparse one, and the flags the attention reads."""
+"""The class swap that turns a model's attention module into a sparse one, and what a call of it does."""
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import logging
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import Context, ContextVar, copy_context
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
+from weakref import WeakSet
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from .errors import UnsupportedError
 from .methods import SparseAttentionMethod
 from .plan import DENSE, AttentionPlan
+from .recomputation import Decision, checkpoints, forbid, record, recorded
 
 if TYPE_CHECKING:
     from .stats import LayerStatistics
 
+T = TypeVar("T")
+
 logger = logging.getLogger(__name__)
 
 
-@dataclass
+@dataclass(eq=False)
 class SparseAttentionFlags:
-    """What one attention module has been told; read at every call, changed only by this package.
+    """What one attention module has been told, and what is known of its calls.
+
+    All threads share it. What a single call does depends on the caller's context as well: see :func:`decide`.
 
     Attributes:
         name: the module's dotted name in its model.
         method: its sparsity method.
         sparse_plan: the method's plan.
         enabled: whether the method applies; if not, the module is dense.
-        statistics: counters to fill during prefill, or None.
-        reached: whether this package's attention has been called since the module's forward began.
-        active: whether its last eager forward called it; None before the first.
-        reported: whether an eager forward without such a call has been reported.
-        hooks: what takes the check away again.
+        active: whether its last eager forward called this package's attention; None before the first.
+        reported: whether a forward without such a call has been reported.
+        reached_in: the threads in which the forward that is running has made the call.
+        reached: whether a traced forward has; a graph knows no threads.
+        dense_blocks: how many blocks of :func:`run_dense` are open in any context, for traced graphs, which cannot read
+            context variables.
+        counters: what the open blocks of :func:`count` fill, in any context, likewise.
+        checkpoints: PyTorch's objects for the checkpoints that will run a call again.
     """
 
     name: str
     method: SparseAttentionMethod
     sparse_plan: AttentionPlan
     enabled: bool
-    statistics: LayerStatistics | None = None
-    reached: bool = False
     active: bool | None = None
     reported: bool = False
-    hooks: tuple[RemovableHandle, ...] = ()
+    reached_in: set[int] = field(default_factory=set)
+    reached: bool = False
+    dense_blocks: int = 0
+    counters: tuple[LayerStatistics, ...] = ()
+    checkpoints: WeakSet[Any] = field(default_factory=WeakSet)
 
-    @property
-    def plan(self) -> AttentionPlan:
-        """What the kernels run for this module now."""
-        return self.sparse_plan if self.enabled else DENSE
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy starts with; it makes the plan anew and knows nothing of calls that are running."""
+        return {name: getattr(self, name) for name in ("name", "method", "enabled", "active", "reported")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Make a copy."""
+        vars(self).update(vars(SparseAttentionFlags(sparse_plan=state["method"].shared_plan(), **state)))
+
+    def decision(self, is_dense: bool, statistics: LayerStatistics | None) -> Decision:
+        """Return what a call does, given whether it is to be dense and what it is counted in."""
+        is_on = self.enabled and not is_dense
+        plan = self.sparse_plan if is_on else DENSE
+        return Decision(is_on, plan, self.method.backend, statistics if is_on else None)
+
+
+_dense: ContextVar[frozenset[SparseAttentionFlags]] = ContextVar("modelopt_lite_dense")
+_counters: ContextVar[Mapping[SparseAttentionFlags, LayerStatistics]] = ContextVar("modelopt_lite_counters")
+_followers: ContextVar[tuple[SparseAttentionModule, ...]] = ContextVar("modelopt_lite_followers")
+_lock = threading.Lock()
 
 
 class SparseAttentionModule(nn.Module):
@@ -61,10 +91,38 @@ class SparseAttentionModule(nn.Module):
     Attributes:
         model_class: the model's own class.
         sparse_attention: the module's flags.
+        call_context: the context whose state calls follow in every thread; None: the caller's.
     """
 
     model_class: ClassVar[type[nn.Module]]
     sparse_attention: SparseAttentionFlags
+    call_context: Context | None = None
+
+    # Hooks would see the same, but cost several times as much.
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module, and report once if its forward does not call this package's attention."""
+        flags = self.sparse_attention
+        if torch.compiler.is_compiling():
+            # In a traced graph whose activations are checkpointed, flags must be in the end as they were before.
+            before, flags.reached = flags.reached, False
+            output = super().__call__(*args, **kwargs)
+            if flags.enabled and not flags.dense_blocks and not flags.reached:
+                _warn_of_bypass(flags.name, original_class(self).__name__)
+            flags.reached = before
+            return output
+        thread = threading.get_ident()
+        flags.reached_in.discard(thread)  # a forward that raised an error has left it there
+        output = super().__call__(*args, **kwargs)
+        active = thread in flags.reached_in or flags.reached
+        flags.reached_in.discard(thread)
+        if active is not flags.active:
+            flags.active = active
+        if not active and not flags.reported and present_decision(self).is_on:
+            with _lock:
+                is_new, flags.reported = not flags.reported, True
+            if is_new:
+                _warn_of_bypass(flags.name, original_class(self).__name__)
+        return output
 
     def extra_repr(self) -> str:
         """Add the method to what ``print(model)`` shows."""
@@ -73,10 +131,29 @@ class SparseAttentionModule(nn.Module):
         sparse = f"sparse_attention={flags.method.method}({settings}){'' if flags.enabled else ' (off)'}"
         return ", ".join(part for part in (super().extra_repr(), sparse) if part)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Tell pickle how to make the module's class, which no import can find."""
+        reduced = super().__reduce_ex__(protocol)
+        if "model_class" not in vars(type(self)) or reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
+            return reduced
+        return (_new_module, type(self).__bases__, *reduced[2:])
+
+    def _replicate_for_data_parallel(self) -> Any:
+        """Return a replica, as :class:`torch.nn.DataParallel` asks for; it runs in a thread with no context."""
+        replica = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica.call_context = copy_context()
+        return replica
+
 
 @functools.cache
 def _sparse_class(mixin: Any, cls: Any) -> type[SparseAttentionModule]:
     return type(f"Sparse{cls.__name__}", (mixin, cls), {"__module__": cls.__module__, "model_class": cls})
+
+
+def _new_module(mixin: Any, cls: Any) -> SparseAttentionModule:
+    """Return a sparse module without its state, which pickle and copy fill in."""
+    made = _sparse_class(mixin, cls)
+    return made.__new__(made)
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
@@ -90,30 +167,7 @@ def convert(
     """Make a dense attention module sparse."""
     bases: tuple[Any, Any] = (mixin, type(module))
     module.__class__ = _sparse_class(*bases)
-    flags.hooks = (module.register_forward_pre_hook(_begin), module.register_forward_hook(_report_bypass))
     cast(SparseAttentionModule, module).sparse_attention = flags
-
-
-def _begin(module: nn.Module, _args: Any) -> None:
-    # A forward that raised, or a compiled one that was called without hooks, may have left it set.
-    cast(SparseAttentionModule, module).sparse_attention.reached = False
-
-
-def _report_bypass(module: nn.Module, _args: Any, _output: Any) -> None:
-    """Note after a forward whether the layer called this package's attention, and report once if not."""
-    flags = cast(SparseAttentionModule, module).sparse_attention
-    bypassed = flags.enabled and not flags.reached
-    if torch.compiler.is_compiling():
-        # Of the flags only ``reached`` may change, and must be as before in the end: in a traced graph whose
-        # activations are checkpointed the compiler allows no more.
-        if bypassed:
-            _warn_of_bypass(flags.name, original_class(module).__name__)
-    else:
-        if bypassed and not flags.reported:
-            flags.reported = True
-            _warn_of_bypass(flags.name, original_class(module).__name__)
-        flags.active = flags.reached
-    flags.reached = False
 
 
 def _warn_of_bypass(name: str, class_name: str) -> None:
@@ -126,6 +180,104 @@ def _warn_of_bypass(name: str, class_name: str) -> None:
 
 # The compiler calls it while it traces, once for each graph.
 torch.compiler.assume_constant_result(_warn_of_bypass)
+
+
+def decide(module: nn.Module, is_decode: bool = False) -> Decision:
+    """Return what a call of an attention module does, and note that its forward has made the call.
+
+    That follows from the module's flags and the caller's context. What gradient checkpointing runs again does what its
+    first run did, whatever has changed since.
+
+    Args:
+        module: the attention module; one that is not sparse is dense.
+        is_decode: whether the call has single queries, for which it makes no difference to be run again.
+    """
+    flags = module.sparse_attention if isinstance(module, SparseAttentionModule) else None
+    if torch.compiler.is_compiling():
+        if flags is None:
+            return Decision()
+        flags.reached = True
+        return flags.decision(flags.dense_blocks > 0, flags.counters[-1] if flags.counters else None)
+    if flags is not None:
+        flags.reached_in.add(threading.get_ident())
+    around = [] if is_decode and not torch.is_grad_enabled() else checkpoints()
+    decision = recorded(module, around)
+    if decision is None:
+        decision = present_decision(module)
+    if around:
+        runs = record(module, decision, around)
+        if flags is not None:
+            flags.checkpoints.update(runs)
+    return decision
+
+
+def present_decision(module: nn.Module) -> Decision:
+    """Return what a call of a module would do now."""
+    if not isinstance(module, SparseAttentionModule):
+        return Decision()
+    flags, context = module.sparse_attention, module.call_context
+    if context is None:
+        return flags.decision(flags in _dense.get(frozenset()), _counters.get({}).get(flags))
+    return flags.decision(flags in context.get(_dense, frozenset()), context.get(_counters, {}).get(flags))
+
+
+@contextmanager
+def run_dense(modules: Sequence[SparseAttentionModule]) -> Iterator[None]:
+    """Make calls of modules dense inside the ``with`` block, in the caller's context."""
+    flags = [module.sparse_attention for module in modules]
+    for each in flags:
+        with _lock:
+            each.dense_blocks += 1
+    try:
+        with _setting(_dense, _dense.get(frozenset()) | frozenset(flags)):
+            yield
+    finally:
+        for each in flags:
+            with _lock:
+                each.dense_blocks -= 1
+
+
+@contextmanager
+def count(counters: Mapping[SparseAttentionModule, LayerStatistics]) -> Iterator[None]:
+    """Count calls of modules inside the ``with`` block, in the caller's context."""
+    by_flags = {module.sparse_attention: statistics for module, statistics in counters.items()}
+    for flags, statistics in by_flags.items():
+        with _lock:
+            flags.counters = (*flags.counters, statistics)
+    try:
+        with _setting(_counters, {**_counters.get({}), **by_flags}):
+            yield
+    finally:
+        for flags, statistics in by_flags.items():
+            with _lock:
+                flags.counters = tuple(x for x in flags.counters if x is not statistics)
+
+
+@contextmanager
+def follow(modules: Sequence[SparseAttentionModule]) -> Iterator[None]:
+    """Let calls of modules follow the caller's context inside the ``with`` block, in whatever thread they run."""
+    try:
+        with _setting(_followers, (*_followers.get(()), *modules)):
+            yield
+    finally:
+        for module in modules:
+            vars(module).pop("call_context", None)
+
+
+@contextmanager
+def _setting(variable: ContextVar[T], value: T) -> Iterator[None]:
+    token = variable.set(value)
+    _refresh_followers()
+    try:
+        yield
+    finally:
+        variable.reset(token)
+        _refresh_followers()
+
+
+def _refresh_followers() -> None:
+    for module in _followers.get(()):
+        module.call_context = copy_context()
 
 
 def check_revertible(model: nn.Module) -> None:
@@ -142,12 +294,24 @@ def check_revertible(model: nn.Module) -> None:
             )
 
 
-def revert(module: SparseAttentionModule) -> None:
-    """Give an attention module back its own class."""
-    for hook in module.sparse_attention.hooks:
-        hook.remove()
+def revert(module: SparseAttentionModule) -> SparseAttentionFlags:
+    """Give an attention module back its own class; return the flags it had."""
+    flags = module.sparse_attention
     del module.sparse_attention
+    vars(module).pop("call_context", None)
     cast(nn.Module, module).__class__ = original_class(module)
+    return flags
+
+
+def forbid_recomputation(module: nn.Module, flags: SparseAttentionFlags) -> None:
+    """Let the backward pass of checkpointed calls that a reverted module has made raise an error that says why."""
+    for run in list(flags.checkpoints):
+        forbid(
+            module,
+            run,
+            f"{flags.name} ({original_class(module).__name__}): gradient checkpointing computes its attention again, "
+            "but the layer is no longer sparse; call backward() before unsparsify or sparsify",
+        )
 
 
 def sparse_modules(model: nn.Module) -> dict[str, SparseAttentionModule]:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import json
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 from weakref import WeakValueDictionary
+
+from .errors import ConfigError, UnsupportedError
+from .registry import get_sparse_method
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,18 +21,25 @@ KeepRule: TypeAlias = "Callable[[Tensor, Tensor, Tensor], Tensor]"
 
 GROUP_SIZES = (1, 2, 4, 8, 16)
 
-_keys = itertools.count()
-_living: WeakValueDictionary[int, AttentionPlan] = WeakValueDictionary()
+_BY_HAND = "by hand "
+_this_process = uuid.uuid4().hex
+_numbers = itertools.count()
+_plans: dict[str, AttentionPlan] = {}
+"""Plans of methods by name. They are kept, because a compiled program knows a plan by its name alone."""
+_plans_by_hand: WeakValueDictionary[str, AttentionPlan] = WeakValueDictionary()
 
 
 @dataclass(frozen=True)
 class AttentionPlan:
     """One attention computation's sparsity: which visible keys take part in the softmax.
 
-    A plan holds no tensors, is hashable, and means the same to every backend. A key that is visible to a
-    query (inside the sequence, causal, inside the layer's sliding window) is kept if the method's rule keeps
-    it, if it is one of the first ``num_sink_tokens`` keys of the sequence, or if it lies fewer than
-    ``dense_window_size`` positions behind the query.
+    A plan holds no tensors, is hashable, and means the same to every backend. A key that is visible to a query (inside
+    the sequence, causal, inside the layer's sliding window) is kept if the method's rule keeps it, if it is one of the
+    first ``num_sink_tokens`` keys of the sequence, or if it lies fewer than ``dense_window_size`` positions behind the
+    query.
+
+    The plan of a method has a :attr:`name` that means the same in every process, so it can be pickled and exported. A
+    plan that was made by hand works in its own process alone.
 
     Attributes:
         keep: the rule in PyTorch, for the reference and the CPU; ``None`` keeps every visible key (dense).
@@ -64,7 +76,11 @@ class AttentionPlan:
             more, FP32 and of the shape of the others, 0.0 where it is right about a group and above 0 where it may not
             be, never below and never NaN, as these are added up. It is used where all keys are visible, and a tile with
             any such group is computed again with ``score_hook``.
-        key: identifies the plan in this process; not an argument.
+
+        name: what PyTorch's operators take in the place of the plan; :func:`plan_by_name` leads back. The canonical
+            configuration of the method that made it, in JSON; of a plan made by hand, a name that only this process
+            knows. Not an argument.
+        made_by: the class of that method, if the plan was made by a registered one. Not an argument.
 
     Raises:
         ValueError: if a field is out of its range or a hook comes without what it stands in for.
@@ -83,7 +99,8 @@ class AttentionPlan:
     keeps_nothing: bool = False
     keeps_top: int = 0
     quick_hook: Any | None = None
-    key: int = field(init=False, compare=False, repr=False, default_factory=_keys.__next__)
+    name: str = field(init=False, compare=False, repr=False)
+    made_by: type[Any] | None = field(default=None, init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.group not in GROUP_SIZES:
@@ -99,11 +116,36 @@ class AttentionPlan:
             raise ValueError("plan.quick_hook: a rule that may be wrong needs the right one in plan.score_hook")
         if self.quick_hook is not None and not self.keeps_group_max:
             raise ValueError("plan.quick_hook: weights are relative to the largest score; needs plan.keeps_group_max")
-        _living[self.key] = self
+
+        object.__setattr__(self, "name", f"{_BY_HAND}{_this_process} {next(_numbers)}")
+        _plans_by_hand[self.name] = self
+
+    @property
+    def is_by_hand(self) -> bool:
+        """Whether no method made the plan, so that it means something in this process alone."""
+        return self.name.startswith(_BY_HAND)
+
+    def __copy__(self) -> AttentionPlan:
+        """Return the plan itself, which never changes."""
+        return self
 
     def __deepcopy__(self, memo: object) -> AttentionPlan:
         """Return the plan itself, which never changes; hooks cannot be copied."""
         return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the plan as the name of its method's configuration.
+
+        Raises:
+            UnsupportedError: if it was made by hand, because its functions would have to travel.
+        """
+        if self.is_by_hand:
+            raise UnsupportedError(
+                "an AttentionPlan that was made by hand cannot be pickled, because its functions belong to this "
+                "process; make it in the plan() of a registered method, and pickle the method or the sparse model"
+            )
+        # The class travels by reference, so that its module is imported, and the method registered, first.
+        return _unpickled, (self.name, self.made_by)
 
     @property
     def is_dense(self) -> bool:
@@ -111,9 +153,65 @@ class AttentionPlan:
         return self.keep is None
 
 
-def plan_by_key(key: int) -> AttentionPlan:
-    """Return the living plan with a key; PyTorch's custom operators take numbers, but no objects."""
-    return _living[key]
+def keep_plan(plan: AttentionPlan, name: str, made_by: type[Any] | None = None) -> AttentionPlan:
+    """Name a plan by the configuration that it was made from, and keep it."""
+    object.__setattr__(plan, "name", name)
+    object.__setattr__(plan, "made_by", made_by)
+    _plans[name] = plan
+    return plan
 
 
-DENSE = AttentionPlan()
+def canonical_name(configuration: dict[str, Any]) -> str:
+    """Return the name of the plan of a method's configuration."""
+    return json.dumps(configuration, sort_keys=True, separators=(",", ":"))
+
+
+def find_plan(name: str, made_by: type[Any]) -> tuple[str, AttentionPlan | None]:
+    """Look for the plan of a method's configuration.
+
+    A class that was defined again, as in a notebook, has plans of its own beside those of its predecessor.
+
+    Args:
+        name: from :func:`canonical_name`.
+        made_by: the method's class.
+
+    Returns:
+        The name to keep the plan under, and the plan itself if there is one.
+    """
+    for definition in itertools.count(2):
+        found = _plans.get(name)
+        if found is None or found.made_by in (None, made_by):
+            return name, found
+        name = f"{name.rstrip(' 0123456789')} {definition}"
+    raise AssertionError("unreachable")
+
+
+def plan_by_name(name: str) -> AttentionPlan:
+    """Return the plan with a name: the one that this process has, or else that of the method's configuration.
+
+    Raises:
+        UnsupportedError: if the plan was made by hand in another process, or its method is not registered in this one.
+    """
+    found = _plans.get(name) or _plans_by_hand.get(name)
+    if found is not None:
+        return found
+    if name.startswith(_BY_HAND):
+        raise UnsupportedError(
+            "this program uses an AttentionPlan that was made by hand, in another process or no longer there, and its "
+            "functions did not travel with it; make the program with the plan of a registered method"
+        )
+    try:
+        configuration = json.loads(name)
+        return get_sparse_method(configuration["method"]).model_validate(configuration).shared_plan()
+    except (ConfigError, ValueError, KeyError, TypeError) as error:  # ValueError: not JSON, or not valid
+        raise UnsupportedError(
+            f"this program uses the attention plan {name}, which this process cannot make ({error}); import the module "
+            "that registers the method before the program runs"
+        ) from None
+
+
+def _unpickled(name: str, _: type[Any] | None) -> AttentionPlan:
+    return plan_by_name(name)
+
+
+DENSE = keep_plan(AttentionPlan(), "dense")

@@ -33,6 +33,9 @@ def method_names(cls: type[SparseAttentionMethod]) -> tuple[str, ...]:
 def register_sparse_method(cls: MethodClass) -> MethodClass:
     """Class decorator: make a method available to configurations under the names in its ``method`` literal.
 
+    A class that is defined again in the same place, as in a notebook cell that is run twice, replaces the old one under
+    all of its names.
+
     Args:
         cls: a subclass of :class:`~modelopt_lite.methods.base.SparseAttentionMethod` whose ``method`` field is
             annotated ``Literal["name"]``; further literal values are aliases.
@@ -42,16 +45,21 @@ def register_sparse_method(cls: MethodClass) -> MethodClass:
 
     Raises:
         TypeError: if ``method`` is not such a literal.
-        ValueError: if one of the names is taken by another class.
+        ValueError: if one of the names is taken by a class of another place.
     """
     names = method_names(cls)
+    replaced: set[str] = set()
     for name in names:
         if name in _methods:
             taken_by = _methods[name]
-            raise ValueError(
-                f"sparse method {name!r} is already registered by {taken_by.__module__}.{taken_by.__qualname__}; "
-                f"{cls.__module__}.{cls.__qualname__} needs another name"
-            )
+            if (taken_by.__module__, taken_by.__qualname__) != (cls.__module__, cls.__qualname__):
+                raise ValueError(
+                    f"sparse method {name!r} is already registered by {taken_by.__module__}.{taken_by.__qualname__}; "
+                    f"{cls.__module__}.{cls.__qualname__} needs another name"
+                )
+            replaced.update(method_names(taken_by))
+    for name in replaced:
+        del _methods[name]
     _methods.update(dict.fromkeys(names, cls))
     return cls
 

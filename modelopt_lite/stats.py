@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from .kernels import AttentionStatistics
-from .module import sparse_modules
+from .module import count, sparse_modules
 
 
 class LayerStatistics:
@@ -90,8 +90,9 @@ def collect_statistics(model: nn.Module) -> Iterator[ModelStatistics]:
     """Count what the sparse layers of a model keep, over every prefill inside the ``with`` block.
 
     Each prefill then computes its scores once more, about half the cost of its attention, on the torch backend.
-    Layers that are switched off, and decode steps, are not counted. No prefill waits for its device to be counted. A
-    CUDA graph, whose replays would not be counted, is refused.
+    Layers that are switched off, decode steps, and what gradient checkpointing computes again are not counted, and
+    neither are calls in other threads. No prefill waits for its device to be counted. A CUDA graph, whose replays would
+    not be counted, is refused.
 
     Args:
         model: a model after :func:`~modelopt_lite.conversion.sparsify`; one without sparse layers counts nothing.
@@ -101,11 +102,5 @@ def collect_statistics(model: nn.Module) -> Iterator[ModelStatistics]:
     """
     modules = sparse_modules(model)
     statistics = ModelStatistics({name: LayerStatistics() for name in modules})
-    before = {name: module.sparse_attention.statistics for name, module in modules.items()}
-    for name, module in modules.items():
-        module.sparse_attention.statistics = statistics.layers[name]
-    try:
+    with count({module: statistics.layers[name] for name, module in modules.items()}):
         yield statistics
-    finally:
-        for name, module in modules.items():
-            module.sparse_attention.statistics = before[name]

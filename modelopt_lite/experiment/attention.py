@@ -10,17 +10,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface
 
 from ..conversion import summary
-from ..huggingface import ATTENTION_NAME, implementations, set_implementations
+from ..discovery import ATTENTION_NAME
 from ..kernels import attention
 from ..module import SparseAttentionModule, sparse_modules
 from ..plan import AttentionPlan
 from ..stats import collect_statistics
 from .records import LayerShare
 
-PROBE_NAME = "modelopt_lite_probe"
 PATTERN_TOKENS = 160
 
 
@@ -74,7 +72,7 @@ def measure_attention(model: PreTrainedModel, tokens: Tensor, with_heads: bool) 
     probe = _Probe(names[len(names) // 2] if with_heads and names else "")
     with collect_statistics(model) as statistics:
         if with_heads:
-            with _probing(model, probe):
+            with _probing(probe):
                 model(tokens[None], use_cache=False, logits_to_keep=1)
         else:
             model(tokens[None], use_cache=False, logits_to_keep=1)
@@ -96,8 +94,8 @@ def measure_attention(model: PreTrainedModel, tokens: Tensor, with_heads: bool) 
 
 
 @contextmanager
-def _probing(model: PreTrainedModel, probe: _Probe) -> Iterator[None]:
-    """Let a model's attention calls inside the ``with`` block be recorded; their results stay the same."""
+def _probing(probe: _Probe) -> Iterator[None]:
+    """Record this package's attention calls inside the ``with`` block; their results stay the same."""
     run = AttentionInterface()[ATTENTION_NAME]
 
     def forward(
@@ -107,19 +105,11 @@ def _probing(model: PreTrainedModel, probe: _Probe) -> Iterator[None]:
             _record(probe, module, query[0].transpose(0, 1), key[0].transpose(0, 1), kwargs)
         return cast("tuple[Tensor, None]", run(module, query, key, value, mask, **kwargs))
 
-    before = implementations(model)
-    if ATTENTION_NAME not in before.values():  # its layers call PyTorch's attention themselves
-        yield
-        return
-    AttentionInterface.register(PROBE_NAME, forward)
-    AttentionMaskInterface.register(PROBE_NAME, AttentionMaskInterface()[ATTENTION_NAME])
-    for part in (model.config, *(getattr(model.config, name, None) for name in model.config.sub_configs)):
-        if part is not None:
-            part._attn_implementation = PROBE_NAME
+    AttentionInterface.register(ATTENTION_NAME, forward)
     try:
         yield
     finally:
-        set_implementations(model, before)
+        AttentionInterface.register(ATTENTION_NAME, run)
 
 
 def _record(probe: _Probe, module: SparseAttentionModule, q: Tensor, k: Tensor, kwargs: dict[str, Any]) -> None:
@@ -131,7 +121,7 @@ def _record(probe: _Probe, module: SparseAttentionModule, q: Tensor, k: Tensor, 
         "softcap": kwargs.get("softcap"),
     }
     # A softmax's denominator over the kept keys, divided by that over all of them, is the mass that they have.
-    kept, whole = (_attend(q, k, k, plan, options)[1] for plan in (flags.plan, AttentionPlan()))
+    kept, whole = (_attend(q, k, k, plan, options)[1] for plan in (flags.sparse_plan, AttentionPlan()))
     probe.heads[flags.name] = [round(share, 6) for share in (kept - whole).exp().mean(0).tolist()]
     if flags.name == probe.pattern_layer:
         probe.head = q.shape[1] // 2
@@ -140,7 +130,7 @@ def _record(probe: _Probe, module: SparseAttentionModule, q: Tensor, k: Tensor, 
         k = k[:PATTERN_TOKENS, probe.head // group : probe.head // group + 1].float()
         # With the identity as values, the output is the weights; those of keys that are not kept are exactly 0.
         identity = torch.eye(k.shape[0], device=k.device)[:, None]
-        weights = _attend(q, k, identity, flags.plan, options, backend="torch")[0][:, 0]
+        weights = _attend(q, k, identity, flags.sparse_plan, options, backend="torch")[0][:, 0]
         rows = (weights > 0).tolist()
         probe.pattern = [f"{sum(bit << j for j, bit in enumerate(row)):x}" for row in rows]
 

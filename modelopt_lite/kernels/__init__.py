@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-import math
-from typing import Literal, TypeAlias, get_args
+import functools
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from ..errors import UnsupportedError
 from ..plan import AttentionPlan
+from .arguments import check_request, is_count
 from .blocked import AttentionStatistics, statistics_blocked
-from .language import tl
-from .operator import attention_operator
-from .problem import AttentionProblem
+from .choice import Backend
+from .operator import compute, is_traced, pack
+from .request import AttentionRequest
+from .sdpa import DenseCall
 from .top_n import top_n_plan
 
-if tl is not None:
-    from . import launch
-
-__all__ = ["AttentionStatistics", "Backend", "attention", "attention_statistics"]
-
-Backend: TypeAlias = Literal["auto", "triton", "torch"]
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-NO_PLAN_NUMBERS = {"sparsity_n": 0, "sparsity_m": 4, "num_sink_tokens": 0, "dense_window_size": 64}
+__all__ = [
+    "AttentionRequest",
+    "AttentionStatistics",
+    "Backend",
+    "DenseCall",
+    "attention",
+    "attention_statistics",
+    "compute",
+    "is_traced",
+    "pack",
+    "request_statistics",
+]
 
 
 def attention(
@@ -100,37 +104,48 @@ def attention(
             the CPU and by the torch backend; on a GPU the caller vouches for them, as a check would stall it.
         UnsupportedError: if the backend asked for cannot run these arguments.
     """
-    problem = _checked_problem(
-        q,
-        k,
-        v,
-        (b_start_loc, b_seq_len, max_input_len),
-        (b_start_loc_k, b_seq_len_k, max_input_len_k),
-        is_causal,
-        softmax_scale,
-        {
-            "sparsity_n": sparsity_n,
-            "sparsity_m": sparsity_m,
-            "num_sink_tokens": num_sink_tokens,
-            "dense_window_size": dense_window_size,
-        },
-        plan,
-        sliding_window,
-        softcap,
-        b_first_q,
-        b_first_k,
+    if b_start_loc_k is None and b_seq_len_k is None and max_input_len_k is None:
+        if isinstance(q, Tensor) and isinstance(k, Tensor) and q.shape[:1] != k.shape[:1]:
+            raise ValueError(f"k: {k.shape[0]} rows, q has {q.shape[0]}; then b_start_loc_k is needed")
+        b_start_loc_k, b_seq_len_k, max_input_len_k = b_start_loc, b_seq_len, max_input_len
+    request = AttentionRequest(
+        q=q,
+        k=k,
+        v=v,
+        s_aux=s_aux,
+        starts_q=b_start_loc,
+        lengths_q=b_seq_len,
+        max_q=max_input_len,
+        starts_k=b_start_loc_k,  # type: ignore[arg-type] # checked later, as all are
+        lengths_k=b_seq_len_k,  # type: ignore[arg-type]
+        max_k=max_input_len_k,  # type: ignore[arg-type]
+        is_causal=is_causal,
+        softmax_scale=_scale(q, softmax_scale),
+        sliding_window=sliding_window,
+        softcap=softcap,
+        plan=_plan(plan, sparsity_n, sparsity_m, num_sink_tokens, dense_window_size),
+        first_q=b_first_q,
+        first_k=b_first_k,
+        with_lse=return_lse,
     )
-    fits = s_aux is None or (s_aux.shape == q.shape[1:2] and s_aux.is_floating_point() and s_aux.device == q.device)
-    if not fits:
-        raise ValueError(
-            f"s_aux: {_describe(s_aux)}; must be floating-point [query_heads = {q.shape[1]}] on {q.device}"
-        )
-    use_triton = _choose_backend(backend, q, k, v, problem) == "triton"
-    output, lse = attention_operator(q, k, v, s_aux, problem, use_triton, return_lse)
-    return (output, lse) if return_lse else output
+    if not (
+        isinstance(q, Tensor)
+        and isinstance(k, Tensor)
+        and isinstance(v, Tensor)
+        and isinstance(b_start_loc, Tensor)
+        and isinstance(b_seq_len, Tensor)
+        and isinstance(b_start_loc_k, Tensor)
+        and isinstance(b_seq_len_k, Tensor)
+        and isinstance(request.plan, AttentionPlan)
+        and isinstance(s_aux, Tensor | None)
+        and isinstance(b_first_q, Tensor | None)
+        and isinstance(b_first_k, Tensor | None)
+    ):
+        check_request(request)
+    output, lse = compute(request, backend)
+    return (output, cast(Tensor, lse)) if return_lse else output
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator] # a graph would hold every tile
 def attention_statistics(
     q: Tensor,
     k: Tensor,
@@ -158,149 +173,67 @@ def attention_statistics(
         ValueError: if an argument is wrong; the message names it. Starts and lengths are checked value by value on the
             CPU alone.
     """
-    problem = _checked_problem(
-        q,
-        k,
-        k,
-        (b_start_loc, b_seq_len, max_input_len),
-        (b_start_loc_k, b_seq_len_k, max_input_len_k),
-        is_causal,
-        softmax_scale,
-        NO_PLAN_NUMBERS,
-        plan,
-        sliding_window,
-        softcap,
-        b_first_q,
-        b_first_k,
+    if b_start_loc_k is None and b_seq_len_k is None and max_input_len_k is None:
+        b_start_loc_k, b_seq_len_k, max_input_len_k = b_start_loc, b_seq_len, max_input_len
+    request = AttentionRequest(
+        q=q,
+        k=k,
+        v=k,
+        s_aux=None,
+        starts_q=b_start_loc,
+        lengths_q=b_seq_len,
+        max_q=max_input_len,
+        starts_k=b_start_loc_k,  # type: ignore[arg-type] # checked later, as all are
+        lengths_k=b_seq_len_k,  # type: ignore[arg-type]
+        max_k=max_input_len_k,  # type: ignore[arg-type]
+        is_causal=is_causal,
+        softmax_scale=_scale(q, softmax_scale),
+        sliding_window=sliding_window,
+        softcap=softcap,
+        plan=plan,
+        first_q=b_first_q,
+        first_k=b_first_k,
     )
-    if q.device.type == "cpu":
-        problem.check_values(q.shape[0], k.shape[0])
-    with torch.autocast(q.device.type, enabled=False):
-        return statistics_blocked(q, k, problem)
+    return cast(AttentionStatistics, request_statistics(request))
 
 
-def _checked_problem(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    packing_q: tuple[Tensor, Tensor, int],
-    packing_k: tuple[Tensor | None, Tensor | None, int | None],
-    is_causal: bool,
-    softmax_scale: float | None,
-    plan_numbers: dict[str, int],
-    plan: AttentionPlan | None,
-    sliding_window: int | None,
-    softcap: float | None,
-    first_q: Tensor | None,
-    first_k: Tensor | None,
-) -> AttentionProblem:
-    """Check every argument but the values of starts and lengths."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if not (isinstance(x, Tensor) and x.dim() == 3 and x.dtype in DTYPES):
-            raise ValueError(f"{name}: {_describe(x)}; must be [tokens, heads, dim] in FP16, BF16, FP32 or FP64")
-        if x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(f"{name}: {_describe(x)}; must have the type and device of q, {_describe(q)}")
-        if 0 in x.shape[1:]:
-            raise ValueError(f"{name}: {_describe(x)}; needs at least one head and one dimension")
-    if q.shape[2] != k.shape[2]:
-        raise ValueError(f"k: head_dim is {k.shape[2]}; must be that of q, {q.shape[2]}")
-    if k.shape[:2] != v.shape[:2]:
-        raise ValueError(f"v: {_describe(v)}; must have the tokens and heads of k, {_describe(k)}")
-    if q.shape[1] % k.shape[1] != 0:
-        raise ValueError(f"q: {q.shape[1]} query heads are not allowed; a multiple of the {k.shape[1]} key/value heads")
-    if all(x is None for x in packing_k):
-        if q.shape[0] != k.shape[0]:
-            raise ValueError(f"k: {k.shape[0]} rows, q has {q.shape[0]}; then b_start_loc_k is needed")
-        packing_k = packing_q
-    starts_q, lengths_q, max_q = _checked_packing("", packing_q, q)
-    starts_k, lengths_k, max_k = _checked_packing("_k", packing_k, q)
-    if starts_q.shape != starts_k.shape:
-        raise ValueError(f"b_start_loc_k: {starts_k.shape[0]} sequences; must be {starts_q.shape[0]}")
-    if not isinstance(is_causal, bool):
-        raise ValueError(f"is_causal: {is_causal!r} is not allowed; True or False")
-    scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
-    if not _is_positive(scale):
-        raise ValueError(f"softmax_scale: {softmax_scale!r} is not allowed; a finite number > 0")
-    if sliding_window is not None and not _is_count(sliding_window, 1):
-        raise ValueError(f"sliding_window: {sliding_window!r} is not allowed; an integer >= 1")
-    if softcap is not None and not _is_positive(softcap):
-        raise ValueError(f"softcap: {softcap!r} is not allowed; a finite number > 0")
+@torch.compiler.disable  # type: ignore[untyped-decorator] # a graph would hold every tile
+def request_statistics(request: AttentionRequest) -> AttentionStatistics:
+    """Measure what the plan of a request keeps; as :func:`attention_statistics`."""
+    check_request(request)
+    if request.q.device.type == "cpu":
+        request.check_values()
+    with torch.autocast(request.q.device.type, enabled=False):
+        return statistics_blocked(request)
+
+
+def _scale(q: Tensor, softmax_scale: float | None) -> float:
+    if softmax_scale is None:
+        return q.shape[-1] ** -0.5 if isinstance(q, Tensor) and q.dim() and q.shape[-1] else 1.0
+    # Other types stay as they are, to be refused.
+    return float(softmax_scale) if type(softmax_scale) is int else softmax_scale
+
+
+def _plan(plan: AttentionPlan | None, sparsity_n: int, sparsity_m: int, sinks: int, window: int) -> AttentionPlan:
+    """Return the plan that is given, or that of four numbers; both are refused."""
     if plan is None:
-        for name, number in plan_numbers.items():
-            if not _is_count(number, 0):
-                raise ValueError(f"{name}: {number!r} is not allowed; an integer >= 0")
-        plan = top_n_plan(*plan_numbers.values())
-    else:
-        if not isinstance(plan, AttentionPlan):
-            raise ValueError(f"plan: {plan!r} is not allowed; an AttentionPlan")
-        given = [name for name, number in plan_numbers.items() if number != NO_PLAN_NUMBERS[name]]
-        if given:
-            raise ValueError(f"{', '.join(given)}: not allowed together with plan; the plan says it all")
-    for name, first in (("b_first_q", first_q), ("b_first_k", first_k)):
-        if first is not None:
-            _check_integers(name, first, q)
-            if first.shape != starts_q.shape:
-                raise ValueError(f"{name}: {first.shape[0]} sequences; must be {starts_q.shape[0]}")
-    return AttentionProblem(
-        starts_q,
-        lengths_q,
-        max_q,
-        starts_k,
-        lengths_k,
-        max_k,
-        is_causal,
-        float(scale),
-        sliding_window,
-        softcap,
-        plan,
-        first_q,
-        first_k,
-    )
+        return _plan_of_numbers(sparsity_n, sparsity_m, sinks, window)
+    numbers = {
+        "sparsity_n": (sparsity_n, 0),
+        "sparsity_m": (sparsity_m, 4),
+        "num_sink_tokens": (sinks, 0),
+        "dense_window_size": (window, 64),
+    }
+    given = [name for name, (number, default) in numbers.items() if number != default]
+    if given:
+        raise ValueError(f"{', '.join(given)}: not allowed together with plan; the plan says it all")
+    return plan
 
 
-def _checked_packing(
-    suffix: str, packing: tuple[Tensor | None, Tensor | None, int | None], q: Tensor
-) -> tuple[Tensor, Tensor, int]:
-    starts, lengths, longest = packing
-    if starts is None or lengths is None or longest is None:
-        raise ValueError("b_start_loc_k, b_seq_len_k, max_input_len_k: some are missing; give all three or none")
-    for name, x in (("b_start_loc", starts), ("b_seq_len", lengths)):
-        _check_integers(f"{name}{suffix}", x, q)
-    if starts.shape != lengths.shape:
-        raise ValueError(f"b_seq_len{suffix}: {lengths.shape[0]} sequences; b_start_loc{suffix} has {starts.shape[0]}")
-    if not _is_count(longest, 0):
-        raise ValueError(f"max_input_len{suffix}: {longest!r} is not allowed; an integer >= 0")
-    return starts, lengths, longest
-
-
-def _check_integers(name: str, x: object, q: Tensor) -> None:
-    if not (isinstance(x, Tensor) and x.dim() == 1 and x.dtype in (torch.int32, torch.int64) and x.device == q.device):
-        raise ValueError(f"{name}: {_describe(x)}; must be int32 or int64 [batch] on {q.device}")
-
-
-def _choose_backend(backend: Backend, q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem) -> Backend:
-    if backend not in get_args(Backend):
-        raise ValueError(f"backend: {backend!r} is not allowed; one of {get_args(Backend)}")
-    if backend == "torch" or (backend == "auto" and not q.is_cuda):
-        return "torch"
-    refusal: str | None
-    refusal = "Triton is not installed" if tl is None else launch.refusal(q, k, v, problem.plan)
-    if refusal is None:
-        return "triton"
-    if backend == "triton":
-        raise UnsupportedError(f"backend: 'triton' cannot run this: {refusal}")
-    return "torch"
-
-
-def _is_count(x: object, least: int) -> bool:
-    return isinstance(x, int) and not isinstance(x, bool) and x >= least
-
-
-def _is_positive(x: object) -> bool:
-    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) and x > 0
-
-
-def _describe(x: object) -> str:
-    if not isinstance(x, Tensor):
-        return repr(x)
-    return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)} on {x.device}"
+@functools.cache
+def _plan_of_numbers(sparsity_n: int, sparsity_m: int, num_sink_tokens: int, dense_window_size: int) -> AttentionPlan:
+    numbers = {"sparsity_n": sparsity_n, "sparsity_m": sparsity_m}
+    for name, number in {**numbers, "num_sink_tokens": num_sink_tokens, "dense_window_size": dense_window_size}.items():
+        if not is_count(number, 0):
+            raise ValueError(f"{name}: {number!r} is not allowed; an integer >= 0")
+    return top_n_plan(sparsity_n, sparsity_m, num_sink_tokens, dense_window_size)

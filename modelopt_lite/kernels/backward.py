@@ -107,7 +107,7 @@ def differentiate_softmax(
         numbers: ``(scale, softcap)``.
         hook_args: constants, then numbers, for the hook.
         SCORE_HOOK: which scores to keep, or None.
-        OPTIONS: :class:`modelopt_lite.kernels.launch.Options`.
+        OPTIONS: :class:`modelopt_lite.kernels.settings.Options`.
         MASKED: whether visibility and exemptions are checked for each key.
 
     Returns:
@@ -154,7 +154,7 @@ def add_key_tile(
     """Add to the gradient of a tile of queries what the key tile that begins at position ``first`` gives."""
     GROUP: tl.constexpr = OPTIONS.group
     length = rules[1]
-    lower = rules[5] if OPTIONS.placed else 0
+    lower = rules[5] if OPTIONS.positions else 0
     # [BLOCK_N, BLOCK_D], [BLOCK_N, BLOCK_DV]
     key_tile = load_tile(key, first, length, OPTIONS.head_dim, BLOCK_N, OPTIONS.block_d, GROUP, BOUNDED, lower)
     value_tile = load_tile(value, first, length, OPTIONS.value_dim, BLOCK_N, OPTIONS.block_dv, GROUP, BOUNDED, lower)
@@ -215,7 +215,7 @@ def gradient_of_queries(
         value_descriptor: the same of the values.
         strides: ``(token stride, head stride)`` of query, key, value, gradient of the output and of the query.
         sequences: pointers ``(starts, lengths)`` of the queries, then of the keys, then those of the positions of the
-            first query and the first key, None unless ``OPTIONS.placed``; ``[batch]`` each.
+            first query and the first key, None unless ``OPTIONS.positions``; ``[batch]`` each.
         heads_of: ``(query heads, query heads per kv head)``.
         numbers: ``(scale, softcap)``.
         batch: number of sequences.
@@ -227,7 +227,7 @@ def gradient_of_queries(
         sliding_window: most recent keys that are visible, if ``OPTIONS.sliding``.
         hook_args: constants, then numbers, for the hook.
         SCORE_HOOK: which scores to keep, or None.
-        OPTIONS: :class:`modelopt_lite.kernels.launch.Options`.
+        OPTIONS: :class:`modelopt_lite.kernels.settings.Options`.
     """
     BLOCK_M: tl.constexpr = OPTIONS.block_m
     BLOCK_N: tl.constexpr = OPTIONS.block_n
@@ -275,7 +275,7 @@ def gradient_of_queries(
     value = (value_ptr + kv_head.to(tl.int64) * value_strides[1], value_strides[0], value_descriptor, start_k, kv_head)
 
     accumulator = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    if OPTIONS.placed:
+    if OPTIONS.positions:
         rules = rules + (first_key,)
         spans = bounded_span(first_position, last_position, rules, OPTIONS)
     else:
@@ -428,7 +428,7 @@ def query_spans(first, query_length, first_query, rules, SPARSE: tl.constexpr, O
         else:
             band_begin = tl.maximum(own_begin, 0) // BLOCK_M * BLOCK_M
             band_end = exempt_end
-    masked_wholly = (first + BLOCK_N > length) | OPTIONS.placed
+    masked_wholly = (first + BLOCK_N > length) | OPTIONS.positions
     if SPARSE:
         masked_wholly |= first < num_sinks
     hot_begin = tl.where(masked_wholly, full_end, hot_begin)
@@ -497,7 +497,7 @@ def gradient_of_keys(
         sliding_window: most recent keys that are visible, if ``OPTIONS.sliding``.
         hook_args: constants, then numbers, for the hook.
         SCORE_HOOK: which scores to keep, or None.
-        OPTIONS: :class:`modelopt_lite.kernels.launch.Options`.
+        OPTIONS: :class:`modelopt_lite.kernels.settings.Options`.
     """
     BLOCK_M: tl.constexpr = OPTIONS.block_m
     BLOCK_N: tl.constexpr = OPTIONS.block_n
@@ -523,7 +523,7 @@ def gradient_of_keys(
     first_query, first_key, length, start_k, num_sinks, window = place(
         firsts_q, firsts_k, sequence, query_length, length, start_k, num_sinks, window, OPTIONS
     )
-    if OPTIONS.placed:
+    if OPTIONS.positions:
         first += first_key // GROUP * GROUP
     if first >= length:
         return
@@ -538,7 +538,7 @@ def gradient_of_keys(
     rows_begin, hot_begin, band_begin, band_end, full_end, rows_end = query_spans(
         first, query_length, first_query, rules, SCORE_HOOK is not None, OPTIONS
     )
-    if OPTIONS.placed:
+    if OPTIONS.positions:
         rules = rules + (first_key,)
     grad_key = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     grad_value = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
@@ -576,7 +576,7 @@ def gradient_of_keys(
     places = tl.arange(0, BLOCK_N)
     keys = first + GROUP * (places % (BLOCK_N // GROUP)) + places // (BLOCK_N // GROUP)
     exist = keys < length
-    if OPTIONS.placed:
+    if OPTIONS.positions:
         exist = exist & (keys >= first_key)
     head = kv_head.to(tl.int64)
     store_rows(

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..plan import GROUP_SIZES
-from .problem import AttentionProblem, Sequence
+from .request import AttentionRequest, PackedSequence
 
 QUERY_BLOCK = 256
 # Scores in one tile over all heads; the fastest of the powers of two tried on a two-core CPU.
@@ -76,14 +76,14 @@ class _Sequence:
         end_k: position behind the last key.
     """
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, sequence: Sequence, problem: AttentionProblem) -> None:
-        self.problem = problem
-        q, k, v = q[sequence.queries], k[sequence.keys], v[sequence.keys]
+    def __init__(self, sequence: PackedSequence, request: AttentionRequest) -> None:
+        self.request = request
+        q, k, v = request.q[sequence.queries], request.k[sequence.keys], request.v[sequence.keys]
         self.len_q, self.len_k = q.shape[0], k.shape[0]
         self.first_q, self.first_k = sequence.first_q, sequence.first_k
         self.end_k = self.first_k + self.len_k
         self.kv_heads, self.repeat = k.shape[1], q.shape[1] // k.shape[1]
-        self.plan = problem.plan_for(self.len_q)
+        self.plan = request.plan_for(self.len_q)
         self.group = self.plan.group
         self.dtype = torch.promote_types(q.dtype, torch.float32)
         rows = max(1, min(self.len_q, QUERY_BLOCK)) * q.shape[1]
@@ -125,14 +125,14 @@ class _Sequence:
 
     def tiles(self, queries: slice) -> Iterator[_Tile]:
         """Compute the tiles of a block of queries in which any key may be kept."""
-        problem, device = self.problem, self.q.device
+        request, device = self.request, self.q.device
         q = self.rows(self.q, queries)
         first, last = self.first_q + queries.start, self.first_q + queries.stop - 1
         q_pos = torch.arange(first, last + 1, device=device)[:, None, None]
-        window = problem.sliding_window
+        window = request.sliding_window
         begin = self.first_k if window is None else max(self.first_k, first - window + 1)
         end = self.end_k
-        if problem.is_causal:
+        if request.is_causal:
             end = min(end, last + 1)
         elif window is not None:
             end = min(end, last + window)
@@ -143,7 +143,7 @@ class _Sequence:
             any_recent = low <= last and first - (high - 1) < recent
             if self.plan.keeps_nothing and low >= sinks and not any_recent:
                 continue
-            scores = _scores(q, self.k[block].mT, problem)
+            scores = _scores(q, self.k[block].mT, request)
             # The same memory as [kv_heads, repeat, queries, groups, group], and the positions stored alike.
             grouped = scores.unflatten(1, (self.repeat, -1)).unflatten(3, (self.group, -1)).mT
             k_pos = torch.arange(low, high, device=device).unflatten(0, (-1, self.group)).mT.contiguous().mT
@@ -152,17 +152,17 @@ class _Sequence:
             hidden = k_pos >= self.end_k if high > self.end_k else None
             if low < self.first_k:
                 hidden = _union(hidden, k_pos < self.first_k)
-            if problem.is_causal and high - 1 > first:
+            if request.is_causal and high - 1 > first:
                 hidden = _union(hidden, behind < 0)
             if window is not None and last - low >= window:
                 hidden = _union(hidden, behind >= window)
-            if window is not None and not problem.is_causal and high - 1 - first >= window:
+            if window is not None and not request.is_causal and high - 1 - first >= window:
                 hidden = _union(hidden, behind <= -window)
             if hidden is not None:
                 grouped.masked_fill_(hidden, -torch.inf)
 
             kept = None
-            all_recent = last - low < recent and (problem.is_causal or high - 1 <= first)
+            all_recent = last - low < recent and (request.is_causal or high - 1 <= first)
             if self.plan.keep is not None and not all_recent and high > sinks:
                 kept = self.plan.keep(grouped, q_pos, k_pos)
                 if low < sinks:
@@ -173,17 +173,17 @@ class _Sequence:
             yield _Tile(scores, kept, block)
 
 
-def _sequences(q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem) -> Iterator[tuple[Sequence, _Sequence]]:
-    for item in problem.sequences():
+def _sequences(request: AttentionRequest) -> Iterator[tuple[PackedSequence, _Sequence]]:
+    for item in request.sequences():
         if item.queries.stop > item.queries.start:
-            yield item, _Sequence(q, k, v, item, problem)
+            yield item, _Sequence(item, request)
 
 
-def _scores(q: Tensor, k: Tensor, problem: AttentionProblem) -> Tensor:
+def _scores(q: Tensor, k: Tensor, request: AttentionRequest) -> Tensor:
     """Multiply ``[heads, queries, head_dim]`` and ``[heads, head_dim, keys]``, and scale and cap the scores."""
-    scores = torch.bmm(q, k).mul_(problem.softmax_scale)
-    if problem.softcap is not None:
-        scores.div_(problem.softcap).tanh_().mul_(problem.softcap)
+    scores = torch.bmm(q, k).mul_(request.softmax_scale)
+    if request.softcap is not None:
+        scores.div_(request.softcap).tanh_().mul_(request.softcap)
     return scores
 
 
@@ -214,18 +214,17 @@ def _add_to_softmax(highest: Tensor, total: Tensor, scores: Tensor) -> tuple[Ten
     return new, total * shrink + scores.sum(-1), shrink
 
 
-def forward_blocked(
-    q: Tensor, k: Tensor, v: Tensor, s_aux: Tensor | None, problem: AttentionProblem
-) -> tuple[Tensor, Tensor]:
-    """Compute attention in tiles; arguments and results as of the oracle, but for the types.
+def forward_blocked(request: AttentionRequest) -> tuple[Tensor, Tensor]:
+    """Compute attention in tiles, as the oracle defines it.
 
     Returns:
         The output in the type of ``q``, and the logarithms of the softmax denominators in FP32 (FP64 for FP64 inputs).
     """
+    q, v, s_aux = request.q, request.v, request.s_aux
     accumulated = torch.promote_types(q.dtype, torch.float32)
     output = q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
     lse = q.new_full(q.shape[:2], -torch.inf, dtype=accumulated)
-    for item, sequence in _sequences(q, k, v, problem):
+    for item, sequence in _sequences(request):
         for queries in sequence.query_blocks():
             highest, total = _start_of_softmax(sequence, queries, s_aux)
             value = sequence.q.new_zeros(*highest.shape, v.shape[2])
@@ -241,26 +240,20 @@ def forward_blocked(
 
 
 def backward_blocked(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    s_aux: Tensor | None,
-    output: Tensor,
-    lse: Tensor,
-    problem: AttentionProblem,
+    grad: Tensor, output: Tensor, lse: Tensor, request: AttentionRequest
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return the gradients of ``q``, ``k``, ``v`` and ``s_aux`` from that of the output, computing the tiles again.
 
     Which keys are kept is taken as given: the selection has no gradient of its own.
     """
+    q, k, v, s_aux = request.q, request.k, request.v, request.s_aux
     accumulated = lse.dtype
     grad_q, grad_k, grad_v = (x.new_zeros(x.shape, dtype=accumulated) for x in (q, k, v))
     # Rows without a key have lse -inf; with 0 instead their weights come out as exp(-inf) = 0.
     empty = lse == -torch.inf
     lse = lse.masked_fill(empty, 0.0)
     delta = (grad.to(accumulated) * output.to(accumulated)).sum(-1).masked_fill(empty, 0.0)
-    for item, sequence in _sequences(q, k, v, problem):
+    for item, sequence in _sequences(request):
         in_q, in_k = item.queries, item.keys
         grads = sequence.heads_first(grad[in_q])
         lses = sequence.heads_first(lse[in_q, :, None])
@@ -275,11 +268,11 @@ def backward_blocked(
                 scores = tile.kept_scores()
                 weights = torch.exp(scores - row_lse)
                 grad_scores = torch.bmm(row_grad, sequence.v[tile.block].mT).sub_(row_delta).mul_(weights)
-                if problem.softcap is not None:
+                if request.softcap is not None:
                     # d/ds of cap * tanh(s / cap); dropped scores are -inf and have weight 0
-                    slope = 1 - (scores.masked_fill(scores == -torch.inf, 0.0) / problem.softcap).square()
+                    slope = 1 - (scores.masked_fill(scores == -torch.inf, 0.0) / request.softcap).square()
                     grad_scores.mul_(slope)
-                grad_scores.mul_(problem.softmax_scale)
+                grad_scores.mul_(request.softmax_scale)
                 row_grad_q.baddbmm_(grad_scores, sequence.k[tile.block])
                 grad_k_blocks[tile.block].baddbmm_(grad_scores.mT, row_q)
                 grad_v_blocks[tile.block].baddbmm_(weights.mT, row_grad)
@@ -320,12 +313,13 @@ class _Block(NamedTuple):
     span: int
 
 
-def _blocks(total_q: int, total_k: int, problem: AttentionProblem) -> Iterator[_Block]:
+def _blocks(request: AttentionRequest) -> Iterator[_Block]:
     """Cut all sequences into blocks of queries, all of one size, by nothing but upper bounds of their lengths.
 
     The rows of all together bound the number of blocks, so that a long one among many short ones costs few.
     """
-    p, device, batch = problem, problem.lengths_q.device, problem.lengths_q.shape[0]
+    p, device, batch = request, request.lengths_q.device, request.lengths_q.shape[0]
+    total_q, total_k = p.q.shape[0], p.k.shape[0]
     longest, span = min(p.max_q, total_q), min(p.max_k, total_k)
     if 0 in (batch, longest, span):
         return
@@ -359,15 +353,15 @@ def _blocks(total_q: int, total_k: int, problem: AttentionProblem) -> Iterator[_
 
 
 @torch.no_grad()
-def statistics_blocked(q: Tensor, k: Tensor, problem: AttentionProblem) -> AttentionStatistics:
+def statistics_blocked(request: AttentionRequest) -> AttentionStatistics:
     """Count what a plan keeps of a computation, without waiting for its device."""
-    plan, window = problem.plan, problem.sliding_window
+    q, k, plan, window = request.q, request.k, request.plan, request.sliding_window
     dtype = torch.promote_types(q.dtype, torch.float32)
     heads, kv_heads, alignment = q.shape[1], k.shape[1], max(GROUP_SIZES)
     repeat = heads // kv_heads
     rows, visible, kept = (torch.zeros((), dtype=torch.int64, device=q.device) for _ in range(3))
     mass = torch.zeros((), dtype=torch.float64, device=q.device)
-    for block in _blocks(q.shape[0], k.shape[0], problem):
+    for block in _blocks(request):
         query = q[block.rows].to(dtype).unflatten(1, (kv_heads, repeat)).permute(1, 2, 0, 3).flatten(1, 2)
         highest = query.new_full(query.shape[:2], -torch.inf)
         total = kept_total = torch.zeros_like(highest)
@@ -377,11 +371,11 @@ def statistics_blocked(q: Tensor, k: Tensor, problem: AttentionProblem) -> Atten
             slots = torch.arange(low, low + width, device=q.device).unflatten(0, (-1, plan.group)).mT.contiguous()
             k_pos = block.origin + slots.mT  # [groups, group], stored like the scores
             key = k[(block.row_k + k_pos.mT.flatten()).clamp(0, k.shape[0] - 1)].to(dtype)
-            scores = _scores(query, key.permute(1, 2, 0), problem)
+            scores = _scores(query, key.permute(1, 2, 0), request)
             grouped = scores.unflatten(1, (repeat, -1)).unflatten(3, (plan.group, -1)).mT
             behind = block.q_pos - k_pos  # [queries, groups, group]
             seen = block.is_query & (k_pos >= block.first_k) & (k_pos < block.end_k)
-            if problem.is_causal:
+            if request.is_causal:
                 seen &= behind >= 0
             if window is not None:
                 seen &= behind.abs() < window

@@ -63,7 +63,7 @@ def attend_tile(
     BLOCK_M: tl.constexpr = OPTIONS.block_m
     GROUP: tl.constexpr = OPTIONS.group
     length = rules[1]
-    lower = rules[5] if OPTIONS.placed else 0
+    lower = rules[5] if OPTIONS.positions else 0
 
     # [BLOCK_N, BLOCK_D]
     key_tile = load_tile(key, first, length, OPTIONS.head_dim, BLOCK_N, OPTIONS.block_d, GROUP, BOUNDED, lower)
@@ -211,7 +211,7 @@ def attention_forward(
     SCORE_HOOK: tl.constexpr,
     OPTIONS: tl.constexpr,
 ):
-    """Compute attention of packed sequences, and its log-sum-exp; see :func:`modelopt_lite.kernels.launch.forward`.
+    """Compute attention of packed sequences, and its log-sum-exp; see :func:`modelopt_lite.kernels.portable.prepare`.
 
     Args:
         query_ptr: ``[tokens, heads, head_dim]``, as are the keys; the last dimension is contiguous everywhere.
@@ -224,7 +224,7 @@ def attention_forward(
         value_descriptor: the same of the values.
         strides: ``(token stride, head stride)`` of query, key, value and out.
         sequences: pointers ``(starts, lengths)`` of the queries, then of the keys, then those of the positions of the
-            first query and the first key, None unless ``OPTIONS.placed``; ``[batch]`` each.
+            first query and the first key, None unless ``OPTIONS.positions``; ``[batch]`` each.
         heads_of: ``(query heads, query heads per kv head)``.
         numbers: ``(scale, softcap)``.
         batch: number of sequences.
@@ -236,7 +236,7 @@ def attention_forward(
         sliding_window: most recent keys that are visible, if ``OPTIONS.sliding``.
         hook_args: constants, then numbers, for the hook.
         SCORE_HOOK: which scores to keep, or None.
-        OPTIONS: :class:`modelopt_lite.kernels.launch.Options`.
+        OPTIONS: :class:`modelopt_lite.kernels.settings.Options`.
     """
     BLOCK_M: tl.constexpr = OPTIONS.block_m
     BLOCK_D: tl.constexpr = OPTIONS.block_d
@@ -295,7 +295,7 @@ def attention_forward(
     key = (key_head_ptr, key_strides[0], key_descriptor, start_k, kv_head)
     value = (value_head_ptr, value_strides[0], value_descriptor, start_k, kv_head)
     rules = (positions, length, num_sinks, window, sliding_window)
-    if OPTIONS.placed:
+    if OPTIONS.positions:
         rules = rules + (first_key,)
         spans = bounded_span(first_position, last_position, rules, OPTIONS)
     else:

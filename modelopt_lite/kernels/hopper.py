@@ -201,7 +201,7 @@ def load_rows(source, row, head, barrier, memory, OPTIONS: gl.constexpr):
     """Have a tile of keys or values loaded, deinterleaved.
 
     The source is ``(descriptor, descriptor of the tail, the tail's first row)``, and that row is a multiple of the
-    group; see :func:`modelopt_lite.kernels.launch._tails`.
+    group; see :func:`modelopt_lite.kernels.hopper_launch._tail`.
     """
     descriptor, tail, tail_start = source
     GROUP: gl.constexpr = OPTIONS.group
@@ -689,7 +689,7 @@ def attention_forward_hopper(
     heads_per_wave, num_sinks, window, sliding_window, hook_args,
     SCORE_HOOK: gl.constexpr, QUICK_HOOK: gl.constexpr, OPTIONS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Compute attention of packed sequences, and its log-sum-exp; see :func:`modelopt_lite.kernels.launch.forward`."""
+    """Compute attention of packed sequences, and its log-sum-exp; see :mod:`.hopper_launch`."""
     ELEMENT: gl.constexpr = query_descriptor.dtype
     WARPGROUPS: gl.constexpr = OPTIONS.block_m // ROWS
     query_memory = gl.allocate_shared_memory(

@@ -1,171 +1,217 @@
 """Attention as a PyTorch operator: its gradients, and its shapes for ``torch.compile``, which does not look inside.
 
-Operators take tensors and numbers only, so an :class:`AttentionProblem` passes as its fields, and its plan by key.
+Operators take tensors, numbers and strings, so a request passes through them flattened. Where no gradient is recorded
+and nothing traces, there is no operator in between.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..plan import plan_by_key
-from .blocked import backward_blocked, forward_blocked
+from ..errors import UnsupportedError
+from . import choice
+from .arguments import check_request
+from .blocked import backward_blocked
+from .choice import Backend
 from .language import tl
-from .problem import AttentionProblem
+from .request import SCHEMA, AttentionRequest
 
 if tl is not None:
-    from . import launch
+    from . import portable
+
+_NAMES = (*SCHEMA, "backend")
+_ARGUMENTS = ", ".join(f"{kind} {name}" for name, kind in {**SCHEMA, "backend": "str"}.items())
+_TENSORS = tuple(name for name, kind in SCHEMA.items() if kind.startswith("Tensor"))
+
+torch.library.define("modelopt_lite::attention", f"({_ARGUMENTS}) -> (Tensor, Tensor)")
+torch.library.define(
+    "modelopt_lite::attention_backward",
+    f"(Tensor grad, Tensor output, Tensor lse, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+torch.library.define("modelopt_lite::pack", "(Tensor is_first) -> (Tensor, Tensor, Tensor)")
 
 
-def attention_operator(
-    q: Tensor, k: Tensor, v: Tensor, s_aux: Tensor | None, problem: AttentionProblem, use_triton: bool, return_lse: bool
-) -> tuple[Tensor, Tensor]:
-    """Run a checked problem; arguments and results as of :func:`~modelopt_lite.kernels.blocked.forward_blocked`.
+def compute(request: AttentionRequest, backend: Backend = "auto") -> tuple[Tensor, Tensor | None]:
+    """Check and compute a request; differentiable in ``q``, ``k``, ``v`` and ``s_aux``.
 
-    Without ``return_lse``, there may be nothing in the LSE.
+    Args:
+        request: what is to be computed.
+        backend: as in :func:`modelopt_lite.kernels.attention`.
+
+    Returns:
+        The output, ``[total_q, query_heads, value_dim]``, and the logarithms of the softmax denominators, ``[total_q,
+        query_heads]``, without gradient; the latter may be None or empty if the request does not want them.
+
+    Raises:
+        ValueError: if an argument is wrong; the message names it.
+        UnsupportedError: if the backend asked for cannot run the request.
     """
-    p = problem
-    with_lse = return_lse or (
-        torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, s_aux))
-    )
-    packing = (p.starts_q, p.lengths_q, p.max_q, p.starts_k, p.lengths_k, p.max_k)
-    options = (p.is_causal, p.softmax_scale, p.sliding_window, p.softcap, p.plan.key, use_triton)
-    output, lse = _forward(q, k, v, s_aux, *packing, *options, with_lse, p.first_q, p.first_k)
+    needs_gradient = _needs_gradient(request)
+    if not (needs_gradient or is_traced(request.q)):
+        return choice.run(request, backend)
+    check_request(request)
+    choice.check_backend(request, backend)
+    if needs_gradient:
+        request = request._replace(with_lse=True)
+    inputs = (*request.flatten(), backend)
+    if torch.compiler.is_compiling():
+        output, lse = torch.ops.modelopt_lite.attention(*inputs)
+    else:
+        output, lse = _Attention.apply(*inputs)  # type: ignore[no-untyped-call]
     return output, lse.detach()
 
 
-@torch.library.custom_op("modelopt_lite::attention", mutates_args=())
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    s_aux: Tensor | None,
-    starts_q: Tensor,
-    lengths_q: Tensor,
-    max_q: int,
-    starts_k: Tensor,
-    lengths_k: Tensor,
-    max_k: int,
-    is_causal: bool,
-    softmax_scale: float,
-    sliding_window: int | None,
-    softcap: float | None,
-    plan_key: int,
-    use_triton: bool,
-    with_lse: bool,
-    first_q: Tensor | None = None,
-    first_k: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    packing = (starts_q, lengths_q, max_q, starts_k, lengths_k, max_k)
-    plan = plan_by_key(plan_key)
-    if use_triton:
-        output, lse = launch.forward(
-            q,
-            k,
-            v,
-            *packing,
-            is_causal=is_causal,
-            softmax_scale=softmax_scale,
-            sliding_window=sliding_window,
-            softcap=softcap,
-            s_aux=s_aux,
-            plan=plan,
-            first_q=first_q,
-            first_k=first_k,
-            with_lse=with_lse,
-        )
-        return output, q.new_empty(0, dtype=torch.float32) if lse is None else lse
-    problem = AttentionProblem(*packing, is_causal, softmax_scale, sliding_window, softcap, plan, first_q, first_k)
-    problem.check_values(q.shape[0], k.shape[0])
-    with torch.autocast(q.device.type, enabled=False):
-        return forward_blocked(q, k, v, s_aux, problem)
+def pack(is_first: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Find the sequences that follow each other in the rows of a batch; an operator, so that a graph has no lengths.
+
+    It waits for the device, unless a CUDA graph is captured, where there are as many sequences as tokens, nearly all of
+    them empty.
+
+    Args:
+        is_first: where a sequence begins, booleans ``[batch, length]``; each row begins one in any case.
+
+    Returns:
+        The first row and the length of each sequence over the flattened batch, ``[batch * length]`` each, those that
+        are there coming first; and :attr:`AttentionRequest.counts`.
+    """
+    starts, lengths, counts = torch.ops.modelopt_lite.pack(is_first)
+    return starts, lengths, counts
 
 
-@_forward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    use_triton, with_lse = others[12:14]
-    shape = q.shape[:2] if with_lse or not use_triton else (0,)
-    accumulated = torch.promote_types(q.dtype, torch.float32)
-    return q.new_empty(q.shape[0], q.shape[1], v.shape[2]), q.new_empty(shape, dtype=accumulated)
-
-
-@torch.library.custom_op("modelopt_lite::attention_backward", mutates_args=())
-def _backward(
-    grad: Tensor,
-    output: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    s_aux: Tensor | None,
-    starts_q: Tensor,
-    lengths_q: Tensor,
-    max_q: int,
-    starts_k: Tensor,
-    lengths_k: Tensor,
-    max_k: int,
-    is_causal: bool,
-    softmax_scale: float,
-    sliding_window: int | None,
-    softcap: float | None,
-    plan_key: int,
-    use_triton: bool,
-    first_q: Tensor | None = None,
-    first_k: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    packing = (starts_q, lengths_q, max_q, starts_k, lengths_k, max_k)
-    plan = plan_by_key(plan_key)
-    problem = AttentionProblem(*packing, is_causal, softmax_scale, sliding_window, softcap, plan, first_q, first_k)
-    if use_triton:
-        grad_q, grad_k, grad_v, grad_s_aux = launch.backward(
-            grad,
-            q,
-            k,
-            v,
-            s_aux,
-            output,
-            lse,
-            *packing,
-            is_causal=is_causal,
-            softmax_scale=softmax_scale,
-            sliding_window=sliding_window,
-            softcap=softcap,
-            plan=plan,
-            first_q=first_q,
-            first_k=first_k,
-        )
+@torch.library.impl("modelopt_lite::pack", "default")
+def _pack(is_first: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    begins = torch.cat([torch.ones_like(is_first[:, :1]), is_first[:, 1:]], dim=1).flatten()
+    sequence = begins.cumsum(0) - 1
+    lengths = torch.zeros_like(sequence).scatter_add(0, sequence, torch.ones_like(sequence))
+    if is_first.is_cuda and torch.cuda.is_current_stream_capturing():
+        counts = torch.tensor([is_first.numel(), is_first.shape[1]])
     else:
-        with torch.autocast(q.device.type, enabled=False):
-            grad_q, grad_k, grad_v, grad_s_aux = backward_blocked(grad, q, k, v, s_aux, output, lse, problem)
+        counts = torch.stack([begins.sum(), lengths.max()]).cpu()
+    return lengths.cumsum(0) - lengths, lengths, counts
+
+
+@torch.library.register_fake("modelopt_lite::pack")  # type: ignore[untyped-decorator]
+def _(is_first: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    starts = is_first.new_empty(is_first.numel(), dtype=torch.int64)
+    return starts, torch.empty_like(starts), torch.empty(2, dtype=torch.int64, device="cpu")
+
+
+@torch.library.impl("modelopt_lite::attention", "default")
+def _forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+    request = AttentionRequest.unflatten(inputs[:-1])
+    output, lse = choice.run(request, inputs[-1])
+    return output, lse if request.with_lse and lse is not None else _no_lse(request.q)
+
+
+@torch.library.register_fake("modelopt_lite::attention")  # type: ignore[untyped-decorator]
+def _(*inputs: Any) -> tuple[Tensor, Tensor]:
+    fields = dict(zip(_NAMES, inputs, strict=True))
+    q, v = fields["q"], fields["v"]
+    accumulated = torch.promote_types(q.dtype, torch.float32)
+    lse = q.new_empty(q.shape[:2], dtype=accumulated) if fields["with_lse"] else _no_lse(q)
+    return q.new_empty(q.shape[0], q.shape[1], v.shape[2]), lse
+
+
+def _no_lse(q: Tensor) -> Tensor:
+    """Return what an operator has to return where there is nothing."""
+    return q.new_empty(0, dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+@torch.library.impl("modelopt_lite::attention_backward", "default")
+def _backward(grad: Tensor, output: Tensor, lse: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    request, backend = AttentionRequest.unflatten(inputs[:-1]), inputs[-1]
+    if choice.runs_on_gpu_kernels(request, backend):
+        grad_q, grad_k, grad_v, grad_s_aux = portable.backward(grad, output, lse, request.readable())
+    else:
+        with torch.autocast(request.q.device.type, enabled=False):
+            grad_q, grad_k, grad_v, grad_s_aux = backward_blocked(grad, output, lse, request)
     # An operator returns tensors, so no gradient is an empty one.
-    return grad_q, grad_k, grad_v, q.new_empty(0) if grad_s_aux is None else grad_s_aux
+    return grad_q, grad_k, grad_v, request.q.new_empty(0) if grad_s_aux is None else grad_s_aux
 
 
-@_backward.register_fake
-def _(
-    grad: Tensor, output: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, s_aux: Tensor | None, *_: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@torch.library.register_fake("modelopt_lite::attention_backward")  # type: ignore[untyped-decorator]
+def _(grad: Tensor, output: Tensor, lse: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q, k, v, s_aux = inputs[:4]
     grad_s_aux = q.new_empty(0) if s_aux is None else s_aux.new_empty(s_aux.shape)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), grad_s_aux
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, s_aux, starts_q, lengths_q, max_q, starts_k, lengths_k, max_k, *options, _, first_q, first_k = inputs
-    ctx.save_for_backward(*output, q, k, v, s_aux, starts_q, lengths_q, starts_k, lengths_k, first_q, first_k)
-    ctx.numbers = max_q, max_k, options
-    ctx.plan = plan_by_key(options[-2])  # kept alive until then
+    fields = dict(zip(_NAMES, inputs, strict=True))
+    ctx.save_for_backward(*output, *(fields.pop(name) for name in _TENSORS))
+    ctx.fields = fields
 
 
 def _backward_of_forward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    output, lse, q, k, v, s_aux, starts_q, lengths_q, starts_k, lengths_k, first_q, first_k = ctx.saved_tensors
+    output, lse, *tensors = ctx.saved_tensors
     if lse.shape != output.shape[:2]:
         raise ValueError("with_lse: False is not allowed where gradients are wanted")
-    max_q, max_k, options = ctx.numbers
-    packing = (starts_q, lengths_q, max_q, starts_k, lengths_k, max_k)
-    *grads, grad_s_aux = _backward(grad, output, lse, q, k, v, s_aux, *packing, *options, first_q, first_k)
-    return (*grads, None if s_aux is None else grad_s_aux, *(None for _ in range(9 + len(options))))
+    fields = {**ctx.fields, **dict(zip(_TENSORS, tensors, strict=True))}
+    inputs = [fields[name] for name in _NAMES]
+    grads = torch.ops.modelopt_lite.attention_backward(grad, output, lse, *inputs)
+    by_name = dict(zip(("q", "k", "v", "s_aux"), grads, strict=True))
+    if fields["s_aux"] is None:
+        del by_name["s_aux"]
+    return tuple(by_name.get(name) for name in _NAMES)
 
 
-_forward.register_autograd(_backward_of_forward, setup_context=_save_for_backward)
+def _one_by_one(operator: Any, size: int, in_dims: Sequence[int | None], inputs: Sequence[Any]) -> tuple[Any, Any]:
+    """Run an operator on each element of a dimension of its inputs, as :func:`torch.vmap` asks for it."""
+    results = [
+        operator(*(x if dim is None else x.select(dim, i) for x, dim in zip(inputs, in_dims, strict=True)))
+        for i in range(size)
+    ]
+    outputs = tuple(torch.stack(column) for column in zip(*results, strict=True))
+    return outputs, (0,) * len(outputs)
+
+
+class _Attention(torch.autograd.Function):
+    """The operator where nothing is compiled, so that functions that :mod:`torch.func` transforms can call it."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> Any:
+        return torch.ops.modelopt_lite.attention(*inputs)
+
+    setup_context = staticmethod(_save_for_backward)
+    backward = staticmethod(_backward_of_forward)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
+        return _one_by_one(_Attention.apply, info.batch_size, in_dims, inputs)
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> None:
+        raise UnsupportedError(
+            "forward-mode derivatives (torch.func.jvp, torch.autograd.forward_ad) are not supported; use reverse mode "
+            "(torch.func.vjp), or unsparsify the model and use attn_implementation='eager'"
+        )
+
+
+torch.library.register_autograd("modelopt_lite::attention", _backward_of_forward, setup_context=_save_for_backward)
+for _name in ("attention", "attention_backward"):
+    _operator = getattr(torch.ops.modelopt_lite, _name)
+    torch.library.register_vmap(
+        f"modelopt_lite::{_name}",
+        lambda info, in_dims, *inputs, _operator=_operator: _one_by_one(_operator, info.batch_size, in_dims, inputs),
+    )
+
+
+def _needs_gradient(request: AttentionRequest) -> bool:
+    return torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (request.q, request.k, request.v, request.s_aux)
+    )
+
+
+def is_traced(x: Tensor | None = None) -> bool:
+    """Whether something looks at the operators that run, or a tensor has no memory of its own."""
+    return (
+        torch.compiler.is_compiling()
+        or (x is not None and (type(x) is not Tensor or x.is_meta))
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch.autograd.forward_ad._current_level >= 0
+    )

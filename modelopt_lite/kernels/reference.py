@@ -9,44 +9,38 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .problem import AttentionProblem
+from .request import AttentionRequest
 
 
-def attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, s_aux: Tensor | None, problem: AttentionProblem
-) -> tuple[Tensor, Tensor]:
+def attention_reference(request: AttentionRequest) -> tuple[Tensor, Tensor]:
     """Compute attention by its definition.
 
     Args:
-        q: packed queries of all sequences, ``[total_q, query_heads, head_dim]``.
-        k: packed keys, ``[total_k, kv_heads, head_dim]``.
-        v: packed values, ``[total_k, kv_heads, value_dim]``.
-        s_aux: one more logit per query head in every softmax, ``[query_heads]``, without a value; or None.
-        problem: lengths, masks, scale and plan.
+        request: tensors, lengths, masks, scale and plan.
 
     Returns:
         The output, ``[total_q, query_heads, value_dim]``, FP64 and differentiable, and the logarithms of the softmax
         denominators, ``[total_q, query_heads]``, FP64. Rows of no sequence are 0 and -inf.
     """
-    q, k, v = q.double(), k.double(), v.double()
+    q, k, v = request.q.double(), request.k.double(), request.v.double()
     output = q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
     lse = q.new_full(q.shape[:2], -torch.inf)
-    for sequence in problem.sequences():
+    for sequence in request.sequences():
         rows, keys = sequence.queries, sequence.keys
-        scores = kept_scores(q[rows], k[keys], problem, sequence.first_q, sequence.first_k)
-        output[rows], lse[rows] = _softmax(scores, v[keys], s_aux)
+        scores = kept_scores(q[rows], k[keys], request, sequence.first_q, sequence.first_k)
+        output[rows], lse[rows] = _softmax(scores, v[keys], request.s_aux)
     return output, lse
 
 
 def kept_scores(
-    q: Tensor, k: Tensor, problem: AttentionProblem, first_q: int | None = None, first_k: int = 0
+    q: Tensor, k: Tensor, request: AttentionRequest, first_q: int | None = None, first_k: int = 0
 ) -> Tensor:
     """Return one sequence's scores, ``-inf`` for every key that takes no part in the softmax.
 
     Args:
         q: ``[len_q, query_heads, head_dim]``, FP64.
         k: ``[len_k, kv_heads, head_dim]``, FP64.
-        problem: masks, scale and plan.
+        request: masks, scale and plan.
         first_q: position of the first query, counted from the sequence's first token; None if the queries are the last.
         first_k: position of the first key.
 
@@ -54,22 +48,22 @@ def kept_scores(
         ``[query_heads, len_q, len_k]``.
     """
     len_q, end_k = q.shape[0], first_k + k.shape[0]
-    plan = problem.plan_for(len_q)
+    plan = request.plan_for(len_q)
     padding = (first_k % plan.group, -end_k % plan.group)  # to whole groups, with keys that are not visible
     q_pos = torch.arange(len_q, device=q.device) + (end_k - len_q if first_q is None else first_q)
     k_pos = torch.arange(first_k - padding[0], end_k + padding[1], device=q.device)
     behind = q_pos[:, None] - k_pos  # [len_q, keys]
 
     visible = ((k_pos >= first_k) & (k_pos < end_k)).expand_as(behind)
-    if problem.is_causal:
+    if request.is_causal:
         visible = visible & (behind >= 0)
-    if problem.sliding_window is not None:
-        visible = visible & (behind.abs() < problem.sliding_window)
+    if request.sliding_window is not None:
+        visible = visible & (behind.abs() < request.sliding_window)
 
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-    scores = problem.softmax_scale * torch.einsum("qhd,khd->hqk", q, k)
-    if problem.softcap is not None:
-        scores = problem.softcap * torch.tanh(scores / problem.softcap)
+    scores = request.softmax_scale * torch.einsum("qhd,khd->hqk", q, k)
+    if request.softcap is not None:
+        scores = request.softcap * torch.tanh(scores / request.softcap)
     scores = pad(scores, padding).masked_fill(~visible, -torch.inf)
 
     kept = visible

@@ -9,14 +9,19 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..plan import AttentionPlan
-from .problem import AttentionProblem
+from .device import cdiv, compute_capability, current_stream, heads_per_wave, is_aligned, processors
+from .hopper_launch import HOPPER, WorkPreparation, hopper_settings
+from .portable import new_results
+from .request import AttentionRequest
+from .settings import distances, options_of
 from .tiles import LOG2E
 
 try:
@@ -55,99 +60,125 @@ class _Problem(ctypes.Structure):
     )
 
 
-def can_run(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> bool:
-    """Say whether the kernel runs these tensors on a GPU of compute capability 9.0.
+def refusal(request: AttentionRequest) -> str | None:
+    """Say why the kernel cannot run a request, or None if it can; the portable kernel's refusal has been asked.
 
-    They must be aligned as the tensor memory accelerator needs it, and there be no softcap, sliding window, ``s_aux``
-    or positions from outside. The first time that is so, the kernel is compiled and loaded; if that fails, a warning
-    says why. While a CUDA graph is captured, it cannot be loaded, and runs nothing if it is not there yet.
+    The first time that nothing else is in the way, the kernel is compiled and loaded; if that fails, a warning says
+    why. While a CUDA graph is captured, it cannot be loaded.
     """
-    return (
-        plan.group == 4
-        and plan.keeps_top == 2
-        and q.dtype == torch.bfloat16
-        and q.shape[2] == v.shape[2] == HEAD_DIM
-        and all(_width(x) < 2**31 for x in (q, k, v))
-        and _kernel(q.device) is not None
-    )
+    r = request
+    if not r.q.is_cuda or compute_capability(r.q.device) != HOPPER:
+        return "it is made for GPUs of compute capability 9.0"
+    if r.plan.group != 4 or r.plan.keeps_top != 2:
+        return "the plan is not 2:4"
+    if r.q.dtype != torch.bfloat16 or not r.q.shape[2] == r.v.shape[2] == HEAD_DIM:
+        return f"it takes torch.bfloat16 and head dimensions of {HEAD_DIM}"
+    for name, value in (("sliding_window", r.sliding_window), ("softcap", r.softcap), ("s_aux", r.s_aux)):
+        if value is not None:
+            return f"there is a {name}"
+    if r.has_positions:
+        return "first positions are given"
+    if not all(is_aligned(x) and _width(x) < 2**31 for x in (r.q, r.k, r.v)):
+        return "addresses or strides of q, k or v are not multiples of 16 bytes"
+    if _kernel(r.q.device) is None:
+        return "it could not be compiled or loaded (a warning says why), or a CUDA graph is being captured"
+    return None
 
 
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor | None,
-    counter: Tensor,
-    key_tail: Tensor,
-    tail_start: int,
-    problem: AttentionProblem,
-    heads_per_wave: int,
-    num_sinks: int,
-    window: int,
-    processors: int,
-) -> None:
-    """Launch the kernel on the current stream of the current device.
+def pays(request: AttentionRequest) -> bool:
+    """Whether the kernel is the fastest: not with 64 queries, which leave half of a program idle, nor few tiles."""
+    r = request
+    tiles = r.q.shape[0] * r.q.shape[1] / TILE
+    return r.q.shape[0] > ROWS * r.starts_q.shape[0] and tiles > 1.5 * processors(r.q.device)
 
-    Args:
-        q: as in :func:`modelopt_lite.kernels.launch.forward`, like all that is not named here.
-        k: see there.
-        v: see there.
-        out: see there; rows of no sequence are not written.
-        lse: ``[tokens, query heads]`` in FP32, or None.
-        counter: one int32, 0.
-        key_tail: the last ``TILE`` keys, or all if there are fewer, and rows of any content, ``2 * TILE`` together; as
-            ``k``, contiguous.
-        tail_start: the row of the first of these keys.
-        problem: see there.
-        heads_per_wave: of how many heads keys and values fit into the L2 cache, >= 1.
-        num_sinks: the plan's sink tokens, below 2^31.
-        window: its dense window, below 2^31.
-        processors: multiprocessors of the GPU.
+
+def prepare(request: AttentionRequest) -> Callable[[AttentionRequest], tuple[Tensor, Tensor | None]]:
+    """Compute what requests of one signature have in common; as :func:`modelopt_lite.kernels.portable.prepare`.
 
     Raises:
-        RuntimeError: if the kernel cannot be launched; :func:`can_run` has been asked.
+        RuntimeError: by the function returned, if the kernel cannot be launched.
+        ValueError: if there may be more tiles than 32 bits count.
     """
-    p, heads = problem, q.shape[1]
-    batch, tiles = p.starts_q.shape[0], -(-min(p.max_q, q.shape[0]) // TILE)
-    if batch * tiles == 0:
-        return
-    packing = (p.starts_q, p.lengths_q, p.starts_k, p.lengths_k)
+    r, heads = request, request.q.shape[1]
+    batch, tiles = r.starts_q.shape[0], cdiv(min(r.max_q, r.q.shape[0]), TILE)
+    options = options_of(r, hopper_settings(r.q.dtype, HEAD_DIM, r.group))
+    tail_start = max(0, r.k.shape[0] - TILE)
+    prepare_work = WorkPreparation(r, options, tail_start)
+    num_sinks, window, _ = distances(r)
+    packing = (r.starts_q, r.lengths_q, r.starts_k, r.lengths_k)
     numbers = _Problem(
-        *(x.data_ptr() for x in packing),
-        out.data_ptr(),
-        None if lse is None else lse.data_ptr(),
-        counter.data_ptr(),
-        *out.stride()[:2],
-        *(x.stride(1) for x in (q, k, v)),
-        sum((x.dtype == torch.int64) << index for index, x in enumerate(packing)),
-        batch,
-        heads,
-        heads // k.shape[1],
-        tiles,
-        min(heads_per_wave, batch * heads),
-        k.shape[0],
-        tail_start,
-        num_sinks,
-        window,
-        p.is_causal,
-        p.plan.sparse_decode,
-        p.softmax_scale * LOG2E.value,
-        0.0,
+        out_token_stride=heads * HEAD_DIM,
+        out_head_stride=HEAD_DIM,
+        query_head_stride=r.q.stride(1),
+        key_head_stride=r.k.stride(1),
+        value_head_stride=r.v.stride(1),
+        wide=sum((x.dtype == torch.int64) << index for index, x in enumerate(packing)),
+        batch=batch,
+        heads=heads,
+        heads_per_kv=heads // r.k.shape[1],
+        tiles_per_head=tiles,
+        heads_per_wave=min(heads_per_wave(r.max_k, r.k, r.v) * (heads // r.k.shape[1]), batch * heads),
+        key_rows=r.k.shape[0],
+        tail_start=tail_start,
+        num_sinks=num_sinks,
+        window=window,
+        causal=r.is_causal,
+        sparse_decode=r.plan.sparse_decode,
+        scale=r.softmax_scale * LOG2E.value,
+        no_factor=0.0,
     )
-    arguments = (
-        _tensor_map(q, [q.shape[0]], [q.stride(0)], [ROWS]),
-        _key_map(k),
-        _key_map(key_tail),
-        _tensor_map(v, [v.shape[0]], [v.stride(0)], [TILE]),
-        numbers,
-    )
-    slots = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
-    programs = min(batch * heads * tiles, processors)
-    stream = ctypes.c_void_p(torch.cuda.current_stream(q.device).cuda_stream)
-    sizes = map(ctypes.c_uint, (programs, 1, 1, THREADS, 1, 1, SHARED_BYTES))
-    failed = _driver().cuLaunchKernel(_kernel(q.device), *sizes, stream, slots, None)
-    _check(failed, "; MODELOPT_LITE_KERNEL=hopper chooses another")
+    # It loads whole tiles, those that reach past the last key from a copy.
+    tail_shape = (2 * TILE, *r.k.shape[1:])
+    maps = [
+        _tensor_map(r.q, [r.q.shape[0]], [r.q.stride(0)], [ROWS]),
+        _key_map(r.k),
+        _key_map(r.k.new_empty(tail_shape)),
+        _tensor_map(r.v, [r.v.shape[0]], [r.v.stride(0)], [TILE]),
+    ]
+    launch = _Launch(r.q.device, min(batch * heads * tiles, processors(r.q.device)), numbers, maps)
+
+    def run(r: AttentionRequest) -> tuple[Tensor, Tensor | None]:
+        out, lse = new_results(r)
+        if r.q.shape[0]:
+            key_tail = r.k.new_empty(tail_shape)
+            counter = prepare_work(r, out, lse, key_tail, None)
+            launch(r, out, lse, counter, key_tail)
+        return out, lse
+
+    return run
+
+
+class _Launch:
+    """The kernel's arguments in the memory that the driver reads them from; only addresses change between launches."""
+
+    def __init__(self, device: torch.device, programs: int, numbers: _Problem, maps: list[Any]) -> None:
+        self.device, self.numbers, self.maps = device, numbers, maps
+        self.lock = threading.Lock()
+        arguments = (*maps, numbers)
+        self.slots = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
+        self.sizes = tuple(map(ctypes.c_uint, (programs, 1, 1, THREADS, 1, 1, SHARED_BYTES)))
+
+    def __call__(self, r: AttentionRequest, out: Tensor, lse: Tensor | None, counter: Tensor, key_tail: Tensor) -> None:
+        """Launch on the current stream of the device; rows of no sequence are not written."""
+        if self.sizes[0].value == 0:
+            return
+        if self.device.index != torch.cuda.current_device():
+            with torch.cuda.device(self.device):
+                self(r, out, lse, counter, key_tail)
+            return
+        numbers, driver = self.numbers, _driver()
+        stream = current_stream(self.device)
+        # Launches copy the arguments, so the next one may change them.
+        with self.lock:
+            for tensor_map, x in zip(self.maps, (r.q, r.k, key_tail, r.v), strict=True):
+                _check(driver.cuTensorMapReplaceAddress(tensor_map, ctypes.c_void_p(x.data_ptr())))
+            for name in ("starts_q", "lengths_q", "starts_k", "lengths_k"):
+                setattr(numbers, name, getattr(r, name).data_ptr())
+            numbers.out, numbers.counter = out.data_ptr(), counter.data_ptr()
+            numbers.lse = None if lse is None else lse.data_ptr()
+            kernel = _kernel(self.device)
+            failed = driver.cuLaunchKernel(kernel, *self.sizes, ctypes.c_void_p(stream), self.slots, None)
+        _check(failed, "; MODELOPT_LITE_KERNEL=hopper chooses another")
 
 
 def compiled() -> tuple[bytes, str]:

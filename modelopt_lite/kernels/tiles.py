@@ -277,11 +277,11 @@ def select_scores(
         scores: ``[BLOCK_M, BLOCK_N]``.
         q_pos: the queries' positions, spread over ``scores``.
         groups: the positions of the groups' first keys, spread over ``scores``.
-        rules: ``(positions, length, num_sinks, window, sliding_window)``, and with ``OPTIONS.placed`` the first key's
-            position.
+        rules: ``(positions, length, num_sinks, window, sliding_window)``, and with ``OPTIONS.positions`` the first
+            key's position.
         hook_args: constants, then numbers, for the hook.
         SCORE_HOOK: which scores to keep, or None.
-        OPTIONS: :class:`modelopt_lite.kernels.launch.Options`.
+        OPTIONS: :class:`modelopt_lite.kernels.settings.Options`.
         MASKED: whether visibility and exemptions are checked for each key.
 
     Returns:
@@ -301,7 +301,7 @@ def select_scores(
             part = hide_beyond(parts[r], groups, last_visible, -r)
             if OPTIONS.sliding:
                 part = hide_beyond(part, q_pos - sliding_window + 1, groups, r)
-            if OPTIONS.placed:
+            if OPTIONS.positions:
                 part = hide_beyond(hide_beyond(part, rules[5], groups, r), groups, length - 1, -r)
                 if OPTIONS.sliding and not OPTIONS.causal:
                     part = hide_beyond(part, groups, q_pos + sliding_window - 1, -r)
@@ -341,14 +341,14 @@ def place(firsts_q, firsts_k, sequence, query_length, length, start_k, num_sinks
     """
     first_query = length - query_length
     first_key = length * 0
-    if OPTIONS.placed:
+    if OPTIONS.positions:
         first_query = tl.load(firsts_q + sequence).to(tl.int32)
         first_key = tl.load(firsts_k + sequence).to(tl.int32)
         length += first_key
         start_k -= first_key
     if not OPTIONS.sparse_decode:
         window = tl.where(query_length == 1, length, window)
-        if OPTIONS.placed:  # the query may be anywhere
+        if OPTIONS.positions:  # the query may be anywhere
             num_sinks = tl.where(query_length == 1, length, num_sinks)
     return first_query, first_key, length, start_k, num_sinks, window
 

@@ -8,7 +8,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from ..plan import DENSE, AttentionPlan
+from ..plan import DENSE, AttentionPlan, canonical_name, keep_plan
 from .top_n_hooks import keep_top_n_hook, keep_top_n_quickly
 
 
@@ -40,6 +40,8 @@ def keep_top_n(scores: Tensor, q_pos: Tensor, k_pos: Tensor, *, n: int) -> Tenso
 def top_n_plan(n: int, m: int, num_sink_tokens: int, dense_window_size: int) -> AttentionPlan:
     """Return the plan of N:M sparse softmax; ``n`` of 0 or ``m`` is dense.
 
+    Its name is that of the method's configuration, so that the method's own plan is the same object.
+
     Args:
         n: keys kept of every group, ``0 <= n <= m``.
         m: group size, one of 2, 4, 8, 16.
@@ -55,7 +57,14 @@ def top_n_plan(n: int, m: int, num_sink_tokens: int, dense_window_size: int) -> 
         raise ValueError(f"sparsity_n: {n!r} is not allowed; an integer from 0 (dense) to sparsity_m = {m}")
     if n in (0, m):
         return DENSE
-    return AttentionPlan(
+    configuration = {
+        "method": "sparse_softmax",
+        "sparsity_n": n,
+        "sparsity_m": m,
+        "num_sink_tokens": num_sink_tokens,
+        "dense_window_size": dense_window_size,
+    }
+    plan = AttentionPlan(
         keep=functools.partial(keep_top_n, n=n),
         group=m,
         num_sink_tokens=num_sink_tokens,
@@ -67,3 +76,4 @@ def top_n_plan(n: int, m: int, num_sink_tokens: int, dense_window_size: int) -> 
         scale_free=True,
         keeps_top=n,
     )
+    return keep_plan(plan, canonical_name(configuration))

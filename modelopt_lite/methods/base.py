@@ -8,7 +8,7 @@ from pydantic import AliasChoices, Field, field_validator
 from torch import Tensor
 
 from ..kernels import Backend
-from ..plan import AttentionPlan
+from ..plan import AttentionPlan, canonical_name, find_plan, keep_plan
 from ..registry import method_names
 from ..schema import ConfigModel
 
@@ -74,6 +74,18 @@ class SparseAttentionMethod(ConfigModel):
             num_sink_tokens=self.num_sink_tokens,
             dense_window_size=self.dense_window_size,
         )
+
+    def shared_plan(self) -> AttentionPlan:
+        """Return :meth:`plan` under the name of this configuration; equal configurations share one object.
+
+        ``backend`` and ``enable`` are left out of the name: they say how and whether a plan runs, not what it is.
+        """
+        configuration = self.model_dump(mode="json", exclude={"backend", "enable"})
+        name, found = find_plan(canonical_name(configuration), type(self))
+        if found is not None:
+            return found
+        plan = self.plan()
+        return keep_plan(plan, name, type(self)) if plan.is_by_hand else plan
 
     def settings(self) -> dict[str, Any]:
         """Return the fields that tune the method, for tables: all but its name and the on/off switch."""

@@ -2,12 +2,18 @@
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import modelopt_lite as mtsa
 from modelopt_lite import layout
+from modelopt_lite.kernels import AttentionRequest, DenseCall
+from modelopt_lite.kernels.reference import attention_reference
+from modelopt_lite.plan import DENSE
 
 BATCH, LEN_Q, SLOTS, HEAD_DIM = 3, 5, 20, 16
+# FP32 rounding of exponentials, sums and products of numbers of order 1 over at most 20 keys.
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
 def sparse_attention(target):
@@ -23,12 +29,12 @@ def seen(monkeypatch):
     """Keys and values that reach the kernels."""
     found = []
 
-    def attention(query, key, value, *arguments, **options):
-        found.extend((key, value))
-        return kernels(query, key, value, *arguments, **options)
+    def spy(request, backend):
+        found.extend((request.k, request.v))
+        return compute(request, backend)
 
-    kernels = layout.attention
-    monkeypatch.setattr(layout, "attention", attention)
+    compute = layout.compute
+    monkeypatch.setattr(layout, "compute", spy)
     return found
 
 
@@ -68,3 +74,123 @@ def test_gradients_of_a_cache_are_no_larger(target, seen):
     layout.attend(module, query, other, other, rows).square().sum().backward()
     torch.testing.assert_close(other.grad, key.grad)
     assert {x.shape[0] for x in seen} == {BATCH * SLOTS}
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Which attention ran: ``"PyTorch"`` or ``"ours"``."""
+    found = []
+    run, compute = DenseCall.run, layout.compute
+    monkeypatch.setattr(DenseCall, "run", lambda *arguments: found.append("PyTorch") or run(*arguments))
+    monkeypatch.setattr(layout, "compute", lambda *arguments: found.append("ours") or compute(*arguments))
+    return found
+
+
+def tensors(len_q, slots, heads=(4, 2), device="cpu", dtype=torch.float32):
+    """Return random queries, keys and values as modules have them, with the heads of a token side by side."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = (
+        (BATCH, length, count, HEAD_DIM)
+        for length, count in zip((len_q, slots, slots), (*heads, heads[1]), strict=True)
+    )
+    return [torch.randn(shape, generator=generator).to(device, dtype).transpose(1, 2) for shape in shapes]
+
+
+def expected_of(query, key, value, **options):
+    """Return the oracle's output, each row being a sequence of its own."""
+    rows = []
+    for q, k, v in zip(query, key, value, strict=True):
+        lengths = [torch.tensor([x.shape[1]], device=x.device) for x in (q, k)]
+        request = AttentionRequest(
+            q=q.transpose(0, 1), k=k.transpose(0, 1), v=v.transpose(0, 1), s_aux=None, starts_q=0 * lengths[0],
+            lengths_q=lengths[0], max_q=q.shape[1], starts_k=0 * lengths[1], lengths_k=lengths[1], max_k=k.shape[1],
+            is_causal=True, softmax_scale=HEAD_DIM**-0.5, sliding_window=None, softcap=None, plan=DENSE,
+        )._replace(**options)  # fmt: skip
+        rows.append(attention_reference(request)[0])
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (3, 1)])
+@pytest.mark.parametrize(("len_q", "is_causal"), [(SLOTS, True), (SLOTS, False), (LEN_Q, False), (1, True), (1, False)])
+def test_dense_layers_without_padding_run_on_pytorchs_attention(len_q, is_causal, heads, calls):
+    query, key, value = (x.requires_grad_() for x in tensors(len_q, SLOTS, heads))
+    rows = layout.whole_layout(BATCH, len_q, SLOTS, "cpu", is_causal=is_causal)
+    out = layout.attend(torch.nn.Identity(), query, key, value, rows)
+    assert calls == ["PyTorch"]
+    exact = expected_of(query, key, value, is_causal=is_causal)
+    bias = torch.ones(len_q, SLOTS, dtype=torch.bool).tril(SLOTS - len_q) if is_causal else None
+    theirs = scaled_dot_product_attention(query, key, value, attn_mask=bias, enable_gqa=True).transpose(1, 2)
+    for ours, other, right in ((out, theirs, exact), *gradients_of((out, theirs, exact), (query, key, value))):
+        error, bound = ((x - right).abs().max() for x in (ours, other))
+        assert error <= 2 * max(bound, 2**-24 * right.abs().max())
+
+
+def gradients_of(outputs, inputs):
+    """Return the gradients of each input, from each output."""
+    direction = torch.randn(outputs[0].shape, generator=torch.Generator().manual_seed(1))
+    columns = [torch.autograd.grad(x, inputs, direction.to(x.dtype)) for x in outputs]
+    return zip(*columns, strict=True)
+
+
+PADDED = torch.arange(SLOTS) >= torch.tensor([[0], [3], [11]])
+OURS = {
+    "softcap": ({"softcap": 2.0}, {}),
+    "s_aux": ({"s_aux": torch.tensor([0.5, -1.0, 2.0, 0.0])}, {}),
+    "sliding window": ({}, {"sliding_window": 7}),
+    "sliding window, not causal": ({}, {"sliding_window": 7, "is_causal": False}),
+}
+
+
+@pytest.mark.parametrize(("options", "layout_options"), OURS.values(), ids=OURS.keys())
+def test_what_pytorchs_attention_does_not_know_runs_on_ours(options, layout_options, calls):
+    query, key, value = tensors(SLOTS, SLOTS)
+    rows = layout.whole_layout(BATCH, SLOTS, SLOTS, "cpu", **{"is_causal": True, **layout_options})
+    out = layout.attend(torch.nn.Identity(), query, key, value, rows, **options)
+    assert calls == ["ours"]
+    torch.testing.assert_close(out.double(), expected_of(query, key, value, **options, **layout_options), **CLOSE)
+
+
+def test_a_window_as_wide_as_the_keys_is_none(calls):
+    rows = layout.whole_layout(BATCH, SLOTS, SLOTS, "cpu", is_causal=True, sliding_window=SLOTS)
+    query, key, value = tensors(SLOTS, SLOTS)
+    out = layout.attend(torch.nn.Identity(), query, key, value, rows)
+    assert calls == ["PyTorch"]
+    torch.testing.assert_close(out.double(), expected_of(query, key, value), **CLOSE)
+
+
+def test_a_chunk_of_queries_runs_on_ours(calls):
+    """PyTorch's causal mask would begin at the first key."""
+    rows = layout.whole_layout(BATCH, LEN_Q, SLOTS, "cpu", is_causal=True)
+    query, key, value = tensors(LEN_Q, SLOTS)
+    out = layout.attend(torch.nn.Identity(), query, key, value, rows)
+    assert calls == ["ours"]
+    torch.testing.assert_close(out.double(), expected_of(query, key, value), **CLOSE)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_padding_runs_on_ours(is_causal, calls):
+    query, key, value = tensors(SLOTS, SLOTS)
+    rows = layout.padded_layout(PADDED, SLOTS, 0, is_causal=is_causal)
+    out = layout.attend(torch.nn.Identity(), query, key, value, rows)
+    assert calls == ["ours"]
+    for row, real in enumerate(PADDED):
+        alone = expected_of(*(x[row : row + 1, :, real] for x in (query, key, value)), is_causal=is_causal)
+        torch.testing.assert_close(out[row, real].double(), alone[0], **CLOSE)
+
+
+def test_a_mask_of_ones_is_no_padding(calls):
+    query, key, value = tensors(SLOTS, SLOTS)
+    rows = layout.padded_layout(torch.ones(BATCH, SLOTS, dtype=torch.bool), SLOTS, 0, is_causal=True)
+    out = layout.attend(torch.nn.Identity(), query, key, value, rows)
+    assert calls == ["PyTorch"]
+    torch.testing.assert_close(out.double(), expected_of(query, key, value), **CLOSE)
+
+
+@pytest.mark.parametrize("len_q", [1, SLOTS])
+def test_only_decode_of_a_sparse_layer_runs_on_pytorchs_attention(len_q, calls):
+    """And nothing, where a backend is asked for."""
+    query, key, value = tensors(len_q, SLOTS)
+    rows = layout.whole_layout(BATCH, len_q, SLOTS, "cpu", is_causal=True)
+    for backend in ("auto", "torch"):
+        layout.attend(sparse_attention((backend, "cpu")), query, key, value, rows)
+    assert calls == ["PyTorch" if len_q == 1 else "ours", "ours"]

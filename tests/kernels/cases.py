@@ -1,7 +1,7 @@
-"""Random attention problems, and what to hold kernels against."""
+"""Random attention requests, and what to hold kernels against."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,67 +9,104 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from modelopt_lite.kernels.problem import AttentionProblem
-from modelopt_lite.kernels.reference import kept_scores
+from modelopt_lite.kernels import AttentionRequest
+from modelopt_lite.kernels.reference import attention_reference, kept_scores
 from modelopt_lite.kernels.top_n import top_n_plan
-from modelopt_lite.plan import DENSE
+from modelopt_lite.plan import DENSE, AttentionPlan
 
 SCALE = 0.25  # a power of two: scores of the inputs below are exact in every precision
 # Lengths around tile borders, 0 and 1 among them: (queries, keys) of each sequence.
 RAGGED = ((257, 257), (1, 1), (0, 0), (63, 63), (130, 400), (1, 300), (64, 129), (0, 5))
 
 
+class OnGpu(Tensor):
+    """A tensor in main memory that says it is on a GPU."""
+
+    is_cuda = True
+
+
 @dataclass
 class Case:
-    """Packed tensors and everything else an attention call takes.
+    """A request, and its N:M.
 
     Queries and keys are small multiples of 1/2, so that all scores are exact in FP32 and many of them equal: a
     selection has to agree to the key, ties included. Rows that belong to no sequence hold NaN.
     """
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    s_aux: Tensor | None
-    problem: AttentionProblem
+    request: AttentionRequest
     n: int
     m: int
 
-    def arguments(self) -> dict[str, Any]:
-        """Return the keyword arguments of ``attention``."""
-        p = self.problem
-        return {
-            "b_start_loc": p.starts_q,
-            "b_seq_len": p.lengths_q,
-            "max_input_len": p.max_q,
-            "is_causal": p.is_causal,
-            "softmax_scale": p.softmax_scale,
-            "b_start_loc_k": p.starts_k,
-            "b_seq_len_k": p.lengths_k,
-            "max_input_len_k": p.max_k,
-            "b_first_q": p.first_q,
-            "b_first_k": p.first_k,
-            "sliding_window": p.sliding_window,
-            "softcap": p.softcap,
-            "s_aux": self.s_aux,
-        }
-
     def selection(self) -> dict[str, Any]:
         """Return the keyword arguments of the brute force."""
-        p = self.problem
+        r = self.request
         return {
             "n": self.n,
             "m": self.m,
-            "sinks": p.plan.num_sink_tokens,
-            "window": p.plan.dense_window_size,
-            "causal": p.is_causal,
-            "sliding_window": p.sliding_window,
+            "sinks": r.plan.num_sink_tokens,
+            "window": r.plan.dense_window_size,
+            "causal": r.is_causal,
+            "sliding_window": r.sliding_window,
         }
+
+
+def arguments(request: AttentionRequest) -> dict[str, Any]:
+    """Return the keyword arguments of ``attention`` that make a request, but for ``return_lse``."""
+    names = {
+        "q": "q",
+        "k": "k",
+        "v": "v",
+        "b_start_loc": "starts_q",
+        "b_seq_len": "lengths_q",
+        "max_input_len": "max_q",
+        "is_causal": "is_causal",
+        "softmax_scale": "softmax_scale",
+        "b_start_loc_k": "starts_k",
+        "b_seq_len_k": "lengths_k",
+        "max_input_len_k": "max_k",
+        "b_first_q": "first_q",
+        "b_first_k": "first_k",
+        "plan": "plan",
+        "sliding_window": "sliding_window",
+        "softcap": "softcap",
+        "s_aux": "s_aux",
+    }
+    return {argument: getattr(request, name) for argument, name in names.items()}
+
+
+def one_sequence(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan = DENSE, **options: Any) -> AttentionRequest:
+    """Make a causal request of one sequence, without gaps, whose scores are exact if the tensors allow it."""
+    lengths = [torch.tensor([x.shape[0]], device=x.device) for x in (q, k)]
+    start = torch.zeros_like(lengths[0])
+    request = AttentionRequest(
+        q=q,
+        k=k,
+        v=v,
+        s_aux=None,
+        starts_q=start,
+        lengths_q=lengths[0],
+        max_q=q.shape[0],
+        starts_k=start,
+        lengths_k=lengths[1],
+        max_k=k.shape[0],
+        is_causal=True,
+        softmax_scale=power_of_two_scale(q.shape[2]),
+        sliding_window=None,
+        softcap=None,
+        plan=plan,
+        with_lse=True,
+    )
+    return request._replace(**options)
+
+
+def power_of_two_scale(head_dim: int) -> float:
+    """Return a factor near ``head_dim ** -0.5`` that rounds no score."""
+    return 2.0 ** -math.ceil(math.log2(head_dim) / 2)
 
 
 @st.composite
 def cases(draw: st.DrawFn, longest: int = 80, batch: int = 3, placed: bool = False) -> Case:
-    """Draw a problem: ragged lengths with 0 and 1 among them, suffix queries, any heads, masks and N:M.
+    """Draw a case: ragged lengths with 0 and 1 among them, suffix queries, any heads, masks and N:M.
 
     With ``placed``, also positions that are not the default, and windows without causality.
     """
@@ -107,33 +144,30 @@ def cases(draw: st.DrawFn, longest: int = 80, batch: int = 3, placed: bool = Fal
     starts_k, len_k, rows_k = packed(lengths_k)
     first_q = draw(st.none() | st.just([draw(st.integers(0, longest)) for _ in lengths_q])) if placed else None
     first_k = draw(st.none() | st.just([draw(st.integers(0, 40)) for _ in lengths_k])) if placed else None
-    problem = AttentionProblem(
-        starts_q,
-        len_q,
-        max(lengths_q),
-        starts_k,
-        len_k,
-        max(lengths_k),
-        is_causal,
-        SCALE,
-        draw(st.none() | st.integers(1, longest)) if is_causal or placed else None,
-        draw(st.none() | st.just(2.0)),
-        plan,
-        None if first_q is None else torch.tensor(first_q),
-        None if first_k is None else torch.tensor(first_k),
-    )
-    return Case(
+    request = AttentionRequest(
         q=tensor(starts_q, len_q, rows_q, kv_heads * repeat, head_dim, exact=True),
         k=tensor(starts_k, len_k, rows_k, kv_heads, head_dim, exact=True),
         v=tensor(starts_k, len_k, rows_k, kv_heads, value_dim, exact=False),
         s_aux=draw(st.none() | st.just(torch.randn(kv_heads * repeat, generator=generator))),
-        problem=problem,
-        n=n,
-        m=m,
+        starts_q=starts_q,
+        lengths_q=len_q,
+        max_q=max(lengths_q),
+        starts_k=starts_k,
+        lengths_k=len_k,
+        max_k=max(lengths_k),
+        is_causal=is_causal,
+        softmax_scale=SCALE,
+        sliding_window=draw(st.none() | st.integers(1, longest)) if is_causal or placed else None,
+        softcap=draw(st.none() | st.just(2.0)),
+        plan=plan,
+        first_q=None if first_q is None else torch.tensor(first_q),
+        first_k=None if first_k is None else torch.tensor(first_k),
+        with_lse=True,
     )
+    return Case(request, n, m)
 
 
-def packed_problem(
+def packed_request(
     lengths=RAGGED,
     heads=(4, 2),
     dims=(64, 64),
@@ -148,7 +182,7 @@ def packed_problem(
     exact=True,
     seed=0,
 ):
-    """Make packed query, key, value, with gaps of NaN between sequences, ``s_aux`` or None, and the problem.
+    """Make a request of sequences with gaps of NaN between them.
 
     ``exact``: queries and keys are small multiples of 1/2, so that scores are exact in every precision and many tie.
     """
@@ -176,48 +210,61 @@ def packed_problem(
 
     packing_q, rows_q = packed([length for length, _ in lengths])
     packing_k, rows_k = packed([length for _, length in lengths])
-    q = tensor(packing_q, rows_q, heads[0], dims[0], exact)
-    k = tensor(packing_k, rows_k, heads[1], dims[0], exact)
-    v = tensor(packing_k, rows_k, heads[1], dims[1], exact=False)
-    extra = torch.randn(heads[0], generator=generator, device=device) if s_aux else None
-    scale = 2.0 ** -math.ceil(math.log2(dims[0]) / 2)
-    problem = AttentionProblem(*packing_q, *packing_k, is_causal, scale, sliding_window, softcap, plan)
-    return q, k, v, extra, problem
+    return AttentionRequest(
+        q=tensor(packing_q, rows_q, heads[0], dims[0], exact),
+        k=tensor(packing_k, rows_k, heads[1], dims[0], exact),
+        v=tensor(packing_k, rows_k, heads[1], dims[1], exact=False),
+        s_aux=torch.randn(heads[0], generator=generator, device=device) if s_aux else None,
+        starts_q=packing_q[0],
+        lengths_q=packing_q[1],
+        max_q=packing_q[2],
+        starts_k=packing_k[0],
+        lengths_k=packing_k[1],
+        max_k=packing_k[2],
+        is_causal=is_causal,
+        softmax_scale=power_of_two_scale(dims[0]),
+        sliding_window=sliding_window,
+        softcap=softcap,
+        plan=plan,
+        with_lse=True,
+    )
 
 
-def smallest_gap(q, k, n, m, problem):
+def smallest_gap(request, n, m):
     """Return by how much the last of the N best visible scores of a group beats the next one, where that is least."""
     gaps = []
-    for rows, keys, first_q, first_k in problem.sequences():
+    dense = request._replace(plan=DENSE)
+    for rows, keys, first_q, first_k in request.sequences():
         assert rows.stop - rows.start > 1, "a single query is dense"
-        dense = replace(problem, plan=DENSE)
-        scores = kept_scores(q[rows].detach().double(), k[keys].detach().double(), dense, first_q, first_k)
+        q, k = request.q[rows].detach().double(), request.k[keys].detach().double()
+        scores = kept_scores(q, k, dense, first_q, first_k)
         groups = pad(scores, (first_k % m, -(first_k + scores.shape[-1]) % m), value=-torch.inf).unflatten(-1, (-1, m))
         best = groups.sort(-1, descending=True).values
         gaps.append((best[..., n - 1] - best[..., n])[best[..., n] > -torch.inf])
     return torch.cat(gaps).min()
 
 
-def pytorch_attention(q, k, v, s_aux, problem):
+def pytorch_attention(request):
     """Compute PyTorch's attention in the precision of the inputs, over the keys that the oracle keeps; FP64."""
+    r, (q, k, v, s_aux) = request, request[:4]
     output = torch.zeros(*q.shape[:2], v.shape[2], device=q.device, dtype=torch.float64)
-    for rows, keys, first_q, first_k in problem.sequences():
+    for rows, keys, first_q, first_k in r.sequences():
         if rows.start == rows.stop or keys.start == keys.stop:
             continue
-        kept = kept_scores(q[rows].detach().double(), k[keys].detach().double(), problem, first_q, first_k) > -torch.inf
+        kept = kept_scores(q[rows].detach().double(), k[keys].detach().double(), r, first_q, first_k) > -torch.inf
         alive = kept.any(-1, keepdim=True)
         mask = kept | ~alive  # a row without a key would be NaN, and so would all gradients
         # Contiguous, as PyTorch's kernels are picky about alignment.
         qs, ks, vs = (x.transpose(0, 1).contiguous() for x in (q[rows], k[keys], v[keys]))
         ks, vs = (x.repeat_interleave(q.shape[1] // k.shape[1], 0) for x in (ks, vs))
-        if problem.softcap is None and s_aux is None:
-            options = {"attn_mask": mask[None], "scale": problem.softmax_scale}
+        if r.softcap is None and s_aux is None:
+            options = {"attn_mask": mask[None], "scale": r.softmax_scale}
             result = scaled_dot_product_attention(qs[None], ks[None], vs[None], **options)[0]
         else:
             # In PyTorch's operations, as Transformers' eager attention has them.
-            scores = qs @ ks.mT * problem.softmax_scale
-            if problem.softcap is not None:
-                scores = torch.tanh(scores / problem.softcap) * problem.softcap
+            scores = qs @ ks.mT * r.softmax_scale
+            if r.softcap is not None:
+                scores = torch.tanh(scores / r.softcap) * r.softcap
             scores = scores.masked_fill(~mask, -torch.inf)
             if s_aux is not None:
                 scores = torch.cat([scores, s_aux.to(q.dtype)[:, None, None].expand(*scores.shape[:2], 1)], -1)
@@ -227,11 +274,30 @@ def pytorch_attention(q, k, v, s_aux, problem):
     return output
 
 
-def gradients(attend, grad, q, k, v, s_aux):
-    """Differentiate ``attend``, a function of the last four, whose output has the gradient ``grad``; None of None."""
-    inputs = [None if x is None else x.detach().requires_grad_() for x in (q, k, v, s_aux)]
-    output = attend(*inputs)
-    given = [x for x in inputs if x is not None]
+def doubled(request):
+    """Return the request in FP64."""
+    return request._replace(**{name: x.double() for name, x in tensors_of(request).items()})
+
+
+def tensors_of(request):
+    """Return the tensors of a request that have gradients, by name."""
+    return {name: x for name in ("q", "k", "v", "s_aux") if (x := getattr(request, name)) is not None}
+
+
+def oracle(request):
+    """Return the output of the oracle."""
+    return attention_reference(request)[0]
+
+
+def gradients(attend, grad, request):
+    """Differentiate ``attend``, a function from a request to an output with the gradient ``grad``.
+
+    Returns:
+        The gradients of queries, keys, values and ``s_aux``, None if there is no ``s_aux``.
+    """
+    inputs = {name: x.detach().requires_grad_() for name, x in tensors_of(request).items()}
+    output = attend(request._replace(**inputs))
+    given = list(inputs.values())
     grads = torch.autograd.grad(output, given, grad.to(output.dtype), allow_unused=True, materialize_grads=True)
     return (*grads, None)[:4]
 

@@ -8,6 +8,8 @@ import sys
 import pytest
 import torch
 
+from modelopt_lite.kernels import hopper_launch, portable, sparse_cores
+
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the markers
 def pytest_collection_modifyitems(items):
@@ -25,6 +27,30 @@ def compiled(request):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture
+def poison():
+    """Fill what is allocated and not yet written with NaN."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def absent_gpu(monkeypatch):
+    """Have the choice take tensors of type ``OnGpu`` to be on a Hopper GPU; returns how to set its capability."""
+
+    def set_capability(capability):
+        for module in (portable, hopper_launch, sparse_cores):
+            monkeypatch.setattr(module, "compute_capability", lambda device: capability)
+
+    set_capability(90)
+    monkeypatch.delenv("MODELOPT_LITE_KERNEL", raising=False)
+    for module in (hopper_launch, sparse_cores):
+        monkeypatch.setattr(module, "processors", lambda device: 132)
+    return set_capability
 
 
 @pytest.fixture(params=["hopper", "portable"])

@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 from machine_code import classify, compile_kernel, inspect
-from test_forward_compile import BF16, FP32, SHARED_LIMIT, pretend_gpu
+from test_forward_compile import BF16, FP32, SHARED_LIMIT, pretend_gpu, zeros
 
 # Bytes a thread that the Triton of constraints.txt spills; other versions spill less or more. The tiles of 90 are what
 # was fastest on an H200, and smaller ones that spill nothing would make every product wait for its operands. The
@@ -33,31 +33,15 @@ VARIANTS = [
 
 def count_compilations():
     """Launch with many run-time numbers for a GPU that is not there, and count what is compiled of each kernel."""
-    from modelopt_lite.kernels import launch
+    from modelopt_lite.kernels import portable
     from modelopt_lite.kernels.top_n import top_n_plan
 
-    kernels = [launch.gradient_rows, launch.gradient_of_keys, launch.gradient_of_queries]
-    pretend_gpu(launch, *kernels)
+    kernels = [portable.gradient_rows, portable.gradient_of_keys, portable.gradient_of_queries]
+    pretend_gpu(portable, *kernels)
     for lengths, number in itertools.product(([1], [16], [17], [1000], [5, 6], [16] * 16), (1, 16, 100)):
-        q, k = (torch.zeros(sum(lengths), heads, 64, dtype=BF16) for heads in (4, 2))
-        length = torch.tensor(lengths)
-        packing = (length.cumsum(0) - length, length, max(lengths))
-        launch.backward(
-            q,
-            q,
-            k,
-            k,
-            None,
-            q,
-            torch.zeros(q.shape[:2]),
-            *packing,
-            *packing,
-            is_causal=True,
-            softmax_scale=1.0 / number,
-            sliding_window=number,
-            softcap=None,
-            plan=dataclasses.replace(top_n_plan(2, 4, number, number), hook_args=(float(number),)),
-        )
+        plan = dataclasses.replace(top_n_plan(2, 4, number, number), hook_args=(float(number),))
+        request = zeros(lengths, plan, softmax_scale=1.0 / number, sliding_window=number)
+        portable.backward(request.q, request.q, torch.zeros(request.q.shape[:2]), request)
     return [sum(len(cache[0]) for cache in kernel.device_caches.values()) for kernel in kernels]
 
 

@@ -1,14 +1,13 @@
 """The backward kernels on a GPU: gradients against the oracle's, in every precision, and the same bits every time."""
 
-import dataclasses
 import itertools
 
 import pytest
 import torch
-from cases import error_bound, gradients, packed_problem, pytorch_attention
+from cases import arguments, doubled, error_bound, gradients, oracle, packed_request, pytorch_attention
 from test_forward_interpreter import HOOKS
 
-from modelopt_lite.kernels import attention
+from modelopt_lite.kernels import AttentionRequest, attention
 from modelopt_lite.kernels.reference import attention_reference
 from modelopt_lite.kernels.top_n import top_n_plan
 from modelopt_lite.methods import SinkWindow
@@ -32,36 +31,33 @@ def full_precision():
 
 
 def make(*args, **options):
-    """Make query, key, value, ``s_aux`` and problem."""
-    return packed_problem(*args, device=DEVICE, **options)
+    """Make a request on the GPU."""
+    return packed_request(*args, device=DEVICE, **options)
 
 
-def check(q, k, v, s_aux, problem):
+def ours(request):
+    return attention(**arguments(request), backend=BACKEND)
+
+
+def check(request):
     """Hold gradients against the oracle's: no worse than twice PyTorch's own in the same precision."""
+    q, _, v, s_aux = request[:4]
     generator = torch.Generator(DEVICE).manual_seed(1)
     grad = torch.randn(q.shape[0], q.shape[1], v.shape[2], generator=generator, device=DEVICE).to(q.dtype)
     grad = grad.masked_fill(q[..., :1].isnan(), torch.nan)
-    p = problem
-    numbers = (p.starts_q, p.lengths_q, p.max_q, p.is_causal, p.softmax_scale, p.starts_k, p.lengths_k, p.max_k)
-    options = {"sliding_window": p.sliding_window, "softcap": p.softcap, "b_first_q": p.first_q, "b_first_k": p.first_k}
-
-    def ours(q, k, v, s_aux):
-        return attention(q, k, v, *numbers, plan=p.plan, s_aux=s_aux, backend=BACKEND, **options)
-
     # What is allocated and not yet written holds NaN, and what could give other bits raises.
     torch.use_deterministic_algorithms(True)
     try:
-        found, again = (gradients(ours, grad, q, k, v, s_aux) for _ in range(2))
+        found, again = (gradients(ours, grad, request) for _ in range(2))
     finally:
         torch.use_deterministic_algorithms(False)
-    theirs = gradients(lambda *x: pytorch_attention(*x, problem), grad, q, k, v, s_aux)
-    doubles = [None if x is None else x.double() for x in (q, k, v, s_aux)]
-    expected = gradients(lambda *x: attention_reference(*x, problem)[0], grad, *doubles)
+    theirs = gradients(pytorch_attention, grad, request)
+    expected = gradients(oracle, grad, doubled(request))
     # Results are rounded once, and weights come from an FP32 number that is rounded twice: the LSE, in log2 space.
     outside = q[..., 0].isnan()
-    output, lse = attention_reference(*doubles, problem)
+    output, lse = attention_reference(request)
     with torch.no_grad():
-        rounded = ours(q, k, v, s_aux).double() - output
+        rounded = ours(request).double() - output
     per_row = (rounded * grad.double()).sum(-1).masked_fill(outside, 0.0)
     lse = lse.masked_fill(outside, 0.0).nan_to_num(neginf=0.0)
     rounding = torch.finfo(q.dtype).eps / 2 + torch.finfo(torch.float32).eps * lse.abs().max()
@@ -81,7 +77,7 @@ def check(q, k, v, s_aux, problem):
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize("plan", PLANS, ids=NAMES)
 def test_ragged(plan, is_causal, dtype):
-    check(*make(dims=(128, 128), plan=plan, is_causal=is_causal, dtype=dtype))
+    check(make(dims=(128, 128), plan=plan, is_causal=is_causal, dtype=dtype))
 
 
 @pytest.mark.parametrize(
@@ -100,18 +96,18 @@ def test_ragged(plan, is_causal, dtype):
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize("plan", PLANS[:2], ids=NAMES[:2])
 def test_shapes(plan, is_causal, heads, dims):
-    check(*make(heads=heads, dims=dims, plan=plan, is_causal=is_causal))
+    check(make(heads=heads, dims=dims, plan=plan, is_causal=is_causal))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("dims", [(80, 80), (192, 128), (256, 256)])
 def test_shapes_in_other_precisions(dims, dtype):
-    check(*make(heads=(2, 1), dims=dims, plan=PLANS[1], dtype=dtype))
+    check(make(heads=(2, 1), dims=dims, plan=PLANS[1], dtype=dtype))
 
 
 @pytest.mark.parametrize(("n", "m"), [(1, 2), (1, 4), (3, 4), (1, 8), (5, 8), (7, 8), (1, 16), (8, 16), (15, 16)])
 def test_n_of_m(n, m):
-    check(*make(lengths=((500, 500), (129, 300)), heads=(4, 1), plan=top_n_plan(n, m, 3, 40)))
+    check(make(lengths=((500, 500), (129, 300)), heads=(4, 1), plan=top_n_plan(n, m, 3, 40)))
 
 
 @pytest.mark.usefixtures("kernel")
@@ -119,13 +115,13 @@ def test_n_of_m(n, m):
 @pytest.mark.parametrize(("sinks", "window"), [(0, 0), (5, 1), (0, 100), (70, 64)])
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_sinks_and_window(is_causal, sinks, window, dtype):
-    check(*make(plan=top_n_plan(1, 4, sinks, window), is_causal=is_causal, dtype=dtype))
+    check(make(plan=top_n_plan(1, 4, sinks, window), is_causal=is_causal, dtype=dtype))
 
 
 @pytest.mark.parametrize(("sinks", "window"), [(4, 100), (0, 1), (3, 0), (0, 0)])
 def test_sinks_and_window_alone(sinks, window):
     """Rows that keep no key have no gradient."""
-    check(*make(plan=SinkWindow(num_sink_tokens=sinks, dense_window_size=window).plan()))
+    check(make(plan=SinkWindow(num_sink_tokens=sinks, dense_window_size=window).plan()))
 
 
 @pytest.mark.usefixtures("kernel")
@@ -144,14 +140,14 @@ def test_sinks_and_window_alone(sinks, window):
     ids=str,
 )
 def test_options(options, plan, dtype):
-    check(*make(plan=plan, dtype=dtype, **options))
+    check(make(plan=plan, dtype=dtype, **options))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dims", [(64, 64), (128, 128)])
 def test_random_scores(dims, dtype):
     """Dense, so that no near-tie can fall either way."""
-    check(*make(lengths=((700, 700), (333, 800)), dims=dims, dtype=dtype, exact=False))
+    check(make(lengths=((700, 700), (333, 800)), dims=dims, dtype=dtype, exact=False))
 
 
 @pytest.mark.usefixtures("kernel")
@@ -159,30 +155,30 @@ def test_random_scores(dims, dtype):
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8)])
 def test_all_keys_alike(n, m, dtype):
     """Nothing but ties."""
-    q, k, v, s_aux, problem = make(dtype=dtype, plan=top_n_plan(n, m, 0, 8))
-    k[~k.isnan()] = 0.5
-    check(q, k, v, s_aux, problem)
+    request = make(dtype=dtype, plan=top_n_plan(n, m, 0, 8))
+    request.k[~request.k.isnan()] = 0.5
+    check(request)
 
 
 @pytest.mark.parametrize("plan", HOOKS)
 def test_other_hooks(plan):
-    check(*make(plan=plan))
+    check(make(plan=plan))
 
 
 def test_slices_of_a_fused_projection():
-    q, k, v, s_aux, problem = make(plan=PLANS[1], lengths=((300, 300),))
-    q, k, v = torch.cat([q, k, v], dim=1).split([4, 2, 2], dim=1)
-    assert not q.is_contiguous()
-    check(q, k, v, s_aux, problem)
+    request = make(plan=PLANS[1], lengths=((300, 300),))
+    slices = torch.cat(request[:3], dim=1).split([4, 2, 2], dim=1)
+    assert not slices[0].is_contiguous()
+    check(AttentionRequest(*slices, *request[3:]))
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize("sliding_window", [None, 50])
 @pytest.mark.parametrize("plan", PLANS[:2], ids=NAMES[:2])
 def test_queries_and_keys_anywhere(plan, sliding_window, is_causal):
-    q, k, v, s_aux, problem = make(plan=plan, sliding_window=sliding_window, is_causal=is_causal)
+    request = make(plan=plan, sliding_window=sliding_window, is_causal=is_causal)
     first_k = torch.tensor([0, 7, 3, 64, 33, 100, 5, 1], device=DEVICE)
-    check(q, k, v, s_aux, dataclasses.replace(problem, first_k=first_k))
+    check(request._replace(first_k=first_k))
 
 
 @pytest.mark.usefixtures("kernel")

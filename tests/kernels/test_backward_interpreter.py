@@ -4,18 +4,19 @@ import os
 
 import pytest
 import torch
-from cases import cases, gradients, smallest_gap
+from cases import cases, doubled, gradients, oracle, smallest_gap
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_forward_interpreter import HOOKS, n_of_m, sequences
 
-from modelopt_lite.kernels import launch
-from modelopt_lite.kernels.launch import Settings
+from modelopt_lite.kernels import AttentionRequest, portable
 from modelopt_lite.kernels.reference import attention_reference
+from modelopt_lite.kernels.settings import Settings
 from modelopt_lite.methods.sink_window import SinkWindow
 from modelopt_lite.plan import DENSE
 
 pytestmark = [
+    pytest.mark.usefixtures("poison"),
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter"),
     # Rows that keep nothing divide by zero on purpose.
     pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning"),
@@ -31,54 +32,36 @@ DESCRIPTORS = (
 FP32 = {"rtol": 3e-5, "atol": 3e-5}
 
 
-@pytest.fixture(autouse=True)
-def poison():
-    """Fill what is allocated and not yet written with NaN."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def run(grad, q, k, v, s_aux, problem, kernel_settings, forward_settings=None):
+def run(grad, request, kernel_settings, forward_settings=None):
     """Run the backward kernels on what the oracle computed, or on what the forward kernel does with its settings."""
-    p = problem
-    packing = (p.starts_q, p.lengths_q, p.max_q, p.starts_k, p.lengths_k, p.max_k)
-    options = {
-        "is_causal": p.is_causal,
-        "softmax_scale": p.softmax_scale,
-        "sliding_window": p.sliding_window,
-        "softcap": p.softcap,
-        "plan": p.plan,
-        "first_q": p.first_q,
-        "first_k": p.first_k,
-    }
     if forward_settings is None:
-        out, lse = attention_reference(q, k, v, s_aux, p)
-        out, lse = out.to(q.dtype), lse.float()
+        out, lse = attention_reference(request)
+        out, lse = out.to(request.q.dtype), lse.float()
     else:
-        out, lse = launch.forward(q, k, v, *packing, **options, s_aux=s_aux, settings=forward_settings)
-    return launch.backward(grad, q, k, v, s_aux, out, lse, *packing, **options, settings=kernel_settings)
+        out, lse = portable.prepare(request, forward_settings)(request)
+    return portable.backward(grad, out, lse, request, kernel_settings)
 
 
-def oracle(grad, q, k, v, s_aux, problem):
+def gradients_of_oracle(grad, request):
     """Differentiate the oracle; what is poisoned belongs to no sequence and gets no gradient."""
-    doubles = (None if x is None else x.double().nan_to_num() for x in (q, k, v, s_aux))
-    return gradients(lambda *x: attention_reference(*x, problem)[0], grad.nan_to_num(), *doubles)
+    request = doubled(request)
+    q, k, v = (x.nan_to_num() for x in request[:3])
+    return gradients(oracle, grad.nan_to_num(), request._replace(q=q, k=k, v=v))
 
 
-def output_gradient(q, v):
-    """Random numbers, and NaN for rows of no sequence, as ``q`` has them."""
+def output_gradient(request):
+    """Random numbers, and NaN for rows of no sequence, as queries have them."""
+    q, v = request.q, request.v
     generator = torch.Generator().manual_seed(1)
     grad = torch.randn(q.shape[0], q.shape[1], v.shape[2], generator=generator)
     return grad.masked_fill(q[..., :1].isnan(), torch.nan).to(q.dtype)
 
 
-def check(q, k, v, s_aux, problem, kernel_settings, tolerance=FP32, forward_settings=None):
+def check(request, kernel_settings, tolerance=FP32, forward_settings=None):
     """Compare with the oracle; what no sequence owns is NaN in every input."""
-    grad = output_gradient(q, v)
-    found = run(grad, q, k, v, s_aux, problem, kernel_settings, forward_settings)
-    expected = oracle(grad, q, k, v, s_aux, problem)
+    grad = output_gradient(request)
+    found = run(grad, request, kernel_settings, forward_settings)
+    expected = gradients_of_oracle(grad, request)
     assert (found[3] is None) == (expected[3] is None)
     for name, ours, theirs in zip(("q", "k", "v", "s_aux"), found, expected, strict=True):
         if ours is not None:
@@ -90,17 +73,16 @@ def check(q, k, v, s_aux, problem, kernel_settings, tolerance=FP32, forward_sett
 @given(cases(longest=50, batch=2) | cases(longest=50, batch=2, placed=True), st.sampled_from([POINTERS, DESCRIPTORS]))
 @settings(max_examples=16, deadline=None)
 def test_gradients_equal_the_oracles(case, kernel_settings):
-    check(case.q, case.k, case.v, case.s_aux, case.problem, kernel_settings, forward_settings=FORWARD)
+    check(case.request, kernel_settings, forward_settings=FORWARD)
 
 
 @pytest.mark.parametrize(("n", "m"), [(n, m) for m in (2, 4, 8, 16) for n in {1, m // 2, m - 1}])
 def test_n_of_m_with_many_ties(n, m):
     generator = torch.Generator().manual_seed(n)
     scores = torch.randint(0, 4, (37, 1, 16), generator=generator).float()
-    (_, k, v), problem = sequences([(37, 37)], (1, 1), plan=n_of_m(n, m, dense_window_size=2), softmax_scale=0.25)
-    k = torch.where(k.isnan(), k, k.sign())
-    q = torch.cat([k[:3], scores, k[:1]])
-    check(q, k, v, None, problem, POINTERS)
+    request = sequences([(37, 37)], (1, 1), plan=n_of_m(n, m, dense_window_size=2), softmax_scale=0.25)
+    k = torch.where(request.k.isnan(), request.k, request.k.sign())
+    check(request._replace(q=torch.cat([k[:3], scores, k[:1]]), k=k), POINTERS)
 
 
 @pytest.mark.parametrize("plan", [DENSE, n_of_m(2, 4, 3, 5)], ids=["dense", "2:4"])
@@ -108,27 +90,25 @@ def test_n_of_m_with_many_ties(n, m):
 @pytest.mark.parametrize("heads", [(1, 1), (4, 2)])
 def test_shapes(heads, dims, plan):
     lengths = [(1, 1), (33, 33), (0, 5), (7, 20), (1, 20)]
-    tensors, problem = sequences(lengths, heads, dims, plan=plan)
-    check(*tensors, None, problem, DESCRIPTORS)
+    check(sequences(lengths, heads, dims, plan=plan), DESCRIPTORS)
 
 
 def test_odd_length_with_real_tiles():
-    tensors, problem = sequences([(193, 193)], (1, 1), plan=n_of_m(2, 4, 4, 64))
-    check(*tensors, None, problem, (Settings(64, 64, 4, 1, descriptors=True, frozen=False),) * 2)
+    request = sequences([(193, 193)], (1, 1), plan=n_of_m(2, 4, 4, 64))
+    check(request, (Settings(64, 64, 4, 1, descriptors=True, frozen=False),) * 2)
 
 
 def test_half_precision():
-    tensors, problem = sequences([(50, 50)], dtype=torch.float16, plan=n_of_m(4, 8, dense_window_size=8))
+    request = sequences([(50, 50)], dtype=torch.float16, plan=n_of_m(4, 8, dense_window_size=8))
     # FP16 rounds weights, the gradients of scores and those that are returned to 2^-11.
-    check(*tensors, None, problem, POINTERS, {"rtol": 4e-3, "atol": 4e-3})
+    check(request, POINTERS, {"rtol": 4e-3, "atol": 4e-3})
 
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("window", [0, 1, 20])
 @pytest.mark.parametrize("sinks", [0, 17])
 def test_exemptions_are_token_exact(causal, window, sinks):
-    tensors, problem = sequences([(40, 53)], plan=n_of_m(1, 4, sinks, window), is_causal=causal)
-    check(*tensors, None, problem, POINTERS)
+    check(sequences([(40, 53)], plan=n_of_m(1, 4, sinks, window), is_causal=causal), POINTERS)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -137,69 +117,65 @@ def test_exemptions_are_token_exact(causal, window, sinks):
 def test_queries_and_keys_anywhere(plan, sliding_window, causal):
     """Groups and sinks count from the sequence's first token; decode is dense wherever its query is."""
     first_q, first_k = torch.tensor([40, 3, 60, 0]), torch.tensor([5, 0, 19, 30])
-    tensors, problem = sequences(
+    request = sequences(
         [(30, 41), (50, 33), (1, 37), (20, 7)], plan=plan, sliding_window=sliding_window, is_causal=causal,
         first_q=first_q, first_k=first_k,
     )  # fmt: skip
     for kernel_settings in (POINTERS, DESCRIPTORS):
-        check(*tensors, None, problem, kernel_settings, forward_settings=FORWARD)
+        check(request, kernel_settings, forward_settings=FORWARD)
 
 
 def test_more_queries_than_keys():
-    tensors, problem = sequences([(35, 18), (20, 0), (50, 35)], plan=n_of_m(1, 4, 3, 7), is_causal=False)
-    check(*tensors, None, problem, POINTERS)
+    check(sequences([(35, 18), (20, 0), (50, 35)], plan=n_of_m(1, 4, 3, 7), is_causal=False), POINTERS)
 
 
 @pytest.mark.parametrize("sliding_window", [1, 17, 1000])
 @pytest.mark.parametrize("plan", [DENSE, n_of_m(2, 4, 3, 4)], ids=["dense", "2:4"])
 def test_sliding_window(plan, sliding_window):
-    tensors, problem = sequences([(60, 75), (1, 30)], plan=plan, sliding_window=sliding_window)
-    check(*tensors, None, problem, POINTERS)
+    check(sequences([(60, 75), (1, 30)], plan=plan, sliding_window=sliding_window), POINTERS)
 
 
 @pytest.mark.parametrize("logit", [-30.0, 0.0, 200.0])
 def test_learnable_sinks(logit):
-    tensors, problem = sequences([(40, 40)], plan=n_of_m(2, 4))
-    check(*tensors, torch.tensor([logit, logit / 2]), problem, POINTERS)
+    check(sequences([(40, 40)], plan=n_of_m(2, 4), s_aux=torch.tensor([logit, logit / 2])), POINTERS)
 
 
 @pytest.mark.parametrize("plan", [DENSE, n_of_m(2, 4)], ids=["dense", "2:4"])
 def test_softcap_of_large_and_small_scores(plan):
-    (q, k, v), problem = sequences([(40, 40)], softcap=3.0, plan=plan)
+    request = sequences([(40, 40)], softcap=3.0, plan=plan)
     for size in (1.0, 1e-3, 10.0):
-        check(q * size, k, v, None, problem, POINTERS)
+        check(request._replace(q=request.q * size), POINTERS)
 
 
 @pytest.mark.parametrize("plan", [DENSE, n_of_m(2, 4, 2, 3)], ids=["dense", "2:4"])
 def test_strides_other_than_packed(plan):
-    (q, k, v), problem = sequences([(30, 30)], (4, 2), plan=plan)
-    grad = output_gradient(q, v)
-    expected = run(grad, q, k, v, None, problem, DESCRIPTORS)
+    request = sequences([(30, 30)], (4, 2), plan=plan)
+    (q, k, v), grad = request[:3], output_gradient(request)
+    expected = run(grad, request, DESCRIPTORS)
     apart = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in (grad, q, k, v)]
     wide = [torch.cat([x, x], dim=2)[:, :, :16] for x in (grad, q, k, v)]
     columns_first = [grad.transpose(1, 2).contiguous().transpose(1, 2), q, k, v]
     for tensors in (apart, wide, columns_first):
         assert not tensors[0].is_contiguous()
-        for ours, theirs in zip(run(*tensors, None, problem, DESCRIPTORS), expected, strict=True):
+        found = run(tensors[0], AttentionRequest(*tensors[1:], *request[3:]), DESCRIPTORS)
+        for ours, theirs in zip(found, expected, strict=True):
             assert ours is theirs is None or torch.equal(ours, theirs)
 
 
 def test_expanded_gradient():
-    (q, k, v), problem = sequences([(30, 30)])
-    one = torch.ones(()).expand(q.shape)
-    for ours, theirs in zip(
-        run(one, q, k, v, None, problem, DESCRIPTORS), oracle(one, q, k, v, None, problem), strict=True
-    ):
+    request = sequences([(30, 30)])
+    one = torch.ones(()).expand(request.q.shape)
+    for ours, theirs in zip(run(one, request, DESCRIPTORS), gradients_of_oracle(one, request), strict=True):
         assert ours is theirs is None or torch.allclose(ours.double(), theirs, **FP32)
 
 
 def test_other_sequences_do_not_leak():
-    tensors, problem = sequences([(20, 20), (21, 21)])
-    tensors.insert(0, output_gradient(tensors[0], tensors[2]))
-    alone = run(*tensors, None, problem, DESCRIPTORS)
-    for x in tensors:
+    request = sequences([(20, 20), (21, 21)])
+    grad = output_gradient(request)
+    alone = run(grad, request, DESCRIPTORS)
+    for x in (grad, *request[:3]):
         x[24:] = torch.inf
-    beside = run(*tensors, None, problem, DESCRIPTORS)
+    beside = run(grad, request, DESCRIPTORS)
     for ours, theirs in zip(beside[:3], alone[:3], strict=True):
         assert torch.equal(ours[:24], theirs[:24])
 
@@ -207,23 +183,22 @@ def test_other_sequences_do_not_leak():
 @pytest.mark.parametrize("plan", HOOKS)
 def test_other_hooks(plan):
     """A row may keep nothing; then nothing gets a gradient from it."""
-    tensors, problem = sequences([(45, 60)], plan=plan)
-    check(*tensors, None, problem, DESCRIPTORS)
+    check(sequences([(45, 60)], plan=plan), DESCRIPTORS)
 
 
 @pytest.mark.parametrize(("sinks", "window"), [(0, 1), (3, 0), (4, 20), (0, 0)])
 def test_a_rule_that_keeps_nothing(sinks, window):
     plan = SinkWindow(num_sink_tokens=sinks, dense_window_size=window).plan()
-    tensors, problem = sequences([(45, 60), (70, 70)], plan=plan)
-    check(*tensors, None, problem, POINTERS)
+    check(sequences([(45, 60), (70, 70)], plan=plan), POINTERS)
 
 
 def test_directional_derivative():
     """The forward kernel's differences along random directions, so far from ties that no step changes a selection."""
     step, n, m = 2**-9, 2, 4
     for seed in range(50):
-        tensors, problem = sequences([(9, 13)], seed=seed, plan=n_of_m(n, m))
-        q, k, v = (x.nan_to_num() for x in tensors)
+        request = sequences([(9, 13)], seed=seed, plan=n_of_m(n, m))
+        q, k, v = (x.nan_to_num() for x in request[:3])
+        request = request._replace(q=q, k=k, v=v)
         generator = torch.Generator().manual_seed(seed)
         directions = [torch.randn(x.shape, generator=generator) for x in (q, k, v)]
         # Scores are products of q + t dq and k + t dk; how far do they move at most until t = 2 step?
@@ -231,24 +206,21 @@ def test_directional_derivative():
         linear, square = (
             torch.einsum("qhd,kgd->hqk", *x) for x in ((torch.cat([q, dq], 2), torch.cat([dk, k], 2)), (dq, dk))
         )
-        moved = problem.softmax_scale * (t * linear.abs().max() + t * t * square.abs().max())
-        if smallest_gap(q, k, n, m, problem) > 2 * moved:
+        moved = request.softmax_scale * (t * linear.abs().max() + t * t * square.abs().max())
+        if smallest_gap(request, n, m) > 2 * moved:
             break
     else:
-        pytest.fail("no problem is far enough from ties")
-    grad = output_gradient(q, v)
-    p = problem
-    packing = (p.starts_q, p.lengths_q, p.max_q, p.starts_k, p.lengths_k, p.max_k)
-    options = {"is_causal": True, "softmax_scale": p.softmax_scale, "sliding_window": None, "softcap": None}
+        pytest.fail("no request is far enough from ties")
+    grad = output_gradient(request)
 
     def value(t):
-        moved = [x + t * d for x, d in zip((q, k, v), directions, strict=True)]
-        out, _ = launch.forward(*moved, *packing, **options, s_aux=None, plan=p.plan, settings=FORWARD)
+        moved = (x + t * d for x, d in zip((q, k, v), directions, strict=True))
+        out, _ = portable.prepare(request, FORWARD)(AttentionRequest(*moved, *request[3:]))
         return (out.double() * grad).sum().item()
 
     near, far = ((value(t) - value(-t)) / (2 * t) for t in (step, 2 * step))
     difference = (4 * near - far) / 3  # without the error of second order
-    found = run(grad, q, k, v, None, problem, POINTERS, FORWARD)[:3]
+    found = run(grad, request, POINTERS, FORWARD)[:3]
     derivative = sum((x.double() * d).sum().item() for x, d in zip(found, directions, strict=True))
     # An output is off by the roundings of 16 products and 13 weights and some more, independently of the others.
     tolerance = 40 * 2**-24 * grad.norm().item() / step

@@ -6,12 +6,12 @@ from itertools import pairwise
 import pytest
 import torch
 from brute_force import attention_brute_force
-from cases import SCALE, Case, cases, packed_problem, smallest_gap
+from cases import SCALE, Case, arguments, cases, one_sequence, oracle, packed_request, smallest_gap, tensors_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from modelopt_lite.kernels import attention, attention_statistics, blocked
+from modelopt_lite.kernels import AttentionRequest, attention, attention_statistics, blocked
 from modelopt_lite.kernels.reference import attention_reference, kept_scores
 from modelopt_lite.kernels.top_n import keep_top_n, top_n_plan
 from modelopt_lite.methods import SinkWindow
@@ -33,28 +33,29 @@ def tiles_smaller_than_sequences():
 
 
 def run(case: Case, **overrides):
-    return attention(case.q, case.k, case.v, **{**case.arguments(), "plan": case.problem.plan, **overrides})
+    return attention(**{**arguments(case.request), **overrides})
 
 
 def statistics_of(case: Case, slack: int = 0, **overrides):
-    arguments = {name: x for name, x in case.arguments().items() if name != "s_aux"}
-    arguments["max_input_len"] += slack
-    arguments["max_input_len_k"] += slack
-    return attention_statistics(case.q, case.k, **{**arguments, "plan": case.problem.plan, **overrides})
+    given = {name: x for name, x in arguments(case.request).items() if name not in ("v", "s_aux")}
+    given["max_input_len"] += slack
+    given["max_input_len_k"] += slack
+    return attention_statistics(**{**given, **overrides})
 
 
 @given(cases(longest=24, batch=1) | cases(longest=24, batch=1, placed=True))
 @many_cases
 def test_oracle_is_the_contract(case):
-    output, _ = attention_reference(case.q, case.k, case.v, case.s_aux, case.problem)
-    queries, keys, first_query, first_key = next(case.problem.sequences())
+    r = case.request
+    output, _ = attention_reference(r)
+    queries, keys, first_query, first_key = next(r.sequences())
     expected, counts = attention_brute_force(
-        case.q[queries],
-        case.k[keys],
-        case.v[keys],
+        r.q[queries],
+        r.k[keys],
+        r.v[keys],
         scale=SCALE,
-        softcap=case.problem.softcap,
-        s_aux=case.s_aux,
+        softcap=r.softcap,
+        s_aux=r.s_aux,
         first_query=first_query,
         first_key=first_key,
         **case.selection(),
@@ -67,7 +68,7 @@ def test_oracle_is_the_contract(case):
 @many_cases
 def test_torch_backend_equals_oracle(case):
     output, lse = run(case, return_lse=True)
-    expected, expected_lse = attention_reference(case.q, case.k, case.v, case.s_aux, case.problem)
+    expected, expected_lse = attention_reference(case.request)
     torch.testing.assert_close(output, expected.float(), **FP32)
     torch.testing.assert_close(lse, expected_lse.float(), **FP32)
 
@@ -75,9 +76,8 @@ def test_torch_backend_equals_oracle(case):
 @given(cases() | cases(placed=True))
 @many_cases
 def test_gradients_equal_oracle(case):
-    inputs = [x.requires_grad_() for x in (case.q, case.k, case.v, case.s_aux) if x is not None]
-    output = run(case)
-    expected, _ = attention_reference(case.q, case.k, case.v, case.s_aux, case.problem)
+    inputs = [x.requires_grad_() for x in tensors_of(case.request).values()]
+    output, expected = run(case), oracle(case.request)
     direction = torch.randn(output.shape, generator=torch.Generator().manual_seed(0))
     found = torch.autograd.grad(output, inputs, direction)
     wanted = torch.autograd.grad(expected, inputs, direction.double())
@@ -110,20 +110,18 @@ def test_gradcheck(n, m, sinks, window, lengths, options, monkeypatch):
     monkeypatch.setattr(blocked, "QUERY_BLOCK", 4)
     monkeypatch.setattr(blocked, "TILE_SCORES", 64)
     options = {"plan": top_n_plan(n, m, sinks, window), "dims": (3, 3), **options}
-    *inputs, problem = packed_problem([lengths], (2, 1), dtype=torch.float64, device="cpu", exact=False, **options)
-    q, k, v, s_aux = (None if x is None else x.double().nan_to_num() for x in inputs)
+    request = packed_request([lengths], (2, 1), dtype=torch.float64, device="cpu", exact=False, **options)
+    inputs = {name: x.double().nan_to_num().requires_grad_() for name, x in tensors_of(request).items()}
+    request = request._replace(**inputs)
     # A step of one element moves a score by at most the element that it is multiplied with.
-    step = GRADCHECK_EPS * problem.softmax_scale * max(q.abs().max(), k.abs().max())
-    assert smallest_gap(q, k, n, m, problem) > 100 * step
-    p = problem
-    packing = (p.starts_q, p.lengths_q, p.max_q, p.is_causal, p.softmax_scale, p.starts_k, p.lengths_k, p.max_k)
+    step = GRADCHECK_EPS * request.softmax_scale * max(request.q.abs().max(), request.k.abs().max())
+    assert smallest_gap(request, n, m) > 100 * step
 
-    def function(q, k, v, s_aux=None):
-        more = {"sliding_window": p.sliding_window, "softcap": p.softcap, "s_aux": s_aux}
-        return attention(q, k, v, *packing, plan=p.plan, backend="torch", **more)
+    def function(*tensors):
+        moved = request._replace(**dict(zip(inputs, tensors, strict=True)))
+        return attention(**arguments(moved), backend="torch")
 
-    inputs = [x.requires_grad_() for x in (q, k, v, s_aux) if x is not None]
-    assert torch.autograd.gradcheck(function, inputs, eps=GRADCHECK_EPS)
+    assert torch.autograd.gradcheck(function, tuple(inputs.values()), eps=GRADCHECK_EPS)
 
 
 def test_what_is_saved_for_the_backward_pass_grows_with_the_length_alone():
@@ -146,34 +144,45 @@ def test_operator_is_well_formed():
     """PyTorch's own checks: schema, fake shapes, autograd registration, tracing."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(11, heads, dim, requires_grad=True) for heads, dim in ((4, 8), (2, 8), (2, 6)))
-    starts, lengths = torch.tensor([0, 5]), torch.tensor([5, 6])
-    s_aux = torch.randn(4, requires_grad=True)
-    plan = top_n_plan(2, 4, 1, 2)
-    for extra in (None, s_aux):
-        packing = (starts, lengths, 6, starts, lengths, 6)
-        options = (True, 0.5, None, 3.0, plan.key, False, True)
-        torch.library.opcheck(torch.ops.modelopt_lite.attention.default, (q, k, v, extra, *packing, *options))
+    two = {"starts_q": torch.tensor([0, 5]), "lengths_q": torch.tensor([5, 6]), "max_q": 6}
+    two |= {"starts_k": two["starts_q"], "lengths_k": two["lengths_q"], "max_k": 6}
+    request = one_sequence(q, k, v, top_n_plan(2, 4, 1, 2), softcap=3.0, **two)
+    for s_aux in (None, torch.randn(4, requires_grad=True)):
+        inputs = (*request._replace(s_aux=s_aux).flatten(), "torch")
+        torch.library.opcheck(torch.ops.modelopt_lite.attention.default, inputs)
 
 
-@pytest.mark.parametrize("use_triton", [True, False])
+@pytest.mark.parametrize("backend", ["triton", "torch"])
 @pytest.mark.parametrize("with_lse", [True, False])
-def test_shapes_without_tensors(use_triton, with_lse):
+def test_shapes_without_tensors(backend, with_lse):
     with FakeTensorMode():
         q, k, v = (torch.empty(11, heads, dim) for heads, dim in ((4, 8), (2, 8), (2, 6)))
-        packing = (torch.empty(2, dtype=torch.int32), torch.empty(2, dtype=torch.int32), 6) * 2
-        options = (True, 0.5, None, None, DENSE.key, use_triton, with_lse)
-        output, lse = torch.ops.modelopt_lite.attention(q, k, v, None, *packing, *options)
+        request = one_sequence(q, k, v, with_lse=with_lse)
+        output, lse = torch.ops.modelopt_lite.attention(*request.flatten(), backend)
     assert output.shape == (11, 4, 6)
-    assert lse.shape == ((11, 4) if with_lse or not use_triton else (0,))
+    assert lse.shape == ((11, 4) if with_lse else (0,))
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("with_lse", [True, False])
+def test_shapes_are_those_promised_without_tensors(backend, with_lse):
+    for dtype in (torch.float16, torch.float64):
+        q = torch.randn(11, 4, 8, dtype=dtype)
+        inputs = (*one_sequence(q, q, q, with_lse=with_lse).flatten(), backend)
+        found = torch.ops.modelopt_lite.attention(*inputs)
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            promised = torch.ops.modelopt_lite.attention(
+                *(mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in inputs)
+            )
+        for real, fake in zip(found, promised, strict=True):
+            assert (real.shape, real.dtype) == (fake.shape, fake.dtype)
 
 
 def test_no_gradients_without_lse():
     """What the operator's callers see to; without, the kernels would read what is not there."""
     with FakeTensorMode():
         q = torch.empty(11, 2, 8, requires_grad=True)
-        packing = (torch.empty(2, dtype=torch.int32), torch.empty(2, dtype=torch.int32), 6) * 2
-        options = (True, 0.5, None, None, DENSE.key, True, False)
-        output, _ = torch.ops.modelopt_lite.attention(q, q, q, None, *packing, *options)
+        output, _ = torch.ops.modelopt_lite.attention(*one_sequence(q, q, q, with_lse=False).flatten(), "triton")
         with pytest.raises(ValueError, match="with_lse: False is not allowed where gradients are wanted"):
             output.sum().backward()
 
@@ -192,31 +201,16 @@ def test_exactly_n_of_visible_ties_to_the_lower(n, m, data):
 @given(cases(batch=1), st.data())
 @many_cases
 def test_chunked_prefill_equals_one_prefill(case, data):
-    problem = case.problem
-    _, keys, *_ = next(problem.sequences())
+    r = case.request
+    _, keys, *_ = next(r.sequences())
     len_k = keys.stop - keys.start
-    q = torch.randint(-2, 3, (len_k, *case.q.shape[1:])) / 2
-    k, v = case.k[keys], case.v[keys]
-    zero = torch.zeros(1, dtype=torch.int64)
+    q = torch.randint(-2, 3, (len_k, *r.q.shape[1:])) / 2
+    k, v = r.k[keys], r.v[keys]
+    plan = dataclasses.replace(r.plan, sparse_decode=True)  # or a chunk of one token would be decode
+    options = {"sliding_window": r.sliding_window, "softcap": r.softcap, "s_aux": r.s_aux, "softmax_scale": SCALE}
 
     def prefill(start, stop):
-        return attention(
-            q[start:stop],
-            k[:stop],
-            v[:stop],
-            zero,
-            torch.tensor([stop - start]),
-            stop - start,
-            True,
-            SCALE,
-            zero,
-            torch.tensor([stop]),
-            stop,
-            plan=dataclasses.replace(problem.plan, sparse_decode=True),  # or a chunk of one token would be decode
-            sliding_window=problem.sliding_window,
-            softcap=problem.softcap,
-            s_aux=case.s_aux,
-        )
+        return attention(**arguments(one_sequence(q[start:stop], k[:stop], v[:stop], plan, **options)))
 
     cuts = sorted({0, len_k, *data.draw(st.lists(st.integers(0, len_k), max_size=4))})
     chunks = [prefill(start, stop) for start, stop in pairwise(cuts)]
@@ -228,13 +222,13 @@ def test_chunked_prefill_equals_one_prefill(case, data):
 @many_cases
 def test_batch_mates_do_not_matter(case):
     together, lse = run(case, return_lse=True)
-    problem = case.problem
-    for b, (queries, *_) in enumerate(problem.sequences()):
+    for b, (queries, *_) in enumerate(case.request.sequences()):
         alone = {
-            name: x[b : b + 1] if isinstance(x, torch.Tensor) and name.startswith("b_") else x
-            for name, x in case.arguments().items()
+            name: x[b : b + 1]
+            for name, x in arguments(case.request).items()
+            if isinstance(x, torch.Tensor) and name.startswith("b_")
         }
-        output, lse_alone = attention(case.q, case.k, case.v, **alone, plan=problem.plan, return_lse=True)
+        output, lse_alone = run(case, **alone, return_lse=True)
         torch.testing.assert_close(output[queries], together[queries], **FP32)
         torch.testing.assert_close(lse_alone[queries], lse[queries], **FP32)
 
@@ -254,7 +248,7 @@ def test_tile_size_does_not_matter(case, query_block, tile_scores):
 def test_n_equal_to_m_and_a_huge_window_are_dense(case):
     dense = run(case, plan=DENSE)
     torch.testing.assert_close(run(case, plan=top_n_plan(case.m, case.m, 0, 0)), dense, **FP32)
-    if case.problem.is_causal:
+    if case.request.is_causal:
         torch.testing.assert_close(run(case, plan=top_n_plan(1, case.m, 0, 1000)), dense, **FP32)
     torch.testing.assert_close(run(case, plan=top_n_plan(1, case.m, 1000, 0)), dense, **FP32)
 
@@ -298,12 +292,13 @@ def test_statistics_equal_oracle(case, slack):
     """Whatever the upper bounds of the lengths."""
     found = statistics_of(case, slack)
     rows = visible = kept = mass = 0
-    for queries, keys, *firsts in case.problem.sequences():
+    r = case.request
+    for queries, keys, *firsts in r.sequences():
         if queries.start == queries.stop:
             continue
-        q, k = case.q[queries].double(), case.k[keys].double()
-        dense = kept_scores(q, k, dataclasses.replace(case.problem, plan=DENSE), *firsts)
-        chosen = kept_scores(q, k, case.problem, *firsts) > -torch.inf
+        q, k = r.q[queries].double(), r.k[keys].double()
+        dense = kept_scores(q, k, r._replace(plan=DENSE), *firsts)
+        chosen = kept_scores(q, k, r, *firsts) > -torch.inf
         seen = dense > -torch.inf
         rows, visible, kept = rows + seen.any(-1).sum(), visible + seen.sum(), kept + chosen.sum()
         mass += dense.softmax(-1)[chosen].sum()
@@ -315,10 +310,8 @@ def test_statistics_equal_oracle(case, slack):
 @settings(max_examples=10, deadline=None)
 def test_statistics_wait_for_no_device(case):
     """On the meta device tensors have no values, so that reading one is an error."""
-    fields = ("starts_q", "lengths_q", "starts_k", "lengths_k", "first_q", "first_k")
-    moved = {name: x.to("meta") for name in fields if (x := getattr(case.problem, name)) is not None}
-    problem = dataclasses.replace(case.problem, **moved)
-    found = blocked.statistics_blocked(case.q.to("meta"), case.k.to("meta"), problem)
+    request = AttentionRequest(*(x.to("meta") if isinstance(x, torch.Tensor) else x for x in case.request))
+    found = blocked.statistics_blocked(request)
     assert all(count.is_meta for count in found)
 
 
@@ -327,8 +320,7 @@ def test_statistics_wait_for_no_device(case):
 def test_sinks_and_window_alone(case, sinks, window):
     """A rule that keeps nothing: tiles without sinks and recent keys are skipped, and missed by nobody."""
     plan = SinkWindow(num_sink_tokens=sinks, dense_window_size=window).plan()
-    problem = dataclasses.replace(case.problem, plan=plan)
-    expected, _ = attention_reference(case.q, case.k, case.v, case.s_aux, problem)
+    expected = oracle(case.request._replace(plan=plan))
     torch.testing.assert_close(run(case, plan=plan), expected.float(), **FP32)
     assert statistics_of(case, plan=plan).visible == statistics_of(case, plan=DENSE).visible
 

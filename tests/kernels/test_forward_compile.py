@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from cases import one_sequence
 from machine_code import classify, compile_kernel, inspect
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -59,8 +60,8 @@ VARIANTS = [
 ]
 
 
-def pretend_gpu(launch, *kernels, compiled=None):
-    """Have ``launch`` compile these of its kernels for a GPU that is not there, and not run them.
+def pretend_gpu(module, *kernels, compiled=None):
+    """Have a module that launches these kernels compile them for a GPU that is not there, and not run them.
 
     What is compiled is appended to the list ``compiled``.
     """
@@ -90,49 +91,39 @@ def pretend_gpu(launch, *kernels, compiled=None):
             return launch
 
     driver.set_active(AbsentGpu())
-    for kernel in kernels:
-        setattr(launch, kernel.__name__, CompileOnly(kernel))
-    launch.compute_capability = lambda device: 90
+    for name, kernel in list(vars(module).items()):
+        if any(kernel is each for each in kernels):
+            setattr(module, name, CompileOnly(kernel))
+    module.compute_capability = module._capability = lambda device: 90
+
+
+def zeros(lengths, plan, heads=(4, 2), head_dim=64, dtype=BF16, **options):
+    """Make a request of sequences of these lengths."""
+    q, k = (torch.zeros(sum(lengths), count, head_dim, dtype=dtype) for count in heads)
+    length = torch.tensor(lengths)
+    packing = {"starts": length.cumsum(0) - length, "lengths": length, "max": max(lengths)}
+    both = {f"{name}_{side}": x for name, x in packing.items() for side in "qk"}
+    return one_sequence(q, k, k, plan, **both, **options)
 
 
 def count_compilations():
     """Launch with many run-time numbers for a GPU that is not there, and count what is compiled."""
-    from modelopt_lite.kernels import launch
+    from modelopt_lite.kernels import portable
     from modelopt_lite.kernels.forward import attention_forward
     from modelopt_lite.kernels.top_n import top_n_plan
     from modelopt_lite.methods import SinkWindow
 
-    pretend_gpu(launch, attention_forward)
+    pretend_gpu(portable, attention_forward)
     numbers = ((1, 0, 1), (2, 1, 16), (16, 16, 100))
-    for lengths, (sinks, window, sliding) in itertools.product(([1], [16], [17], [1000], [5, 6], [16] * 16), numbers):
-        q, k = (torch.zeros(sum(lengths), heads, 64, dtype=BF16) for heads in (4, 2))
-        length = torch.tensor(lengths)
-        packing = (length.cumsum(0) - length, length, max(lengths))
-        launch.forward(
-            q,
-            k,
-            k,
-            *packing,
-            *packing,
-            is_causal=True,
-            softmax_scale=1.0 / sliding,
-            sliding_window=sliding,
-            softcap=None,
-            s_aux=None,
-            plan=dataclasses.replace(top_n_plan(2, 4, sinks, window), hook_args=(float(sinks),)),
-            kernel="portable",
-        )
-    first = torch.zeros_like(length)
-    for plan, placement in ((SinkWindow().plan(), {}), (top_n_plan(2, 4, 4, 64), {"first_q": first, "first_k": first})):
-        options = {
-            "sliding_window": None,
-            "softcap": None,
-            "s_aux": None,
-            "plan": plan,
-            "kernel": "portable",
-            **placement,
-        }
-        launch.forward(q, k, k, *packing, *packing, is_causal=False, softmax_scale=1.0, **options)
+    lengths = ([1], [16], [17], [1000], [5, 6], [16] * 16, [3000], [3001])
+    for of_each, (sinks, window, sliding) in itertools.product(lengths, numbers):
+        plan = dataclasses.replace(top_n_plan(2, 4, sinks, window), hook_args=(float(sinks),))
+        request = zeros(of_each, plan, softmax_scale=1.0 / sliding, sliding_window=sliding)
+        portable.prepare(request)(request)
+    first = torch.zeros(2, dtype=torch.int64)
+    for plan, positions in ((SinkWindow().plan(), {}), (top_n_plan(2, 4, 4, 64), {"first_q": first, "first_k": first})):
+        request = zeros([5, 6], plan, is_causal=False, softmax_scale=1.0, **positions)
+        portable.prepare(request)(request)
     return sum(len(cache[0]) for cache in attention_forward.device_caches.values())
 
 
@@ -151,7 +142,8 @@ def test_kernel_fits_the_gpu(compiled, index):
 
 @pytest.mark.slow
 def test_run_time_numbers_do_not_recompile(compiled):
-    assert compiled[-1] == 3  # one for all numbers, one with another hook, and one with positions
+    # One for all numbers, one for those of long calls, one with another hook, and one with positions.
+    assert compiled[-1] == 4
 
 
 if __name__ == "__main__":

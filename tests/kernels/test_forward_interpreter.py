@@ -10,16 +10,17 @@ from cases import cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modelopt_lite.kernels import launch
+from modelopt_lite.kernels import AttentionRequest, portable
 from modelopt_lite.kernels.language import jit, tl
-from modelopt_lite.kernels.launch import DTYPES, Settings, default_settings
-from modelopt_lite.kernels.problem import AttentionProblem
+from modelopt_lite.kernels.portable import DTYPES, KEY_SETTINGS, QUERY_SETTINGS, SETTINGS
 from modelopt_lite.kernels.reference import attention_reference
+from modelopt_lite.kernels.settings import Settings, default_settings
 from modelopt_lite.kernels.top_n import top_n_plan
 from modelopt_lite.methods import SinkWindow
 from modelopt_lite.plan import DENSE, GROUP_SIZES, AttentionPlan
 
 pytestmark = [
+    pytest.mark.usefixtures("poison"),
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter"),
     # A frozen reference that is too low overflows on purpose.
     pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning"),
@@ -35,43 +36,20 @@ def n_of_m(n, m, num_sink_tokens=0, dense_window_size=0):
     return top_n_plan(n, m, num_sink_tokens, dense_window_size)
 
 
-def run(q, k, v, s_aux, problem, kernel_settings, with_lse=True):
-    p = problem
-    out = q.new_full((q.shape[0], q.shape[1], v.shape[2]), torch.nan)
-    return launch.forward(
-        q,
-        k,
-        v,
-        p.starts_q,
-        p.lengths_q,
-        p.max_q,
-        p.starts_k,
-        p.lengths_k,
-        p.max_k,
-        is_causal=p.is_causal,
-        softmax_scale=p.softmax_scale,
-        sliding_window=p.sliding_window,
-        softcap=p.softcap,
-        s_aux=s_aux,
-        plan=p.plan,
-        first_q=p.first_q,
-        first_k=p.first_k,
-        out=out,
-        settings=kernel_settings,
-        with_lse=with_lse,
-    )
+def run(request, kernel_settings):
+    return portable.prepare(request, kernel_settings)(request)
 
 
-def check(q, k, v, s_aux, problem, kernel_settings, tolerance=FP32):
+def check(request, kernel_settings, tolerance=FP32):
     """Compare with the oracle; every output element starts as NaN."""
-    out, lse = run(q, k, v, s_aux, problem, kernel_settings)
-    expected, expected_lse = attention_reference(q, k, v, s_aux, problem)
+    out, lse = run(request, kernel_settings)
+    expected, expected_lse = attention_reference(request)
     torch.testing.assert_close(out.double(), expected, **tolerance)
     torch.testing.assert_close(lse.double(), expected_lse, **tolerance)
 
 
-def sequences(lengths, heads=(2, 1), dims=(16, 16), dtype=torch.float32, seed=0, **problem):
-    """Pack random sequences ``(len_q, len_k)`` with gaps that hold NaN."""
+def sequences(lengths, heads=(2, 1), dims=(16, 16), dtype=torch.float32, seed=0, **options):
+    """Make a request of random sequences ``(len_q, len_k)`` with gaps that hold NaN."""
     generator = torch.Generator().manual_seed(seed)
     query_heads, kv_heads = heads
     sides = []
@@ -89,32 +67,38 @@ def sequences(lengths, heads=(2, 1), dims=(16, 16), dtype=torch.float32, seed=0,
         for start, count in zip(starts.tolist(), counts.tolist(), strict=True):
             x[start : start + count] = torch.randn(count, head_count, dim, generator=generator)
         tensors.append(x.to(dtype))
-    defaults = {
-        "is_causal": True,
-        "softmax_scale": dims[0] ** -0.5,
-        "sliding_window": None,
-        "softcap": None,
-        "plan": DENSE,
-    }
-    packing = (sides[0][0], sides[0][1], max(pair[0] for pair in lengths))
-    packing += (sides[1][0], sides[1][1], max(pair[1] for pair in lengths))
-    return tensors, AttentionProblem(*packing, **{**defaults, **problem})
+    request = AttentionRequest(
+        *tensors,
+        s_aux=None,
+        starts_q=sides[0][0],
+        lengths_q=sides[0][1],
+        max_q=max(pair[0] for pair in lengths),
+        starts_k=sides[1][0],
+        lengths_k=sides[1][1],
+        max_k=max(pair[1] for pair in lengths),
+        is_causal=True,
+        softmax_scale=dims[0] ** -0.5,
+        sliding_window=None,
+        softcap=None,
+        plan=DENSE,
+        with_lse=True,
+    )
+    return request._replace(**options)
 
 
 @given(cases(longest=70, batch=2) | cases(longest=70, batch=2, placed=True), st.sampled_from([ORDINARY, FROZEN]))
 @settings(max_examples=30, deadline=None)
 def test_kernel_equals_oracle(case, kernel_settings):
-    check(case.q, case.k, case.v, case.s_aux, case.problem, kernel_settings)
+    check(case.request, kernel_settings)
 
 
 @pytest.mark.parametrize(("n", "m"), [(n, m) for m in (2, 4, 8, 16) for n in range(1, m)])
 def test_every_n_of_m_with_many_ties(n, m):
     generator = torch.Generator().manual_seed(n)
     scores = torch.randint(0, 4, (37, 1, 16), generator=generator).float()
-    (_, k, v), problem = sequences([(37, 37)], (1, 1), plan=n_of_m(n, m, dense_window_size=2), softmax_scale=0.25)
-    k = torch.where(k.isnan(), k, k.sign())
-    q = torch.cat([k[:3], scores, k[:1]])
-    check(q, k, v, None, problem, ORDINARY)
+    request = sequences([(37, 37)], (1, 1), plan=n_of_m(n, m, dense_window_size=2), softmax_scale=0.25)
+    k = torch.where(request.k.isnan(), request.k, request.k.sign())
+    check(request._replace(q=torch.cat([k[:3], scores, k[:1]]), k=k), ORDINARY)
 
 
 @pytest.mark.parametrize("kernel_settings", [ORDINARY, FROZEN])
@@ -122,90 +106,84 @@ def test_every_n_of_m_with_many_ties(n, m):
 @pytest.mark.parametrize("heads", [(1, 1), (6, 2)])
 def test_shapes(heads, dims, kernel_settings):
     lengths = [(1, 1), (33, 33), (0, 5), (7, 40), (1, 20)]
-    tensors, problem = sequences(lengths, heads, dims, plan=n_of_m(2, 4, 3, 5))
-    check(*tensors, None, problem, kernel_settings)
+    check(sequences(lengths, heads, dims, plan=n_of_m(2, 4, 3, 5)), kernel_settings)
 
 
 def test_without_lse():
-    tensors, problem = sequences([(33, 33), (0, 5), (7, 40)], plan=n_of_m(2, 4, 3, 5))
-    out, _ = run(*tensors, None, problem, FROZEN)
-    again, lse = run(*tensors, None, problem, FROZEN, with_lse=False)
+    request = sequences([(33, 33), (0, 5), (7, 40)], plan=n_of_m(2, 4, 3, 5))
+    out, _ = run(request, FROZEN)
+    again, lse = run(request._replace(with_lse=False), FROZEN)
     assert lse is None
     assert torch.equal(out, again)
 
 
 def test_odd_length_with_real_tiles():
-    tensors, problem = sequences([(257, 257)], (1, 1), plan=n_of_m(2, 4, 4, 64))
-    check(*tensors, None, problem, Settings(64, 64, 4, 1, descriptors=True, frozen=True))
+    request = sequences([(257, 257)], (1, 1), plan=n_of_m(2, 4, 4, 64))
+    check(request, Settings(64, 64, 4, 1, descriptors=True, frozen=True))
 
 
 def test_half_precision():
-    tensors, problem = sequences([(50, 50)], dtype=torch.float16, plan=n_of_m(4, 8, dense_window_size=8))
+    request = sequences([(50, 50)], dtype=torch.float16, plan=n_of_m(4, 8, dense_window_size=8))
     # FP16 rounds values and probabilities to 2^-11.
-    check(*tensors, None, problem, ORDINARY, {"rtol": 2e-3, "atol": 2e-3})
+    check(request, ORDINARY, {"rtol": 2e-3, "atol": 2e-3})
 
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("window", [0, 1, 20])
 @pytest.mark.parametrize("sinks", [0, 1, 20])
 def test_exemptions_are_token_exact(causal, window, sinks):
-    tensors, problem = sequences([(50, 70)], plan=n_of_m(1, 4, sinks, window), is_causal=causal)
-    check(*tensors, None, problem, FROZEN)
+    check(sequences([(50, 70)], plan=n_of_m(1, 4, sinks, window), is_causal=causal), FROZEN)
 
 
 @pytest.mark.parametrize("sliding_window", [1, 2, 17, 1000])
 @pytest.mark.parametrize("plan", [DENSE, n_of_m(2, 4, 3, 4)], ids=["dense", "2:4"])
 def test_sliding_window(plan, sliding_window):
-    tensors, problem = sequences([(60, 75), (1, 30)], plan=plan, sliding_window=sliding_window)
-    check(*tensors, None, problem, FROZEN)
+    check(sequences([(60, 75), (1, 30)], plan=plan, sliding_window=sliding_window), FROZEN)
 
 
 @pytest.mark.parametrize("logit", [-30.0, 0.0, 200.0])
 def test_learnable_sinks(logit):
-    tensors, problem = sequences([(40, 40)], plan=n_of_m(2, 4))
-    check(*tensors, torch.tensor([logit, logit / 2]), problem, FROZEN)
+    check(sequences([(40, 40)], plan=n_of_m(2, 4), s_aux=torch.tensor([logit, logit / 2])), FROZEN)
 
 
 def test_softcap_of_large_and_small_scores():
-    (q, k, v), problem = sequences([(40, 40)], softcap=3.0, plan=n_of_m(2, 4))
-    check(q, k, v, None, problem, FROZEN)
-    check(q * 1e-3, k, v, None, problem, FROZEN)
-    check(q * 10, k, v, None, problem, FROZEN)
+    request = sequences([(40, 40)], softcap=3.0, plan=n_of_m(2, 4))
+    for size in (1.0, 1e-3, 10.0):
+        check(request._replace(q=request.q * size), FROZEN)
 
 
 def test_decode_is_dense_unless_asked():
     for sparse_decode in (False, True):
         plan = dataclasses.replace(n_of_m(1, 4), sparse_decode=sparse_decode)
-        tensors, problem = sequences([(1, 60), (2, 60)], plan=plan)
-        check(*tensors, None, problem, ORDINARY)
+        check(sequences([(1, 60), (2, 60)], plan=plan), ORDINARY)
 
 
 def test_strides_other_than_packed():
-    (q, k, v), problem = sequences([(30, 30)], (4, 2))
-    apart = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k, v)]
+    request = sequences([(30, 30)], (4, 2))
+    apart = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in request[:3]]
     assert not apart[0].is_contiguous()
-    check(*apart, None, problem, FROZEN)
-    wide = [torch.cat([x, x], dim=2)[:, :, :16] for x in (q, k, v)]
-    check(*wide, None, problem, ORDINARY)
+    check(AttentionRequest(*apart, *request[3:]), FROZEN)
+    wide = [torch.cat([x, x], dim=2)[:, :, :16] for x in request[:3]]
+    check(AttentionRequest(*wide, *request[3:]), ORDINARY)
 
 
 @pytest.mark.parametrize("level", [200.0, -200.0, 1e4])
 @pytest.mark.parametrize("causal", [True, False])
 def test_frozen_reference_far_from_the_scores(level, causal):
     """Recent keys far above (below) all others: the reference is far too high (low), and in between."""
-    (q, k, v), problem = sequences([(70, 70)], (1, 1), plan=n_of_m(2, 4, 0, 3), is_causal=causal, softmax_scale=1.0)
-    q[..., 0] = 1.0
-    k[3:43, :, 0] = -level
+    request = sequences([(70, 70)], (1, 1), plan=n_of_m(2, 4, 0, 3), is_causal=causal, softmax_scale=1.0)
+    request.q[..., 0] = 1.0
+    request.k[3:43, :, 0] = -level
     # FP32 rounds such scores, and with them the logarithms of their weights, to 2^-24 of their size.
-    check(q, k, v, None, problem, FROZEN, {"rtol": 2e-5, "atol": 2e-5 + 1e-6 * abs(level)})
+    check(request, FROZEN, {"rtol": 2e-5, "atol": 2e-5 + 1e-6 * abs(level)})
 
 
 def test_values_of_other_sequences_do_not_leak():
-    tensors, problem = sequences([(20, 20), (21, 21)])
-    alone, _ = run(*tensors, None, problem, FROZEN)
-    for x in tensors:
+    request = sequences([(20, 20), (21, 21)])
+    alone, _ = run(request, FROZEN)
+    for x in request[:3]:
         x[24:] = torch.inf
-    beside, _ = run(*tensors, None, problem, FROZEN)
+    beside, _ = run(request, FROZEN)
     assert torch.equal(alone[3:23], beside[3:23])
 
 
@@ -245,8 +223,7 @@ HOOKS = [
 @pytest.mark.parametrize("plan", HOOKS)
 def test_other_hooks(plan, kernel_settings):
     """Scores come to a hook scaled; a row may keep nothing."""
-    tensors, problem = sequences([(45, 60)], plan=plan)
-    check(*tensors, None, problem, kernel_settings)
+    check(sequences([(45, 60)], plan=plan), kernel_settings)
 
 
 def test_a_rule_that_keeps_nothing():
@@ -254,11 +231,11 @@ def test_a_rule_that_keeps_nothing():
     for kernel_settings in (ORDINARY, FROZEN):
         for sinks, window in ((0, 1), (3, 0), (4, 20), (0, 0)):
             plan = SinkWindow(num_sink_tokens=sinks, dense_window_size=window).plan()
-            tensors, problem = sequences([(45, 60), (70, 70)], plan=plan)
-            check(*tensors, None, problem, kernel_settings)
+            check(sequences([(45, 60), (70, 70)], plan=plan), kernel_settings)
 
 
-def test_table_covers_every_size():
+@pytest.mark.parametrize("table", [SETTINGS, QUERY_SETTINGS, KEY_SETTINGS], ids=["forward", "queries", "keys"])
+def test_table_covers_every_size(table):
     for capability, dtype, power, group in itertools.product((80, 86, 90, 100, 120), DTYPES, range(4, 9), GROUP_SIZES):
         for is_causal in (True, False):
-            assert default_settings(capability, dtype, 2**power, group, is_causal) is not None
+            assert default_settings(capability, dtype, 2**power, group, is_causal, table) is not None

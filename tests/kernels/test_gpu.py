@@ -1,18 +1,15 @@
 """The fused kernel on a GPU: the whole contract against the oracle, in every precision."""
 
-import dataclasses
-
 import pytest
 import torch
-from cases import error_bound, pytorch_attention
-from cases import packed_problem as make
+from cases import arguments, error_bound, gradients, one_sequence, oracle, pytorch_attention
+from cases import packed_request as make
 
 from modelopt_lite import UnsupportedError
-from modelopt_lite.kernels import attention
+from modelopt_lite.kernels import AttentionRequest, attention
 from modelopt_lite.kernels.forward import attention_forward
 from modelopt_lite.kernels.hopper import attention_forward_hopper
 from modelopt_lite.kernels.language import jit, tl
-from modelopt_lite.kernels.problem import AttentionProblem
 from modelopt_lite.kernels.reference import attention_reference
 from modelopt_lite.kernels.top_n import top_n_plan
 from modelopt_lite.methods import SinkWindow
@@ -52,40 +49,20 @@ def poison():
     torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def run(q, k, v, s_aux, problem, **changes):
+def run(request, **changes):
     """Run the fused kernel, by default with its LSE."""
-    p = problem
-    options = {"plan": p.plan, "sliding_window": p.sliding_window, "softcap": p.softcap, "s_aux": s_aux}
-    arguments = {**options, "return_lse": True, **changes}
-    return attention(
-        q,
-        k,
-        v,
-        p.starts_q,
-        p.lengths_q,
-        p.max_q,
-        p.is_causal,
-        p.softmax_scale,
-        p.starts_k,
-        p.lengths_k,
-        p.max_k,
-        b_first_q=p.first_q,
-        b_first_k=p.first_k,
-        backend="triton",
-        **arguments,
-    )
+    return attention(**{**arguments(request), "backend": "triton", "return_lse": True, **changes})
 
 
-def check(q, k, v, s_aux, problem, **changes):
+def check(request):
     """Hold the kernel against the oracle: no worse than twice PyTorch in the same precision."""
-    output, lse = run(q, k, v, s_aux, problem, **changes)
+    output, lse = run(request)
     outputs = [output]
-    if not problem.plan.is_dense and problem.plan.group <= 4 and q.shape[2] == v.shape[2] == 64:
+    if not request.plan.is_dense and request.plan.group <= 4 and request.q.shape[2] == request.v.shape[2] == 64:
         # The Hopper kernel sums weights in another way if no LSE is asked for.
-        outputs.append(run(q, k, v, s_aux, problem, return_lse=False, **changes))
-    expected, expected_lse = attention_reference(q, k, v, s_aux, problem)
-    theirs = pytorch_attention(q, k, v, s_aux, problem)
-    bound = error_bound(theirs, expected, torch.finfo(q.dtype).eps / 2)
+        outputs.append(run(request, return_lse=False))
+    expected, expected_lse = attention_reference(request)
+    bound = error_bound(pytorch_attention(request), expected, torch.finfo(request.q.dtype).eps / 2)
     for output in outputs:
         assert not output.isnan().any()
         error = (output.double() - expected).abs().max()
@@ -113,14 +90,14 @@ def check(q, k, v, s_aux, problem, **changes):
 )
 @pytest.mark.parametrize("plan", [DENSE, top_n_plan(2, 4, 3, 17), top_n_plan(4, 8, 0, 64)], ids=["dense", "2:4", "4:8"])
 def test_shapes(dtype, is_causal, heads, dims, plan):
-    check(*make(heads=heads, dims=dims, dtype=dtype, is_causal=is_causal, plan=plan))
+    check(make(heads=heads, dims=dims, dtype=dtype, is_causal=is_causal, plan=plan))
 
 
 @pytest.mark.parametrize(("n", "m"), N_OF_M)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("sinks", "window"), [(0, 0), (5, 1), (0, 100), (70, 64)])
 def test_every_n_of_m(n, m, dtype, sinks, window):
-    check(*make(dtype=dtype, plan=top_n_plan(n, m, sinks, window)))
+    check(make(dtype=dtype, plan=top_n_plan(n, m, sinks, window)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -138,14 +115,14 @@ def test_every_n_of_m(n, m, dtype, sinks, window):
     ids=str,
 )
 def test_options(dtype, plan, options):
-    check(*make(dtype=dtype, plan=plan, **options))
+    check(make(dtype=dtype, plan=plan, **options))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dims", [(64, 64), (128, 128)])
 def test_random_scores(dtype, dims):
     """Dense, so that no near-tie can fall either way."""
-    check(*make(lengths=((1000, 1000), (777, 1500)), heads=(8, 2), dims=dims, dtype=dtype, exact=False))
+    check(make(lengths=((1000, 1000), (777, 1500)), heads=(8, 2), dims=dims, dtype=dtype, exact=False))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -157,19 +134,19 @@ def test_random_scores(dtype, dims):
 @pytest.mark.parametrize("towards", ["later", "earlier"])
 def test_scores_far_apart(dtype, plan, towards):
     """Scores jump by far more than an exponential holds, up or down along the keys."""
-    q, k, v, s_aux, problem = make(lengths=((600, 600),), dtype=dtype, plan=plan)
-    ramp = torch.arange(k.shape[0], device="cuda") // 150
+    request = make(lengths=((600, 600),), dtype=dtype, plan=plan)
+    ramp = torch.arange(request.k.shape[0], device="cuda") // 150
     ramp = ramp if towards == "later" else ramp.flip(0)
-    q[3:-2, :, 0], k[..., 0] = 16.0, (ramp[:, None] * 128).to(dtype)
-    check(q, k, v, s_aux, problem)
+    request.q[3:-2, :, 0], request.k[..., 0] = 16.0, (ramp[:, None] * 128).to(dtype)
+    check(request)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_all_keys_alike(dtype):
     """Nothing but ties."""
-    q, k, v, s_aux, problem = make(dtype=dtype, plan=top_n_plan(2, 4, 0, 8))
-    k[~k.isnan()] = 0.5
-    check(q, k, v, s_aux, problem)
+    request = make(dtype=dtype, plan=top_n_plan(2, 4, 0, 8))
+    request.k[~request.k.isnan()] = 0.5
+    check(request)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -178,16 +155,17 @@ def test_all_keys_alike(dtype):
 def test_without_ties_and_with_few(dtype, n, m, alike):
     """Scores are exact, and differ inside every group but for those of ``alike`` keys."""
     plan = top_n_plan(n, m, 0, 3)
-    q, k, v, s_aux, problem = make(lengths=((700, 700), (300, 500)), dims=(128, 128), dtype=dtype, plan=plan)
+    request = make(lengths=((700, 700), (300, 500)), dims=(128, 128), dtype=dtype, plan=plan)
+    q, k = request.q, request.k
     generator = torch.Generator("cuda").manual_seed(n)
-    for rows, keys, _, _ in problem.sequences():
+    for rows, keys, _, _ in request.sequences():
         q[rows, :, 0] = q[rows, :, 0].sign() * 2 + 1
         order = torch.rand(-(-(keys.stop - keys.start) // 16), 16, k.shape[1], device="cuda", generator=generator)
         k[keys] = 0
         k[keys, :, 0] = (order.argsort(1).flatten(0, 1)[: keys.stop - keys.start] / 4).to(dtype)
         if alike:
             k[keys.start + 200 : keys.start + 200 + alike, :, 0] = 1.0
-    check(q, k, v, s_aux, problem)
+    check(request)
 
 
 @pytest.mark.parametrize(("first", "step"), [(0, 1), (-(2**23), -1)], ids=["from 0 to inf", "from -inf to -0"])
@@ -210,11 +188,10 @@ def test_any_strides(dtype):
         else:
             q, k, v = (x.transpose(0, 1) for x in (q, k, v))
         assert not q.is_contiguous()
-        one = torch.ones(1, device="cuda", dtype=torch.int64)
-        packing = (0 * one, length * one, length)
-        problem = AttentionProblem(*packing, *packing, True, 0.125, None, None, plan)
-        check(q, k, v, None, problem)
-        assert torch.equal(run(q, k, v, None, problem)[0], run(*(x.contiguous() for x in (q, k, v)), None, problem)[0])
+        request = one_sequence(q, k, v, plan)
+        check(request)
+        packed = one_sequence(*(x.contiguous() for x in (q, k, v)), plan)
+        assert torch.equal(run(request)[0], run(packed)[0])
 
 
 def test_offsets_beyond_two_to_the_31():
@@ -227,24 +204,37 @@ def test_offsets_beyond_two_to_the_31():
     assert start * heads * dim > 2**31
     for x, y in zip(far, near, strict=True):
         x[start:] = y
-    one = torch.ones(1, device="cuda", dtype=torch.int64)
-    plan = top_n_plan(2, 4, 2, 10)
-
-    def packing(start):
-        return (start * one, length * one, length) * 2
+    request = one_sequence(*near, top_n_plan(2, 4, 2, 10), softmax_scale=0.1)
+    starts = request.starts_q + start
 
     torch.use_deterministic_algorithms(False)  # or gigabytes would be filled
-    expected, _ = run(*near, None, AttentionProblem(*packing(0), True, 0.1, None, None, plan))
-    output, _ = run(*far, None, AttentionProblem(*packing(start), True, 0.1, None, None, plan))
+    expected, _ = run(request)
+    output, _ = run(AttentionRequest(*far, *request[3:])._replace(starts_q=starts, starts_k=starts))
     assert torch.equal(output[start:], expected)
     assert not output[:start].any()
 
 
 def test_strides_that_descriptors_cannot_take():
-    q, k, v, s_aux, problem = make(plan=top_n_plan(2, 4, 1, 20))
-    odd = [torch.cat([x, x[..., :1]], dim=2)[..., :64] for x in (q, k, v)]
+    request = make(plan=top_n_plan(2, 4, 1, 20))
+    odd = [torch.cat([x, x[..., :1]], dim=2)[..., :64] for x in request[:3]]
     assert odd[1].stride(1) * odd[1].element_size() % 16
-    check(*odd, s_aux, problem)
+    check(AttentionRequest(*odd, *request[3:]))
+
+
+def test_strides_that_are_copied():
+    """Elements of a head that do not lie side by side, and integers that do not."""
+    request = make(plan=top_n_plan(2, 4, 1, 20))
+    expected = run(request)
+    apart = [x.mT.contiguous().mT for x in request[:3]]
+    wide = {
+        name: torch.stack([x, x], dim=-1)[..., 0]
+        for name in ("starts_q", "lengths_q", "starts_k", "lengths_k")
+        if (x := getattr(request, name)) is not None
+    }
+    assert {*(x.stride(-1) for x in apart)} != {1}
+    for _ in range(2):  # prepared, and from what was prepared
+        found = run(AttentionRequest(*apart, *request[3:])._replace(**wide))
+        assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -252,7 +242,7 @@ def test_strides_that_descriptors_cannot_take():
 @pytest.mark.parametrize(("sinks", "window"), [(4, 100), (0, 1), (3, 0), (0, 0)])
 def test_sinks_and_window_alone(dtype, is_causal, sinks, window):
     plan = SinkWindow(num_sink_tokens=sinks, dense_window_size=window).plan()
-    check(*make(dtype=dtype, is_causal=is_causal, plan=plan))
+    check(make(dtype=dtype, is_causal=is_causal, plan=plan))
 
 
 def test_nothing_is_compiled_again_for_other_numbers(kernel):
@@ -267,41 +257,41 @@ def test_nothing_is_compiled_again_for_other_numbers(kernel):
         for length in (1, 16, 17, 100, 1024):
             plan = top_n_plan(2, 4, sinks, window)
             lengths = [(length, length + number)] * sinks
-            run(*make(lengths=lengths, heads=(2, 2), dims=(dim, dim), plan=plan, sliding_window=sliding))
+            run(make(lengths=lengths, heads=(2, 2), dims=(dim, dim), plan=plan, sliding_window=sliding))
     assert compiled() == before + 1
 
 
 def test_a_hook_that_gluon_cannot_compile_is_left_to_the_portable_kernel(kernel, caplog):
-    q, k, v, s_aux, problem = make(
+    request = make(
         lengths=((200, 200),),
         plan=AttentionPlan(
             keep=lambda scores, q_pos, k_pos: (k_pos % 2 == 0).expand(scores.shape), score_hook=keep_even_hook
         ),
     )
-    check(q, k, v, s_aux, problem)
-    assert ("keep_even_hook is left to the portable kernel" in caplog.text) == (kernel == "hopper")
+    check(request)
+    refused = "the kernel hopper is left out: Gluon cannot compile the hook keep_even_hook"
+    assert (refused in caplog.text) == (kernel == "hopper")
     caplog.clear()
-    check(q, k, v, s_aux, problem)
+    check(request)
+    check(request._replace(softmax_scale=0.5))
     assert not caplog.text
 
 
 def test_what_the_kernel_cannot_run_is_refused():
-    q, k, v, s_aux, problem = make(lengths=((4, 4),))
+    request = make(lengths=((4, 4),))
+    doubles = {name: getattr(request, name).double() for name in ("q", "k", "v")}
 
-    def refused(message, *tensors, **changes):
+    def refused(message, **changes):
         with pytest.raises(UnsupportedError, match=rf"backend: 'triton' cannot run this: {message}"):
-            run(*tensors, s_aux, problem, **changes)
+            run(request, **changes)
 
-    refused(r"q is torch.float64, not one of", q.double(), k.double(), v.double())
-    refused(r"v has strides .*; the last must be 1", q, k, v.mT.contiguous().mT)
-    wide = torch.zeros(*q.shape[:2], 300, device="cuda", dtype=q.dtype)
-    refused(r"q has a head_dim of 300, above 256", wide, wide[:, :2], v)
+    refused(r"q is torch.float64, not one of", **doubles)
+    wide = torch.zeros(*request.q.shape[:2], 300, device="cuda", dtype=request.q.dtype)
+    refused(r"q has a head_dim of 300, above 256", q=wide, k=wide[:, :2])
     unfused = AttentionPlan(keep=top_n_plan(2, 4, 0, 0).keep, group=4)
-    refused(r"the method has no score_hook", q, k, v, plan=unfused)
+    refused(r"the method has no score_hook", plan=unfused)
     # Nobody asked for triton, so the torch backend, which can, does.
-    p = problem
-    packing = (p.starts_q, p.lengths_q, p.max_q, True, 0.125, p.starts_k, p.lengths_k, p.max_k)
-    assert attention(q.double(), k.double(), v.double(), *packing).dtype == torch.float64
+    assert run(request, **doubles, backend="auto")[0].dtype == torch.float64
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -310,49 +300,41 @@ def test_what_the_kernel_cannot_run_is_refused():
 @pytest.mark.parametrize("plan", [DENSE, top_n_plan(2, 4, 70, 17), top_n_plan(4, 8, 0, 0)], ids=["dense", "2:4", "4:8"])
 def test_queries_and_keys_anywhere(dtype, is_causal, sliding_window, plan):
     """Caches that have dropped their first keys, cross-attention, windows without causality."""
-    q, k, v, s_aux, problem = make(dtype=dtype, is_causal=is_causal, sliding_window=sliding_window, plan=plan)
+    request = make(dtype=dtype, is_causal=is_causal, sliding_window=sliding_window, plan=plan)
     first_k = torch.tensor([0, 7, 3, 64, 33, 100, 5, 1], device="cuda")
     first_q = torch.tensor([5, 7, 0, 90, 303, 399, 0, 0], device="cuda")
     for placed in ({"first_k": first_k}, {"first_q": first_q}, {"first_q": first_q, "first_k": first_k}):
-        check(q, k, v, s_aux, dataclasses.replace(problem, **placed))
+        check(request._replace(**placed))
 
 
 def test_the_same_bits_every_time():
-    arguments = make(lengths=((900, 900), (300, 1200)), heads=(8, 2), plan=top_n_plan(2, 4, 4, 64), exact=False)
-    first, without = run(*arguments), run(*arguments, return_lse=False)
+    request = make(lengths=((900, 900), (300, 1200)), heads=(8, 2), plan=top_n_plan(2, 4, 4, 64), exact=False)
+    first, without = run(request), run(request, return_lse=False)
     for _ in range(20):
-        again = run(*arguments)
-        assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
-        assert torch.equal(without, run(*arguments, return_lse=False))
+        assert all(torch.equal(x, y) for x, y in zip(first, run(request), strict=True))
+        assert torch.equal(without, run(request, return_lse=False))
 
 
 def test_batch_mates_and_chunks_do_not_matter():
     lengths = ((500, 500), (300, 300), (37, 37))
     for plan in (DENSE, top_n_plan(2, 4, 4, 64), top_n_plan(4, 8, 0, 5)):
-        q, k, v, _, problem = make(lengths=lengths, plan=plan, exact=False)
-        together, _ = run(q, k, v, None, problem)
-        for b, (in_q, in_k, *_) in enumerate(problem.sequences()):
-            one = torch.ones(1, device="cuda", dtype=torch.int32)
-            length = lengths[b][0]
-            packing = (0 * one, length * one, length)
-            alone = AttentionProblem(*packing, *packing, True, problem.softmax_scale, None, None, plan)
-            output, _ = run(q[in_q], k[in_k], v[in_k], None, alone)
-            torch.testing.assert_close(output, together[in_q], rtol=2e-2, atol=2e-2)
-            cut = length // 2 + 1
-            chunk = AttentionProblem(
-                0 * one, (length - cut) * one, length - cut, *packing, True, problem.softmax_scale, None, None, plan
-            )
-            output, _ = run(q[in_q][cut:], k[in_k], v[in_k], None, chunk)
-            torch.testing.assert_close(output, together[in_q][cut:], rtol=2e-2, atol=2e-2)
+        request = make(lengths=lengths, plan=plan, exact=False)
+        together, _ = run(request)
+        for in_q, in_k, *_ in request.sequences():
+            length = in_q.stop - in_q.start
+            for cut in (0, length // 2 + 1):
+                q, k, v = request.q[in_q][cut:], request.k[in_k], request.v[in_k]
+                output, _ = run(one_sequence(q, k, v, plan))
+                torch.testing.assert_close(output, together[in_q][cut:], rtol=2e-2, atol=2e-2)
 
 
 def test_cuda_graph():
-    q, k, v, s_aux, problem = make(plan=top_n_plan(2, 4, 4, 64), exact=False)
+    request = make(plan=top_n_plan(2, 4, 4, 64), exact=False)
     torch.use_deterministic_algorithms(False)
-    expected = run(q, k, v, s_aux, problem)
+    expected = run(request)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        output, lse = run(q, k, v, s_aux, problem)
+        output, lse = run(request)
     output.fill_(7.0)
     graph.replay()
     torch.cuda.synchronize()
@@ -362,24 +344,19 @@ def test_cuda_graph():
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_the_tensors_device_and_not_the_current_one():
-    q, k, v, s_aux, problem = make(dims=(128, 128), plan=top_n_plan(2, 4, 4, 64))
-    expected, _ = run(q, k, v, s_aux, problem)
-    packing = (problem.starts_q, problem.lengths_q, problem.max_q, problem.starts_k, problem.lengths_k, problem.max_k)
-    packing = (x.to("cuda:1") if isinstance(x, torch.Tensor) else x for x in packing)
-    other = AttentionProblem(*packing, True, problem.softmax_scale, None, None, problem.plan)
-    output, _ = run(*(x.to("cuda:1") for x in (q, k, v)), None, other)
+    request = make(dims=(128, 128), plan=top_n_plan(2, 4, 4, 64))
+    expected, _ = run(request)
+    moved = (x.to("cuda:1") if isinstance(x, torch.Tensor) else x for x in request)
+    output, _ = run(AttentionRequest(*moved))
     assert output.device == torch.device("cuda:1")
     assert torch.equal(output.to("cuda:0"), expected)
 
 
 def test_gradients_equal_the_torch_backend():
-    q, k, v, s_aux, problem = make(lengths=((100, 100), (50, 90)), plan=top_n_plan(2, 4, 1, 10), s_aux=True)
-    clean = [x.nan_to_num().float().requires_grad_() for x in (q, k, v)]
-    s_aux.requires_grad_()
-    direction = torch.randn_like(clean[0])
-    output, _ = run(*clean, s_aux, problem)
-    found = torch.autograd.grad(output, [*clean, s_aux], direction)
-    expected, _ = attention_reference(*clean, s_aux, problem)
-    wanted = torch.autograd.grad(expected, [*clean, s_aux], direction.double())
+    request = make(lengths=((100, 100), (50, 90)), plan=top_n_plan(2, 4, 1, 10), s_aux=True)
+    request = AttentionRequest(*(x.nan_to_num().float() for x in request[:3]), *request[3:])
+    direction = torch.randn_like(request.q)
+    found = gradients(lambda request: run(request)[0], direction, request)
+    wanted = gradients(oracle, direction, request)
     for x, y in zip(found, wanted, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)

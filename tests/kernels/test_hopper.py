@@ -3,7 +3,6 @@
 Like the portable kernel's test, this file runs itself as a program to compile.
 """
 
-import functools
 import json
 import os
 import sys
@@ -13,9 +12,14 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from cases import OnGpu, one_sequence
 from machine_code import classify, inspect
-from test_forward_compile import pretend_gpu
+from test_forward_compile import pretend_gpu, zeros
 
+from modelopt_lite.kernels import AttentionRequest, hopper_launch, sparse_cores
+from modelopt_lite.kernels.choice import choose
+from modelopt_lite.kernels.hopper import attention_forward_hopper, prepare
+from modelopt_lite.kernels.settings import SHORT
 from modelopt_lite.kernels.tiles import join_groups, key_of_row, split_groups
 from modelopt_lite.kernels.top_n import top_n_plan
 from modelopt_lite.plan import DENSE, GROUP_SIZES
@@ -54,20 +58,16 @@ def compile_all():
     Returns:
         The kernels, and how many more are compiled for other lengths and windows.
     """
-    from modelopt_lite.kernels import launch
-    from modelopt_lite.kernels.hopper import attention_forward_hopper, prepare
 
     def run(lengths, dtype, head_dim, n_of_m, causal, with_lse, window=64):
-        q, k = (torch.zeros(sum(lengths), heads, head_dim, dtype=dtype) for heads in (4, 2))
-        length = torch.tensor(lengths)
-        packing = length.cumsum(0) - length, length, max(lengths)
-        options = {"is_causal": causal, "softmax_scale": 1.0, "sliding_window": None, "softcap": None, "s_aux": None}
         plan = top_n_plan(*(n_of_m or (0, 4)), 0, window)
-        launch.forward(q, k, k, *packing, *packing, **options, plan=plan, with_lse=with_lse, kernel="hopper")
+        options = {"is_causal": causal, "softmax_scale": 1.0, "with_lse": with_lse}
+        request = zeros(lengths, plan, head_dim=head_dim, dtype=dtype, **options)
+        hopper_launch.prepare(request)(request)
 
     found = []
-    pretend_gpu(launch, attention_forward_hopper, prepare, compiled=found)
-    launch.processors = lambda device: 132
+    pretend_gpu(hopper_launch, attention_forward_hopper, prepare, compiled=found)
+    hopper_launch.processors = lambda device: 132
     for variant in VARIANTS:
         run([300], *variant)
     found = [kernel for kernel in found if kernel.metadata.name == "attention_forward_hopper"]
@@ -77,13 +77,13 @@ def compile_all():
     return found, sum(len(cache[0]) for cache in caches) - 2 * len(VARIANTS)
 
 
-@pytest.fixture
-def absent_gpu(monkeypatch):
-    from modelopt_lite.kernels import launch
-
-    monkeypatch.delenv("MODELOPT_LITE_KERNEL", raising=False)
-    monkeypatch.setattr(launch, "compute_capability", lambda device: 90)
-    return launch
+def request_on_gpu(tokens, dims, dtype, plan, heads=32):
+    """Make a request of sequences of so many tokens, and of so many sequences that it is not short."""
+    batch = SHORT // (heads * tokens**2) + 1
+    q, v = (torch.empty(batch * tokens, heads, dim, dtype=dtype).as_subclass(OnGpu) for dim in dims)
+    starts = torch.arange(0, batch * tokens, tokens)
+    packing = {"starts": starts, "lengths": torch.full_like(starts, tokens), "max": tokens}
+    return one_sequence(q, q, v, plan, **{f"{name}_{side}": x for name, x in packing.items() for side in "qk"})
 
 
 @pytest.mark.parametrize(
@@ -108,29 +108,42 @@ def absent_gpu(monkeypatch):
     ],
 )
 def test_choice(absent_gpu, monkeypatch, tokens, dims, dtype, plan, expected):
-    q, v = (torch.zeros(tokens, 2, dim, dtype=dtype) for dim in dims)
-    choose = functools.partial(absent_gpu.kernel_for, q, q, v, 1, plan, False)
-    assert choose() == ("hopper" if expected == "hopper" else "portable")
-    monkeypatch.setenv("MODELOPT_LITE_KERNEL", "portable")
-    assert choose() == "portable"
-    monkeypatch.setenv("MODELOPT_LITE_KERNEL", "hopper")
-    assert choose() == ("portable" if expected == "portable" else "hopper")
-    monkeypatch.setenv("MODELOPT_LITE_KERNEL", "fast")
+    request = request_on_gpu(tokens, dims, dtype, plan)
+
+    def chosen(request, pinned=""):
+        # s_aux keeps the kernel on sparse tensor cores out.
+        return choose(request._replace(s_aux=torch.zeros(request.q.shape[1])), "auto", pinned).name
+
+    assert chosen(request) == ("hopper" if expected == "hopper" else "portable")
+    assert chosen(request, "portable") == "portable"
+    assert chosen(request, "hopper") == ("portable" if expected == "portable" else "hopper")
     with pytest.raises(
-        ValueError, match="MODELOPT_LITE_KERNEL: 'fast' is not allowed; hopper, portable, sparse_cores or nothing"
+        ValueError, match="MODELOPT_LITE_KERNEL: 'fast' is not allowed; sparse_cores, hopper, portable or nothing"
     ):
-        choose()
-    monkeypatch.delenv("MODELOPT_LITE_KERNEL")
-    for name, value in (("compute_capability", lambda device: 100), ("HOPPER_TRITON", False)):
-        with monkeypatch.context() as patch:
-            patch.setattr(absent_gpu, name, value)
-            assert choose() == "portable"
+        chosen(request, "fast")
+    short = AttentionRequest(*(x[:tokens] for x in request[:3]), *request[3:])._replace(
+        **{name: getattr(request, name)[:1] for name in ("starts_q", "lengths_q", "starts_k", "lengths_k")}
+    )
+    if tokens < 1024:
+        assert chosen(short) == "portable"
+    with monkeypatch.context() as patch:
+        patch.setattr(hopper_launch, "HOPPER_TRITON", False)
+        assert chosen(request) == chosen(request, "hopper") == "portable"
+    absent_gpu(100)
+    assert chosen(request) == chosen(request, "hopper") == "portable"
+
+
+def test_what_knows_positions_runs_them(absent_gpu):
+    request = request_on_gpu(4097, (128, 128), BF16, DENSE)
+    first = torch.zeros_like(request.starts_q)
+    for changes in ({"first_q": first}, {"first_k": first}, {"is_causal": False, "sliding_window": 9}):
+        moved = request._replace(**changes)
+        assert choose(moved).name == choose(moved, pinned="hopper").name == "portable"
+    assert choose(request).name == choose(request._replace(sliding_window=9)).name == "hopper"
 
 
 def test_choice_knows_every_group():
-    from modelopt_lite.kernels.launch import PORTABLE_UP_TO
-
-    assert all(set(up_to) == {0, *GROUP_SIZES} for up_to in PORTABLE_UP_TO.values())
+    assert all(set(up_to) == {0, *GROUP_SIZES} for up_to in hopper_launch.PORTABLE_UP_TO.values())
 
 
 class Tiles(NamedTuple):
@@ -154,16 +167,13 @@ class Recorder:
 def launch_for(absent_gpu, monkeypatch):
     """Launch for a few queries, and return what the kernel gets of keys and values, and its results."""
     recorder = Recorder()
-    monkeypatch.setattr(absent_gpu, "attention_forward_hopper", recorder)
-    monkeypatch.setattr(absent_gpu, "processors", lambda device: 132)
+    monkeypatch.setattr(hopper_launch, "attention_forward_hopper", recorder)
 
     def launch_for(k, v, group, tokens=1):
         q = torch.zeros(tokens, 3, k.shape[2], dtype=BF16)
-        packing = (torch.tensor([0]), torch.tensor([1]), 1, torch.tensor([0]), torch.tensor([k.shape[0]]), k.shape[0])
-        options = {"is_causal": True, "softmax_scale": 1.0, "sliding_window": None, "softcap": None, "s_aux": None}
         plan = DENSE if group == 1 else top_n_plan(1, group, 0, 0)
-        out = torch.full_like(q, torch.nan)
-        results = absent_gpu.forward(q, k, v, *packing, **options, plan=plan, out=out, kernel="hopper")
+        request = one_sequence(q, k, v, plan, lengths_q=torch.tensor([1]), max_q=1)
+        results = hopper_launch.prepare(request)(request)
         keys, values, key_tail, value_tail, tail_start = recorder.arguments[1:6]
         return ((keys, key_tail), (values, value_tail)), tail_start, results
 
@@ -171,10 +181,10 @@ def launch_for(absent_gpu, monkeypatch):
 
 
 @pytest.mark.parametrize(("group", "head_dim"), [(2, 64), (4, 64), (1, 128), (2, 128), (4, 128), (8, 128), (16, 128)])
-def test_boxes_hold_the_rows_of_their_tiles(absent_gpu, launch_for, monkeypatch, group, head_dim):
+def test_boxes_hold_the_rows_of_their_tiles(launch_for, monkeypatch, group, head_dim):
     """What boxes of the accelerator would find is right up to the last row, and all that they can reach is memory."""
-    monkeypatch.setattr(absent_gpu, "prepare", Recorder())
-    block_n = absent_gpu.hopper_settings(BF16, head_dim, group).block_n
+    monkeypatch.setattr(hopper_launch, "prepare_kernel", Recorder())
+    block_n = hopper_launch.hopper_settings(BF16, head_dim, group).block_n
     # [pairs of a group, groups of a tile, keys of a pair]
     shape = (-(-group // 2), block_n // group, min(group, 2))
     pair, number, place = (torch.arange(size).view(-1, *(1,) * (2 - dim)) for dim, size in enumerate(shape))
@@ -231,7 +241,7 @@ def test_places_of_groups(group, pair):
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
 @pytest.mark.parametrize(("group", "rows"), [(1, 300), (2, 1), (2, 301), (4, 128), (8, 263), (16, 400)])
-def test_prepare(launch_for, group, rows):
+def test_prepare(launch_for, poison, group, rows):
     k, v = torch.randn(rows, 5, 256).to(BF16)[:, 2:].split(128, 2)
     pairs, tail_start, (out, lse) = launch_for(k, v, group, tokens=70)
     for x, (_, tail) in zip((k, v), pairs, strict=True):
@@ -246,37 +256,33 @@ def test_prepare(launch_for, group, rows):
 @pytest.mark.parametrize("rows", [3, 128, 300])
 def test_prepare_copies_keys_alone(absent_gpu, monkeypatch, rows):
     """For the kernel on sparse tensor cores."""
-    tails = []
-    monkeypatch.setattr(absent_gpu, "sparse_cores_can", lambda *arguments: True)
-    monkeypatch.setattr(absent_gpu, "processors", lambda device: 132)
-    monkeypatch.setattr(absent_gpu.sparse_cores, "attend", lambda *arguments: tails.append(arguments[6:8]))
-    q, k, v = torch.randn(70, 3, 128).to(BF16), *torch.randn(rows, 4, 128).to(BF16).split(2, 1)
-    packing = (torch.tensor([0]), torch.tensor([1]), 1, torch.tensor([0]), torch.tensor([rows]), rows)
-    options = {"is_causal": True, "softmax_scale": 1.0, "sliding_window": None, "softcap": None, "s_aux": None}
-    absent_gpu.forward(q, k, v, *packing, **options, plan=top_n_plan(2, 4, 0, 0), kernel="sparse_cores")
-    ((key_tail, start),) = tails
+    launches = []
+    monkeypatch.setattr(sparse_cores, "_tensor_map", lambda *arguments: None)
+    monkeypatch.setattr(sparse_cores, "_Launch", lambda *prepared: lambda *each: launches.append((*prepared, *each)))
+    q, k, v = torch.randn(70, 4, 128).to(BF16), *torch.randn(rows, 4, 128).to(BF16).split(2, 1)
+    request = one_sequence(q, k, v, top_n_plan(2, 4, 0, 0), lengths_q=torch.tensor([1]), max_q=1)
+    sparse_cores.prepare(request)(request)
+    ((_, _, numbers, _, *_, key_tail),) = launches
+    start = numbers.tail_start
     assert start == max(0, rows - 128)
     assert key_tail.shape == (256, 2, 128)
     assert torch.equal(key_tail[: rows - start], k[start:])
 
 
-@pytest.mark.parametrize("kernel", ["hopper", "sparse_cores"])
-def test_too_many_items_are_refused(absent_gpu, monkeypatch, kernel):
-    monkeypatch.setattr(absent_gpu, "sparse_cores_can", lambda *arguments: True)
+@pytest.mark.parametrize("kernel", [hopper_launch, sparse_cores], ids=["hopper", "sparse_cores"])
+def test_too_many_items_are_refused(absent_gpu, kernel):
     q, starts = torch.zeros(2, 1, 128, dtype=BF16), torch.zeros(2, dtype=torch.int32)
-    packing = (starts, starts, 2**37, starts, starts, 2**37)
-    options = {"is_causal": True, "softmax_scale": 1.0, "sliding_window": None, "softcap": None, "s_aux": None}
+    packing = {"starts": starts, "lengths": starts, "max": 2**37}
+    both = {f"{name}_{side}": x for name, x in packing.items() for side in "qk"}
     with pytest.raises(ValueError, match="max_q: 137438953472 is not allowed with 2 sequences and 1 heads; pass fewer"):
-        absent_gpu.forward(q, q, q, *packing, **options, plan=top_n_plan(2, 4, 0, 0), kernel=kernel)
+        kernel.prepare(one_sequence(q, q, q, top_n_plan(2, 4, 0, 0), **both))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("index", range(len(VARIANTS)), ids=lambda i: "-".join(map(str, VARIANTS[i])))
 def test_kernel_fits_the_gpu(compiled, index):
-    from modelopt_lite.kernels.launch import hopper_settings
-
     dtype, head_dim, n_of_m, _, with_lse = VARIANTS[index]
-    settings = hopper_settings(dtype, head_dim, n_of_m[1] if n_of_m else 1)
+    settings = hopper_launch.hopper_settings(dtype, head_dim, n_of_m[1] if n_of_m else 1)
     found = compiled[index]
     loop = classify(found["hot loop"])
     assert found["shared"] <= SHARED_LIMIT

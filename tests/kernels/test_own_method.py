@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import doubled, gradients, one_sequence, oracle
 
 from modelopt_lite import list_sparse_methods, registry
 from modelopt_lite.config import SparsityConfig
-from modelopt_lite.kernels import launch
-from modelopt_lite.kernels.launch import Settings
-from modelopt_lite.kernels.problem import AttentionProblem
-from modelopt_lite.kernels.reference import attention_reference
+from modelopt_lite.kernels import portable
+from modelopt_lite.kernels.settings import Settings
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
 
@@ -46,16 +45,14 @@ def check_against_oracle(plan, frozen):
     # Multiples of 1/2, and a scale that is a power of two: scores are exact, and all have to agree at the margin, too.
     q, k = (torch.randint(-2, 3, (61, 1, 16), generator=generator) / 2 for _ in range(2))
     v, grad = (torch.randn(61, 1, 16, generator=generator) for _ in range(2))
-    packing = (torch.tensor([0]), torch.tensor([61]), 61) * 2
-    options = {"is_causal": True, "softmax_scale": 0.25, "sliding_window": None, "softcap": None, "plan": plan}
+    request = one_sequence(q, k, v, plan)
     tiles = Settings(16, 16, num_warps=4, num_stages=1, descriptors=False, frozen=frozen)
 
-    output, lse = launch.forward(q, k, v, *packing, **options, s_aux=None, settings=tiles)
-    *found, _ = launch.backward(grad, q, k, v, None, output, lse, *packing, **options, settings=(tiles, tiles))
+    output, lse = portable.prepare(request, tiles)(request)
+    *found, _ = portable.backward(grad, output, lse, request, (tiles, tiles))
 
-    inputs = [x.double().requires_grad_() for x in (q, k, v)]
-    expected, _ = attention_reference(*inputs, None, AttentionProblem(*packing, **options))
-    wanted = torch.autograd.grad(expected, inputs, grad.double())
+    expected = oracle(request)
+    *wanted, _ = gradients(oracle, grad, doubled(request))
     # FP32 rounding of exponentials, sums and products of numbers of order 1 over at most 61 keys.
     for ours, theirs in zip((output, *found), (expected, *wanted), strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=3e-5, atol=3e-5)

@@ -13,15 +13,15 @@ from dataclasses import replace
 import pytest
 import test_gpu
 import torch
-from cases import RAGGED
-from cases import packed_problem as make
+from cases import RAGGED, OnGpu, one_sequence
+from cases import packed_request as make
 from machine_code import classify, hot_loop, run_tool
 from test_gpu import check, poison, run
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import modelopt_lite as mtsa
-from modelopt_lite.kernels import launch, sparse_cores
-from modelopt_lite.kernels.problem import AttentionProblem
+from modelopt_lite.kernels import choice, hopper_launch, sparse_cores
+from modelopt_lite.kernels.choice import choose
 from modelopt_lite.kernels.top_n import top_n_plan
 
 __all__ = ["poison"]
@@ -34,8 +34,8 @@ def on_sparse_cores(monkeypatch):
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs a GPU of compute capability 9.0")
     calls = []
-    attend = sparse_cores.attend
-    monkeypatch.setattr(sparse_cores, "attend", lambda *arguments: (calls.append(1), attend(*arguments)))
+    attend = sparse_cores._Launch.__call__
+    monkeypatch.setattr(sparse_cores._Launch, "__call__", lambda *arguments: (calls.append(1), attend(*arguments)))
     monkeypatch.setenv("MODELOPT_LITE_KERNEL", "sparse_cores")
     yield
     assert calls
@@ -45,6 +45,19 @@ def on_sparse_cores(monkeypatch):
 def fresh(monkeypatch):
     """As in a process in which the kernel has not been loaded."""
     monkeypatch.setattr(sparse_cores, "_kernels", {})
+    monkeypatch.setattr(choice, "_prepared", {})
+
+
+@pytest.fixture
+def few_programs(monkeypatch):
+    """Have so many programs do all the work; forgets what was prepared for more."""
+
+    def set_number(number):
+        for module in (hopper_launch, sparse_cores):
+            monkeypatch.setattr(module, "processors", lambda device: number)
+        monkeypatch.setattr(choice, "_prepared", {})
+
+    return set_number
 
 
 def of_128(**options):
@@ -74,43 +87,48 @@ def test_both_languages_lay_out_the_problem_alike():
 
 
 @pytest.mark.parametrize(
-    ("changes", "can"),
+    ("changes", "refused"),
     [
-        ({}, True),
-        ({"dtype": torch.float16}, False),
-        ({"head_dim": 64}, False),
-        ({"n_of_m": (1, 4)}, False),
-        ({"n_of_m": (4, 8)}, False),
-        ({"n_of_m": (0, 4)}, False),
+        ({}, None),
+        ({"dtype": torch.float16}, "it takes torch.bfloat16 and head dimensions of 128"),
+        ({"head_dim": 64}, "it takes torch.bfloat16 and head dimensions of 128"),
+        ({"n_of_m": (1, 4)}, "the plan is not 2:4"),
+        ({"n_of_m": (4, 8)}, "the plan is not 2:4"),
+        ({"n_of_m": (0, 4)}, "the plan is not 2:4"),
     ],
     ids=str,
 )
-def test_when_it_is_chosen(monkeypatch, changes, can):
-    monkeypatch.setattr(launch, "compute_capability", lambda device: 90)
-    monkeypatch.setattr(launch, "HOPPER_TRITON", True)
-    monkeypatch.setattr(launch, "processors", lambda device: 132)
+def test_when_it_is_chosen(absent_gpu, monkeypatch, changes, refused):
+    monkeypatch.setattr(hopper_launch, "HOPPER_TRITON", True)
     monkeypatch.setattr(sparse_cores, "_kernels", {torch.device("cpu"): ctypes.c_void_p()})
-    monkeypatch.delenv("MODELOPT_LITE_KERNEL", raising=False)
     dim, dtype = changes.get("head_dim", 128), changes.get("dtype", torch.bfloat16)
     plan = top_n_plan(*changes.get("n_of_m", (2, 4)), 0, 64)
 
-    def choose(length, is_plain=True, tokens=64 * 100):
-        q = torch.empty(tokens, 4, dim, dtype=dtype)
-        return launch.kernel_for(q, q, q, tokens // length, plan, is_plain)
+    def request_of(length, tokens=64 * 100, **options):
+        q = torch.empty(tokens, 4, dim, dtype=dtype).as_subclass(OnGpu)
+        starts = torch.arange(0, tokens // length * length, length)
+        packing = {"starts": starts, "lengths": torch.full_like(starts, length), "max": length}
+        both = {f"{name}_{side}": x for name, x in packing.items() for side in "qk"}
+        return one_sequence(q, q, q, plan, **both, **options)
 
-    assert choose(64) == "portable"
-    assert choose(65, tokens=65 * 96) != "sparse_cores"  # fewer than 198 tiles
-    assert [choose(length) == "sparse_cores" for length in (65, 64 * 100)] == [can, can]
-    assert choose(64 * 100, is_plain=False) == "hopper"
-    monkeypatch.setenv("MODELOPT_LITE_KERNEL", "hopper")
-    assert choose(64 * 100) == "hopper"
-    monkeypatch.setenv("MODELOPT_LITE_KERNEL", "portable")
-    assert choose(64 * 100) == "portable"
-    monkeypatch.setenv("MODELOPT_LITE_KERNEL", "sparse_cores")
-    assert choose(1) == ("sparse_cores" if can else "portable")
-    # What it cannot run is chosen as ever.
-    assert choose(1, is_plain=False) == "portable"
-    assert choose(64 * 100, is_plain=False) == "hopper"
+    def chosen(length, pinned="", **options):
+        return choose(request_of(length, **options), pinned=pinned).name
+
+    can, extras = refused is None, ({"sliding_window": 9}, {"softcap": 2.0}, {"s_aux": torch.zeros(4)})
+    assert sparse_cores.refusal(request_of(65)) == refused
+    assert chosen(64) == "portable"
+    assert chosen(65, tokens=65 * 96) != "sparse_cores"  # fewer than 198 tiles
+    assert [chosen(length) == "sparse_cores" for length in (65, 64 * 100)] == [can, can]
+    assert chosen(64 * 100, "hopper") == "hopper"
+    assert chosen(64 * 100, "portable") == "portable"
+    assert chosen(1, "sparse_cores") == ("sparse_cores" if can else "portable")
+    for extra in extras:
+        assert chosen(64 * 100, **extra) == "hopper"
+        # What it cannot run is chosen as ever.
+        assert chosen(1, "sparse_cores", **extra) == "portable"
+        assert chosen(64 * 100, "sparse_cores", **extra) == "hopper"
+    positions = {"first_k": torch.zeros_like(request_of(64 * 100).starts_k)}
+    assert chosen(64 * 100, "sparse_cores", **positions) == "portable"
 
 
 class BrokenBindings:
@@ -142,13 +160,13 @@ class OldDriver(Driver):
 
 
 @pytest.fixture
-def without_a_gpu(monkeypatch, fresh):
+def without_a_gpu(absent_gpu, monkeypatch, fresh):
     monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(sparse_cores, "_code", sparse_cores._code.__wrapped__)
-    q = torch.zeros(8, 4, 128, dtype=torch.bfloat16)
-    return functools.partial(sparse_cores.can_run, q, q, q, top_n_plan(2, 4, 0, 64))
+    q = torch.zeros(8, 4, 128, dtype=torch.bfloat16).as_subclass(OnGpu)
+    return functools.partial(sparse_cores.refusal, one_sequence(q, q, q, top_n_plan(2, 4, 0, 64)))
 
 
 @pytest.mark.parametrize(
@@ -166,7 +184,7 @@ def test_without_the_kernel(without_a_gpu, monkeypatch, caplog, changes, reason)
     """Others are chosen, and it is said why, once."""
     for name, value in changes.items():
         monkeypatch.setattr(sparse_cores, name, value)
-    assert [without_a_gpu(), without_a_gpu()] == [False, False]
+    assert all("it could not be compiled or loaded" in without_a_gpu() for _ in range(2))
     assert caplog.text.count("2:4 is left to other kernels than sparse_cores, which would be faster: " + reason) == 1
 
 
@@ -177,7 +195,7 @@ def test_it_is_loaded_once_and_not_in_a_graph(without_a_gpu, monkeypatch, caplog
     monkeypatch.setattr(sparse_cores, "_driver", Driver)
     for capturing, can in ((True, False), (False, True), (True, True), (False, True)):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
-        assert without_a_gpu() == can
+        assert (without_a_gpu() is None) == can
         assert len(codes) == can
     assert not caplog.text
 
@@ -191,16 +209,16 @@ class TestOnAGpu:
     @pytest.mark.parametrize(("sinks", "window"), [(0, 64), (0, 0), (5, 1), (0, 100), (70, 300), (200, 63)])
     def test_contract(self, lengths, is_causal, heads, sinks, window):
         plan = top_n_plan(2, 4, sinks, window)
-        check(*of_128(lengths=lengths, is_causal=is_causal, heads=heads, plan=plan))
+        check(of_128(lengths=lengths, is_causal=is_causal, heads=heads, plan=plan))
 
     @pytest.mark.parametrize("programs", [1, 3])
-    def test_few_programs(self, monkeypatch, programs):
-        monkeypatch.setattr(launch, "processors", lambda device: programs)
-        check(*of_128(plan=top_n_plan(2, 4, 5, 64)))
+    def test_few_programs(self, few_programs, programs):
+        few_programs(programs)
+        check(of_128(plan=top_n_plan(2, 4, 5, 64)))
 
     def test_more_queries_than_keys(self):
         lengths = ((300, 128), (5, 0), (700, 64), (2, 1))
-        check(*of_128(lengths=lengths, is_causal=False, plan=top_n_plan(2, 4, 3, 20)))
+        check(of_128(lengths=lengths, is_causal=False, plan=top_n_plan(2, 4, 3, 20)))
 
     @pytest.mark.parametrize("is_causal", [True, False])
     @pytest.mark.parametrize("before", [0, 3, 125, 600])
@@ -208,63 +226,64 @@ class TestOnAGpu:
         """The last sequence ends with the tensor, where the last tile is loaded from a copy."""
         plan = top_n_plan(2, 4, 5, 20)
         for length in (1, 2, 5, 127, 128, 130, 255, 257, 383, 500):
-            q, k, v, _, problem = of_128(lengths=((before, before), (length, length)), is_causal=is_causal, plan=plan)
-            end = int(problem.starts_k[1]) + length
-            check(q, k[:end].clone(), v[:end].clone(), None, problem)
+            request = of_128(lengths=((before, before), (length, length)), is_causal=is_causal, plan=plan)
+            end = int(request.starts_k[1]) + length
+            check(request._replace(k=request.k[:end].clone(), v=request.v[:end].clone()))
 
     def test_long_integers(self):
-        q, k, v, s_aux, problem = of_128(plan=top_n_plan(2, 4, 3, 20))
-        problem = replace(problem, starts_q=problem.starts_q.long(), lengths_k=problem.lengths_k.long())
-        check(q, k, v, s_aux, problem)
+        request = of_128(plan=top_n_plan(2, 4, 3, 20))
+        check(request._replace(starts_q=request.starts_q.long(), lengths_k=request.lengths_k.long()))
 
     def test_keys_may_begin_anywhere(self):
-        q, k, v, _, problem = of_128(lengths=((700, 700),), plan=top_n_plan(2, 4, 0, 64))
-        expected = run(q, k, v, None, problem)
+        request = of_128(lengths=((700, 700),), plan=top_n_plan(2, 4, 0, 64))
+        expected = run(request)
         for offset in range(1, 17):
-            moved = [torch.cat([x.new_full((offset, *x.shape[1:]), torch.nan), x]) for x in (k, v)]
-            found = run(q, *moved, None, replace(problem, starts_k=problem.starts_k + offset))
+            k, v = (torch.cat([x.new_full((offset, *x.shape[1:]), torch.nan), x]) for x in (request.k, request.v))
+            found = run(request._replace(k=k, v=v, starts_k=request.starts_k + offset))
             assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
 
     def test_nothing_to_compute(self):
-        q, k, v, _, problem = of_128(lengths=((0, 5), (0, 300)), plan=top_n_plan(2, 4, 0, 64))
+        request = of_128(lengths=((0, 5), (0, 300)), plan=top_n_plan(2, 4, 0, 64))
         none = torch.zeros(0, device="cuda", dtype=torch.int32)
-        check(*of_128(lengths=((1, 300),), plan=problem.plan))
-        for nothing in (problem, AttentionProblem(none, none, 0, none, none, 0, True, 0.1, None, None, problem.plan)):
-            output, lse = run(q, k, v, None, nothing)
+        check(of_128(lengths=((1, 300),), plan=request.plan))
+        empty = {"starts_q": none, "lengths_q": none, "max_q": 0, "starts_k": none, "lengths_k": none, "max_k": 0}
+        for nothing in (request, request._replace(**empty)):
+            output, lse = run(nothing)
             assert not output.any()
             assert lse.isneginf().all()
 
     def test_sums_that_nearly_overflow(self):
         """A hot key's score is by a factor of nearly 2^127 above all others."""
-        q, k, v, s_aux, problem = of_128(lengths=((1000, 1000),), plan=top_n_plan(2, 4, 0, 64))
-        for rows, keys, _, _ in problem.sequences():
+        request = of_128(lengths=((1000, 1000),), plan=top_n_plan(2, 4, 0, 64))
+        q, k = request.q, request.k
+        for rows, keys, _, _ in request.sequences():
             q[rows], k[keys] = 0.0, 0.0
             q[rows, :, 0], k[keys.start + 100, :, 0] = 16.0, 88.0
-        assert 126 < 16 * 88 * problem.softmax_scale / math.log(2) < 127
-        check(q, k, v, s_aux, problem)
+        assert 126 < 16 * 88 * request.softmax_scale / math.log(2) < 127
+        check(request)
 
     @pytest.mark.parametrize("towards", ["later", "earlier"])
     @pytest.mark.parametrize(("sinks", "window"), [(0, 64), (4, 0)])
     @pytest.mark.parametrize("programs", [1, 3, 132])
-    def test_scores_far_apart(self, monkeypatch, programs, towards, sinks, window):
+    def test_scores_far_apart(self, few_programs, programs, towards, sinks, window):
         """Scores jump by far more than an exponential holds, up or down. Few programs repair many items."""
-        monkeypatch.setattr(launch, "processors", lambda device: programs)
-        lengths = ((1000, 1000), (200, 600))
-        q, k, v, s_aux, problem = of_128(lengths=lengths, plan=top_n_plan(2, 4, sinks, window))
+        few_programs(programs)
+        request = of_128(lengths=((1000, 1000), (200, 600)), plan=top_n_plan(2, 4, sinks, window))
+        q, k = request.q, request.k
         ramp = torch.arange(k.shape[0], device="cuda") // 150
         ramp = ramp if towards == "later" else ramp.flip(0)
-        for rows, keys, _, _ in problem.sequences():
+        for rows, keys, _, _ in request.sequences():
             q[rows, :, 0], k[keys, :, 0] = 16.0, (ramp[keys, None] * 128).to(k.dtype)
-        check(q, k, v, s_aux, problem)
+        check(request)
 
     def test_all_keys_alike(self):
-        q, k, v, s_aux, problem = of_128(plan=top_n_plan(2, 4, 0, 8))
-        k[~k.isnan()] = 0.5
-        check(q, k, v, s_aux, problem)
+        request = of_128(plan=top_n_plan(2, 4, 0, 8))
+        request.k[~request.k.isnan()] = 0.5
+        check(request)
 
     def test_decode_may_be_sparse(self):
         plan = top_n_plan(2, 4, 0, 8)
-        check(*of_128(lengths=((1, 500), (300, 300)), plan=replace(plan, sparse_decode=True)))
+        check(of_128(lengths=((1, 500), (300, 300)), plan=replace(plan, sparse_decode=True)))
 
     def test_any_strides(self):
         torch.manual_seed(0)
@@ -275,30 +294,21 @@ class TestOnAGpu:
                 q, k, v = torch.cat([q, k, v]).transpose(0, 1).split([4, 2, 2], dim=1)
             else:
                 q, k, v = (x.transpose(0, 1) for x in (q, k, v))
-            one = torch.ones(1, device="cuda", dtype=torch.int64)
-            packing = (0 * one, length * one, length)
-            problem = AttentionProblem(*packing, *packing, True, 0.125, None, None, top_n_plan(2, 4, 1, 20))
-            check(q, k, v, None, problem)
-            out = torch.full((length, 9, 128), torch.nan, device="cuda", dtype=q.dtype)[:, 3:7]
-            expected = run(q, k, v, None, problem)[0]
-            launch.forward(
-                q, k, v, *packing, *packing, is_causal=True, softmax_scale=0.125, sliding_window=None, softcap=None,
-                s_aux=None, plan=problem.plan, out=out, kernel="sparse_cores",
-            )  # fmt: skip
-            assert torch.equal(out, expected)
+            assert not q.is_contiguous()
+            check(one_sequence(q, k, v, top_n_plan(2, 4, 1, 20)))
 
     def test_offsets_beyond_two_to_the_31(self):
         test_gpu.test_offsets_beyond_two_to_the_31()
 
     def test_the_same_bits_every_time_and_in_a_graph(self):
-        arguments = of_128(plan=top_n_plan(2, 4, 4, 64), exact=False)
-        first = run(*arguments)
+        request = of_128(plan=top_n_plan(2, 4, 4, 64), exact=False)
+        first = run(request)
         for _ in range(20):
-            assert all(torch.equal(x, y) for x, y in zip(first, run(*arguments), strict=True))
+            assert all(torch.equal(x, y) for x, y in zip(first, run(request), strict=True))
         torch.use_deterministic_algorithms(False)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            output, lse = run(*arguments)
+            output, lse = run(request)
         output.fill_(7.0)
         graph.replay()
         torch.cuda.synchronize()
@@ -307,16 +317,10 @@ class TestOnAGpu:
 
     def test_chunks_alone(self):
         lengths, plan = ((900, 900), (700, 700), (37, 37)), top_n_plan(2, 4, 4, 64)
-        q, k, v, _, problem = of_128(lengths=lengths, plan=plan)
-        for b, (in_q, in_k, *_) in enumerate(problem.sequences()):
-            one = torch.ones(1, device="cuda", dtype=torch.int32)
-            length = lengths[b][0]
-            packing = (0 * one, length * one, length)
-            for cut in (0, length // 2 + 1):
-                chunk = AttentionProblem(
-                    0 * one, (length - cut) * one, length - cut, *packing, True, problem.softmax_scale, None, None, plan
-                )
-                check(q[in_q][cut:], k[in_k], v[in_k], None, chunk)
+        request = of_128(lengths=lengths, plan=plan)
+        for in_q, in_k, *_ in request.sequences():
+            for cut in (0, (in_q.stop - in_q.start) // 2 + 1):
+                check(one_sequence(request.q[in_q][cut:], request.k[in_k], request.v[in_k], plan))
 
     @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
     def test_the_tensors_device_and_not_the_current_one(self):
@@ -324,21 +328,20 @@ class TestOnAGpu:
 
     @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
     def test_named_for_another_device_than_the_current_one(self, fresh):
-        q, k, v, _, p = of_128(plan=top_n_plan(2, 4, 4, 64), device="cuda:1")
+        request = of_128(plan=top_n_plan(2, 4, 4, 64), device="cuda:1")
         assert torch.cuda.current_device() == 0
-        packing = (p.starts_q, p.lengths_q, p.max_q, p.starts_k, p.lengths_k, p.max_k)
-        options = {"is_causal": True, "softmax_scale": p.softmax_scale, "softcap": None, "s_aux": None, "plan": p.plan}
-        launch.forward(q, k, v, *packing, **options, sliding_window=None, kernel="sparse_cores")
-        check(q, k, v, None, p)
+        assert sparse_cores.refusal(request) is None
+        sparse_cores.prepare(request)(request)
+        check(request)
 
     def test_in_a_thread_of_its_own(self, fresh):
         """That has made no call to CUDA before the kernel is loaded."""
-        arguments = of_128(plan=top_n_plan(2, 4, 4, 64))
+        request = of_128(plan=top_n_plan(2, 4, 4, 64))
         failed = []
 
         def target():
             try:
-                check(*arguments)
+                check(request)
             except BaseException as error:
                 failed.append(error)
 
@@ -349,23 +352,23 @@ class TestOnAGpu:
 
     def test_not_loaded_in_a_graph(self, monkeypatch, fresh):
         """A graph is captured before the kernel was loaded: another runs there, and this one elsewhere."""
-        arguments = of_128(plan=top_n_plan(2, 4, 4, 64))
+        request = of_128(plan=top_n_plan(2, 4, 4, 64))
         monkeypatch.setenv("MODELOPT_LITE_KERNEL", "portable")
-        expected, _ = run(*arguments)
+        expected, _ = run(request)
         monkeypatch.setenv("MODELOPT_LITE_KERNEL", "sparse_cores")
         torch.use_deterministic_algorithms(False)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            output, _ = run(*arguments)
+            output, _ = run(request)
         assert not sparse_cores._kernels
         graph.replay()
         assert torch.equal(output, expected)
-        check(*arguments)
+        check(request)
         assert sparse_cores._kernels
 
     def test_chosen_by_itself(self, monkeypatch):
         monkeypatch.delenv("MODELOPT_LITE_KERNEL")
-        check(*of_128(lengths=((1500, 1500), (700, 900)), heads=(16, 4), plan=top_n_plan(2, 4, 4, 64)))
+        check(of_128(lengths=((1500, 1500), (700, 900)), heads=(16, 4), plan=top_n_plan(2, 4, 4, 64)))
 
     def test_in_a_model(self, monkeypatch):
         """Left-padded prompts: logits err no more than twice what they do with the portable kernel."""
@@ -388,9 +391,8 @@ class TestOnAGpu:
         assert (found - expected).norm() <= 2 * (portable - expected).norm()
 
     def test_what_it_cannot_run_is_refused(self):
-        q, k, v, _, p = of_128(plan=top_n_plan(2, 4, 4, 64))
-        packing = (p.starts_q, p.lengths_q, p.max_q, p.starts_k, p.lengths_k, p.max_k)
-        options = {"is_causal": True, "softmax_scale": 0.1, "softcap": None, "s_aux": None, "plan": p.plan}
-        run(q, k, v, None, p)
-        with pytest.raises(ValueError, match="kernel: 'sparse_cores' is not allowed"):
-            launch.forward(q, k, v, *packing, **options, sliding_window=9, kernel="sparse_cores")
+        request = of_128(plan=top_n_plan(2, 4, 4, 64))
+        run(request)
+        assert sparse_cores.refusal(request) is None
+        assert sparse_cores.refusal(request._replace(sliding_window=9)) == "there is a sliding_window"
+        check(request._replace(sliding_window=9))

@@ -7,6 +7,8 @@ from typing import Literal
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from modelopt_lite import (
     ConfigError,
@@ -71,6 +73,49 @@ def test_duplicates_are_refused():
     with pytest.raises(ValueError, match=r"'sparse_softmax' is already registered by .*SparseSoftmax"):
         register_sparse_method(Twin)
     assert "twin" not in list_sparse_methods()
+
+
+CELL = """
+@register_sparse_method
+class Method(SparseAttentionMethod):
+    method: Literal{names} = {names}[0]
+"""
+
+
+def define(place, *names):
+    """Run a notebook cell that defines a method."""
+    scope = {
+        "__name__": place,
+        "Literal": Literal,
+        "SparseAttentionMethod": SparseAttentionMethod,
+        "register_sparse_method": register_sparse_method,
+    }
+    exec(CELL.format(names=list(names)), scope)
+    return scope["Method"]
+
+
+@pytest.mark.usefixtures("own_registry")
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["here", "there"]), st.lists(st.sampled_from("abc"), min_size=1, unique=True)),
+        max_size=6,
+    )
+)
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_class_defined_again_in_the_same_place_replaces_the_old_one(cells):
+    """Under all of its names; one from another place is refused, and changes nothing."""
+    registry._methods.clear()
+    wanted = {}
+    for place, names in cells:
+        owners = {wanted[name].__module__ for name in names if name in wanted}
+        if owners - {place}:
+            with pytest.raises(ValueError, match="is already registered by"):
+                define(place, *names)
+        else:
+            old = {wanted[name] for name in names if name in wanted}
+            made = define(place, *names)
+            wanted = {name: cls for name, cls in wanted.items() if cls not in old} | dict.fromkeys(names, made)
+        assert registry._methods == wanted
 
 
 def test_a_method_needs_a_literal_name():

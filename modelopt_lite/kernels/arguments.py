@@ -1,0 +1,156 @@
+"""Checks a request before a kernel sees it."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from ..errors import UnsupportedError
+from ..plan import AttentionPlan
+from .request import AttentionRequest
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+_checked_rules: set[str] = set()
+"""Names of the plans whose rule was found to be right."""
+
+
+def check_request(request: AttentionRequest) -> None:
+    """Check everything but the values of starts and lengths.
+
+    Raises:
+        ValueError: naming the argument of :func:`modelopt_lite.kernels.attention`.
+    """
+    r = request
+    _check_tensors(r)
+    _check_packing("", r.starts_q, r.lengths_q, r.max_q, r.q)
+    _check_packing("_k", r.starts_k, r.lengths_k, r.max_k, r.q)
+    if r.starts_q.shape != r.starts_k.shape:
+        raise ValueError(f"b_start_loc_k: {r.starts_k.shape[0]} sequences; must be {r.starts_q.shape[0]}")
+    for name, first in (("b_first_q", r.first_q), ("b_first_k", r.first_k)):
+        if first is not None:
+            _check_integers(name, first, r.q)
+            if first.shape != r.starts_q.shape:
+                raise ValueError(f"{name}: {first.shape[0]} sequences; must be {r.starts_q.shape[0]}")
+    if not isinstance(r.is_causal, bool):
+        raise ValueError(f"is_causal: {r.is_causal!r} is not allowed; True or False")
+    if not _is_positive(r.softmax_scale):
+        raise ValueError(f"softmax_scale: {r.softmax_scale!r} is not allowed; a finite number > 0")
+    if r.sliding_window is not None and not is_count(r.sliding_window, 1):
+        raise ValueError(f"sliding_window: {r.sliding_window!r} is not allowed; an integer >= 1")
+    if r.softcap is not None and not _is_positive(r.softcap):
+        raise ValueError(f"softcap: {r.softcap!r} is not allowed; a finite number > 0")
+    if not isinstance(r.plan, AttentionPlan):
+        raise ValueError(f"plan: {r.plan!r} is not allowed; an AttentionPlan")
+
+
+def check_rule(plan: AttentionPlan, device: torch.device) -> None:
+    """Check a plan's rule in PyTorch: that it returns what it has to, and decides each group of each query by itself.
+
+    Kernels call the rule with one tile of scores at a time, so a rule that looks at more would keep what the tile size
+    decides. Here it sees random scores whole, and cut in two ways.
+
+    Args:
+        plan: the plan; a dense one has no rule.
+        device: where to call the rule.
+
+    Raises:
+        UnsupportedError: if the rule is wrong in one of these ways.
+    """
+    if plan.keep is None or plan.name in _checked_rules:
+        return
+    generator = torch.Generator().manual_seed(0)
+    heads, queries, groups = 2, 3, 512
+    scores = 3 * torch.randn(heads, queries, groups, plan.group, generator=generator)
+    # A group has to be visible in part, too.
+    last_visible = groups * plan.group - torch.tensor([1, plan.group // 2 + 1, 40 * plan.group])[:, None, None]
+    k_pos = torch.arange(groups * plan.group).unflatten(0, (groups, plan.group))
+    visible = (k_pos <= last_visible).expand_as(scores).to(device)
+    scores, k_pos, q_pos = (
+        scores.to(device).masked_fill(~visible, -torch.inf),
+        k_pos.to(device),
+        last_visible.to(device),
+    )
+
+    def kept(rows: slice, columns: slice) -> Tensor:
+        seen = scores[:, rows, columns].clone()
+        found: object = plan.keep(seen, q_pos[rows], k_pos[columns]) if plan.keep else None
+        if not isinstance(found, Tensor) or found.dtype != torch.bool or found.shape != seen.shape:
+            raise UnsupportedError(
+                f"the rule of the plan returns {_describe(found)} for scores {list(seen.shape)}; it must return "
+                "booleans of the shape of the scores"
+            )
+        return found
+
+    whole = kept(slice(None), slice(None))
+    by_query = torch.cat([kept(slice(i, i + 1), slice(None)) for i in range(queries)], 1)
+    cuts = (0, 1, 7, 8, 200, groups)
+    by_group = torch.cat([kept(slice(None), slice(*cut)) for cut in pairwise(cuts)], 2)
+    for cut, what in ((by_query, "queries"), (by_group, "groups")):
+        if not torch.equal(cut & visible, whole & visible):
+            raise UnsupportedError(
+                f"the rule of the plan keeps other keys if it sees fewer {what} at a time, so that the tile size would "
+                f"decide; a rule may look only at the scores of one query in one group (group_size = {plan.group})"
+            )
+    _checked_rules.add(plan.name)
+
+
+def _check_tensors(r: AttentionRequest) -> None:
+    q, k, v, s_aux = r.q, r.k, r.v, r.s_aux
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not (isinstance(x, Tensor) and x.dim() == 3 and x.dtype in DTYPES):
+            raise ValueError(f"{name}: {_describe(x)}; must be [tokens, heads, dim] in FP16, BF16, FP32 or FP64")
+        if x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(f"{name}: {_describe(x)}; must have the type and device of q, {_describe(q)}")
+        if 0 in x.shape[1:]:
+            raise ValueError(f"{name}: {_describe(x)}; needs at least one head and one dimension")
+    if q.shape[2] != k.shape[2]:
+        raise ValueError(f"k: head_dim is {k.shape[2]}; must be that of q, {q.shape[2]}")
+    if k.shape[:2] != v.shape[:2]:
+        raise ValueError(f"v: {_describe(v)}; must have the tokens and heads of k, {_describe(k)}")
+    if q.shape[1] % k.shape[1] != 0:
+        raise ValueError(f"q: {q.shape[1]} query heads are not allowed; a multiple of the {k.shape[1]} key/value heads")
+    if s_aux is not None and not (
+        isinstance(s_aux, Tensor)
+        and s_aux.shape == q.shape[1:2]
+        and s_aux.is_floating_point()
+        and s_aux.device == q.device
+    ):
+        raise ValueError(
+            f"s_aux: {_describe(s_aux)}; must be floating-point [query_heads = {q.shape[1]}] on {q.device}"
+        )
+
+
+def _check_packing(suffix: str, starts: object, lengths: object, longest: object, q: Tensor) -> None:
+    if starts is None or lengths is None or longest is None:
+        raise ValueError("b_start_loc_k, b_seq_len_k, max_input_len_k: some are missing; give all three or none")
+    starts = _check_integers(f"b_start_loc{suffix}", starts, q)
+    lengths = _check_integers(f"b_seq_len{suffix}", lengths, q)
+    if starts.shape != lengths.shape:
+        raise ValueError(f"b_seq_len{suffix}: {lengths.shape[0]} sequences; b_start_loc{suffix} has {starts.shape[0]}")
+    if not is_count(longest, 0):
+        raise ValueError(f"max_input_len{suffix}: {longest!r} is not allowed; an integer >= 0")
+
+
+def _check_integers(name: str, x: object, q: Tensor) -> Tensor:
+    if not (isinstance(x, Tensor) and x.dim() == 1 and x.dtype in (torch.int32, torch.int64) and x.device == q.device):
+        raise ValueError(f"{name}: {_describe(x)}; must be int32 or int64 [batch] on {q.device}")
+    return x
+
+
+def is_count(x: object, least: int) -> bool:
+    """Whether something is an integer of at least ``least``."""
+    return isinstance(x, int | torch.SymInt) and not isinstance(x, bool) and bool(x >= least)
+
+
+def _is_positive(x: object) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) and x > 0
+
+
+def _describe(x: object) -> str:
+    if not isinstance(x, Tensor):
+        return repr(x)
+    return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)} on {x.device}"

@@ -1,0 +1,205 @@
+"""Which kernel runs a request: a list of records, of which the first that can and pays runs."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+
+from ..errors import UnsupportedError
+from .arguments import check_request, check_rule
+from .blocked import forward_blocked
+from .language import tl
+from .request import AttentionRequest, HookRefusedError
+
+if tl is not None:
+    from . import hopper_launch, portable, sparse_cores
+
+Backend: TypeAlias = Literal["auto", "triton", "torch"]
+Result: TypeAlias = "tuple[Tensor, Tensor | None]"
+Run: TypeAlias = "Callable[[AttentionRequest], Result]"
+
+MAX_SIGNATURES = 4096
+"""How many signatures of requests are remembered; then they are all forgotten."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One way to compute a request.
+
+    Attributes:
+        name: what ``MODELOPT_LITE_KERNEL`` calls it.
+        refusal: says why it cannot run a request, or None if it can.
+        pays: whether it is worth running, of those requests that it can run.
+        prepare: computes what requests of one signature have in common, and returns what runs them.
+    """
+
+    name: str
+    refusal: Callable[[AttentionRequest], str | None]
+    pays: Callable[[AttentionRequest], bool]
+    prepare: Callable[[AttentionRequest], Run]
+
+
+def _always(_: AttentionRequest) -> bool:
+    return True
+
+
+def _never_refuses(_: AttentionRequest) -> str | None:
+    return None
+
+
+def _prepare_blocked(_: AttentionRequest) -> Run:
+    return run_blocked
+
+
+def run_blocked(request: AttentionRequest) -> Result:
+    """Compute a request with PyTorch operations; checks its lengths, which waits for their device."""
+    request.check_values()
+    with torch.autocast(request.q.device.type, enabled=False):
+        return forward_blocked(request)
+
+
+BLOCKED = Kernel("torch", _never_refuses, _always, _prepare_blocked)
+GPU_KERNELS: tuple[Kernel, ...] = ()
+"""The first that can and pays runs. All need what the last one needs, so its refusal is asked before theirs."""
+if tl is not None:
+    GPU_KERNELS = (
+        Kernel("sparse_cores", sparse_cores.refusal, sparse_cores.pays, sparse_cores.prepare),
+        Kernel("hopper", hopper_launch.refusal, hopper_launch.pays, hopper_launch.prepare),
+        Kernel("portable", portable.refusal, _always, portable.prepare),
+    )
+
+_prepared: dict[tuple[Any, ...], Run] = {}
+_reasons_told: set[str] = set()
+
+
+def run(request: AttentionRequest, backend: Backend = "auto") -> Result:
+    """Compute a request with the kernel that suits it, without looking for it again if one like it has come before.
+
+    Returns:
+        The output, ``[total_q, query_heads, value_dim]``, and the logarithms of the softmax denominators, ``[total_q,
+        query_heads]``, which may be None if the request does not want them.
+
+    Raises:
+        UnsupportedError: if the backend asked for cannot run the request.
+        ValueError: if ``MODELOPT_LITE_KERNEL`` names no kernel, or a value of the request is wrong.
+    """
+    pinned = os.environ.get("MODELOPT_LITE_KERNEL", "")
+    signature = (_signature(request), backend, pinned)
+    prepared = _prepared.get(signature)
+    if prepared is not None:  # so its like was checked
+        return prepared(request)
+    check_request(request)
+    check_backend(request, backend)
+    check_rule(request.plan, request.q.device)
+    tried: list[str] = []
+    while True:
+        kernel = choose(request, backend, pinned, without=tried)
+        prepared = _prepare(kernel, request)
+        try:
+            result = prepared(request)
+            break
+        except HookRefusedError as error:
+            logger.warning("the kernel %s is left out: %s", kernel.name, error)
+            tried.append(kernel.name)
+    # A kernel may refuse for the moment while a graph is captured.
+    if not (request.q.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if len(_prepared) >= MAX_SIGNATURES:
+            _prepared.clear()
+        _prepared[signature] = prepared
+    return result
+
+
+def _prepare(kernel: Kernel, request: AttentionRequest) -> Run:
+    """Prepare a kernel, and copy what does not lie in memory as kernels read it."""
+    prepared = kernel.prepare(request.readable())
+    return prepared if request.readable() is request else lambda request: prepared(request.readable())
+
+
+def choose(
+    request: AttentionRequest, backend: Backend = "auto", pinned: str = "", without: list[str] | None = None
+) -> Kernel:
+    """Return the kernel that runs a request.
+
+    Args:
+        request: what is to be computed; :func:`check_backend` has been asked.
+        backend: ``"torch"`` for PyTorch operations, ``"triton"`` for GPU kernels alone, ``"auto"`` for these where they
+            can run.
+        pinned: the name of a GPU kernel that runs wherever it can, also where another is faster; what it cannot run is
+            chosen as without it.
+        without: names of kernels that are not to be chosen.
+
+    Raises:
+        ValueError: if no kernel has the name ``pinned``.
+    """
+    if pinned and pinned not in {kernel.name for kernel in GPU_KERNELS}:
+        allowed = ", ".join(kernel.name for kernel in GPU_KERNELS)
+        raise ValueError(f"MODELOPT_LITE_KERNEL: {pinned!r} is not allowed; {allowed} or nothing")
+    if backend == "torch" or (backend == "auto" and not request.q.is_cuda):
+        return BLOCKED
+    if (reason := refusal(request)) is not None:
+        if reason not in _reasons_told:
+            _reasons_told.add(reason)
+            logger.warning("attention on the GPU runs with PyTorch operations, which are slow: %s", reason)
+        return BLOCKED
+    kernels = [kernel for kernel in GPU_KERNELS if kernel.name not in (without or ())]
+    # A pinned kernel comes first, and is not asked whether it pays.
+    for kernel in sorted(kernels, key=lambda kernel: kernel.name != pinned):
+        if (kernel.name == pinned or kernel.pays(request)) and kernel.refusal(request) is None:
+            return kernel
+    return kernels[-1]
+
+
+def refusal(request: AttentionRequest) -> str | None:
+    """Say why no GPU kernel can run a request, or None if one can."""
+    return GPU_KERNELS[-1].refusal(request) if GPU_KERNELS else "Triton is not installed"
+
+
+def runs_on_gpu_kernels(request: AttentionRequest, backend: Backend) -> bool:
+    """Whether a GPU kernel runs a request, and not PyTorch operations."""
+    if backend == "torch" or (backend == "auto" and not request.q.is_cuda):
+        return False
+    return refusal(request) is None
+
+
+def check_backend(request: AttentionRequest, backend: Backend) -> None:
+    """Check that there is such a backend, and that it can run a request.
+
+    Raises:
+        UnsupportedError: if it cannot.
+        ValueError: if there is none.
+    """
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend: {backend!r} is not allowed; one of {get_args(Backend)}")
+    if backend == "triton" and (reason := refusal(request)) is not None:
+        raise UnsupportedError(f"backend: 'triton' cannot run this: {reason}")
+
+
+def _signature(r: AttentionRequest) -> tuple[Any, ...]:
+    """Return all that a kernel's preparation depends on: everything but the tensors' addresses and contents.
+
+    Of an address, Triton looks at whether 16 divides it. Written out, as it is computed at every call.
+    """
+    q, k, v, s_aux, first_q, first_k = r.q, r.k, r.v, r.s_aux, r.first_q, r.first_k
+    return (
+        q.device, q.dtype, q.shape, q.stride(), q.data_ptr() & 15,
+        k.device, k.dtype, k.shape, k.stride(), k.data_ptr() & 15,
+        v.device, v.dtype, v.shape, v.stride(), v.data_ptr() & 15,
+        None if s_aux is None else _small(s_aux),
+        _small(r.starts_q), _small(r.lengths_q),
+        r.starts_k is r.starts_q or _small(r.starts_k), r.lengths_k is r.lengths_q or _small(r.lengths_k),
+        first_q if first_q is None else _small(first_q), first_k if first_k is None else _small(first_k),
+        r.max_q, type(r.max_q), r.max_k, type(r.max_k), r.is_causal, type(r.is_causal),
+        r.softmax_scale, r.sliding_window, r.softcap, r.plan.name, r.with_lse,
+    )  # fmt: skip
+
+
+def _small(x: Tensor) -> tuple[Any, ...]:
+    return x.dtype, x.shape, x.stride(), x.device, x.data_ptr() & 15

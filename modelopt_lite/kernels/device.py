@@ -1,0 +1,106 @@
+"""What the kernels' launchers need to know of a GPU, and launches without Triton's own look-ups."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+L2_SHARE = 24 * 2**20
+"""Bytes of keys and values of the heads that are computed at one time: half of the L2 cache of an A100 or H100."""
+
+
+@functools.cache
+def compute_capability(device: torch.device) -> int:
+    """Return a GPU's compute capability as ``10 * major + minor``."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Return a GPU's number of multiprocessors."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def is_aligned(x: Tensor) -> bool:
+    """Whether the tensor memory accelerator can read ``[tokens, heads, dim]``: 16 bytes divide address and strides."""
+    return (
+        x.shape[0] > 0
+        and x.data_ptr() % 16 == 0
+        and all(stride > 0 and stride * x.element_size() % 16 == 0 for stride in x.stride()[:2])
+    )
+
+
+def heads_per_wave(longest: int, x: Tensor, y: Tensor) -> int:
+    """Return of how many heads ``longest`` rows of both tensors fit into the L2 cache, at least 1."""
+    return max(1, L2_SHARE // max(1, longest * (x.shape[2] + y.shape[2]) * x.element_size()))
+
+
+class Launch:
+    """Launches a Triton kernel again and again with arguments that are specialized alike.
+
+    Triton looks at every argument of every launch to find the compiled kernel. The caller vouches that types, alignment
+    and divisibility of all arguments are those of the first launch, so that this needs to be done only once.
+    """
+
+    def __init__(self, kernel: Any, device: torch.device, *constants: Any, **options: Any) -> None:
+        """Prepare launches.
+
+        Args:
+            kernel: a ``@triton.jit`` function whose last parameters are the constants.
+            device: where its tensors are.
+            constants: values of these parameters.
+            options: ``num_warps`` and the like.
+        """
+        self.kernel, self.device, self.constants, self.options = kernel, device, constants, options
+        self.compiled: Any = None
+
+    def __call__(self, programs: int, *arguments: Any) -> None:
+        """Launch ``programs`` programs on the current stream of the tensors' device."""
+        if self.device.type == "cuda" and self.device.index != torch.cuda.current_device():
+            with torch.cuda.device(self.device):
+                self._launch(programs, *arguments, *self.constants)
+        else:
+            self._launch(programs, *arguments, *self.constants)
+
+    def _launch(self, programs: int, *arguments: Any) -> None:
+        compiled, hooks = self.compiled, triton.knobs.runtime
+        if compiled is None:  # the first time, and always in the interpreter, which compiles nothing
+            self.compiled = self.kernel[(programs,)](*arguments, **self.options)
+        elif _calls(hooks.launch_enter_hook) or _calls(hooks.launch_exit_hook):
+            compiled[programs, 1, 1](*arguments)
+        else:  # the same without what profilers need
+            compiled.run(
+                programs, 1, 1, current_stream(self.device), compiled.function, compiled.packed_metadata, None, None,
+                None, *arguments,
+            )  # fmt: skip
+
+
+def _calls(hook: Any) -> bool:
+    """Whether a hook of Triton's launches does anything: it is None, or a chain that may be empty."""
+    return bool(getattr(hook, "calls", hook))
+
+
+def current_stream(device: torch.device) -> int:
+    """Return the handle of the current stream of a GPU."""
+    stream: int = triton.runtime.driver.active.get_current_stream(device.index)
+    return stream
+
+
+def rebased(descriptor: Any, x: Tensor | None) -> Any:
+    """Return a tensor descriptor for another tensor of the same shape and strides, without checking it again."""
+    if descriptor is None:
+        return None
+    copied = object.__new__(type(descriptor))
+    copied.__dict__.update(descriptor.__dict__)
+    copied.base = x
+    return copied
+
+
+def cdiv(x: int, y: int) -> int:
+    """Divide and round up."""
+    return int(triton.cdiv(x, y))

@@ -1,0 +1,307 @@
+"""Launches the portable Triton kernels, forward and backward: NVIDIA GPUs from compute capability 8.0 on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .backward import gradient_of_keys, gradient_of_queries, gradient_rows
+from .device import Launch, cdiv, compute_capability, heads_per_wave, is_aligned, rebased
+from .forward import attention_forward
+from .request import AttentionRequest
+from .settings import (
+    SMALL,
+    Settings,
+    SettingsRow,
+    block_dim,
+    default_settings,
+    distances,
+    hook_arguments,
+    is_short,
+    options_of,
+)
+from .tiles import LOG2E
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_HEAD_DIM = 256
+OLDEST = 80
+"""Compute capability from which on GPUs have what the kernels need."""
+
+# The first row that fits. Those of capability 90 for 16-bit types up to a dimension of 128 are what
+# benchmarks/tune.py found fastest on an H200 with BF16; the others fit the GPU, and have not been timed.
+# settings: block_m, block_n, num_warps, num_stages, descriptors, frozen
+SETTINGS = (
+    SettingsRow(100, 2, 128, 16, Settings(128, 64, 8, 2, True, False)),
+    SettingsRow(100, 2, 256, 16, Settings(128, 32, 8, 2, True, False)),
+    SettingsRow(90, 2, 64, 4, Settings(64, 64, 4, 3, True, True)),
+    SettingsRow(90, 2, 64, 16, Settings(64, 128, 4, 2, True, True)),
+    SettingsRow(90, 2, 128, 8, Settings(64, 64, 4, 3, True, True)),
+    SettingsRow(90, 2, 128, 16, Settings(128, 128, 8, 2, True, True)),
+    SettingsRow(90, 2, 256, 16, Settings(128, 64, 8, 2, True, False)),
+    SettingsRow(SMALL, 2, 128, 16, Settings(128, 64, 8, 2, False, False)),
+    SettingsRow(SMALL, 2, 256, 4, Settings(32, 32, 4, 2, False, False)),
+    SettingsRow(SMALL, 2, 256, 16, Settings(16, 64, 4, 2, False, False)),
+    SettingsRow(SMALL, 4, 64, 16, Settings(32, 32, 8, 1, False, False)),
+    SettingsRow(SMALL, 4, 256, 16, Settings(16, 32, 8, 1, False, False)),
+)
+# The same for both kernels of the backward, but that only these rows, and no other candidates, have been timed.
+QUERY_SETTINGS = (
+    SettingsRow(100, 2, 128, 16, Settings(128, 64, 8, 2, True, False)),
+    SettingsRow(90, 2, 64, 8, Settings(64, 64, 4, 3, True, False)),
+    SettingsRow(90, 2, 128, 8, Settings(64, 64, 4, 2, True, False)),
+    SettingsRow(90, 2, 128, 16, Settings(64, 128, 4, 2, True, False)),
+    SettingsRow(90, 2, 256, 16, Settings(128, 32, 8, 2, True, False)),
+    SettingsRow(SMALL, 2, 64, 16, Settings(128, 64, 8, 2, False, False)),
+    SettingsRow(SMALL, 2, 128, 16, Settings(128, 32, 8, 2, False, False)),
+    SettingsRow(SMALL, 2, 256, 16, Settings(64, 32, 8, 1, False, False)),
+    SettingsRow(SMALL, 4, 64, 16, Settings(32, 32, 8, 1, False, False)),
+    SettingsRow(SMALL, 4, 256, 16, Settings(16, 32, 8, 1, False, False)),
+)
+KEY_SETTINGS = (
+    SettingsRow(100, 2, 128, 16, Settings(128, 64, 8, 1, True, False)),
+    SettingsRow(100, 2, 256, 16, Settings(64, 64, 8, 1, True, False)),
+    SettingsRow(90, 2, 64, 16, Settings(64, 64, 4, 3, True, False)),
+    SettingsRow(90, 2, 128, 16, Settings(64, 64, 4, 2, True, False)),
+    SettingsRow(90, 2, 256, 4, Settings(128, 64, 8, 1, True, False)),
+    SettingsRow(90, 2, 256, 16, Settings(32, 64, 8, 1, False, False)),
+    SettingsRow(SMALL, 2, 64, 16, Settings(64, 32, 8, 1, False, False)),
+    SettingsRow(SMALL, 2, 128, 16, Settings(32, 64, 8, 1, False, False)),
+    SettingsRow(SMALL, 2, 256, 16, Settings(32, 32, 8, 1, False, False)),
+    SettingsRow(SMALL, 4, 128, 16, Settings(16, 32, 8, 1, False, False)),
+    SettingsRow(80, 4, 256, 16, Settings(16, 32, 8, 1, False, False)),
+    SettingsRow(SMALL, 4, 256, 16, Settings(16, 16, 8, 1, False, False)),
+)
+WAVE = 512
+"""Programs of ``gradient_of_keys`` that are in flight at one time, at least: some more than an H200 holds."""
+BLOCK_ROWS = 64
+"""Tokens a program of ``gradient_rows``."""
+
+
+def refusal(request: AttentionRequest) -> str | None:
+    """Say why the kernels cannot run a request, or None if they can."""
+    r = request
+    if r.q.is_cuda:
+        if compute_capability(r.q.device) < OLDEST:
+            return f"the GPU's compute capability is {compute_capability(r.q.device) / 10}, not {OLDEST / 10} or later"
+    elif not triton.knobs.runtime.interpret:
+        return f"the tensors are on {r.q.device}, not on a CUDA GPU, and TRITON_INTERPRET=1 is not set"
+    if not r.plan.is_dense and r.plan.score_hook is None:
+        return "the method has no score_hook, only a rule in PyTorch"
+    for name, x in (("q", r.q), ("k", r.k), ("v", r.v)):
+        if x.dtype not in DTYPES:
+            return f"{name} is {x.dtype}, not one of {', '.join(map(str, DTYPES))}"
+        if x.shape[2] > MAX_HEAD_DIM:
+            return f"{name} has a head_dim of {x.shape[2]}, above {MAX_HEAD_DIM}"
+    return None
+
+
+def prepare(
+    request: AttentionRequest, settings: Settings | None = None
+) -> Callable[[AttentionRequest], tuple[Tensor, Tensor | None]]:
+    """Compute what requests of one signature have in common.
+
+    Args:
+        request: one of them; :func:`refusal` has been asked.
+        settings: tiles and warps, instead of the table's.
+
+    Returns:
+        A function from a request to the output, ``[tokens, query_heads, value_dim]``, and the logarithms of the softmax
+        denominators, ``[tokens, query_heads]`` in FP32, if they are wanted. Rows without a visible key and rows of no
+        sequence are 0 and -inf. It does not wait for the device.
+    """
+    r, plan = request, request.plan
+    (total, query_heads, head_dim), (kv_heads, value_dim), batch = r.q.shape, r.v.shape[1:], r.starts_q.shape[0]
+    block_d, block_dv = block_dim(head_dim), block_dim(value_dim)
+    if settings is None:
+        settings = default_settings(
+            _capability(r.q.device), r.q.dtype, max(block_d, block_dv), r.group, r.is_causal, SETTINGS
+        )
+        if is_short(r):
+            settings = settings._replace(descriptors=False)  # which cost the host more than they save the GPU
+    tiles = cdiv(r.max_q, settings.block_m)
+    programs = batch * query_heads * tiles + cdiv(total, settings.block_m)
+    heads = (query_heads, query_heads // kv_heads)
+    wave = min(heads_per_wave(r.max_k, r.k, r.v) * heads[1], batch * query_heads)
+    numbers = (r.softmax_scale, r.softcap or 0.0)
+    rest = (heads, numbers, batch, total, tiles, wave, *distances(r), hook_arguments(plan))
+    # Tensors are described by their shapes and strides; each call puts its own addresses in.
+    keys = rebased(_key_descriptor(r.k, r.group, block_d, settings), None)
+    values = rebased(_key_descriptor(r.v, r.group, block_dv, settings), None)
+    strides = (*(x.stride()[:2] for x in (r.q, r.k, r.v)), (query_heads * value_dim, value_dim))
+    launch = Launch(
+        attention_forward, r.q.device, plan.score_hook, options_of(r, settings),
+        num_warps=settings.num_warps, num_stages=settings.num_stages, enable_fp_fusion=True,
+    )  # fmt: skip
+
+    def run(r: AttentionRequest) -> tuple[Tensor, Tensor | None]:
+        if r.q.device.type == "cpu":
+            r.check_values()  # Triton's interpreter would write to whatever memory they lead to
+        out, lse = new_results(r)
+        if total:
+            sequences = (r.starts_q, r.lengths_q, r.starts_k, r.lengths_k, *r.first_positions())
+            launch(
+                programs, r.q, r.k, r.v, out, lse, r.s_aux, rebased(keys, r.k), rebased(values, r.v), strides,
+                sequences, *rest,
+            )  # fmt: skip
+        return out, lse
+
+    return run
+
+
+def new_results(request: AttentionRequest) -> tuple[Tensor, Tensor | None]:
+    """Return memory for a request's output and, if they are wanted, the logarithms of its softmax denominators."""
+    r = request
+    out = r.q.new_empty((*r.q.shape[:2], r.v.shape[2]))
+    lse = r.q.new_empty(r.q.shape[:2], dtype=torch.float32) if r.with_lse else None
+    return out, lse
+
+
+def backward(
+    grad: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    request: AttentionRequest,
+    settings: tuple[Settings, Settings] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Compute the gradients of any forward kernel, without waiting for the device.
+
+    Two sequences may not share keys: the gradients of shared rows would be those of one of them.
+
+    Args:
+        grad: gradient of the output, with its shape and type.
+        out: the output.
+        lse: the logarithms of the softmax denominators.
+        request: what was computed; which keys take part is taken as given.
+        settings: tiles and warps of the gradient of queries, and of that of keys and values, instead of the tables'.
+
+    Returns:
+        The gradients of ``q``, ``k``, ``v`` and, if given, ``s_aux``, each in the type of its tensor. Rows of no
+        sequence are 0.
+    """
+    r, plan = request, request.plan
+    total, query_heads, head_dim = r.q.shape
+    kv_heads, value_dim = r.v.shape[1:]
+    batch, heads_per_kv = r.starts_q.shape[0], query_heads // kv_heads
+    grad_q, grad_k, grad_v = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (r.q, r.k, r.v))
+    if total == 0:
+        return grad_q, grad_k, grad_v, None if r.s_aux is None else torch.zeros_like(r.s_aux)
+    if grad.stride(2) != 1 or 0 in grad.stride():
+        grad = grad.contiguous()
+
+    block_d, block_dv = block_dim(head_dim), block_dim(value_dim)
+    if settings is None:
+        place = (_capability(r.q.device), r.q.dtype, max(block_d, block_dv), r.group, r.is_causal)
+        settings = default_settings(*place, QUERY_SETTINGS, True), default_settings(*place, KEY_SETTINGS, True)
+    for_queries, for_keys = settings
+    query_options, key_options = (options_of(r, x) for x in settings)
+    # Apart, so that both are aligned alike whatever the lengths.
+    shift = torch.empty(query_heads, total, dtype=torch.float32, device=r.q.device)
+    delta = torch.empty_like(shift)
+    sequences = (r.starts_q, r.lengths_q, r.starts_k, r.lengths_k, *r.first_positions())
+    numbers = (r.softmax_scale, r.softcap or 0.0)
+    rules = (*distances(r), hook_arguments(plan))
+    with torch.cuda.device_of(r.q):
+        gradient_rows[(cdiv(total, BLOCK_ROWS) * query_heads,)](
+            grad,
+            out,
+            lse,
+            shift,
+            delta,
+            tuple(x.stride()[:2] for x in (grad, out)),
+            query_heads,
+            total,
+            VALUE_DIM=value_dim,
+            BLOCK_M=BLOCK_ROWS,
+            BLOCK_DV=block_dv,
+        )
+        # Where keys begin inside a group, the first tile has fewer.
+        tiles = cdiv(r.max_k + (r.group - 1 if r.has_positions else 0), for_keys.block_n)
+        # Few programs of such different lengths would leave multiprocessors idle at the end.
+        wave = max(heads_per_wave(r.max_q, r.q, grad) // heads_per_kv, cdiv(WAVE, max(tiles, 1)))
+        gradient_of_keys[(batch * kv_heads * tiles,)](
+            r.q,
+            r.k,
+            r.v,
+            grad,
+            shift,
+            delta,
+            grad_k,
+            grad_v,
+            *(_query_descriptor(x, block, for_keys) for x, block in ((r.q, block_d), (grad, block_dv))),
+            tuple(x.stride()[:2] for x in (r.q, r.k, r.v, grad, grad_k, grad_v)),
+            sequences,
+            (kv_heads, heads_per_kv),
+            numbers,
+            batch,
+            total,
+            tiles,
+            min(wave, batch * kv_heads),
+            *rules,
+            SCORE_HOOK=plan.score_hook,
+            OPTIONS=key_options,
+            num_warps=for_keys.num_warps,
+            num_stages=for_keys.num_stages,
+            enable_fp_fusion=True,
+        )
+        tiles = cdiv(r.max_q, for_queries.block_m)
+        wave = heads_per_wave(r.max_k, r.k, r.v) * heads_per_kv
+        gradient_of_queries[(batch * query_heads * tiles,)](
+            r.q,
+            r.k,
+            r.v,
+            grad,
+            shift,
+            delta,
+            grad_q,
+            *(_key_descriptor(x, r.group, block, for_queries) for x, block in ((r.k, block_d), (r.v, block_dv))),
+            tuple(x.stride()[:2] for x in (r.q, r.k, r.v, grad, grad_q)),
+            sequences,
+            (query_heads, heads_per_kv),
+            numbers,
+            batch,
+            total,
+            tiles,
+            min(wave, batch * query_heads),
+            *rules,
+            SCORE_HOOK=plan.score_hook,
+            OPTIONS=query_options,
+            num_warps=for_queries.num_warps,
+            num_stages=for_queries.num_stages,
+            enable_fp_fusion=True,
+        )
+    grad_s_aux = None
+    if r.s_aux is not None:
+        weights = torch.exp2(r.s_aux.float()[:, None] * LOG2E.value - shift)
+        grad_s_aux = -(weights * delta).sum(1).to(r.s_aux.dtype)
+    return grad_q, grad_k, grad_v, grad_s_aux
+
+
+def _capability(device: torch.device) -> int:
+    # Triton's interpreter computes on the CPU, with the simplest settings.
+    return compute_capability(device) if device.type == "cuda" else OLDEST
+
+
+def _key_descriptor(x: Tensor, group: int, block_d: int, settings: Settings) -> Any:
+    """Describe keys or values for the tensor memory accelerator, or return None where it cannot read them.
+
+    They are ``[key of a group, group, head, dim]``. A sequence may begin anywhere, so there are about twice as many
+    keys in a group as the group has: rows overlap, each has several addresses.
+    """
+    if not (settings.descriptors and is_aligned(x)):
+        return None
+    shape = [2 * group - 1, cdiv(x.shape[0], group), *x.shape[1:]]
+    strides = [x.stride(0), group * x.stride(0), x.stride(1), 1]
+    return TensorDescriptor(x, shape, strides, [group, settings.block_n // group, 1, block_d])
+
+
+def _query_descriptor(x: Tensor, block_d: int, settings: Settings) -> Any:
+    """Describe queries, or gradients laid out alike, as ``[head, token, dim]``, or return None."""
+    if not (settings.descriptors and is_aligned(x)):
+        return None
+    shape, strides = ([x_of[1], x_of[0], x_of[2]] for x_of in (x.shape, x.stride()))
+    return TensorDescriptor(x, shape, strides, [1, settings.block_m, block_d])

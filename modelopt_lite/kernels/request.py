@@ -1,0 +1,195 @@
+"""One attention call: tensors, packing, masks and plan, made once and handed on whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..plan import DENSE, AttentionPlan, plan_by_name
+
+SCHEMA = {
+    "q": "Tensor",
+    "k": "Tensor",
+    "v": "Tensor",
+    "s_aux": "Tensor?",
+    "starts_q": "Tensor",
+    "lengths_q": "Tensor",
+    "max_q": "SymInt",
+    "starts_k": "Tensor",
+    "lengths_k": "Tensor",
+    "max_k": "SymInt",
+    "is_causal": "bool",
+    "softmax_scale": "float",
+    "sliding_window": "SymInt?",
+    "softcap": "float?",
+    "plan": "str",
+    "first_q": "Tensor?",
+    "first_k": "Tensor?",
+    "counts": "Tensor?",
+    "with_lse": "bool",
+}
+"""The fields of a request and what PyTorch's operators call their types; a plan travels by its name."""
+
+
+class HookRefusedError(Exception):
+    """A kernel found at its first launch that it cannot compile the plan's hook; another one has to run."""
+
+
+class PackedSequence(NamedTuple):
+    """One sequence of a request.
+
+    Attributes:
+        queries: its rows in the packed queries.
+        keys: its rows in the packed keys.
+        first_q: position of its first query, counted from the sequence's first token.
+        first_k: position of its first key.
+    """
+
+    queries: slice
+    keys: slice
+    first_q: int
+    first_k: int
+
+
+class AttentionRequest(NamedTuple):
+    """A checked attention call; what every kernel is given.
+
+    A tuple because it is made at every call, and nothing immutable is made faster; its fields are read by name.
+
+    Attributes:
+        q: queries of all sequences, ``[total_q, query_heads, head_dim]``, any strides.
+        k: keys, ``[total_k, kv_heads, head_dim]``.
+        v: values, ``[total_k, kv_heads, value_dim]``.
+        s_aux: one more logit per query head in every softmax, ``[query_heads]``, or None.
+        starts_q: row of each sequence's first query, ``[batch]``, int32 or int64.
+        lengths_q: its number of queries.
+        max_q: an upper bound of ``lengths_q``.
+        starts_k: row of its first key.
+        lengths_k: its number of keys.
+        max_k: an upper bound of ``lengths_k``.
+        is_causal: whether a query sees only keys at its own position and before.
+        softmax_scale: factor on the scores, > 0.
+        sliding_window: a query sees only the keys fewer positions away; None: all.
+        softcap: bound of the scores, > 0, or None.
+        plan: which of the visible keys take part.
+        first_q: position of each sequence's first query; None if the queries are the last tokens.
+        first_k: position of each sequence's first key; None if 0.
+        counts: ``[sequences, longest]``, on the CPU: how many of the sequences are there, and an upper bound of their
+            lengths, where :func:`~modelopt_lite.kernels.operator.pack` found them; None if all are.
+        with_lse: whether logarithms of the softmax denominators are wanted.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    s_aux: Tensor | None
+    starts_q: Tensor
+    lengths_q: Tensor
+    max_q: int
+    starts_k: Tensor
+    lengths_k: Tensor
+    max_k: int
+    is_causal: bool
+    softmax_scale: float
+    sliding_window: int | None
+    softcap: float | None
+    plan: AttentionPlan
+    first_q: Tensor | None = None
+    first_k: Tensor | None = None
+    counts: Tensor | None = None
+    with_lse: bool = False
+
+    def flatten(self) -> tuple[Any, ...]:
+        """Return the fields as PyTorch's operators take them, in the order of :data:`SCHEMA`."""
+        return tuple(self.plan.name if name == "plan" else getattr(self, name) for name in SCHEMA)
+
+    @classmethod
+    def unflatten(cls, values: Sequence[Any]) -> AttentionRequest:
+        """Undo :meth:`flatten`, and keep only the sequences that ``counts`` says are there."""
+        fields = dict(zip(SCHEMA, values, strict=True))
+        request = cls(**{**fields, "plan": plan_by_name(fields["plan"])})
+        if request.counts is None:
+            return request
+        number, longest = request.counts.tolist()
+        packing = {name: fields[name][:number] for name in ("starts_q", "lengths_q", "starts_k", "lengths_k")}
+        return request._replace(counts=None, max_q=longest, max_k=longest, **packing)
+
+    def readable(self) -> AttentionRequest:
+        """Return the request with copies of what kernels could not read: they take any strides but the last ones."""
+        changes = {name: x.contiguous() for name in ("q", "k", "v") if (x := getattr(self, name)).stride(2) != 1}
+        for name in ("s_aux", "starts_q", "lengths_q", "starts_k", "lengths_k", "first_q", "first_k"):
+            x = getattr(self, name)
+            if x is not None and not x.is_contiguous():
+                changes[name] = x.contiguous()
+        return self._replace(**changes) if changes else self
+
+    @property
+    def group(self) -> int:
+        """How many consecutive keys one decision of the plan looks at; 1 if it is dense."""
+        return 1 if self.plan.is_dense else self.plan.group
+
+    @property
+    def has_positions(self) -> bool:
+        """Whether positions are given, or a window without causality makes them matter."""
+        window_without_causality = self.sliding_window is not None and not self.is_causal
+        return self.first_q is not None or self.first_k is not None or window_without_causality
+
+    def first_positions(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """Return the positions of each sequence's first query and first key; without waiting for their device."""
+        if not self.has_positions:
+            return None, None
+        first_k = torch.zeros_like(self.starts_k) if self.first_k is None else self.first_k
+        return first_k + self.lengths_k - self.lengths_q if self.first_q is None else self.first_q, first_k
+
+    def sequences(self) -> Iterator[PackedSequence]:
+        """Yield each sequence's rows and positions; waits for their device."""
+        columns = [x.tolist() for x in (self.starts_q, self.lengths_q, self.starts_k, self.lengths_k)]
+        firsts_k = [0] * len(columns[0]) if self.first_k is None else self.first_k.tolist()
+        firsts_q = [None] * len(columns[0]) if self.first_q is None else self.first_q.tolist()
+        for start_q, len_q, start_k, len_k, first_q, first_k in zip(*columns, firsts_q, firsts_k, strict=True):
+            if first_q is None:
+                first_q = first_k + len_k - len_q
+            yield PackedSequence(slice(start_q, start_q + len_q), slice(start_k, start_k + len_k), first_q, first_k)
+
+    def plan_for(self, len_q: int) -> AttentionPlan:
+        """Return the plan of a sequence with ``len_q`` queries: a single query is decode, dense by default."""
+        return DENSE if len_q == 1 and not self.plan.sparse_decode else self.plan
+
+    def check_values(self) -> None:
+        """Check starts and lengths of every sequence against the rows there are; waits for their device.
+
+        Raises:
+            ValueError: naming the sequence.
+        """
+        occupied: list[tuple[int, int]] = []
+        for b, (queries, keys, first_q, first_k) in enumerate(self.sequences()):
+            for suffix, rows, longest, total in (
+                ("", queries, self.max_q, self.q.shape[0]),
+                ("_k", keys, self.max_k, self.k.shape[0]),
+            ):
+                length = rows.stop - rows.start
+                if not (0 <= length <= longest):
+                    raise ValueError(
+                        f"b_seq_len{suffix}[{b}]: {length} is not allowed; 0 to max_input_len{suffix} = {longest}"
+                    )
+                if not (rows.start >= 0 and rows.stop <= total):
+                    raise ValueError(
+                        f"b_start_loc{suffix}[{b}]: rows {rows.start} to {rows.stop} are not allowed; there are {total}"
+                    )
+            len_q, len_k = queries.stop - queries.start, keys.stop - keys.start
+            if first_k < 0:
+                raise ValueError(f"b_first_k[{b}]: {first_k} is not allowed; >= 0")
+            if self.first_q is not None and self.is_causal and len_q and first_q < 0:
+                raise ValueError(f"b_first_q[{b}]: {first_q} is not allowed; >= 0 if causal")
+            if self.first_q is None and self.is_causal and len_q > len_k:
+                raise ValueError(f"b_seq_len_k[{b}]: {len_k} is not allowed; if causal, at least the {len_q} queries")
+            if len_q:
+                occupied.append((queries.start, queries.stop))
+        occupied.sort()
+        for (_, stop), (start, _) in pairwise(occupied):
+            if stop > start:
+                raise ValueError(f"b_start_loc: row {start} belongs to two sequences; each query row belongs to one")

@@ -1,0 +1,155 @@
+"""What Triton kernels know at compile time, and how they are launched: tiles, warps, stages."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from triton.language import constexpr
+
+from ..plan import AttentionPlan
+from .request import AttentionRequest
+
+FAR = 2**30
+"""A distance in tokens beyond all others, with room to add the difference of two positions to it in 32 bits."""
+SHORT = 2**25
+"""Scores of all heads up to which :func:`is_short`."""
+SMALL = 0
+"""Compute capability that 8.6, 8.9 and 12.0 or later count as in the tables: these GPUs offer a program 99 KB of shared
+memory, where 8.0 offers 163 KB, and multiply matrices as 8.0 does."""
+
+
+class Options(NamedTuple):
+    """What a kernel knows at compile time beside the score hook."""
+
+    block_m: int
+    block_n: int
+    block_d: int
+    block_dv: int
+    head_dim: int
+    value_dim: int
+    group: int
+    causal: bool
+    sliding: bool
+    softcap: bool
+    sinks: bool
+    prescale: bool
+    keeps_group_max: bool
+    keeps_nothing: bool
+    sparse_decode: bool
+    frozen: bool
+    hopper: bool
+    positions: bool = False
+    pair: int = 1
+
+
+class Settings(NamedTuple):
+    """How a kernel is launched; ``frozen`` is for the forward alone."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    descriptors: bool
+    frozen: bool
+
+
+class SettingsRow(NamedTuple):
+    """Settings for GPUs from ``capability`` on and everything up to the three other bounds."""
+
+    capability: int
+    itemsize: int
+    block_d: int
+    group: int
+    settings: Settings
+
+
+def default_settings(
+    capability: int,
+    dtype: torch.dtype,
+    block_d: int,
+    group: int,
+    is_causal: bool,
+    table: tuple[SettingsRow, ...],
+    is_backward: bool = False,
+) -> Settings:
+    """Return a table's launch settings.
+
+    Args:
+        capability: the GPU's compute capability, ``10 * major + minor``.
+        dtype: type of the tensors.
+        block_d: the larger of both head dimensions, a power of two.
+        group: keys a group.
+        is_causal: whether a query sees only keys at its own position and before.
+        table: the kernel's table.
+        is_backward: whether it is a kernel of the backward pass.
+    """
+    if capability in (86, 89) or capability >= 120:
+        capability = SMALL
+    row = next(
+        row
+        for row in table
+        if capability >= row.capability
+        and dtype.itemsize <= row.itemsize
+        and block_d <= row.block_d
+        and group <= row.group
+    )
+    settings = row.settings
+    if dtype != torch.bfloat16:
+        # FP16 probabilities overflow from 2^16 on.
+        settings = settings._replace(frozen=False)
+    if group == 1 and not is_causal and (block_d == 256 or is_backward):
+        # The ptxas that Triton 3.6 brings along crashes on these with descriptors.
+        settings = settings._replace(descriptors=False)
+    return settings
+
+
+def options_of(request: AttentionRequest, settings: Settings) -> Options:
+    """Return what a kernel has to know of a request at compile time."""
+    r, plan = request, request.plan
+    head_dim, value_dim = r.q.shape[2], r.v.shape[2]
+    return Options(
+        block_m=settings.block_m,
+        block_n=settings.block_n,
+        block_d=block_dim(head_dim),
+        block_dv=block_dim(value_dim),
+        head_dim=head_dim,
+        value_dim=value_dim,
+        group=r.group,
+        causal=r.is_causal,
+        sliding=r.sliding_window is not None,
+        softcap=r.softcap is not None,
+        sinks=plan.num_sink_tokens > 0 or r.has_positions,
+        prescale=not (plan.is_dense or plan.scale_free),
+        keeps_group_max=plan.is_dense or plan.keeps_group_max,
+        keeps_nothing=plan.keeps_nothing,
+        sparse_decode=plan.sparse_decode,
+        frozen=settings.frozen and not r.has_positions,
+        # From Hopper on, the compiler lays out a tile's products alike without help.
+        hopper=settings.descriptors,
+        positions=r.has_positions,
+    )
+
+
+def is_short(request: AttentionRequest) -> bool:
+    """Whether a launch costs as much as the kernel: up to about 1024 tokens of 32 heads."""
+    r = request
+    return r.q.shape[0] * r.q.shape[1] * min(r.max_k, r.k.shape[0]) <= SHORT
+
+
+def block_dim(dim: int) -> int:
+    """Return the tile width for a head dimension: matrix instructions want powers of two from 16 on."""
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+def distances(request: AttentionRequest) -> tuple[int, int, int]:
+    """Return the sink tokens, the dense window and the sliding window, in tokens."""
+    plan = request.plan
+    lengths = (plan.num_sink_tokens, plan.dense_window_size, request.sliding_window or 0)
+    sinks, window, sliding_window = (min(x, FAR) for x in lengths)
+    return sinks, window, sliding_window
+
+
+def hook_arguments(plan: AttentionPlan) -> tuple[Any, ...]:
+    """Return the ``args`` of a plan's hooks."""
+    return (*map(constexpr, plan.hook_constants), *map(float, plan.hook_args))

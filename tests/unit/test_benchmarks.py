@@ -1,0 +1,97 @@
+"""The benchmark of whole models, with a tiny one on the CPU: what is compared, and what is written."""
+
+import json
+
+import model as benchmark
+import pytest
+import torch
+
+TINY = ["--model", "tiny", "--device", "cpu"]
+LONG = 96
+"""Longer than the dense window, so that something is sparse."""
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    monkeypatch.setattr(benchmark, "TURN_MS", 1)
+    return benchmark.Bench(benchmark.parser().parse_args(TINY))
+
+
+def problems(rows):
+    return {(row["what"], row["mode"], row["seq_len"], row["batch"]) for row in rows}
+
+
+def test_variants_share_weights_and_differ_in_attention(bench):
+    tokens = bench.tokens(1, LONG)
+    with torch.no_grad():
+        logits = {variant: model(tokens).logits.double() for variant, model in bench.models.items()}
+    own, *others = ([x.data_ptr() for x in model.parameters()] for model in bench.models.values())
+    assert all(pointers == own for pointers in others)
+    torch.testing.assert_close(logits["dense"], logits["sdpa"], rtol=1e-4, atol=1e-5)
+    for one, other in [("2:4", "dense"), ("4:8", "dense"), ("2:4", "4:8")]:
+        assert (logits[one] - logits[other]).abs().max() > 1e-3 * logits[other].abs().max()
+
+
+@pytest.mark.parametrize("mode", ["eager", "compiled"])
+@pytest.mark.parametrize("batch", [1, 3])
+@torch.no_grad()
+def test_every_decode_step_sees_the_same_context(bench, mode, batch):
+    cache = bench.filled_cache(mode, batch, 20)
+    keys = cache.layers[1].keys[:, :, :20].clone()
+    padding = bench.left_padding(batch, 21)
+    steps = []
+    for _ in range(3):
+        tokens = bench.tokens(batch, 1)
+        output = bench.models["sdpa"](tokens, past_key_values=cache, attention_mask=padding["attention_mask"])
+        steps.append(output.logits)
+        benchmark.shorten(cache, 20)
+        assert cache.get_seq_length() == 20
+    assert torch.equal(steps[1], steps[0])
+    assert torch.equal(steps[2], steps[0])
+    assert torch.equal(cache.layers[1].keys[:, :, :20], keys)
+
+
+def test_left_padding_is_on_the_left(bench):
+    padding = bench.left_padding(4, 16)
+    assert padding["attention_mask"].sum(1).tolist() == [16, 14, 12, 10]
+    assert padding["attention_mask"][3].tolist() == [0] * 6 + [1] * 10
+    assert padding["position_ids"][3].tolist() == [0] * 6 + list(range(10))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # in PyTorch itself
+def test_results_are_written_and_merged(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(benchmark, "TURN_MS", 1)
+    output = tmp_path / "results.json"
+    options = [*TINY, "--seq-lens", "24", "--rounds", "1", "--new-tokens", "3", "--batch", "2", "--output", str(output)]
+    benchmark.main(options)
+    first = json.loads(output.read_text())["rows"]
+    expected = {(what, "eager", 24, 2 if what == "batch" else 1) for what in benchmark.SEQ_LENS}
+    assert problems(first) == expected
+    assert len(first) == len(expected) * len(benchmark.VARIANTS)
+    for row in first:
+        (sdpa,) = (x for x in first if x["variant"] == "sdpa" and problems([x]) == problems([row]))
+        assert row["ratio_to_sdpa"] == pytest.approx(row["ms"] / sdpa["ms"], rel=1e-2, abs=1e-3)
+
+    again = ["--parts", "decode", "--modes", "eager", "compiled", "--variants", "sdpa", "2:4"]
+    benchmark.main([*options, *again])
+    second = json.loads(output.read_text())["rows"]
+    assert problems(second) == expected | {("decode", "compiled", 24, 1)}
+    assert [row for row in second if row["what"] != "decode"] == [row for row in first if row["what"] != "decode"]
+    assert [row["variant"] for row in second if row["what"] == "decode"] == ["sdpa", "2:4"] * 2
+
+    capsys.readouterr()
+    benchmark.main(["--show", str(output)])
+    header, _, *lines = capsys.readouterr().out.splitlines()
+    assert header.count("|") == lines[0].count("|")
+    assert [line.split(" | ")[0].removeprefix("| ") for line in lines] == [
+        *("ttft", "decode", "decode", "batch", "generate", "attention", "host")
+    ]
+
+
+def test_a_variant_that_fails_is_reported_and_left_out(bench, capsys):
+    def fail():
+        raise RuntimeError("out of memory")
+
+    times, peaks = bench.measure(benchmark.Problem({"sdpa": lambda: None, "2:4": fail}))
+    assert times.keys() == peaks.keys() == {"sdpa"}
+    assert "2:4: RuntimeError: out of memory" in capsys.readouterr().err
