@@ -107,6 +107,13 @@ def quiet_transformers_stays_in_the_test():
     logging.enable_progress_bar()
 
 
+@pytest.fixture(autouse=True)
+def only_one_run_draws(request, monkeypatch):
+    """Drawing takes seconds."""
+    if request.node.name != "test_run":
+        monkeypatch.setattr("modelopt_lite.experiment.runner.write_report", lambda *_: None)
+
+
 def one_line(result):
     """Return the only line of a user's mistake."""
     assert result.exit_code == 2

@@ -635,6 +635,22 @@ def test_a_table_fits_100_columns():
     assert max(map(len, tables.text_table(table).splitlines())) <= 100
 
 
+def test_summary_and_statistics_for_people(model_folder):
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    mtsa.sparsify(model, {"sparse_cfg": {"*.0.*": SPARSE, "*.1.*": {**SPARSE, "sparsity_n": 3}}})
+    text = str(mtsa.summary(model))
+    assert max(map(len, text.splitlines())) <= 100
+    assert "sparse_softmax (1): " in text
+    assert "sparsity_n=3" in text.partition("sparse_softmax (2): ")[2]
+    assert "<pre>" in mtsa.summary(model)._repr_html_()
+    with mtsa.collect_statistics(model) as statistics:
+        assert str(statistics).startswith("no sparse prefill was counted")
+        assert "<table>" not in statistics._repr_html_()
+        model(torch.zeros(1, 40, dtype=torch.long))
+    assert str(statistics).startswith("2 layers: ")
+    assert "<table>" in statistics._repr_html_()
+
+
 # --- configuration ---------------------------------------------------------------------------------------------------
 
 
