@@ -43,8 +43,8 @@ from modelopt_lite.experiment.assets import (
 )
 from modelopt_lite.experiment.config import FileConfig
 from modelopt_lite.experiment.quality import compare_predictions
-from modelopt_lite.experiment.report import markdown_table
 from modelopt_lite.experiment.runner import describe_environment
+from modelopt_lite.experiment.tables import markdown_table
 
 COLUMNS = ("model", "perplexity", "change", "KL to dense")
 RESULT = "result.json"
