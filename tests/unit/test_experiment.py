@@ -746,7 +746,7 @@ def test_imports_bring_methods_and_run_once(settings, tmp_path):
     (tmp_path / "three.yaml").write_text("{method: sparse_softmax, sparsity_n: 3}", encoding="utf-8")
     settings |= {"imports": "mine.py", "variants": {"half": "every_other_1", "3:4": "three.yaml"}}
     settings["quality"]["text"] = "text.txt"
-    (tmp_path / "c.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
     code = (
         "import sys; from modelopt_lite.experiment import ExperimentConfig, run_experiment; said = []; "
         "config = ExperimentConfig.load(sys.argv[1], announce=said.append); "
