@@ -39,7 +39,7 @@ def compile_variant(capability, dtype, heads, dims, queries, n_of_m, page_size):
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
-    from modelopt_lite.kernels import decode_launch
+    from modelopt_lite.kernels import AttentionRequest, decode_launch
     from modelopt_lite.kernels.top_n import top_n_plan
 
     class AbsentGpu:
@@ -62,7 +62,7 @@ def compile_variant(capability, dtype, heads, dims, queries, n_of_m, page_size):
             compiled.append(self.kernel.warmup(*arguments, *self.constants, grid=(programs,), **self.options))
 
     driver.set_active(AbsentGpu())
-    decode_launch.Launch, decode_launch._capability = CompileOnly, lambda device: capability
+    decode_launch.Launch, decode_launch.capability_of = CompileOnly, lambda device: capability
     one, slots = torch.zeros(1, dtype=torch.int64), 1024
     fields = {
         "q": torch.zeros(queries, heads[0], dims[0], dtype=dtype),
@@ -83,10 +83,10 @@ def compile_variant(capability, dtype, heads, dims, queries, n_of_m, page_size):
     }
     if page_size:
         table = torch.zeros(1, slots // page_size, dtype=torch.int32)
-        request = decode_launch.PagedRequest(**fields, page_table=table, page_size=page_size)
+        request = AttentionRequest(**fields, page_table=table, page_size=page_size)
     else:
-        request = decode_launch.AttentionRequest(**fields)
-    decode_launch.run(request)
+        request = AttentionRequest(**fields)
+    decode_launch.prepare(request)(request)
     return [inspect(kernel) for kernel in compiled]
 
 
