@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.weak import WeakIdKeyDictionary, WeakTensorKeyDictionary
 
 from .errors import UnsupportedError
-from .kernels import AttentionRequest, DenseCall, compute, is_traced, pack, request_statistics
+from .kernels import AttentionRequest, compute, is_traced, pack, request_statistics, sdpa, suits_sdpa
 from .module import SparseAttentionModule, decide, original_class
 from .plan import AttentionPlan
 from .recomputation import Decision
@@ -500,10 +500,17 @@ def attend(
     # Without groups and sinks only distances count, which need not know what a cache has dropped.
     is_dense = plan.is_dense or (layout.max_q == 1 and not plan.sparse_decode)
     statistics = decision.statistics if layout.max_q > 1 else None
-    if is_dense and layout.whole and statistics is None and decision.backend == "auto":
-        call = DenseCall(query, key, value, layout.is_causal, layout.sliding_window, softcap, s_aux)
-        if call.refusal() is None and call.pays():
-            return call.run(scaling).transpose(1, 2)
+    if (
+        is_dense
+        and layout.whole
+        and statistics is None
+        and decision.backend == "auto"
+        and suits_sdpa(
+            query, key, value, is_causal=layout.is_causal, sliding_window=layout.sliding_window, softcap=softcap,
+            s_aux=s_aux,
+        )
+    ):  # fmt: skip
+        return sdpa(query, key, value, is_causal=layout.is_causal, scale=scaling).transpose(1, 2)
     layout = layout.on(query.device)
     if not is_dense and _is_cross_attention(module, layout):
         # Before all keys no key is recent, so there is no dense window, wherever a chunk of queries begins.

@@ -14,20 +14,21 @@ from .blocked import AttentionStatistics, statistics_blocked
 from .choice import Backend
 from .operator import compute, is_traced, pack
 from .request import AttentionRequest
-from .sdpa import DenseCall
+from .sdpa import sdpa, suits_sdpa
 from .top_n import top_n_plan
 
 __all__ = [
     "AttentionRequest",
     "AttentionStatistics",
     "Backend",
-    "DenseCall",
     "attention",
     "attention_statistics",
     "compute",
     "is_traced",
     "pack",
     "request_statistics",
+    "sdpa",
+    "suits_sdpa",
 ]
 
 
