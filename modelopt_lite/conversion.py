@@ -27,8 +27,10 @@ from .errors import ConfigError, UnsupportedError
 from .huggingface import (
     PAGED_ATTENTION_NAME,
     check_paging,
+    forget_own_attention,
     interface_configs,
     own_configs,
+    remember_own_attention,
     restore_implementations,
     set_implementation,
     unwatch,
@@ -84,8 +86,10 @@ def sparsify(
     way of a method or function that it names. A module inside which something else makes that call stays dense unless
     it is pointed out with ``attention``.
 
-    Calling it again replaces the configuration. ``model.save_pretrained`` then writes the configuration into the
-    model's ``config.json``, from where :func:`~modelopt_lite.checkpoint.from_pretrained` takes it.
+    Calling it again replaces the configuration. The model gets copies of its configs, as another model may share them.
+    ``model.save_pretrained`` then writes the configuration into the model's ``config.json``, from where
+    :func:`~modelopt_lite.checkpoint.from_pretrained` takes it; for adapters of PEFT, use
+    :func:`~modelopt_lite.checkpoint.save_pretrained`.
 
     Args:
         model: a Transformers model, a model that holds or wraps one, or any module.
@@ -124,9 +128,11 @@ def sparsify(
 
     has_own_configs = {name for name, transformer in transformers.items() if _BEFORE_ATTRIBUTE in vars(transformer)}
     reverted = _undo(model)
+    remember_own_attention(model)
     for name, transformer in transformers.items():
         if name not in has_own_configs:
             own_configs(model, name)
+        remember_own_attention(transformer)
         configs = interface_configs(transformer, through_interface[name])
         before = _Before(
             set_implementation(configs, ATTENTION_NAME), getattr(transformer.config, CONFIG_ATTRIBUTE, None)
@@ -158,11 +164,13 @@ def _undo(model: nn.Module) -> dict[nn.Module, SparseAttentionFlags]:
     reverted: dict[nn.Module, SparseAttentionFlags] = {}
     for module in sparse_modules(model).values():
         reverted[module] = revert(module)
+    forget_own_attention(model)
     for part in list(model.modules()):
         before: _Before | None = vars(part).pop(_BEFORE_ATTRIBUTE, None)
         if before is None:
             continue
         unwatch(part)
+        forget_own_attention(part)
         restore_implementations(before.implementations)
         config: Any = part.config
         if before.config_entry is not None:
@@ -189,6 +197,9 @@ def _chosen_modules(model: nn.Module, attention: AttentionChoice | None) -> set[
 def unsparsify(model: ModelT) -> ModelT:
     """Give a model back its own attention: classes, attention implementation and config as before :func:`sparsify`.
 
+    An attention implementation that something else has set since stays. With gradient checkpointing, call
+    ``backward()`` first: a later one is refused when it computes a layer again.
+
     Args:
         model: a model, sparse or not; one that is not stays as it is.
 
@@ -208,6 +219,9 @@ def unsparsify(model: ModelT) -> ModelT:
 @contextmanager
 def disabled(model: ModelT) -> Iterator[ModelT]:
     """Run a model dense inside the ``with`` block; afterwards its layers are on or off as before.
+
+    It holds for the calls of the thread or task that has entered the block. What gradient checkpointing computes again
+    later is dense as well. Compiled models are dense in all threads.
 
     Args:
         model: a model after :func:`sparsify`.

@@ -57,6 +57,12 @@ def _class(module: nn.Module) -> Any:  # as mypy takes no class to be hashable
     return original_class(module)
 
 
+def forward_globals(module: nn.Module) -> dict[str, Any]:
+    """Return what the code of a module's forward knows by one name: the function that looks up its attention."""
+    methods = _methods(_class(module))
+    return next((x for x in methods if INTERFACE in _names(x.__code__)), methods[0]).__globals__
+
+
 @functools.cache
 def _uses_interface(cls: Any) -> bool:
     if issubclass(cls, PreTrainedModel):
@@ -228,12 +234,12 @@ def check_modules(
             raise UnsupportedError(f"{name} ({original_class(module).__name__}): {reason}")
     left = [f"{name} ({original_class(everything[name]).__name__})" for name in matched if name not in modules]
     if left:
-        logger.warning("%s: %s; what a pattern matches of these stays dense", ", ".join(left), _OUT_OF_REACH)
+        logger.warning("%s: stays dense, although a pattern matches it, as it %s", ", ".join(left), _OUT_OF_REACH)
 
 
 _OUT_OF_REACH = (
-    "computes its attention itself, neither through Transformers' attention interface nor by calling "
-    "scaled_dot_product_attention where that can be intercepted"
+    "does not go through Transformers' attention interface, nor calls scaled_dot_product_attention where that can be "
+    "intercepted, but computes attention itself"
 )
 
 

@@ -10,22 +10,26 @@ from __future__ import annotations
 import copy
 import functools
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .discovery import ATTENTION_NAME
+from .discovery import ATTENTION_NAME, forward_globals, uses_interface
 from .errors import UnsupportedError
-from .layout import Layout, attend, layer_name, whole_layout
-from .module import original_class, sparse_modules
-from .transformers_masks import attention_mask
+from .layout import READABLE_MASKS, Layout, attend, layer_name, layout_of_mask, refuse_context_parallel, whole_layout
+from .module import SparseAttentionModule, decide, original_class, sparse_modules
+from .recomputation import Decision
+from .transformers_masks import Mask, RefusedMask, attention_mask, note_positions, packed_by_positions
+
+logger = logging.getLogger(__name__)
 
 # In continuous batching Transformers goes by the name: it is "flash" that takes packed sequences without a mask.
 PAGED_ATTENTION_NAME = "modelopt_lite_paged_flash"
@@ -36,23 +40,70 @@ IRRELEVANT_ARGUMENTS = frozenset(
     {
         "cache_position",
         "deterministic",
+        "ignore_index",
+        "input_ids",
+        "inputs_embeds",
+        "labels",
         "logits_indices",
         "logits_processor_args",
         "logits_to_keep",
+        "mm_token_type_ids",
         "num_items_in_batch",
+        "num_logits_to_keep",
+        "output_attentions",
         "output_hidden_states",
         "output_router_logits",
+        "past_key_values",
+        "position_embeddings",
         "position_ids",
         "return_dict",
+        "return_loss",
+        "seq_idx",
+        "shift_labels",
+        "token_type_ids",
         "use_cache",
+    }
+)
+# What changes attention, and what no layout can say.
+REFUSED_ARGUMENTS = frozenset(
+    {
+        "alibi",
+        "attention_bias",
+        "attention_similarity",
+        "block_indices",
+        "block_mask",
+        "cache",
+        "head_mask",
+        "indices",
+        "layer_head_mask",
+        "position_bias",
+        "relative_position_bias",
+        "score_mod",
+        "sinks",
     }
 )
 # What continuous batching hands to every layer for its cache.
 PAGING_ARGUMENTS = ("block_table", "cu_seq_lens_k", "max_length_k", "read_index", "write_index")
 _NO_WEIGHTS = "output_attentions is not supported; unsparsify the model and use attn_implementation='eager'"
 _HOOKS_ATTRIBUTE = "_hooks_of_sparsity"
+OWN_ATTRIBUTE = "_own_attention"
+"""Attribute of a module: the :class:`OwnAttention` that it had before it was switched."""
 
-logger = logging.getLogger(__name__)
+
+class OwnAttention(NamedTuple):
+    """An attention implementation of Transformers.
+
+    Attributes:
+        name: its name.
+        eager: the eager attention function of the module's file, if this is the one; other functions are looked up.
+    """
+
+    name: str
+    eager: Callable[..., Any] | None = None
+
+    def __deepcopy__(self, memo: object) -> OwnAttention:
+        """Return it itself: copies of functions are no use."""
+        return self
 
 
 def attention_forward(
@@ -60,9 +111,55 @@ def attention_forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Layout | Tensor | None,
-    scaling: float | None = None,
+    attention_mask: Mask | Tensor | None,
     dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention in the form Transformers calls it; reads the module's flags.
+
+    A module that no pattern matched does what it did before, and so does a matched one in a call that is dense and has
+    a mask that no layout says.
+
+    Args:
+        module: the attention module; without flags it is dense.
+        query: ``[batch, query_heads, len_q, head_dim]``.
+        key: ``[batch, kv_heads, slots, head_dim]``, cached keys first.
+        value: ``[batch, kv_heads, slots, value_dim]``.
+        attention_mask: what :func:`~.transformers_masks.attention_mask` made; a finished mask, which is read; or None
+            if the model asked for none.
+        dropout: must be 0.
+        scaling: factor on the scores.
+        kwargs: whatever else the model passes on: what :func:`_attention` names, what does not change the result, and
+            what is refused.
+
+    Returns:
+        The output ``[batch, len_q, query_heads, value_dim]``, 0 at padding, and no attention weights.
+
+    Raises:
+        UnsupportedError: if the call asks for something this attention cannot do; names the layer.
+    """
+    own: OwnAttention | None = getattr(module, OWN_ATTRIBUTE, None)
+    decision = None
+    keeps_own = not isinstance(module, SparseAttentionModule)
+    if not (keeps_own or attention_mask is None or isinstance(attention_mask, Layout)):
+        is_decode = query.shape[2] == 1
+        decision = decide(module, is_decode)
+        keeps_own = decision.plan.is_dense or (is_decode and not decision.plan.sparse_decode)
+    if own is not None and keeps_own:
+        return _own_attention(own, module, query, key, value, attention_mask, dropout, scaling, kwargs)
+    return _attention(module, query, key, value, attention_mask, decision, dropout, scaling, **kwargs), None
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Mask | Tensor | None,
+    decision: Decision | None,
+    dropout: float,
+    scaling: float | None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     is_causal: bool | None = None,
@@ -71,18 +168,13 @@ def attention_forward(
     cu_seq_lens_k: Tensor | None = None,
     max_length_q: int | None = None,
     max_length_k: int | None = None,
+    position_ids: Tensor | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Attention in the form Transformers calls it; reads the module's flags.
+) -> Tensor:
+    """Compute attention on this package's kernels.
 
-    Args:
-        module: the attention module; without flags it is dense.
-        query: ``[batch, query_heads, len_q, head_dim]``.
-        key: ``[batch, kv_heads, slots, head_dim]``, cached keys first.
-        value: ``[batch, kv_heads, slots, value_dim]``.
-        attention_mask: what :func:`attention_mask` made, or None if the model asked for none.
-        scaling: factor on the scores.
-        dropout: must be 0.
+    Args beyond those of :func:`attention_forward`:
+        decision: what the call does, if that has been decided already.
         softcap: bound of the scores, if the model has one.
         s_aux: learnable sink logits ``[query_heads]``, if the model has them.
         is_causal: whether the attention is causal where there is no mask; by default what the module says, else true.
@@ -91,26 +183,66 @@ def attention_forward(
         cu_seq_lens_k: must come along, and equal the former.
         max_length_q: the longest of them.
         max_length_k: the same.
-        kwargs: whatever else the model passes on; anything that would change the result is refused.
-
-    Returns:
-        The output ``[batch, len_q, query_heads, value_dim]``, 0 at padding, and no attention weights.
-
-    Raises:
-        UnsupportedError: if the call asks for something this attention cannot do; names the layer.
+        position_ids: positions of the queries; where they begin again with 0, so does a sequence.
     """
-    refusal = _refused_argument(attention_mask, dropout, kwargs)
+    refusal = _refused_argument(dropout, kwargs)
     if refusal:
         raise UnsupportedError(f"{layer_name(module)}: {refusal}")
-    if isinstance(attention_mask, Layout):
-        layout = attention_mask
-    else:
+    if isinstance(mask, Layout):
+        layout = _for_all_keys(mask, key)
+    elif mask is None:
         if is_causal is None:
             is_causal = getattr(module, "is_causal", True)
         layout = _layout_without_mask(module, query, key, is_causal, sliding_window)
+    else:
+        layout = _layout_of_other_mask(module, query, key, mask)
     if cu_seq_lens_q is not None:
         layout = _layout_of_lengths(module, layout, cu_seq_lens_q, cu_seq_lens_k, max_length_q)
-    return attend(module, query, key, value, layout, scaling=scaling, softcap=softcap, s_aux=s_aux), None
+    elif position_ids is not None and layout.len_q > 1:
+        try:
+            layout = packed_by_positions(layout, position_ids)
+        except UnsupportedError as error:
+            raise UnsupportedError(f"{layer_name(module)}: {error}") from None
+    return attend(module, query, key, value, layout, scaling=scaling, softcap=softcap, s_aux=s_aux, decision=decision)
+
+
+def _own_attention(
+    own: OwnAttention,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Mask | Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
+    """Compute attention as another implementation of Transformers does, with the mask that it makes itself."""
+    if isinstance(mask, Layout | RefusedMask):
+        mask = None if mask.request is None else mask.request.answer(own.name, query.device)
+    function = own.eager or ALL_ATTENTION_FUNCTIONS[own.name]
+    result: tuple[Tensor, Tensor | None] = function(
+        module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
+    )
+    return result
+
+
+def remember_own_attention(model: nn.Module) -> None:
+    """Note on every module which attention implementation it has, unless it is this package's already."""
+    for module in model.modules():
+        name = getattr(getattr(module, "config", None), "_attn_implementation", None)
+        if not isinstance(name, str) or name == ATTENTION_NAME or not uses_interface(module):
+            continue
+        if name in ALL_ATTENTION_FUNCTIONS:
+            setattr(module, OWN_ATTRIBUTE, OwnAttention(name))
+        elif (eager := forward_globals(module).get("eager_attention_forward")) is not None:
+            setattr(module, OWN_ATTRIBUTE, OwnAttention(name, eager))
+
+
+def forget_own_attention(model: nn.Module) -> None:
+    """Take away what :func:`remember_own_attention` noted."""
+    for module in model.modules():
+        vars(module).pop(OWN_ATTRIBUTE, None)
 
 
 def paged_attention_forward(
@@ -119,8 +251,8 @@ def paged_attention_forward(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    scaling: float | None = None,
     dropout: float = 0.0,
+    scaling: float | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     sliding_window: int | None = None,
@@ -141,8 +273,8 @@ def paged_attention_forward(
         key: ``[1, kv_heads, len_q, head_dim]``; the cache stores it and gives all keys of each piece's sequence.
         value: ``[1, kv_heads, len_q, value_dim]``, likewise.
         attention_mask: None, as Transformers builds no mask for this attention.
-        scaling: factor on the scores.
         dropout: must be 0.
+        scaling: factor on the scores.
         softcap: bound of the scores, if the model has one.
         s_aux: learnable sink logits ``[query_heads]``, if the model has them.
         sliding_window: the layer's own window, if it has one; the cache has dropped what lies before it.
@@ -161,7 +293,9 @@ def paged_attention_forward(
         UnsupportedError: if the call asks for something this attention cannot do; names the layer.
     """
     paging = {name: kwargs.pop(name, None) for name in PAGING_ARGUMENTS}
-    refusal = _refused_argument(attention_mask, dropout, kwargs)
+    refusal = _refused_argument(dropout, kwargs)
+    if attention_mask is not None:
+        refusal = "an attention mask is not supported in continuous batching"
     if cache is None or cu_seq_lens_q is None:
         refusal = (
             "there is no paged cache; inside continuous_batching() only continuous batching can run the model, and its "
@@ -198,20 +332,56 @@ def paged_attention_forward(
     return attend(module, query, key, value, layout, scaling=scaling, softcap=softcap, s_aux=s_aux), None
 
 
-def _refused_argument(mask: Layout | Tensor | None, dropout: float, kwargs: dict[str, Any]) -> str | None:
-    if isinstance(mask, Tensor):
-        return (
-            f"an attention mask with {mask.dim()} dimensions of one's own is not supported; pass the 2-D padding mask "
-            "to the model"
-        )
+def _refused_argument(dropout: float, kwargs: dict[str, Any]) -> str | None:
+    """Return why a call's arguments cannot be served, None if they can."""
     if dropout:
         return f"attention dropout ({dropout}) is not supported; set the model's attention_dropout to 0 or call eval()"
-    if kwargs.pop("output_attentions", False):
+    if kwargs.get("output_attentions", False):
         return _NO_WEIGHTS
     for name, value in kwargs.items():
-        if value is not None and name not in IRRELEVANT_ARGUMENTS:
+        if value is None or name in IRRELEVANT_ARGUMENTS:
+            continue
+        if name in REFUSED_ARGUMENTS:
             return f"the argument {name}={type(value).__name__} of the model's attention is not supported"
-    return None
+        _warn_of_argument(name)
+    return refuse_context_parallel()
+
+
+@functools.cache
+def _warn_of_argument(name: str) -> None:
+    logger.warning(
+        "the argument %s that reaches the attention is not known to this version of modelopt_lite; it is ignored, as "
+        "arguments of other parts of the model come along with those of the attention",
+        name,
+    )
+
+
+# The compiler calls it while it traces.
+torch.compiler.assume_constant_result(_warn_of_argument)
+
+
+def _layout_of_other_mask(module: nn.Module, query: Tensor, key: Tensor, mask: RefusedMask | Tensor) -> Layout:
+    """Lay out a call whose mask did not come as a layout."""
+    if isinstance(mask, RefusedMask):
+        raise UnsupportedError(f"{layer_name(module)}: {mask.reason}")
+    batch, len_q, slots = query.shape[0], query.shape[2], key.shape[2]
+    layout = None
+    if mask.dim() == 4 and not torch.compiler.is_compiling():
+        layout = layout_of_mask(mask, batch, len_q, slots)
+    if layout is None:
+        raise UnsupportedError(
+            f"{layer_name(module)}: its attention mask {list(mask.shape)} is not supported; a finished mask, of the "
+            f"caller's or of the model's own, {READABLE_MASKS}; while torch.compile traces, none is"
+        )
+    return layout
+
+
+def _for_all_keys(layout: Layout, key: Tensor) -> Layout:
+    """Return the layout of a bidirectional call that sees more keys than its model knew of, as of a tuned prefix."""
+    slots = key.shape[2]
+    if layout.slots == slots or layout.is_causal or not layout.unpadded or layout.sliding_window is not None:
+        return layout
+    return whole_layout(layout.batch, layout.len_q, slots, key.device, is_causal=False, first_q=0)
 
 
 def _layout_without_mask(
@@ -344,7 +514,12 @@ def unwatch(model: nn.Module) -> None:
 
 
 def _refuse_attention_weights(model: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
-    """Refuse, before a model's forward, to return attention weights; not all models tell their layers."""
+    """Refuse, before a model's forward, to return attention weights; not all models tell their layers.
+
+    Also takes note of the caller's positions, which may pack sequences; those that models make themselves do not.
+    """
+    if not torch.compiler.is_compiling():
+        note_positions(kwargs.get("position_ids"), kwargs.get("attention_mask"))
     wanted = kwargs.get("output_attentions")
     if wanted is None:
         wanted = getattr(model.config, "output_attentions", False)

@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from .errors import UnsupportedError
-from .layout import Layout, attend, layer_name, padded_layout, whole_layout
+from .layout import READABLE_MASKS, Layout, attend, layer_name, layout_of_mask, refuse_context_parallel, whole_layout
 from .module import SparseAttentionModule, decide
 from .recomputation import Decision
 
@@ -71,7 +71,9 @@ def _attention(
             layer.
     """
     shape = query.shape
-    refusal = None
+    refusal = refuse_context_parallel()
+    if refusal is not None:
+        raise UnsupportedError(f"{layer_name(module)}: {refusal}")
     if dropout_p:
         refusal = f"attention dropout ({dropout_p}) is not supported; call eval() or set it to 0"
     elif query.dim() not in (3, 4) or key.dim() != query.dim() or value.dim() != query.dim():
@@ -85,10 +87,7 @@ def _attention(
     if refusal is None:
         layout = _layout(query, key, attn_mask, is_causal)
     if layout is None:
-        refusal = refusal or (
-            "its attention mask is not supported; it must be boolean, or 0 and -inf, the same for all heads, and "
-            "causal or bidirectional, with padding on either side"
-        )
+        refusal = refusal or (f"its attention mask is not supported; it {READABLE_MASKS}")
         raise UnsupportedError(f"{layer_name(module)}: {refusal}")
     output = attend(module, query, key, value, layout, scaling=scale, decision=decision).transpose(1, 2)
     return output[:, 0] if len(shape) == 3 else output
@@ -104,54 +103,4 @@ def _layout(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool) ->
         return whole_layout(batch, len_q, slots, query.device, is_causal=is_causal, first_q=first_q)
     if is_causal or torch.compiler.is_compiling():
         return None
-    visible, is_plain = _visible(mask, batch, len_q, slots)
-    real = visible.any(1)
-    positions = torch.arange(slots, device=real.device)
-    count, left = real.sum(-1), real.int().argmax(-1)
-    runs = (real[:, 1:] & ~real[:, :-1]).sum(-1) + real[:, 0]
-    # Slot of the first query: where the last is that of the last key, or of the last real key.
-    offsets = torch.stack([torch.full_like(left, slots - len_q), left + count - len_q])
-    slots_q = offsets[:, :, None] + torch.arange(len_q, device=real.device)
-    causal = real[:, None] & (positions <= slots_q[..., None])  # [2, batch, len_q, slots]
-    agrees = (causal == visible).flatten(1).all(-1)
-    bidirectional = (visible == real[:, None]).all()
-    usable, both_ways, by_slots, by_tokens, at_end = torch.stack(
-        [is_plain & (runs <= 1).all(), bidirectional, *agrees, (left + count == slots).all()]
-    ).tolist()
-    if not usable:
-        return None
-    if both_ways:
-        return padded_layout(real, len_q, 0, is_causal=False)
-    if not (by_slots or by_tokens):
-        return None
-    # Queries before the first key see nothing.
-    by_slots = by_slots and not (by_tokens and len_q == 1)  # a single query is that of the last real key
-    offset = offsets[0 if by_slots else 1]
-    before = (left - offset).clamp(min=0, max=len_q)
-    rows = torch.arange(batch, device=real.device)
-    return Layout(
-        batch,
-        len_q,
-        slots,
-        True,
-        None,
-        False,
-        rows * len_q + before,
-        len_q - before,
-        len_q,
-        rows * slots + left,
-        count,
-        slots,
-        None if at_end or not by_slots else (offset - left).clamp(min=0),
-    )
-
-
-def _visible(mask: Tensor, batch: int, len_q: int, slots: int) -> tuple[Tensor, Tensor]:
-    """Return which keys a mask shows, booleans ``[batch, len_q, slots]``, and whether it says no more than that."""
-    if mask.dtype == torch.bool:
-        visible, is_plain = mask, torch.ones((), dtype=torch.bool, device=mask.device)
-    else:
-        visible = mask == 0
-        is_plain = (visible | (mask <= torch.finfo(mask.dtype).min)).all()
-    visible = visible.expand(torch.broadcast_shapes(visible.shape, (batch, 1, len_q, slots)))
-    return visible[:, 0], is_plain & (visible == visible[:, :1]).all()
+    return layout_of_mask(mask, batch, len_q, slots)

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable
+from contextlib import nullcontext
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.weak import WeakIdKeyDictionary, WeakTensorKeyDictionary
 
 from .errors import UnsupportedError
-from .kernels import AttentionRequest, DenseCall, compute, pack, request_statistics
+from .kernels import AttentionRequest, DenseCall, compute, is_traced, pack, request_statistics
 from .module import SparseAttentionModule, decide, original_class
 from .plan import AttentionPlan
 from .recomputation import Decision
+
+ResultT = TypeVar("ResultT")
+
+HIDDEN = -1e4
+"""What a finished mask adds to the scores of keys that are not seen, or less: their weights are 0 in any precision."""
+READABLE_MASKS = (
+    "must be boolean, or 0 and -10000 or less, the same for all heads, and causal or bidirectional, with padding "
+    "anywhere; for self-attention also with a sliding window or for packed sequences"
+)
 
 
 class Layout(NamedTuple):
@@ -44,6 +56,7 @@ class Layout(NamedTuple):
         counts: how many of the sequences are there, where only a traced graph will know; see
             :class:`~modelopt_lite.kernels.AttentionRequest`.
         whole: whether each row is known to be one sequence that fills all slots, the queries being its last tokens.
+        request: what Transformers asked for, from which another attention implementation's mask can be made; or None.
     """
 
     batch: int
@@ -65,6 +78,7 @@ class Layout(NamedTuple):
     order_k: Tensor | None = None
     counts: Tensor | None = None
     whole: bool = False
+    request: Any = None
 
     @property
     def ndim(self) -> int:
@@ -108,24 +122,51 @@ def whole_layout(
         dropped: keys before the first slot that a cache no longer holds.
         first_q: position of the first query; by default the queries are the last tokens.
     """
-    rows = torch.arange(batch, device=device)
+    whole = first_q is None and (used is None or (isinstance(used, int) and used == slots))
+    packing = _whole_packing(batch, len_q, slots if used is None else used, slots, torch.device(device))
+    first_k = torch.full_like(packing.starts_q, dropped) if dropped else None
+    if first_q is not None:
+        first_q = torch.zeros_like(packing.starts_q) + first_q
     return Layout(
-        batch,
-        len_q,
-        slots,
-        is_causal,
-        sliding_window,
-        True,
-        rows * len_q,
-        torch.full_like(rows, len_q),
-        len_q,
-        rows * slots,
-        torch.zeros_like(rows) + (slots if used is None else used),
-        slots,
-        None if first_q is None else torch.zeros_like(rows) + first_q,
-        torch.full_like(rows, dropped) if dropped else None,
-        whole=first_q is None and (used is None or (isinstance(used, int) and used == slots)),
-    )
+        batch, len_q, slots, is_causal, sliding_window, True,
+        packing.starts_q, packing.lengths_q, len_q, packing.starts_k, packing.lengths_k, slots,
+        first_q, first_k, whole=whole,
+    )  # fmt: skip
+
+
+class _Packing(NamedTuple):
+    """Where the sequences of a batch without padding are; as in :class:`Layout`."""
+
+    starts_q: Tensor
+    lengths_q: Tensor
+    starts_k: Tensor
+    lengths_k: Tensor
+
+
+_rows: dict[tuple[Any, ...], tuple[Tensor, Tensor, Tensor]] = {}
+"""Rows of a batch, and starts and lengths of their queries, so that they are not made anew in every forward pass."""
+MAX_ROWS = 256
+
+
+def _whole_packing(batch: int, len_q: int, len_k: int | Tensor, slots: int, device: torch.device) -> _Packing:
+    """Return the packing of rows that are one sequence each."""
+    is_kept = not is_traced()
+    found = _rows.get((batch, len_q, device)) if is_kept else None
+    if found is None:
+        # What is kept has to serve in training, too.
+        with torch.inference_mode(False) if is_kept else nullcontext():
+            rows = torch.arange(batch, device=device)
+            found = (rows, rows * len_q, torch.full_like(rows, len_q))
+        if is_kept and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            if len(_rows) >= MAX_ROWS:
+                _rows.clear()
+            _rows[batch, len_q, device] = found
+    rows, starts_q, lengths_q = found
+    if slots == len_q and isinstance(len_k, int) and len_k == len_q:
+        return _Packing(starts_q, lengths_q, starts_q, lengths_q)
+    starts_k = rows if batch == 1 else rows * slots  # of one row, 0
+    lengths_k = torch.full_like(rows, len_k) if isinstance(len_k, int) else torch.zeros_like(rows) + len_k
+    return _Packing(starts_q, lengths_q, starts_k, lengths_k)
 
 
 _DROPPED = (
@@ -245,6 +286,172 @@ def packed_layout(is_first: Tensor, *, is_causal: bool, sliding_window: int | No
     packing = (starts[:number], lengths[:number], longest)
     whole = number == batch
     return Layout(batch, length, length, is_causal, sliding_window, True, *packing, *packing, whole=whole)
+
+
+def segmented_layout(
+    is_first: Tensor, real: Tensor | None, slots: int, *, is_causal: bool, sliding_window: int | None = None
+) -> Layout:
+    """Lay out rows that hold several sequences and padding, in front of a cache that is empty yet.
+
+    Waits for the tensors.
+
+    Args:
+        is_first: where a sequence begins, booleans ``[batch, length]``; each row's first real token begins one in any
+            case.
+        real: which tokens are real, booleans ``[batch, length]``; None: all.
+        slots: key slots of each row, of which the first ``length`` are used.
+        is_causal: as in :class:`Layout`.
+        sliding_window: as in :class:`Layout`.
+
+    Raises:
+        UnsupportedError: if there is padding between the tokens of one sequence.
+    """
+    batch, length = is_first.shape
+    unpadded = real is None
+    real = torch.ones_like(is_first) if real is None else real
+    begins = real & (is_first | (real.cumsum(1) == 1))
+    starts = begins.flatten().nonzero()[:, 0]
+    tokens = real.flatten().nonzero()[:, 0]
+    sequence = begins.flatten().cumsum(0)[tokens] - 1
+    lengths = torch.zeros_like(starts).scatter_add(0, sequence, torch.ones_like(sequence))
+    last = torch.zeros_like(starts).scatter_reduce(0, sequence, tokens, "amax")
+    if not bool((last - starts + 1 == lengths).all()):
+        raise UnsupportedError("attention_mask: padding between the tokens of a packed sequence is not supported")
+    longest = int(lengths.max()) if len(lengths) else 1
+    starts_k = starts // length * slots + starts % length
+    queries, keys = (starts, lengths, longest), (starts_k, lengths, longest)
+    return Layout(batch, length, slots, is_causal, sliding_window, unpadded, *queries, *keys)
+
+
+_memory: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _remembered(tensor: Tensor, key: Hashable, compute: Callable[[], ResultT]) -> ResultT:
+    """Return what was computed of a tensor before, so that all layers of a forward wait for it once.
+
+    A tensor in PyTorch's inference mode does not tell whether it has changed since, so nothing is kept of it.
+    """
+    if tensor.is_inference():
+        return compute()
+    key = (tensor._version, key)
+    kept_key, result = _memory.get(tensor, (None, None))
+    if kept_key != key:
+        result = compute()
+        _memory[tensor] = (key, result)
+    return cast(ResultT, result)
+
+
+def restarts(positions: Tensor, real: Tensor | None) -> bool:
+    """Whether a real token has position 0 and another one before it in its row; waits for the tensors.
+
+    Args:
+        positions: ``[1 or batch, length]``.
+        real: which tokens are real, booleans ``[batch, length]``; None: all.
+    """
+    if real is None:
+        return _remembered(positions, None, lambda: bool((positions[:, 1:] == 0).any()))
+    return bool(((positions == 0) & real & (real.cumsum(1) > 1)).any())
+
+
+def layout_of_mask(mask: Tensor, batch: int, len_q: int, slots: int) -> Layout | None:
+    """Lay out a call by a finished mask, None if no layout says the same; waits for the mask, once in a forward.
+
+    Args:
+        mask: booleans, or 0 and -10000 or less, that can be expanded to ``[batch, heads, len_q, slots]``.
+        batch: rows of the batch.
+        len_q: queries of each row.
+        slots: key slots of each row.
+    """
+    return _remembered(mask, (batch, len_q, slots), lambda: _layout_of_mask(mask, batch, len_q, slots))
+
+
+def _layout_of_mask(mask: Tensor, batch: int, len_q: int, slots: int) -> Layout | None:
+    visible, is_plain = _visible(mask, batch, len_q, slots)
+    real = visible.any(1)
+    positions = torch.arange(slots, device=real.device)
+    count, left = real.sum(-1), real.int().argmax(-1)
+    runs = (real[:, 1:] & ~real[:, :-1]).sum(-1) + real[:, 0]
+    # Slot of each row's first query: of the first that sees a key, the last such is in its own slot. Where padding at
+    # the end hides that, the other rows say it.
+    sees = visible.any(-1)
+    first = sees.int().argmax(-1)
+    last = slots - 1 - visible.flip(-1).int().argmax(-1)
+    own = last.gather(1, first[:, None])[:, 0] - first
+    common = own.masked_fill(~sees.any(-1), -len_q).max().expand_as(own)
+    offsets = torch.stack([common, own])
+    slots_q = offsets[:, :, None] + torch.arange(len_q, device=real.device)
+    causal = real[:, None] & (positions <= slots_q[..., None])  # [2, batch, len_q, slots]
+    agrees = (causal == visible).flatten(1).all(-1)
+    both_ways = (visible == real[:, None]).all()
+    found = torch.stack([is_plain, both_ways, *agrees, (runs <= 1).all()]).tolist()
+    is_plain_now, is_both_ways, by_slots, by_tokens, is_one_run = found
+    if not is_plain_now:
+        return None
+    if is_both_ways:
+        return padded_layout(real, len_q, 0, is_causal=False)
+    if by_slots and not is_one_run:
+        return padded_layout(real, len_q, int(common[0]), is_causal=True)
+    if not (by_slots or by_tokens) or not is_one_run:
+        return _layout_of_parts(visible, real) if len_q == slots else None
+    # A single query is that of the last real key.
+    offset = common if by_slots and not (by_tokens and len_q == 1) else own
+    # Queries before the first key see nothing.
+    before = (left - offset).clamp(min=0, max=len_q)
+    rows = torch.arange(batch, device=real.device)
+    at_end = bool((offset + len_q == left + count).all())
+    return Layout(
+        batch,
+        len_q,
+        slots,
+        True,
+        None,
+        False,
+        rows * len_q + before,
+        len_q - before,
+        len_q,
+        rows * slots + left,
+        count,
+        slots,
+        None if at_end else (offset - left).clamp(min=0),
+    )
+
+
+def _layout_of_parts(visible: Tensor, real: Tensor) -> Layout | None:
+    """Lay out a mask of self-attention with a sliding window, or of packed sequences, or both.
+
+    Args:
+        visible: which keys each query sees, booleans ``[batch, length, length]``.
+        real: which keys any query sees, ``[batch, length]``.
+    """
+    length = real.shape[1]
+    slots = torch.arange(length, device=real.device)
+    apart = slots[:, None] - slots
+    # A sequence begins where a token does not see the one before it.
+    is_first = torch.ones_like(real)
+    is_first[:, 1:] = ~visible.diagonal(-1, 1, 2)
+    sequence = (is_first & real).cumsum(1)
+    same = real[:, None] & real[:, :, None] & (sequence[:, :, None] == sequence[:, None])
+    window = (apart.abs() * visible).amax() + 1
+    real_rows = visible & real[:, :, None]
+    candidates = [same & (apart >= 0), same]
+    candidates += [candidate & (apart.abs() < window) for candidate in candidates]
+    agrees = torch.stack([(candidate == real_rows).all() for candidate in candidates])
+    *matches, width = [*agrees.tolist(), int(window)]
+    if not any(matches):
+        return None
+    best = matches.index(True)
+    return segmented_layout(is_first, real, length, is_causal=best % 2 == 0, sliding_window=width if best > 1 else None)
+
+
+def _visible(mask: Tensor, batch: int, len_q: int, slots: int) -> tuple[Tensor, Tensor]:
+    """Return which keys a mask shows, booleans ``[batch, len_q, slots]``, and whether it says no more than that."""
+    if mask.dtype == torch.bool:
+        visible, is_plain = mask, torch.ones((), dtype=torch.bool, device=mask.device)
+    else:
+        visible = mask == 0
+        is_plain = (visible | (mask <= HIDDEN)).all()
+    visible = visible.expand(torch.broadcast_shapes(visible.shape, (batch, 1, len_q, slots)))
+    return visible[:, 0], is_plain & (visible == visible[:, :1]).all()
 
 
 def attend(
@@ -393,11 +600,7 @@ def _packed_keys(key: Tensor, value: Tensor, layout: Layout) -> tuple[Tensor, Te
 
 def _is_recorded(x: Tensor) -> bool:
     """Whether operations on a tensor are recorded, so that they should be simple ones."""
-    return (
-        torch.compiler.is_compiling()
-        or (x.requires_grad and torch.is_grad_enabled())
-        or torch._C._are_functorch_transforms_active()
-    )
+    return (x.requires_grad and torch.is_grad_enabled()) or is_traced(x)
 
 
 _pitched_starts = WeakTensorKeyDictionary()
@@ -413,6 +616,17 @@ def _starts_apart(starts: Tensor, batch: int, slots: int, pitch: int) -> Tensor:
         found = _pitched_starts[starts] = (pitch, starts + row * (pitch - slots))
     moved: Tensor = found[1]
     return moved
+
+
+def refuse_context_parallel() -> str | None:
+    """Return why a call is refused under PyTorch's context parallelism, where a layer sees one shard of the tokens."""
+    function = torch.nn.functional.scaled_dot_product_attention
+    if function is scaled_dot_product_attention or not function.__module__.startswith("torch.distributed"):
+        return None
+    return (
+        "context_parallel shards the tokens and gathers keys for PyTorch's own attention only, which is not supported; "
+        "unsparsify the model or do without it"
+    )
 
 
 def _is_cross_attention(module: nn.Module, layout: Layout) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import cast
 
 import torch
@@ -11,7 +12,7 @@ from ..plan import AttentionPlan
 from .arguments import check_request, is_count
 from .blocked import AttentionStatistics, statistics_blocked
 from .choice import Backend
-from .operator import compute, pack
+from .operator import compute, is_traced, pack
 from .request import AttentionRequest
 from .sdpa import DenseCall
 from .top_n import top_n_plan
@@ -24,6 +25,7 @@ __all__ = [
     "attention",
     "attention_statistics",
     "compute",
+    "is_traced",
     "pack",
     "request_statistics",
 ]
@@ -134,6 +136,7 @@ def attention(
         and isinstance(b_seq_len, Tensor)
         and isinstance(b_start_loc_k, Tensor)
         and isinstance(b_seq_len_k, Tensor)
+        and isinstance(request.plan, AttentionPlan)
         and isinstance(s_aux, Tensor | None)
         and isinstance(b_first_q, Tensor | None)
         and isinstance(b_first_k, Tensor | None)
@@ -213,18 +216,24 @@ def _scale(q: Tensor, softmax_scale: float | None) -> float:
 
 def _plan(plan: AttentionPlan | None, sparsity_n: int, sparsity_m: int, sinks: int, window: int) -> AttentionPlan:
     """Return the plan that is given, or that of four numbers; both are refused."""
+    if plan is None:
+        return _plan_of_numbers(sparsity_n, sparsity_m, sinks, window)
     numbers = {
         "sparsity_n": (sparsity_n, 0),
         "sparsity_m": (sparsity_m, 4),
         "num_sink_tokens": (sinks, 0),
         "dense_window_size": (window, 64),
     }
-    if plan is not None:
-        given = [name for name, (number, default) in numbers.items() if number != default]
-        if given:
-            raise ValueError(f"{', '.join(given)}: not allowed together with plan; the plan says it all")
-        return plan
-    for name, (number, _) in numbers.items():
+    given = [name for name, (number, default) in numbers.items() if number != default]
+    if given:
+        raise ValueError(f"{', '.join(given)}: not allowed together with plan; the plan says it all")
+    return plan
+
+
+@functools.cache
+def _plan_of_numbers(sparsity_n: int, sparsity_m: int, num_sink_tokens: int, dense_window_size: int) -> AttentionPlan:
+    numbers = {"sparsity_n": sparsity_n, "sparsity_m": sparsity_m}
+    for name, number in {**numbers, "num_sink_tokens": num_sink_tokens, "dense_window_size": dense_window_size}.items():
         if not is_count(number, 0):
             raise ValueError(f"{name}: {number!r} is not allowed; an integer >= 0")
-    return top_n_plan(sparsity_n, sparsity_m, sinks, window)
+    return top_n_plan(sparsity_n, sparsity_m, num_sink_tokens, dense_window_size)

@@ -190,12 +190,14 @@ def _signature(r: AttentionRequest) -> tuple[Any, ...]:
     q, k, v, s_aux, first_q, first_k = r.q, r.k, r.v, r.s_aux, r.first_q, r.first_k
     return (
         q.device, q.dtype, q.shape, q.stride(), q.data_ptr() & 15,
-        k.dtype, k.shape, k.stride(), k.data_ptr() & 15,
-        v.dtype, v.shape, v.stride(), v.data_ptr() & 15,
+        k.device, k.dtype, k.shape, k.stride(), k.data_ptr() & 15,
+        v.device, v.dtype, v.shape, v.stride(), v.data_ptr() & 15,
         None if s_aux is None else _small(s_aux),
-        _small(r.starts_q), _small(r.lengths_q), _small(r.starts_k), _small(r.lengths_k),
+        _small(r.starts_q), _small(r.lengths_q),
+        r.starts_k is r.starts_q or _small(r.starts_k), r.lengths_k is r.lengths_q or _small(r.lengths_k),
         first_q if first_q is None else _small(first_q), first_k if first_k is None else _small(first_k),
-        r.max_q, r.max_k, r.is_causal, r.softmax_scale, r.sliding_window, r.softcap, r.plan.name, r.with_lse,
+        r.max_q, type(r.max_q), r.max_k, type(r.max_k), r.is_causal, type(r.is_causal),
+        r.softmax_scale, r.sliding_window, r.softcap, r.plan.name, r.with_lse,
     )  # fmt: skip
 
 

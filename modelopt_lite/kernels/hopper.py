@@ -689,7 +689,7 @@ def attention_forward_hopper(
     heads_per_wave, num_sinks, window, sliding_window, hook_args,
     SCORE_HOOK: gl.constexpr, QUICK_HOOK: gl.constexpr, OPTIONS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Compute attention of packed sequences, and its log-sum-exp; see :mod:`modelopt_lite.kernels.hopper_launch`."""
+    """Compute attention of packed sequences, and its log-sum-exp; see :mod:`.hopper_launch`."""
     ELEMENT: gl.constexpr = query_descriptor.dtype
     WARPGROUPS: gl.constexpr = OPTIONS.block_m // ROWS
     query_memory = gl.allocate_shared_memory(

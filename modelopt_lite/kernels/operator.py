@@ -50,15 +50,15 @@ def compute(request: AttentionRequest, backend: Backend = "auto") -> tuple[Tenso
         ValueError: if an argument is wrong; the message names it.
         UnsupportedError: if the backend asked for cannot run the request.
     """
-    is_compiling, needs_gradient = torch.compiler.is_compiling(), _needs_gradient(request)
-    if not (is_compiling or needs_gradient or _is_traced(request.q)):
+    needs_gradient = _needs_gradient(request)
+    if not (needs_gradient or is_traced(request.q)):
         return choice.run(request, backend)
     check_request(request)
     choice.check_backend(request, backend)
     if needs_gradient:
         request = request._replace(with_lse=True)
     inputs = (*request.flatten(), backend)
-    if is_compiling:
+    if torch.compiler.is_compiling():
         output, lse = torch.ops.modelopt_lite.attention(*inputs)
     else:
         output, lse = _Attention.apply(*inputs)  # type: ignore[no-untyped-call]
@@ -206,10 +206,11 @@ def _needs_gradient(request: AttentionRequest) -> bool:
     )
 
 
-def _is_traced(x: Tensor) -> bool:
-    """Whether something looks at the operators that run on a tensor, or it has no memory of its own."""
+def is_traced(x: Tensor | None = None) -> bool:
+    """Whether something looks at the operators that run, or a tensor has no memory of its own."""
     return (
-        type(x) is not Tensor
+        torch.compiler.is_compiling()
+        or (x is not None and (type(x) is not Tensor or x.is_meta))
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch.autograd.forward_ad._current_level >= 0

@@ -130,9 +130,8 @@ def prepare(
     numbers = (r.softmax_scale, r.softcap or 0.0)
     rest = (heads, numbers, batch, total, tiles, wave, *distances(r), hook_arguments(plan))
     # Tensors are described by their shapes and strides; each call puts its own addresses in.
-    descriptors = [
-        rebased(_key_descriptor(x, r.group, block, settings), None) for x, block in ((r.k, block_d), (r.v, block_dv))
-    ]
+    keys = rebased(_key_descriptor(r.k, r.group, block_d, settings), None)
+    values = rebased(_key_descriptor(r.v, r.group, block_dv, settings), None)
     strides = (*(x.stride()[:2] for x in (r.q, r.k, r.v)), (query_heads * value_dim, value_dim))
     launch = Launch(
         attention_forward, r.q.device, plan.score_hook, options_of(r, settings),
@@ -144,9 +143,11 @@ def prepare(
             r.check_values()  # Triton's interpreter would write to whatever memory they lead to
         out, lse = new_results(r)
         if total:
-            keys, values = (rebased(d, x) for d, x in zip(descriptors, (r.k, r.v), strict=True))
             sequences = (r.starts_q, r.lengths_q, r.starts_k, r.lengths_k, *r.first_positions())
-            launch(programs, r.q, r.k, r.v, out, lse, r.s_aux, keys, values, strides, sequences, *rest)
+            launch(
+                programs, r.q, r.k, r.v, out, lse, r.s_aux, rebased(keys, r.k), rebased(values, r.v), strides,
+                sequences, *rest,
+            )  # fmt: skip
         return out, lse
 
     return run

@@ -1,0 +1,282 @@
+"""Launches the kernels for few queries over many keys: decode, and steps of a few tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..plan import DENSE
+from .decode import attend_pieces, merge_pieces
+from .device import Launch, cdiv, compute_capability, processors
+from .portable import OLDEST, new_results
+from .request import AttentionRequest
+from .settings import SMALL, Options, Settings, block_dim, distances, hook_arguments, options_of
+
+MAX_QUERIES = 16
+"""Queries of a sequence up to which the kernels run."""
+MAX_BATCH = 4096
+"""Sequences up to which they run, as every program looks at all lengths."""
+MAX_HEAD_DIM = 576
+"""The largest head_dim, that of keys which hold a compressed value and a rotary part; values go up to 512."""
+MAX_PROGRAMS = 2**31 - 1
+LEAST_KEYS = 256
+"""Keys of the longest sequence from which on splitting them pays; below, merging costs as much as it saves."""
+MERGED_ELEMENTS = 8192
+"""Elements of pieces that a program merges at one time: 64 registers a thread."""
+MERGE_WARPS = 4
+
+
+@dataclass(frozen=True, eq=False)
+class PagedRequest(AttentionRequest):
+    """An attention call whose keys and values lie in pages, which sequences own in any order.
+
+    ``k`` and ``v`` are all pages, flattened to ``[pages * page_size, kv_heads, dim]``. Key ``j`` of sequence ``b``, of
+    those that are there, lies in row ``page_table[b, j // page_size] * page_size + j % page_size``; ``starts_k`` is not
+    used. Only the kernels of this module read page tables.
+
+    Attributes:
+        page_table: pages of each sequence, ``[batch, pages of the longest]``, int32; what lies beyond a sequence's
+            keys is never read.
+        page_size: keys a page, > 0.
+    """
+
+    page_table: Tensor | None = None
+    page_size: int = 0
+
+
+class DecodeSettings(NamedTuple):
+    """How the kernels are launched.
+
+    Attributes:
+        block_n: keys a tile.
+        num_warps: warps a program.
+        num_stages: tiles that are loaded ahead, and the one in use.
+        programs: how many pieces there are to be on each multiprocessor; together, they should fill it.
+        least_tiles: tiles that a piece has at least, if its sequence has so many.
+        peel: whether tiles that need no masks run in a loop of their own, which is faster for each, but waits once more
+            for memory before the others.
+    """
+
+    block_n: int
+    num_warps: int
+    num_stages: int
+    programs: int
+    least_tiles: int
+    peel: bool
+
+
+class DecodeRow(NamedTuple):
+    """Settings for GPUs from ``capability`` on and everything up to the other bounds; ``rows`` are a unit's."""
+
+    capability: int
+    itemsize: int
+    block_d: int
+    rows: int
+    group: int
+    settings: DecodeSettings
+
+
+# The first row that fits. None has been timed yet; see benchmarks/decode.py --tune.
+# settings: block_n, num_warps, num_stages, programs, least_tiles, peel
+SETTINGS = (
+    DecodeRow(90, 2, 64, 16, 1, DecodeSettings(128, 4, 3, 4, 2, True)),
+    DecodeRow(90, 2, 128, 16, 1, DecodeSettings(64, 4, 4, 4, 4, True)),
+    DecodeRow(90, 2, 128, 64, 16, DecodeSettings(128, 4, 2, 4, 2, True)),
+    DecodeRow(90, 2, 256, 64, 16, DecodeSettings(64, 4, 2, 4, 2, True)),
+    DecodeRow(90, 2, 1024, 64, 16, DecodeSettings(32, 8, 2, 2, 4, True)),
+    DecodeRow(SMALL, 2, 128, 64, 16, DecodeSettings(64, 4, 2, 4, 4, True)),
+    DecodeRow(SMALL, 2, 256, 64, 16, DecodeSettings(32, 4, 2, 4, 4, True)),
+    DecodeRow(SMALL, 2, 1024, 64, 16, DecodeSettings(16, 8, 1, 2, 4, True)),
+    DecodeRow(SMALL, 4, 128, 64, 16, DecodeSettings(32, 4, 2, 4, 4, True)),
+    DecodeRow(SMALL, 4, 256, 64, 16, DecodeSettings(16, 4, 2, 4, 4, True)),
+    DecodeRow(SMALL, 4, 1024, 64, 16, DecodeSettings(16, 8, 1, 2, 4, True)),
+)
+
+
+class Split(NamedTuple):
+    """What the kernels know at compile time beside the score hook and :class:`~modelopt_lite.kernels.settings.Options`.
+
+    Attributes:
+        kv_heads: heads of the keys.
+        heads_per_kv: query heads that share one.
+        batch_block: sequences, rounded up to a power of two.
+        rows: rows of a slot.
+        block_tail: width of the part of ``head_dim`` behind ``block_d``, or 0.
+        least_tiles: see :class:`DecodeSettings`.
+        page_size: see :class:`PagedRequest`.
+        peel: see :class:`DecodeSettings`.
+        merge_block: pieces that are merged at one time.
+        overlaps: whether the second kernel starts while the first one runs.
+    """
+
+    kv_heads: int
+    heads_per_kv: int
+    batch_block: int
+    rows: int
+    block_tail: int
+    least_tiles: int
+    page_size: int
+    peel: bool
+    merge_block: int
+    overlaps: bool
+
+
+def refusal(request: AttentionRequest) -> str | None:
+    """Say why the kernels cannot run a request, or None if they can; the portable kernel's refusal has been asked."""
+    r = request
+    if r.max_q > MAX_QUERIES:
+        return f"there are up to {r.max_q} queries in a sequence, above {MAX_QUERIES}"
+    if r.starts_q.shape[0] > MAX_BATCH:
+        return f"there are {r.starts_q.shape[0]} sequences, above {MAX_BATCH}"
+    for name, x in (("q", r.q), ("k", r.k), ("v", r.v)):
+        if x.stride(2) != 1:
+            return f"{name} has strides {x.stride()}; the last must be 1"
+    if r.q.shape[2] > MAX_HEAD_DIM or r.v.shape[2] > 512:
+        return f"head dimensions are {r.q.shape[2]} and {r.v.shape[2]}, above {MAX_HEAD_DIM} and 512"
+    tiles = r.starts_q.shape[0] * r.q.shape[1] * r.max_q * cdiv(r.max_k, 16)
+    if max(tiles, r.q.shape[0] * r.q.shape[1]) > MAX_PROGRAMS:
+        return "there are more tiles than 32 bits count"
+    return None
+
+
+def pays(request: AttentionRequest) -> bool:
+    """Whether the kernels are faster than those that do not split keys; to be asked only of what is not refused."""
+    return request.max_q <= MAX_QUERIES and request.max_k >= LEAST_KEYS
+
+
+def run(request: AttentionRequest) -> tuple[Tensor, Tensor | None]:
+    """Compute a request, without waiting for its device; see :func:`prepare`."""
+    return prepare(request)(request)
+
+
+def prepare(
+    request: AttentionRequest, settings: DecodeSettings | None = None
+) -> Callable[[AttentionRequest], tuple[Tensor, Tensor | None]]:
+    """Compute what requests of one signature have in common; as :func:`modelopt_lite.kernels.portable.prepare`.
+
+    Args:
+        request: one of them; :func:`refusal` has been asked.
+        settings: instead of the table's.
+    """
+    r = request
+    if r.max_q == 1 and not r.plan.sparse_decode:
+        r = replace(r, plan=DENSE)
+    (total, query_heads, _), (kv_heads, value_dim), batch = r.q.shape, r.v.shape[1:], r.starts_q.shape[0]
+    heads_per_kv = query_heads // kv_heads
+    settings = settings or default_settings(r)
+    options = _options(r, settings)
+    split = _split(r, settings, options)
+    # The interpreter counts as one multiprocessor.
+    target = settings.programs * (processors(r.q.device) if r.q.is_cuda else 1)
+    slots = _slots(r, options, split, target)
+    page_stride = r.page_table.stride(0) if isinstance(r, PagedRequest) and r.page_table is not None else 0
+    numbers = (r.softmax_scale, r.softcap or 0.0)
+    strides = tuple(x.stride()[:2] for x in (r.q, r.k, r.v))
+    work = (batch, slots, target)
+    rules = distances(r)
+    size = slots * split.rows * (value_dim + 1)
+    attend = Launch(
+        attend_pieces, r.q.device, r.plan.score_hook, options, split,
+        num_warps=settings.num_warps, num_stages=settings.num_stages, enable_fp_fusion=True,
+    )  # fmt: skip
+    overlapping = {"launch_pdl": True} if split.overlaps else {}
+    merge = Launch(merge_pieces, r.q.device, options, split, num_warps=MERGE_WARPS, **overlapping)
+    hook_args = hook_arguments(r.plan)
+
+    def run(r: AttentionRequest) -> tuple[Tensor, Tensor | None]:
+        out, lse = new_results(r)
+        if total == 0:
+            return out, lse
+        partial = torch.empty(size, dtype=torch.float32, device=r.q.device)
+        sequences = (r.starts_q, r.lengths_q, r.starts_k, r.lengths_k, r.first_q, r.first_k)
+        page_table = r.page_table if isinstance(r, PagedRequest) else None
+        if slots:
+            attend(
+                slots, r.q, r.k, r.v, partial, page_table, strides, sequences, numbers, *work, page_stride, *rules,
+                hook_args,
+            )  # fmt: skip
+        merge(total * query_heads, partial, out, lse, r.s_aux, sequences, *work, *rules)
+        return out, lse
+
+    return run
+
+
+def default_settings(request: AttentionRequest) -> DecodeSettings:
+    """Return the table's settings for a request."""
+    r = request
+    capability = _capability(r.q.device)
+    if capability in (86, 89) or capability >= 120:
+        capability = SMALL
+    block_d = block_dim(max(r.q.shape[2], r.v.shape[2]))
+    return next(
+        row.settings
+        for row in SETTINGS
+        if capability >= row.capability
+        and r.q.dtype.itemsize <= row.itemsize
+        and block_d <= row.block_d
+        and _block_m(r) <= row.rows
+        and r.group <= row.group
+    )
+
+
+def _capability(device: torch.device) -> int:
+    # Triton's interpreter computes on the CPU, with the simplest settings.
+    return compute_capability(device) if device.type == "cuda" else OLDEST
+
+
+def _options(r: AttentionRequest, settings: DecodeSettings) -> Options:
+    options = options_of(r, Settings(_block_m(r), settings.block_n, settings.num_warps, settings.num_stages, False, False))
+    return options._replace(block_d=_blocks_d(r.q.shape[2])[0])
+
+
+def _split(r: AttentionRequest, settings: DecodeSettings, options: Options) -> Split:
+    kv_heads = r.k.shape[1]
+    heads_per_kv = r.q.shape[1] // kv_heads
+    return Split(
+        kv_heads=kv_heads,
+        heads_per_kv=heads_per_kv,
+        batch_block=max(16, 1 << max(0, r.starts_q.shape[0] - 1).bit_length()),
+        rows=min(options.block_m, heads_per_kv * max(1, r.max_q)),
+        block_tail=_blocks_d(r.q.shape[2])[1],
+        least_tiles=settings.least_tiles,
+        page_size=r.page_size if isinstance(r, PagedRequest) else 0,
+        peel=settings.peel,
+        merge_block=max(16, MERGED_ELEMENTS // options.block_dv),
+        overlaps=_capability(r.q.device) >= 90,
+    )
+
+
+def _slots(r: AttentionRequest, options: Options, split: Split, target: int) -> int:
+    """Return how many pieces there may be at most, whatever the lengths."""
+    row_tiles = cdiv(split.heads_per_kv * r.max_q, options.block_m)
+    units = r.starts_q.shape[0] * split.kv_heads * row_tiles
+    longest = r.max_k
+    if r.sliding_window is not None:
+        longest = min(longest, (1 if r.is_causal else 2) * r.sliding_window + r.max_q)
+    # Keys may begin inside a tile.
+    begins_inside = r.has_positions or r.sliding_window is not None
+    pieces = cdiv(cdiv(longest, options.block_n) + begins_inside, split.least_tiles) if longest else 0
+    if r.starts_q.shape[0] == 1 and row_tiles == 1:
+        pieces = min(pieces, cdiv(target, units))
+    return min(units * pieces, units + target)
+
+
+def _block_m(r: AttentionRequest) -> int:
+    """Return how many rows a unit has: few, or as many as a warpgroup multiplies at one time."""
+    rows = r.q.shape[1] // r.k.shape[1] * r.max_q
+    return min(64, block_dim(max(1, rows)))
+
+
+def _blocks_d(head_dim: int) -> tuple[int, int]:
+    """Divide a head dimension into two powers of two, the second of which may be 0, where that is less than one."""
+    whole = block_dim(head_dim)
+    first = whole // 2
+    if head_dim > first >= 16:
+        second = block_dim(head_dim - first)
+        if first + second < whole:
+            return first, second
+    return whole, 0
