@@ -148,6 +148,10 @@ def _laid_out(pattern: _Pattern, arguments: dict[str, Any]) -> Layout:
         raise UnsupportedError(
             f"attention_mask: {columns} columns are not enough; {q_offset + len_q} tokens, cached ones included"
         )
+    if pattern.is_causal and not torch.compiler.is_compiling() and bool(padding.all()):
+        # Nothing is padded, as in most calls of generate(): one operation instead of two dozen.
+        used = q_offset - dropped + len_q
+        return whole_layout(batch, len_q, slots, padding.device, used=used, dropped=dropped, **options)
     real = pad(padding, (0, max(0, total - columns)))[:, :total]
     if pattern.is_causal:
         real = real & (torch.arange(total, device=real.device) < q_offset + len_q)

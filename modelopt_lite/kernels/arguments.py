@@ -35,6 +35,7 @@ def check_request(request: AttentionRequest) -> None:
             _check_integers(name, first, r.q)
             if first.shape != r.starts_q.shape:
                 raise ValueError(f"{name}: {first.shape[0]} sequences; must be {r.starts_q.shape[0]}")
+    _check_pages(r)
     if not isinstance(r.is_causal, bool):
         raise ValueError(f"is_causal: {r.is_causal!r} is not allowed; True or False")
     if not _is_positive(r.softmax_scale):
@@ -133,6 +134,22 @@ def _check_packing(suffix: str, starts: object, lengths: object, longest: object
         raise ValueError(f"b_seq_len{suffix}: {lengths.shape[0]} sequences; b_start_loc{suffix} has {starts.shape[0]}")
     if not is_count(longest, 0):
         raise ValueError(f"max_input_len{suffix}: {longest!r} is not allowed; an integer >= 0")
+
+
+def _check_pages(r: AttentionRequest) -> None:
+    if r.page_table is None:
+        return
+    table = r.page_table
+    if not (table.dim() == 2 and table.dtype == torch.int32 and table.device == r.q.device):
+        raise ValueError(f"page_table: {_describe(table)}; must be int32 [batch, pages] on {r.q.device}")
+    if table.shape[0] != r.starts_q.shape[0]:
+        raise ValueError(f"page_table: {table.shape[0]} sequences; must be {r.starts_q.shape[0]}")
+    if not is_count(r.page_size, 1) or r.k.shape[0] % r.page_size:
+        raise ValueError(
+            f"page_size: {r.page_size!r} is not allowed; >= 1, and a divisor of the {r.k.shape[0]} rows of k"
+        )
+    if r.q.requires_grad or r.k.requires_grad or r.v.requires_grad:
+        raise ValueError("page_table: not allowed where gradients are wanted; they are for a cache")
 
 
 def _check_integers(name: str, x: object, q: Tensor) -> Tensor:

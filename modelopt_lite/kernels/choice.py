@@ -18,7 +18,7 @@ from .language import tl
 from .request import AttentionRequest, HookRefusedError
 
 if tl is not None:
-    from . import hopper_launch, portable, sparse_cores
+    from . import decode_launch, hopper_launch, portable, sparse_cores
 
 Backend: TypeAlias = Literal["auto", "triton", "torch"]
 Result: TypeAlias = "tuple[Tensor, Tensor | None]"
@@ -39,12 +39,14 @@ class Kernel:
         refusal: says why it cannot run a request, or None if it can.
         pays: whether it is worth running, of those requests that it can run.
         prepare: computes what requests of one signature have in common, and returns what runs them.
+        reads_pages: whether it reads a page table; for others, keys are copied to one place.
     """
 
     name: str
     refusal: Callable[[AttentionRequest], str | None]
     pays: Callable[[AttentionRequest], bool]
     prepare: Callable[[AttentionRequest], Run]
+    reads_pages: bool = False
 
 
 def _always(_: AttentionRequest) -> bool:
@@ -61,6 +63,7 @@ def _prepare_blocked(_: AttentionRequest) -> Run:
 
 def run_blocked(request: AttentionRequest) -> Result:
     """Compute a request with PyTorch operations; checks its lengths, which waits for their device."""
+    request = request.without_pages()
     request.check_values()
     with torch.autocast(request.q.device.type, enabled=False):
         return forward_blocked(request)
@@ -68,9 +71,10 @@ def run_blocked(request: AttentionRequest) -> Result:
 
 BLOCKED = Kernel("torch", _never_refuses, _always, _prepare_blocked)
 GPU_KERNELS: tuple[Kernel, ...] = ()
-"""The first that can and pays runs. All need what the last one needs, so its refusal is asked before theirs."""
+"""The first that can and pays runs; if none pays, the last that can."""
 if tl is not None:
     GPU_KERNELS = (
+        Kernel("decode", decode_launch.refusal, decode_launch.pays, decode_launch.prepare, reads_pages=True),
         Kernel("sparse_cores", sparse_cores.refusal, sparse_cores.pays, sparse_cores.prepare),
         Kernel("hopper", hopper_launch.refusal, hopper_launch.pays, hopper_launch.prepare),
         Kernel("portable", portable.refusal, _always, portable.prepare),
@@ -119,8 +123,12 @@ def run(request: AttentionRequest, backend: Backend = "auto") -> Result:
 
 def _prepare(kernel: Kernel, request: AttentionRequest) -> Run:
     """Prepare a kernel, and copy what does not lie in memory as kernels read it."""
-    prepared = kernel.prepare(request.readable())
-    return prepared if request.readable() is request else lambda request: prepared(request.readable())
+
+    def adapted(request: AttentionRequest) -> AttentionRequest:
+        return (request if kernel.reads_pages else request.without_pages()).readable()
+
+    prepared = kernel.prepare(adapted(request))
+    return prepared if adapted(request) is request else lambda request: prepared(adapted(request))
 
 
 def choose(
@@ -144,29 +152,34 @@ def choose(
         raise ValueError(f"MODELOPT_LITE_KERNEL: {pinned!r} is not allowed; {allowed} or nothing")
     if backend == "torch" or (backend == "auto" and not request.q.is_cuda):
         return BLOCKED
-    if (reason := refusal(request)) is not None:
-        if reason not in _reasons_told:
-            _reasons_told.add(reason)
-            logger.warning("attention on the GPU runs with PyTorch operations, which are slow: %s", reason)
-        return BLOCKED
     kernels = [kernel for kernel in GPU_KERNELS if kernel.name not in (without or ())]
     # A pinned kernel comes first, and is not asked whether it pays.
-    for kernel in sorted(kernels, key=lambda kernel: kernel.name != pinned):
-        if (kernel.name == pinned or kernel.pays(request)) and kernel.refusal(request) is None:
+    kernels.sort(key=lambda kernel: kernel.name != pinned)
+    wanted = [kernel for kernel in kernels if kernel.name == pinned or kernel.pays(request)]
+    for kernel in (*wanted, *reversed(kernels)):
+        if kernel.refusal(request) is None:
             return kernel
-    return kernels[-1]
+    reason = refusal(request)
+    if reason is not None and reason not in _reasons_told:
+        _reasons_told.add(reason)
+        logger.warning("attention on the GPU runs with PyTorch operations, which are slow: %s", reason)
+    return BLOCKED
 
 
 def refusal(request: AttentionRequest) -> str | None:
     """Say why no GPU kernel can run a request, or None if one can."""
-    return GPU_KERNELS[-1].refusal(request) if GPU_KERNELS else "Triton is not installed"
+    reason: str | None = "Triton is not installed"
+    for kernel in GPU_KERNELS:
+        if (reason := kernel.refusal(request)) is None:
+            return None
+    return reason
 
 
-def runs_on_gpu_kernels(request: AttentionRequest, backend: Backend) -> bool:
-    """Whether a GPU kernel runs a request, and not PyTorch operations."""
-    if backend == "torch" or (backend == "auto" and not request.q.is_cuda):
+def differentiates_on_gpu(request: AttentionRequest, backend: Backend) -> bool:
+    """Whether a GPU kernel computes the gradients of a request, and not PyTorch operations."""
+    if tl is None or backend == "torch" or (backend == "auto" and not request.q.is_cuda):
         return False
-    return refusal(request) is None
+    return portable.refusal(request) is None
 
 
 def check_backend(request: AttentionRequest, backend: Backend) -> None:
@@ -196,6 +209,7 @@ def _signature(r: AttentionRequest) -> tuple[Any, ...]:
         _small(r.starts_q), _small(r.lengths_q),
         r.starts_k is r.starts_q or _small(r.starts_k), r.lengths_k is r.lengths_q or _small(r.lengths_k),
         first_q if first_q is None else _small(first_q), first_k if first_k is None else _small(first_k),
+        None if r.page_table is None else (_small(r.page_table), r.page_size),
         r.max_q, type(r.max_q), r.max_k, type(r.max_k), r.is_causal, type(r.is_causal),
         r.softmax_scale, r.sliding_window, r.softcap, r.plan.name, r.with_lse,
     )  # fmt: skip

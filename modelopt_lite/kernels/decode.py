@@ -85,7 +85,10 @@ def tile_span(query_length, first_query, first_key, end, num_sinks, window, slid
 
 
 @triton.jit
-def divide_work(sequences, index, batch, target, num_sinks, window, sliding_window, OPTIONS: tl.constexpr, SPLIT: tl.constexpr):
+def divide_work(
+    sequences, index, batch, target, least_tiles, num_sinks, window, sliding_window, OPTIONS: tl.constexpr,
+    SPLIT: tl.constexpr,
+):  # fmt: skip
     """Divide the tiles of all sequences into pieces; the same in every program of both kernels.
 
     Returns:
@@ -100,7 +103,7 @@ def divide_work(sequences, index, batch, target, num_sinks, window, sliding_wind
     )
     tiles = last - begin - (hole_end - hole_begin)
     units = SPLIT.kv_heads * tl.cdiv(query_length * SPLIT.heads_per_kv, OPTIONS.block_m)
-    size = tl.maximum(tl.cdiv(tl.sum(tiles * units, 0), target), SPLIT.least_tiles)
+    size = tl.maximum(tl.cdiv(tl.sum(tiles * units, 0), target), least_tiles)
     pieces = tl.cdiv(tiles, size)
     return tiles, pieces, pieces * units
 
@@ -257,8 +260,8 @@ def attend_tile(
     return accumulator, new_max, partial_sum
 
 
-@triton.jit(do_not_specialize=["batch", "slots", "target", "page_stride", "num_sinks", "window", "sliding_window",
-                               "hook_args"])  # fmt: skip
+@triton.jit(do_not_specialize=["batch", "slots", "target", "least_tiles", "page_stride", "num_sinks", "window",
+                               "sliding_window", "hook_args"])  # fmt: skip
 def attend_pieces(
     query_ptr,
     key_ptr,
@@ -271,6 +274,7 @@ def attend_pieces(
     batch,
     slots,
     target,
+    least_tiles,
     page_stride,
     num_sinks,
     window,
@@ -288,7 +292,7 @@ def attend_pieces(
         value_ptr: ``[key tokens, kv heads, value_dim]``.
         partial_ptr: FP32, contiguous; ``[slots, rows, value_dim]``, each piece's output, then ``[slots, rows]``, the
             logarithms of the softmax denominators.
-        page_table_ptr: ``[batch, pages]``, int32, which page holds each ``SPLIT.page_size`` keys of a sequence, or None.
+        page_table_ptr: ``[batch, pages]``, int32, the pages that hold ``SPLIT.page_size`` keys each, or None.
         strides: ``(token stride, head stride)`` of query, key and value.
         sequences: pointers ``(starts, lengths)`` of the queries, then of the keys, then those of the positions of the
             first query and the first key, which may be None; ``[batch]`` each.
@@ -296,6 +300,7 @@ def attend_pieces(
         batch: number of sequences.
         slots: how many pieces there may be.
         target: about how many pieces there are to be.
+        least_tiles: tiles that a piece has at least, if its unit has so many.
         page_stride: row stride of the page table.
         num_sinks: leading keys that are always kept.
         window: most recent keys that are always kept.
@@ -317,7 +322,7 @@ def attend_pieces(
     starts_q = tl.load(sequences[0] + index, mask=index < batch, other=0).to(tl.int64)
     starts_k = tl.load(sequences[2] + index, mask=index < batch, other=0).to(tl.int64)
     tiles_of, pieces_of, slots_of = divide_work(
-        sequences, index, batch, target, num_sinks, window, sliding_window, OPTIONS, SPLIT
+        sequences, index, batch, target, least_tiles, num_sinks, window, sliding_window, OPTIONS, SPLIT
     )
     sequence = tl.sum((tl.cumsum(slots_of, 0) <= slot).to(tl.int32), 0)
     if sequence >= batch:
@@ -410,7 +415,7 @@ def attend_pieces(
     )
 
 
-@triton.jit(do_not_specialize=["batch", "slots", "target", "num_sinks", "window", "sliding_window"])
+@triton.jit(do_not_specialize=["batch", "slots", "target", "least_tiles", "num_sinks", "window", "sliding_window"])
 def merge_pieces(
     partial_ptr,
     out_ptr,
@@ -420,6 +425,7 @@ def merge_pieces(
     batch,
     slots,
     target,
+    least_tiles,
     num_sinks,
     window,
     sliding_window,
@@ -437,6 +443,7 @@ def merge_pieces(
         batch: see there.
         slots: see there.
         target: see there.
+        least_tiles: see there.
         num_sinks: see there.
         window: see there.
         sliding_window: see there.
@@ -450,7 +457,7 @@ def merge_pieces(
     head = tl.program_id(0) % heads
     index = tl.arange(0, SPLIT.batch_block)
     _, pieces_of, slots_of = divide_work(
-        sequences, index, batch, target, num_sinks, window, sliding_window, OPTIONS, SPLIT
+        sequences, index, batch, target, least_tiles, num_sinks, window, sliding_window, OPTIONS, SPLIT
     )
     starts = tl.load(sequences[0] + index, mask=index < batch, other=0).to(tl.int32)
     lengths = tl.load(sequences[1] + index, mask=index < batch, other=0).to(tl.int32)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -11,10 +10,20 @@ from torch import Tensor
 
 from ..plan import DENSE
 from .decode import attend_pieces, merge_pieces
-from .device import Launch, cdiv, compute_capability, processors
-from .portable import OLDEST, new_results
+from .device import Launch, cdiv, processors
+from .portable import new_results
 from .request import AttentionRequest
-from .settings import SMALL, Options, Settings, block_dim, distances, hook_arguments, options_of
+from .settings import (
+    SMALL,
+    Options,
+    Settings,
+    block_dim,
+    capability_of,
+    distances,
+    gpu_refusal,
+    hook_arguments,
+    options_of,
+)
 
 MAX_QUERIES = 16
 """Queries of a sequence up to which the kernels run."""
@@ -28,24 +37,6 @@ LEAST_KEYS = 256
 MERGED_ELEMENTS = 8192
 """Elements of pieces that a program merges at one time: 64 registers a thread."""
 MERGE_WARPS = 4
-
-
-@dataclass(frozen=True, eq=False)
-class PagedRequest(AttentionRequest):
-    """An attention call whose keys and values lie in pages, which sequences own in any order.
-
-    ``k`` and ``v`` are all pages, flattened to ``[pages * page_size, kv_heads, dim]``. Key ``j`` of sequence ``b``, of
-    those that are there, lies in row ``page_table[b, j // page_size] * page_size + j % page_size``; ``starts_k`` is not
-    used. Only the kernels of this module read page tables.
-
-    Attributes:
-        page_table: pages of each sequence, ``[batch, pages of the longest]``, int32; what lies beyond a sequence's
-            keys is never read.
-        page_size: keys a page, > 0.
-    """
-
-    page_table: Tensor | None = None
-    page_size: int = 0
 
 
 class DecodeSettings(NamedTuple):
@@ -80,18 +71,22 @@ class DecodeRow(NamedTuple):
     settings: DecodeSettings
 
 
-# The first row that fits. None has been timed yet; see benchmarks/decode.py --tune.
+# The first row that fits. For capability 90 and up to 16 rows, a head_dim of 128 is what benchmarks/decode.py --tune
+# found fastest on an H200 with BF16; the others fit the GPU, and have not been tuned.
 # settings: block_n, num_warps, num_stages, programs, least_tiles, peel
 SETTINGS = (
-    DecodeRow(90, 2, 64, 16, 1, DecodeSettings(128, 4, 3, 4, 2, True)),
-    DecodeRow(90, 2, 128, 16, 1, DecodeSettings(64, 4, 4, 4, 4, True)),
-    DecodeRow(90, 2, 128, 64, 16, DecodeSettings(128, 4, 2, 4, 2, True)),
-    DecodeRow(90, 2, 256, 64, 16, DecodeSettings(64, 4, 2, 4, 2, True)),
+    DecodeRow(90, 2, 64, 16, 1, DecodeSettings(128, 4, 3, 2, 2, False)),
+    DecodeRow(90, 2, 128, 16, 1, DecodeSettings(64, 4, 3, 2, 4, False)),
+    DecodeRow(90, 2, 128, 16, 8, DecodeSettings(128, 4, 2, 4, 2, True)),
+    DecodeRow(90, 2, 128, 64, 1, DecodeSettings(64, 4, 3, 4, 4, True)),
+    DecodeRow(90, 2, 128, 64, 8, DecodeSettings(64, 8, 3, 4, 4, True)),
+    DecodeRow(90, 2, 128, 64, 16, DecodeSettings(128, 8, 2, 4, 2, True)),
+    DecodeRow(90, 2, 256, 64, 16, DecodeSettings(64, 8, 2, 4, 2, True)),
     DecodeRow(90, 2, 1024, 64, 16, DecodeSettings(32, 8, 2, 2, 4, True)),
-    DecodeRow(SMALL, 2, 128, 64, 16, DecodeSettings(64, 4, 2, 4, 4, True)),
-    DecodeRow(SMALL, 2, 256, 64, 16, DecodeSettings(32, 4, 2, 4, 4, True)),
+    DecodeRow(SMALL, 2, 128, 64, 16, DecodeSettings(64, 8, 2, 4, 4, True)),
+    DecodeRow(SMALL, 2, 256, 64, 16, DecodeSettings(32, 8, 2, 4, 4, True)),
     DecodeRow(SMALL, 2, 1024, 64, 16, DecodeSettings(16, 8, 1, 2, 4, True)),
-    DecodeRow(SMALL, 4, 128, 64, 16, DecodeSettings(32, 4, 2, 4, 4, True)),
+    DecodeRow(SMALL, 4, 128, 64, 16, DecodeSettings(32, 8, 2, 4, 4, True)),
     DecodeRow(SMALL, 4, 256, 64, 16, DecodeSettings(16, 4, 2, 4, 4, True)),
     DecodeRow(SMALL, 4, 1024, 64, 16, DecodeSettings(16, 8, 1, 2, 4, True)),
 )
@@ -106,8 +101,7 @@ class Split(NamedTuple):
         batch_block: sequences, rounded up to a power of two.
         rows: rows of a slot.
         block_tail: width of the part of ``head_dim`` behind ``block_d``, or 0.
-        least_tiles: see :class:`DecodeSettings`.
-        page_size: see :class:`PagedRequest`.
+        page_size: see :class:`~modelopt_lite.kernels.request.AttentionRequest`.
         peel: see :class:`DecodeSettings`.
         merge_block: pieces that are merged at one time.
         overlaps: whether the second kernel starts while the first one runs.
@@ -118,7 +112,6 @@ class Split(NamedTuple):
     batch_block: int
     rows: int
     block_tail: int
-    least_tiles: int
     page_size: int
     peel: bool
     merge_block: int
@@ -126,15 +119,14 @@ class Split(NamedTuple):
 
 
 def refusal(request: AttentionRequest) -> str | None:
-    """Say why the kernels cannot run a request, or None if they can; the portable kernel's refusal has been asked."""
+    """Say why the kernels cannot run a request, or None if they can."""
     r = request
+    if (reason := gpu_refusal(r)) is not None:
+        return reason
     if r.max_q > MAX_QUERIES:
         return f"there are up to {r.max_q} queries in a sequence, above {MAX_QUERIES}"
     if r.starts_q.shape[0] > MAX_BATCH:
         return f"there are {r.starts_q.shape[0]} sequences, above {MAX_BATCH}"
-    for name, x in (("q", r.q), ("k", r.k), ("v", r.v)):
-        if x.stride(2) != 1:
-            return f"{name} has strides {x.stride()}; the last must be 1"
     if r.q.shape[2] > MAX_HEAD_DIM or r.v.shape[2] > 512:
         return f"head dimensions are {r.q.shape[2]} and {r.v.shape[2]}, above {MAX_HEAD_DIM} and 512"
     tiles = r.starts_q.shape[0] * r.q.shape[1] * r.max_q * cdiv(r.max_k, 16)
@@ -148,11 +140,6 @@ def pays(request: AttentionRequest) -> bool:
     return request.max_q <= MAX_QUERIES and request.max_k >= LEAST_KEYS
 
 
-def run(request: AttentionRequest) -> tuple[Tensor, Tensor | None]:
-    """Compute a request, without waiting for its device; see :func:`prepare`."""
-    return prepare(request)(request)
-
-
 def prepare(
     request: AttentionRequest, settings: DecodeSettings | None = None
 ) -> Callable[[AttentionRequest], tuple[Tensor, Tensor | None]]:
@@ -164,24 +151,25 @@ def prepare(
     """
     r = request
     if r.max_q == 1 and not r.plan.sparse_decode:
-        r = replace(r, plan=DENSE)
-    (total, query_heads, _), (kv_heads, value_dim), batch = r.q.shape, r.v.shape[1:], r.starts_q.shape[0]
-    heads_per_kv = query_heads // kv_heads
+        r = r._replace(plan=DENSE)
+    (total, query_heads, _), value_dim, batch = r.q.shape, r.v.shape[2], r.starts_q.shape[0]
     settings = settings or default_settings(r)
     options = _options(r, settings)
     split = _split(r, settings, options)
     # The interpreter counts as one multiprocessor.
     target = settings.programs * (processors(r.q.device) if r.q.is_cuda else 1)
-    slots = _slots(r, options, split, target)
-    page_stride = r.page_table.stride(0) if isinstance(r, PagedRequest) and r.page_table is not None else 0
+    slots = _slots(r, options, split, target, settings.least_tiles)
+    page_stride = 0 if r.page_table is None else r.page_table.stride(0)
     numbers = (r.softmax_scale, r.softcap or 0.0)
     strides = tuple(x.stride()[:2] for x in (r.q, r.k, r.v))
-    work = (batch, slots, target)
+    work = (batch, slots, target, settings.least_tiles)
     rules = distances(r)
     size = slots * split.rows * (value_dim + 1)
+    # The compiler gives the loads of page numbers half of the stages.
+    num_stages = 2 * settings.num_stages - 1 if split.page_size else settings.num_stages
     attend = Launch(
         attend_pieces, r.q.device, r.plan.score_hook, options, split,
-        num_warps=settings.num_warps, num_stages=settings.num_stages, enable_fp_fusion=True,
+        num_warps=settings.num_warps, num_stages=num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     overlapping = {"launch_pdl": True} if split.overlaps else {}
     merge = Launch(merge_pieces, r.q.device, options, split, num_warps=MERGE_WARPS, **overlapping)
@@ -193,10 +181,9 @@ def prepare(
             return out, lse
         partial = torch.empty(size, dtype=torch.float32, device=r.q.device)
         sequences = (r.starts_q, r.lengths_q, r.starts_k, r.lengths_k, r.first_q, r.first_k)
-        page_table = r.page_table if isinstance(r, PagedRequest) else None
         if slots:
             attend(
-                slots, r.q, r.k, r.v, partial, page_table, strides, sequences, numbers, *work, page_stride, *rules,
+                slots, r.q, r.k, r.v, partial, r.page_table, strides, sequences, numbers, *work, page_stride, *rules,
                 hook_args,
             )  # fmt: skip
         merge(total * query_heads, partial, out, lse, r.s_aux, sequences, *work, *rules)
@@ -208,7 +195,7 @@ def prepare(
 def default_settings(request: AttentionRequest) -> DecodeSettings:
     """Return the table's settings for a request."""
     r = request
-    capability = _capability(r.q.device)
+    capability = capability_of(r.q.device)
     if capability in (86, 89) or capability >= 120:
         capability = SMALL
     block_d = block_dim(max(r.q.shape[2], r.v.shape[2]))
@@ -223,13 +210,10 @@ def default_settings(request: AttentionRequest) -> DecodeSettings:
     )
 
 
-def _capability(device: torch.device) -> int:
-    # Triton's interpreter computes on the CPU, with the simplest settings.
-    return compute_capability(device) if device.type == "cuda" else OLDEST
-
-
 def _options(r: AttentionRequest, settings: DecodeSettings) -> Options:
-    options = options_of(r, Settings(_block_m(r), settings.block_n, settings.num_warps, settings.num_stages, False, False))
+    options = options_of(
+        r, Settings(_block_m(r), settings.block_n, settings.num_warps, settings.num_stages, False, False)
+    )
     return options._replace(block_d=_blocks_d(r.q.shape[2])[0])
 
 
@@ -242,15 +226,14 @@ def _split(r: AttentionRequest, settings: DecodeSettings, options: Options) -> S
         batch_block=max(16, 1 << max(0, r.starts_q.shape[0] - 1).bit_length()),
         rows=min(options.block_m, heads_per_kv * max(1, r.max_q)),
         block_tail=_blocks_d(r.q.shape[2])[1],
-        least_tiles=settings.least_tiles,
-        page_size=r.page_size if isinstance(r, PagedRequest) else 0,
+        page_size=r.page_size,
         peel=settings.peel,
         merge_block=max(16, MERGED_ELEMENTS // options.block_dv),
-        overlaps=_capability(r.q.device) >= 90,
+        overlaps=capability_of(r.q.device) >= 90,
     )
 
 
-def _slots(r: AttentionRequest, options: Options, split: Split, target: int) -> int:
+def _slots(r: AttentionRequest, options: Options, split: Split, target: int, least_tiles: int) -> int:
     """Return how many pieces there may be at most, whatever the lengths."""
     row_tiles = cdiv(split.heads_per_kv * r.max_q, options.block_m)
     units = r.starts_q.shape[0] * split.kv_heads * row_tiles
@@ -259,16 +242,17 @@ def _slots(r: AttentionRequest, options: Options, split: Split, target: int) -> 
         longest = min(longest, (1 if r.is_causal else 2) * r.sliding_window + r.max_q)
     # Keys may begin inside a tile.
     begins_inside = r.has_positions or r.sliding_window is not None
-    pieces = cdiv(cdiv(longest, options.block_n) + begins_inside, split.least_tiles) if longest else 0
+    pieces = cdiv(cdiv(longest, options.block_n) + begins_inside, least_tiles) if longest else 0
     if r.starts_q.shape[0] == 1 and row_tiles == 1:
         pieces = min(pieces, cdiv(target, units))
     return min(units * pieces, units + target)
 
 
 def _block_m(r: AttentionRequest) -> int:
-    """Return how many rows a unit has: few, or as many as a warpgroup multiplies at one time."""
+    """Return how many rows a unit has: few, or as many as a warpgroup multiplies at one time and registers hold."""
     rows = r.q.shape[1] // r.k.shape[1] * r.max_q
-    return min(64, block_dim(max(1, rows)))
+    most = 16 if r.q.dtype.itemsize == 4 else 32 if r.v.shape[2] > 256 else 64
+    return min(most, block_dim(max(1, rows)))
 
 
 def _blocks_d(head_dim: int) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from .hopper import ROWS, attention_forward_hopper
 from .hopper import prepare as prepare_kernel
 from .portable import new_results
 from .request import AttentionRequest, HookRefusedError
-from .settings import Options, Settings, SettingsRow, distances, hook_arguments, is_short, options_of
+from .settings import Options, Settings, SettingsRow, distances, gpu_refusal, hook_arguments, is_short, options_of
 
 HOPPER = 90
 HOPPER_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
@@ -49,8 +49,10 @@ def hopper_settings(dtype: torch.dtype, head_dim: int, group: int) -> Settings:
 
 
 def refusal(request: AttentionRequest) -> str | None:
-    """Say why the Gluon kernel cannot run a request that the portable kernel can run, or None if it can."""
+    """Say why the Gluon kernel cannot run a request, or None if it can."""
     r = request
+    if (reason := gpu_refusal(r)) is not None:
+        return reason
     hooks = (r.plan.score_hook, r.plan.quick_hook)
     if not r.q.is_cuda or compute_capability(r.q.device) != HOPPER:
         return "it is made for GPUs of compute capability 9.0"

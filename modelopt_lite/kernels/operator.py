@@ -124,7 +124,7 @@ def _no_lse(q: Tensor) -> Tensor:
 @torch.library.impl("modelopt_lite::attention_backward", "default")
 def _backward(grad: Tensor, output: Tensor, lse: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     request, backend = AttentionRequest.unflatten(inputs[:-1]), inputs[-1]
-    if choice.runs_on_gpu_kernels(request, backend):
+    if choice.differentiates_on_gpu(request, backend):
         grad_q, grad_k, grad_v, grad_s_aux = portable.backward(grad, output, lse, request.readable())
     else:
         with torch.autocast(request.q.device.type, enabled=False):

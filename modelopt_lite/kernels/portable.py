@@ -6,12 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .backward import gradient_of_keys, gradient_of_queries, gradient_rows
-from .device import Launch, cdiv, compute_capability, heads_per_wave, is_aligned, rebased
+from .device import Launch, cdiv, heads_per_wave, is_aligned, rebased
 from .forward import attention_forward
 from .request import AttentionRequest
 from .settings import (
@@ -19,18 +18,17 @@ from .settings import (
     Settings,
     SettingsRow,
     block_dim,
+    capability_of,
     default_settings,
     distances,
+    gpu_refusal,
     hook_arguments,
     is_short,
     options_of,
 )
 from .tiles import LOG2E
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
-OLDEST = 80
-"""Compute capability from which on GPUs have what the kernels need."""
 
 # The first row that fits. Those of capability 90 for 16-bit types up to a dimension of 128 are what
 # benchmarks/tune.py found fastest on an H200 with BF16; the others fit the GPU, and have not been timed.
@@ -85,16 +83,9 @@ BLOCK_ROWS = 64
 def refusal(request: AttentionRequest) -> str | None:
     """Say why the kernels cannot run a request, or None if they can."""
     r = request
-    if r.q.is_cuda:
-        if compute_capability(r.q.device) < OLDEST:
-            return f"the GPU's compute capability is {compute_capability(r.q.device) / 10}, not {OLDEST / 10} or later"
-    elif not triton.knobs.runtime.interpret:
-        return f"the tensors are on {r.q.device}, not on a CUDA GPU, and TRITON_INTERPRET=1 is not set"
-    if not r.plan.is_dense and r.plan.score_hook is None:
-        return "the method has no score_hook, only a rule in PyTorch"
+    if (reason := gpu_refusal(r)) is not None:
+        return reason
     for name, x in (("q", r.q), ("k", r.k), ("v", r.v)):
-        if x.dtype not in DTYPES:
-            return f"{name} is {x.dtype}, not one of {', '.join(map(str, DTYPES))}"
         if x.shape[2] > MAX_HEAD_DIM:
             return f"{name} has a head_dim of {x.shape[2]}, above {MAX_HEAD_DIM}"
     return None
@@ -119,7 +110,7 @@ def prepare(
     block_d, block_dv = block_dim(head_dim), block_dim(value_dim)
     if settings is None:
         settings = default_settings(
-            _capability(r.q.device), r.q.dtype, max(block_d, block_dv), r.group, r.is_causal, SETTINGS
+            capability_of(r.q.device), r.q.dtype, max(block_d, block_dv), r.group, r.is_causal, SETTINGS
         )
         if is_short(r):
             settings = settings._replace(descriptors=False)  # which cost the host more than they save the GPU
@@ -195,7 +186,7 @@ def backward(
 
     block_d, block_dv = block_dim(head_dim), block_dim(value_dim)
     if settings is None:
-        place = (_capability(r.q.device), r.q.dtype, max(block_d, block_dv), r.group, r.is_causal)
+        place = (capability_of(r.q.device), r.q.dtype, max(block_d, block_dv), r.group, r.is_causal)
         settings = default_settings(*place, QUERY_SETTINGS, True), default_settings(*place, KEY_SETTINGS, True)
     for_queries, for_keys = settings
     query_options, key_options = (options_of(r, x) for x in settings)
@@ -279,11 +270,6 @@ def backward(
         weights = torch.exp2(r.s_aux.float()[:, None] * LOG2E.value - shift)
         grad_s_aux = -(weights * delta).sum(1).to(r.s_aux.dtype)
     return grad_q, grad_k, grad_v, grad_s_aux
-
-
-def _capability(device: torch.device) -> int:
-    # Triton's interpreter computes on the CPU, with the simplest settings.
-    return compute_capability(device) if device.type == "cuda" else OLDEST
 
 
 def _key_descriptor(x: Tensor, group: int, block_d: int, settings: Settings) -> Any:

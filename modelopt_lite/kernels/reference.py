@@ -22,6 +22,7 @@ def attention_reference(request: AttentionRequest) -> tuple[Tensor, Tensor]:
         The output, ``[total_q, query_heads, value_dim]``, FP64 and differentiable, and the logarithms of the softmax
         denominators, ``[total_q, query_heads]``, FP64. Rows of no sequence are 0 and -inf.
     """
+    request = request.without_pages()
     q, k, v = request.q.double(), request.k.double(), request.v.double()
     output = q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
     lse = q.new_full(q.shape[:2], -torch.inf)

@@ -30,6 +30,8 @@ SCHEMA = {
     "first_q": "Tensor?",
     "first_k": "Tensor?",
     "counts": "Tensor?",
+    "page_table": "Tensor?",
+    "page_size": "SymInt",
     "with_lse": "bool",
 }
 """The fields of a request and what PyTorch's operators call their types; a plan travels by its name."""
@@ -80,6 +82,11 @@ class AttentionRequest(NamedTuple):
         first_k: position of each sequence's first key; None if 0.
         counts: ``[sequences, longest]``, on the CPU: how many of the sequences are there, and an upper bound of their
             lengths, where :func:`~modelopt_lite.kernels.operator.pack` found them; None if all are.
+        page_table: where keys and values lie in pages, which sequences own in any order, the pages of each sequence,
+            ``[batch, pages of the longest]``, int32; else None. ``k`` and ``v`` are then all pages, flattened, and key
+            ``j`` of sequence ``b`` lies in row ``page_table[b, j // page_size] * page_size + j % page_size``;
+            ``starts_k`` is not used, nor are entries beyond a sequence's keys.
+        page_size: keys a page.
         with_lse: whether logarithms of the softmax denominators are wanted.
     """
 
@@ -101,6 +108,8 @@ class AttentionRequest(NamedTuple):
     first_q: Tensor | None = None
     first_k: Tensor | None = None
     counts: Tensor | None = None
+    page_table: Tensor | None = None
+    page_size: int = 0
     with_lse: bool = False
 
     def flatten(self) -> tuple[Any, ...]:
@@ -121,11 +130,27 @@ class AttentionRequest(NamedTuple):
     def readable(self) -> AttentionRequest:
         """Return the request with copies of what kernels could not read: they take any strides but the last ones."""
         changes = {name: x.contiguous() for name in ("q", "k", "v") if (x := getattr(self, name)).stride(2) != 1}
-        for name in ("s_aux", "starts_q", "lengths_q", "starts_k", "lengths_k", "first_q", "first_k"):
+        for name in ("s_aux", "starts_q", "lengths_q", "starts_k", "lengths_k", "first_q", "first_k", "page_table"):
             x = getattr(self, name)
             if x is not None and not x.is_contiguous():
                 changes[name] = x.contiguous()
         return self._replace(**changes) if changes else self
+
+    def without_pages(self) -> AttentionRequest:
+        """Return the request with the keys of each sequence in one place, for kernels that read no page table."""
+        if self.page_table is None:
+            return self
+        batch, pages = self.page_table.shape
+        slots = pages * self.page_size
+        page = torch.arange(slots, device=self.k.device) // self.page_size
+        rows = (
+            self.page_table.long()[:, page] * self.page_size
+            + torch.arange(slots, device=self.k.device) % self.page_size
+        )
+        # Entries beyond a sequence's keys may be anything.
+        rows = rows.masked_fill(torch.arange(slots, device=rows.device) >= self.lengths_k[:, None], 0).flatten()
+        starts = torch.arange(batch, device=rows.device, dtype=self.starts_k.dtype) * slots
+        return self._replace(k=self.k[rows], v=self.v[rows], starts_k=starts, page_table=None, page_size=0)
 
     @property
     def group(self) -> int:

@@ -5,11 +5,16 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from triton.language import constexpr
 
 from ..plan import AttentionPlan
+from .device import compute_capability
 from .request import AttentionRequest
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+OLDEST = 80
+"""Compute capability from which on GPUs have what the kernels need."""
 FAR = 2**30
 """A distance in tokens beyond all others, with room to add the difference of two positions to it in 32 bits."""
 SHORT = 2**25
@@ -102,6 +107,27 @@ def default_settings(
         # The ptxas that Triton 3.6 brings along crashes on these with descriptors.
         settings = settings._replace(descriptors=False)
     return settings
+
+
+def gpu_refusal(request: AttentionRequest) -> str | None:
+    """Say why no GPU kernel can run a request, or None if this leaves it to each kernel."""
+    r = request
+    if r.q.is_cuda:
+        if compute_capability(r.q.device) < OLDEST:
+            return f"the GPU's compute capability is {compute_capability(r.q.device) / 10}, not {OLDEST / 10} or later"
+    elif not triton.knobs.runtime.interpret:
+        return f"the tensors are on {r.q.device}, not on a CUDA GPU, and TRITON_INTERPRET=1 is not set"
+    if not r.plan.is_dense and r.plan.score_hook is None:
+        return "the method has no score_hook, only a rule in PyTorch"
+    for name, x in (("q", r.q), ("k", r.k), ("v", r.v)):
+        if x.dtype not in DTYPES:
+            return f"{name} is {x.dtype}, not one of {', '.join(map(str, DTYPES))}"
+    return None
+
+
+def capability_of(device: torch.device) -> int:
+    """Return the compute capability to look settings up for; Triton's interpreter, on a CPU, takes the simplest."""
+    return compute_capability(device) if device.type == "cuda" else OLDEST
 
 
 def options_of(request: AttentionRequest, settings: Settings) -> Options:

@@ -21,7 +21,7 @@ from .device import cdiv, compute_capability, current_stream, heads_per_wave, is
 from .hopper_launch import HOPPER, WorkPreparation, hopper_settings
 from .portable import new_results
 from .request import AttentionRequest
-from .settings import distances, options_of
+from .settings import distances, gpu_refusal, options_of
 from .tiles import LOG2E
 
 try:
@@ -61,12 +61,14 @@ class _Problem(ctypes.Structure):
 
 
 def refusal(request: AttentionRequest) -> str | None:
-    """Say why the kernel cannot run a request, or None if it can; the portable kernel's refusal has been asked.
+    """Say why the kernel cannot run a request, or None if it can.
 
     The first time that nothing else is in the way, the kernel is compiled and loaded; if that fails, a warning says
     why. While a CUDA graph is captured, it cannot be loaded.
     """
     r = request
+    if (reason := gpu_refusal(r)) is not None:
+        return reason
     if not r.q.is_cuda or compute_capability(r.q.device) != HOPPER:
         return "it is made for GPUs of compute capability 9.0"
     if r.plan.group != 4 or r.plan.keeps_top != 2:

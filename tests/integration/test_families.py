@@ -27,7 +27,8 @@ from transformers.masking_utils import create_causal_mask, create_chunked_causal
 
 import modelopt_lite as mtsa
 from modelopt_lite import huggingface
-from modelopt_lite.huggingface import ATTENTION_NAME
+from modelopt_lite.discovery import ATTENTION_NAME
+from modelopt_lite.huggingface import attention_forward
 
 LENGTH = 37
 # Twice what the FP32 logits of the dense models with PyTorch's own attention err against FP64: up to 2.4e-6 (olmo2).
@@ -910,27 +911,34 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("make", CALLS.values(), ids=CALLS.keys())
-def test_other_masks_are_refused(make):
-    config = LlamaConfig(attn_implementation=ATTENTION_NAME, attention_chunk_size=4)
-    arguments = {
-        "config": config,
-        "inputs_embeds": torch.zeros(2, 6, 8),
-        "attention_mask": None,
-        "past_key_values": None,
-    }
-    with pytest.raises(mtsa.UnsupportedError, match="neither causal nor bidirectional"):
-        make(arguments)
-    with pytest.raises(mtsa.UnsupportedError, match="neither causal nor bidirectional"):
-        make({**arguments, "attention_mask": torch.ones(2, 6)})
+@pytest.mark.parametrize("kind", CALLS)
+def test_other_masks_are_read_or_refused(kind):
+    """What comes down to a layout is as in PyTorch: one more token, one sequence after another; else the layer says."""
+    config = LlamaConfig(attention_chunk_size=4)
+    arguments = {"config": config, "inputs_embeds": torch.zeros(2, 6, 8), "past_key_values": None}
+    query, key, value = torch.randn(3, 2, 4, 6, 8, generator=torch.Generator().manual_seed(0)).unbind()
+    for padding in (None, torch.ones(2, 6)):
+        config._attn_implementation = "eager"
+        bias = CALLS[kind]({**arguments, "attention_mask": padding})
+        config._attn_implementation = ATTENTION_NAME
+        mask = CALLS[kind]({**arguments, "attention_mask": padding})
+        if kind == "blocks":
+            with pytest.raises(
+                mtsa.UnsupportedError, match=r"layer \? \(Module\): .* neither causal nor bidirectional"
+            ):
+                attention_forward(torch.nn.Module(), query, key, value, mask)
+            continue
+        wanted = torch.nn.functional.scaled_dot_product_attention(query, key, value, bias).transpose(1, 2)
+        torch.testing.assert_close(attention_forward(torch.nn.Module(), query, key, value, mask)[0], wanted, **CLOSE)
 
 
 def test_masks_of_ones_own_are_refused(target):
     model, ids = sparse_model("mistral", target), tokens(target)
     with pytest.raises(
-        mtsa.UnsupportedError, match=r"model.layers.0.self_attn .*: an attention mask with 4 dimensions"
+        mtsa.UnsupportedError,
+        match=r"model.layers.0.self_attn .*: its attention mask \[2, 1, 37, 37\] is not supported",
     ):
-        logits(model, ids, attention_mask=torch.ones(2, 1, LENGTH, LENGTH, dtype=torch.bool, device=ids.device))
+        logits(model, ids, attention_mask=torch.randn(2, 1, LENGTH, LENGTH, device=ids.device))
     with pytest.raises(mtsa.UnsupportedError, match="attention_mask: 10 columns are not enough; 37 tokens"):
         logits(model, ids, attention_mask=torch.ones_like(ids[:, :10]))
 

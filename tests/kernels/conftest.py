@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from modelopt_lite.kernels import hopper_launch, portable, sparse_cores
+from modelopt_lite.kernels import hopper_launch, settings, sparse_cores
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the markers
@@ -43,7 +43,7 @@ def absent_gpu(monkeypatch):
     """Have the choice take tensors of type ``OnGpu`` to be on a Hopper GPU; returns how to set its capability."""
 
     def set_capability(capability):
-        for module in (portable, hopper_launch, sparse_cores):
+        for module in (settings, hopper_launch, sparse_cores):
             monkeypatch.setattr(module, "compute_capability", lambda device: capability)
 
     set_capability(90)

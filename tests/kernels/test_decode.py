@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from modelopt_lite.kernels import decode_launch
 from modelopt_lite.kernels.decode import divide_work
-from modelopt_lite.kernels.decode_launch import DecodeSettings, PagedRequest, pays, prepare, refusal
+from modelopt_lite.kernels.decode_launch import DecodeSettings, pays, prepare, refusal
 from modelopt_lite.kernels.language import jit, tl
 from modelopt_lite.kernels.reference import attention_reference, kept_scores
 from modelopt_lite.kernels.request import AttentionRequest
@@ -27,11 +27,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning
 
 WHOLE = DecodeSettings(16, 4, 1, programs=1, least_tiles=1000, peel=True)
 FEW = DecodeSettings(16, 4, 1, programs=5, least_tiles=1, peel=False)
-MANY = DecodeSettings(16, 4, 1, programs=1000, least_tiles=1, peel=True)
+MANY = DecodeSettings(16, 4, 1, programs=20, least_tiles=1, peel=True)
 # FP32 rounding of exponentials, sums and products of numbers of order 1 over at most some hundred keys.
 FP32 = {"rtol": 2e-5, "atol": 2e-5}
-RAGGED = ((1, 40), (0, 9), (1, 1), (0, 0), (1, 90))
-STEPS = ((3, 50), (1, 33), (0, 0), (16, 70))
+# The interpreter takes about a tenth of a second a program, and there is one for each query and head.
+RAGGED = ((1, 40), (0, 9), (1, 1), (1, 90))
+STEPS = ((3, 50), (1, 33), (0, 0))
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +46,7 @@ def poison():
     torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def make(lengths, heads=(4, 2), dims=(16, 16), *, dtype=torch.float32, device="cpu", s_aux=False, seed=0, **changes):
+def make(lengths, heads=(2, 1), dims=(16, 16), *, dtype=torch.float32, device="cpu", s_aux=False, seed=0, **changes):
     """Make a request of sequences ``(len_q, len_k)``; the gaps between them hold NaN.
 
     Queries and keys are small multiples of 1/2, so that scores are exact in every precision and many of them tie.
@@ -53,10 +54,10 @@ def make(lengths, heads=(4, 2), dims=(16, 16), *, dtype=torch.float32, device="c
     generator = torch.Generator().manual_seed(seed)
 
     def packed(lengths):
-        starts, row = [], 3
+        starts, row = [], 1
         for length in lengths:
             starts.append(row)
-            row += length + 2
+            row += length + 1
         return torch.tensor(starts, device=device), torch.tensor(lengths, device=device), row
 
     def tensor(packing, heads, dim, is_exact):
@@ -102,10 +103,10 @@ def check(request, settings=None, tolerance=FP32):
 def requests(draw):
     """Draw a request: ragged lengths, any heads, dimensions, masks, positions and plans."""
     is_causal = draw(st.booleans())
-    lengths_k = draw(st.lists(st.integers(0, 70), min_size=1, max_size=3))
-    most = draw(st.sampled_from([1, 1, 5, 16]))
+    lengths_k = draw(st.lists(st.integers(0, 70), min_size=1, max_size=2))
+    most = draw(st.sampled_from([1, 1, 4]))
     lengths_q = [draw(st.integers(0, min(most, length) if is_causal else most)) for length in lengths_k]
-    kv_heads, repeat = draw(st.sampled_from([(1, 1), (2, 1), (1, 5), (2, 2)]))
+    kv_heads, repeat = draw(st.sampled_from([(1, 1), (2, 1), (1, 3), (2, 2)]))
     m = draw(st.sampled_from([2, 4, 8, 16]))
     sinks, window = draw(st.integers(0, 20)), draw(st.sampled_from([0, 1, 3, 16, 200]))
     plan = top_n_plan(draw(st.integers(0, m)), m, sinks, window)
@@ -128,21 +129,25 @@ def requests(draw):
         softcap=draw(st.none() | st.just(2.0)),
         first_q=first_q,
         first_k=first_k,
-        max_k=max(lengths_k) + draw(st.sampled_from([0, 500])),
+        max_k=max(lengths_k) + draw(st.sampled_from([0, 50])),
     )
 
 
 @interpreted
 @given(requests(), st.sampled_from([WHOLE, FEW, MANY]))
-@effort(max_examples=30, deadline=None)
+@effort(max_examples=12, deadline=None)
 def test_kernel_equals_oracle(request, settings):
     check(request, settings)
 
 
 @interpreted
-@pytest.mark.parametrize("lengths", [RAGGED, STEPS])
 @pytest.mark.parametrize(
-    "plan", [DENSE, top_n_plan(2, 4, 3, 5), SinkWindow(num_sink_tokens=4, dense_window_size=20).plan()]
+    ("lengths", "plan"),
+    [
+        (RAGGED, DENSE),
+        (STEPS, top_n_plan(2, 4, 3, 5)),
+        (STEPS, SinkWindow(num_sink_tokens=4, dense_window_size=20).plan()),
+    ],
 )
 def test_how_many_pieces_does_not_matter(lengths, plan):
     request = make(lengths, plan=plan, s_aux=True)
@@ -155,8 +160,8 @@ def test_how_many_pieces_does_not_matter(lengths, plan):
 @interpreted
 @pytest.mark.parametrize(("n", "m"), [(1, 2), (3, 4), (3, 8), (5, 16)])
 def test_ties(n, m):
-    request = make([(7, 45)], (2, 1), plan=top_n_plan(n, m, 0, 2))
-    check(dataclasses.replace(request, q=request.q.sign(), k=request.k.sign()), FEW)
+    request = make([(5, 45)], plan=top_n_plan(n, m, 0, 2))
+    check(request._replace(q=request.q.sign(), k=request.k.sign()), FEW)
 
 
 @interpreted
@@ -167,14 +172,15 @@ def test_half_precision():
 
 @interpreted
 def test_more_rows_than_a_tile():
-    check(make([(16, 40), (2, 30)], heads=(6, 1), dims=(16, 16)), FEW)
+    check(make([(6, 40), (2, 20)], heads=(11, 1)), FEW)
 
 
 @interpreted
 def test_a_query_alone_is_dense_unless_asked():
     for sparse_decode in (False, True):
-        for lengths in (RAGGED, STEPS):
-            check(make(lengths, plan=dataclasses.replace(top_n_plan(1, 4, 0, 0), sparse_decode=sparse_decode)), FEW)
+        plan = dataclasses.replace(top_n_plan(1, 4, 0, 0), sparse_decode=sparse_decode)
+        for lengths in ([(1, 40)], STEPS):
+            check(make(lengths, plan=plan), FEW)
 
 
 @interpreted
@@ -183,11 +189,11 @@ def test_what_is_not_visible_is_not_read(plan):
     """Keys before a sliding window and those that a plan drops without looking hold NaN."""
     request = make([(3, 80)], plan=plan, sliding_window=20)
     expected = check(request, FEW)
-    request.k[3:50], request.v[3:50] = torch.nan, torch.nan
+    request.k[1:49], request.v[1:49] = torch.nan, torch.nan
     assert torch.equal(prepare(request, FEW)(request)[0], expected)
     request = make([(3, 80)], plan=SinkWindow(num_sink_tokens=5, dense_window_size=10).plan())
     expected = check(request, FEW)
-    request.k[19:67], request.v[19:67] = torch.nan, torch.nan
+    request.k[17:65], request.v[17:65] = torch.nan, torch.nan
     assert torch.equal(prepare(request, FEW)(request)[0], expected)
 
 
@@ -199,21 +205,23 @@ def test_any_strides():
         lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
         lambda x: torch.cat([x, x], dim=2)[:, :, :16],
     ):
-        changed = dataclasses.replace(request, **{name: change(getattr(request, name)) for name in ("q", "k", "v")})
+        changed = request._replace(**{name: change(getattr(request, name)) for name in ("q", "k", "v")})
         assert torch.equal(prepare(changed, FEW)(changed)[0], expected)
-    for shape in ((1, 1, 16), (1, 2, 16), (100, 1, 16)):  # expanded tokens, heads or both
-        k, v = (torch.randn(shape, generator=torch.Generator().manual_seed(0)).expand(100, 2, 16) for _ in range(2))
-        check(dataclasses.replace(request, k=k, v=v, starts_k=request.starts_k * 0), FEW)
+    request = make([(1, 40)], heads=(4, 2))
+    for shape in ((1, 2, 16), (50, 1, 16)):  # expanded tokens, expanded heads
+        k, v = (torch.randn(shape, generator=torch.Generator().manual_seed(0)).expand(50, 2, 16) for _ in range(2))
+        check(request._replace(k=k, v=v), FEW)
 
 
 @interpreted
-@pytest.mark.parametrize("plan", [DENSE, top_n_plan(2, 4, 3, 5)])
-@pytest.mark.parametrize("page_size", [5, 16, 64])
-@pytest.mark.parametrize("first_k", [None, 6])
+@pytest.mark.parametrize(
+    ("page_size", "first_k", "plan"),
+    [(5, None, DENSE), (16, None, top_n_plan(2, 4, 3, 5)), (64, None, DENSE), (16, 6, top_n_plan(2, 4, 3, 5))],
+)
 def test_pages_equal_what_they_hold(page_size, first_k, plan):
     request = make(STEPS, plan=plan)
     if first_k is not None:
-        request = dataclasses.replace(request, first_k=torch.full_like(request.starts_k, first_k))
+        request = request._replace(first_k=torch.full_like(request.starts_k, first_k))
     assert torch.equal(prepare(paged(request, page_size), FEW)(paged(request, page_size))[0], check(request, FEW))
 
 
@@ -230,8 +238,7 @@ def paged(request, page_size):
         for b, (_, keys, *_) in enumerate(request.sequences()):
             j = torch.arange(keys.stop - keys.start, device=device)
             pages[name][table[b, j // page_size] * page_size + j % page_size] = x[keys]
-    fields = {field.name: getattr(request, field.name) for field in dataclasses.fields(request)}
-    return PagedRequest(**{**fields, **pages, "page_table": table, "page_size": page_size})
+    return request._replace(**pages, page_table=table, page_size=page_size)
 
 
 @interpreted
@@ -239,7 +246,7 @@ def test_a_cache_that_grows():
     """Lengths change on the device, and nothing else."""
     request = make([(1, 64), (1, 90)], max_k=200)
     run = prepare(request, FEW)
-    for lengths in ((1, 0), (17, 64), (64, 90)):
+    for lengths in ((1, 0), (17, 90)):
         request.lengths_k.copy_(torch.tensor(lengths))
         expected, expected_lse = attention_reference(request)
         output, lse = run(request)
@@ -248,9 +255,11 @@ def test_a_cache_that_grows():
 
 
 @jit
-def count_slots(out_ptr, sequences, batch, target, sinks, window, sliding_window, OPTIONS: tl.constexpr, SPLIT: tl.constexpr):
+def count_slots(
+    out_ptr, sequences, batch, target, least, sinks, window, sliding, OPTIONS: tl.constexpr, SPLIT: tl.constexpr
+):
     _, _, slots = divide_work(
-        sequences, tl.arange(0, SPLIT.batch_block), batch, target, sinks, window, sliding_window, OPTIONS, SPLIT
+        sequences, tl.arange(0, SPLIT.batch_block), batch, target, least, sinks, window, sliding, OPTIONS, SPLIT
     )
     tl.store(out_ptr, tl.sum(slots, 0))
 
@@ -264,8 +273,7 @@ def test_there_are_slots_for_all_pieces(data):
     lengths = data.draw(st.lists(pairs, min_size=1, max_size=data.draw(st.sampled_from([1, 4, 20]))))
     request = make([(0, 0)] * len(lengths), heads=data.draw(st.sampled_from([(1, 1), (6, 1), (4, 2), (12, 3)])))
     lengths_q, lengths_k = torch.tensor(lengths).T
-    request = dataclasses.replace(
-        request,
+    request = request._replace(
         lengths_q=lengths_q.contiguous(),
         lengths_k=lengths_k.contiguous(),
         max_q=most,
@@ -279,17 +287,16 @@ def test_there_are_slots_for_all_pieces(data):
     split = decode_launch._split(request, settings, options)
     slots = torch.zeros(1, dtype=torch.int32)
     sequences = (None, request.lengths_q, None, request.lengths_k, request.first_q, request.first_k)
-    count_slots[(1,)](slots, sequences, len(lengths), settings.programs, *distances(request), options, split)
-    assert slots.item() <= decode_launch._slots(request, options, split, settings.programs)
+    rule = (len(lengths), settings.programs, settings.least_tiles)
+    count_slots[(1,)](slots, sequences, *rule, *distances(request), options, split)
+    assert slots.item() <= decode_launch._slots(request, options, split, *rule[1:])
 
 
 def test_what_is_refused():
     assert refusal(make(STEPS)) is None
     assert "17 queries" in refusal(make([(17, 20)]))
-    assert "4097 sequences" in refusal(dataclasses.replace(make(STEPS), starts_q=torch.zeros(4097)))
+    assert "4097 sequences" in refusal(make(STEPS)._replace(starts_q=torch.zeros(4097)))
     assert "head dimensions are 577" in refusal(make(STEPS, dims=(577, 16)))
-    request = make(STEPS)
-    assert "the last must be 1" in refusal(dataclasses.replace(request, k=request.k.mT.contiguous().mT))
 
 
 def test_few_keys_do_not_pay():

@@ -59,7 +59,9 @@ def test_keeping_all_is_the_dense_plan():
     assert DENSE.name == "dense"
 
 
-@pytest.mark.parametrize("plan", [SparseSoftmax().shared_plan(), SinkWindow().shared_plan(), DENSE], ids=str)
+@pytest.mark.parametrize(
+    "plan", [SparseSoftmax().shared_plan(), SinkWindow().shared_plan(), DENSE], ids=["2:4", "sink_window", "dense"]
+)
 def test_copies_are_the_plan_itself(plan):
     assert copy.copy(plan) is plan
     assert copy.deepcopy([plan])[0] is plan
