@@ -454,6 +454,38 @@ def _visible(mask: Tensor, batch: int, len_q: int, slots: int) -> tuple[Tensor, 
     return visible[:, 0], is_plain & (visible == visible[:, :1]).all()
 
 
+def decode_step(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    scaling: float | None,
+    softcap: float | None,
+    s_aux: Tensor | None,
+) -> Tensor | None:
+    """Compute what :func:`attend` would in a decode step, if nothing but PyTorch's dense attention is needed for it.
+
+    A shortcut, as here Python's time is the user's.
+
+    Returns:
+        The output, or None if :func:`attend` has to be called.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled(query.device.type):
+        return None
+    if isinstance(module, SparseAttentionModule):
+        flags = module.sparse_attention
+        if flags.sparse_plan.sparse_decode or flags.method.backend != "auto":
+            return None
+        flags.last_call = object()
+    if (query.shape[0], key.shape[0], key.shape[2]) != (layout.batch, layout.batch, layout.slots):
+        return None
+    window = layout.sliding_window
+    if not suits_sdpa(query, key, value, is_causal=True, sliding_window=window, softcap=softcap, s_aux=s_aux):
+        return None
+    return sdpa(query, key, value, is_causal=False, scale=scaling).transpose(1, 2)
+
+
 def attend(
     module: nn.Module,
     query: Tensor,
