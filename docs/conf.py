@@ -44,7 +44,8 @@ def document_fields(_app: Sphinx, _what: str, _name: str, obj: object, _options:
     lines.append("")
     for name, field in obj.model_fields.items():
         default = "required" if field.is_required() else f"default ``{field.default}``"
-        lines.append(f":param {name}: {field.description or ''} ({default})")
+        description = (field.description or "").replace("*", r"\*")
+        lines.append(f":param {name}: {description} ({default})")
 
 
 def setup(app: Sphinx) -> None:

@@ -43,8 +43,8 @@ from modelopt_lite.experiment.assets import (
 )
 from modelopt_lite.experiment.config import FileConfig
 from modelopt_lite.experiment.quality import compare_predictions
-from modelopt_lite.experiment.report import markdown_table
 from modelopt_lite.experiment.runner import describe_environment
+from modelopt_lite.experiment.tables import markdown_table
 
 COLUMNS = ("model", "perplexity", "change", "KL to dense")
 RESULT = "result.json"
@@ -140,7 +140,7 @@ def measure(name: str, model: PreTrainedModel, teacher: PreTrainedModel, windows
         ids = window.to(model.device)
         logits, dense_logits = (x(ids[None], use_cache=False).logits[0] for x in (model, teacher))
         pairs.append(compare_predictions(logits, dense_logits, ids))
-    cross_entropy, divergence = map(fmean, zip(*pairs, strict=True))
+    cross_entropy, divergence, _ = map(fmean, zip(*pairs, strict=True))
     return {f"{name}_perplexity": math.exp(cross_entropy), f"{name}_kl": divergence}
 
 

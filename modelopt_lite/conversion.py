@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from html import escape
+from textwrap import fill
 from typing import Any, TypeAlias, TypeVar, cast
 
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from .config import SparsityConfig, abbreviate, match_names
+from .config import ConfigSource, SparsityConfig, abbreviate, match_names
 from .discovery import (
     ATTENTION_NAME,
     attention_modules,
@@ -75,7 +76,7 @@ class _Before:
 
 def sparsify(
     model: ModelT,
-    config: SparsityConfig | dict[str, Any] | str | os.PathLike[str],
+    config: ConfigSource,
     *,
     attention: AttentionChoice | None = None,
 ) -> ModelT:
@@ -93,8 +94,8 @@ def sparsify(
 
     Args:
         model: a Transformers model, a model that holds or wraps one, or any module.
-        config: a :class:`~modelopt_lite.config.SparsityConfig`, the like as a mapping, or the path of a YAML, JSON or
-            TOML file that holds it.
+        config: a :class:`~modelopt_lite.config.SparsityConfig`, the same as a mapping, the path of a YAML, JSON or
+            TOML file that holds it, or one method for all layers: the method, its mapping or name, or ``"2:4"``.
         attention: further attention modules, by class or by a pattern of dotted names; their calls of
             ``scaled_dot_product_attention`` are intercepted.
 
@@ -335,19 +336,46 @@ class Summary(list[LayerSummary]):
     """The attention modules of a model, in order; prints as a table."""
 
     def __str__(self) -> str:
-        """Return the table as plain text."""
+        """Return the table as plain text of at most 100 columns, with the settings below it."""
+        return f"{self._render(html=False)}{self._settings()}\n"
+
+    def _repr_html_(self) -> str:
+        return f"{self._render(html=True)}<pre>{escape(self._settings())}</pre>"
+
+    def _render(self, *, html: bool) -> str:
         measured = any(layer.sparsity is not None for layer in self)
-        columns = ["module", "class", "method", "settings", "on", "active"]
+        columns = ["module", "class", "method", "on", "active"]
         table = Table(*columns, *(["dropped", "mass kept"] if measured else []))
+        numbers = self._numbers()
         for layer in self:
-            settings = " ".join(f"{key}={value}" for key, value in layer.settings.items())
             shares = ["-" if x is None else f"{x:.1%}" for x in (layer.sparsity, layer.mass_kept)] if measured else []
-            on = "on" if layer.enabled else "off"
+            method = "-" if layer.method is None else numbers[layer.method, str(layer.settings)]
             active = {None: "-", True: "yes", False: "no"}[layer.active]
-            table.add_row(layer.name, layer.class_name, layer.method or "-", settings, on, active, *shares)
-        console = Console(file=io.StringIO(), width=200, color_system=None)
+            table.add_row(layer.name, layer.class_name, method, "on" if layer.enabled else "off", active, *shares)
+        console = Console(file=io.StringIO(), width=100, color_system=None, record=html)
         console.print(table)
+        if html:
+            return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
         return cast(io.StringIO, console.file).getvalue()
+
+    def _numbers(self) -> dict[tuple[str, str], str]:
+        """Return the name of each method with its settings: numbered where a method has several."""
+        found = list(dict.fromkeys((layer.method, str(layer.settings)) for layer in self if layer.method is not None))
+        methods = [method for method, _ in found]
+        return {
+            key: key[0] if methods.count(key[0]) == 1 else f"{key[0]} ({methods[: i + 1].count(key[0])})"
+            for i, key in enumerate(found)
+        }
+
+    def _settings(self) -> str:
+        numbers = self._numbers()
+        settings = {
+            numbers[layer.method, str(layer.settings)]: " ".join(f"{key}={x}" for key, x in layer.settings.items())
+            for layer in self
+            if layer.method is not None
+        }
+        lines = (f"{name}: {text}" for name, text in settings.items())
+        return "\n".join(fill(line, 100, subsequent_indent="  ", break_on_hyphens=False) for line in lines)
 
 
 def summary(model: nn.Module, statistics: ModelStatistics | None = None) -> Summary:

@@ -24,7 +24,16 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .discovery import ATTENTION_NAME, forward_globals, uses_interface
 from .errors import UnsupportedError
-from .layout import READABLE_MASKS, Layout, attend, layer_name, layout_of_mask, refuse_context_parallel, whole_layout
+from .layout import (
+    READABLE_MASKS,
+    Layout,
+    attend,
+    decode_step,
+    layer_name,
+    layout_of_mask,
+    refuse_context_parallel,
+    whole_layout,
+)
 from .module import SparseAttentionModule, decide, original_class, sparse_modules
 from .recomputation import Decision
 from .transformers_masks import Mask, RefusedMask, attention_mask, note_positions, packed_by_positions
@@ -80,6 +89,20 @@ REFUSED_ARGUMENTS = frozenset(
         "relative_position_bias",
         "score_mod",
         "sinks",
+    }
+)
+# What :func:`_attention` takes by name.
+_READ_ARGUMENTS = frozenset(
+    {
+        "softcap",
+        "s_aux",
+        "is_causal",
+        "sliding_window",
+        "cu_seq_lens_q",
+        "cu_seq_lens_k",
+        "max_length_q",
+        "max_length_k",
+        "position_ids",
     }
 )
 # What continuous batching hands to every layer for its cache.
@@ -139,6 +162,13 @@ def attention_forward(
     Raises:
         UnsupportedError: if the call asks for something this attention cannot do; names the layer.
     """
+    if query.shape[2] == 1 and isinstance(attention_mask, Layout) and attention_mask.whole:
+        refusal = _refused_argument(dropout, {x: kwargs[x] for x in kwargs if x not in _READ_ARGUMENTS})
+        softcap, s_aux = kwargs.get("softcap"), kwargs.get("s_aux")
+        if refusal is None and isinstance(module, SparseAttentionModule) and kwargs.get("cu_seq_lens_q") is None:
+            output = decode_step(module, query, key, value, attention_mask, scaling, softcap, s_aux)
+            if output is not None:
+                return output, None
     own: OwnAttention | None = getattr(module, OWN_ATTRIBUTE, None)
     decision = None
     keeps_own = not isinstance(module, SparseAttentionModule)

@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.weak import WeakIdKeyDictionary, WeakTensorKeyDictionary
 
 from .errors import UnsupportedError
-from .kernels import AttentionRequest, DenseCall, compute, is_traced, pack, request_statistics
+from .kernels import AttentionRequest, compute, is_traced, pack, request_statistics, sdpa, suits_sdpa
 from .module import SparseAttentionModule, decide, original_class
 from .plan import AttentionPlan
 from .recomputation import Decision
@@ -454,6 +454,38 @@ def _visible(mask: Tensor, batch: int, len_q: int, slots: int) -> tuple[Tensor, 
     return visible[:, 0], is_plain & (visible == visible[:, :1]).all()
 
 
+def decode_step(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    scaling: float | None,
+    softcap: float | None,
+    s_aux: Tensor | None,
+) -> Tensor | None:
+    """Compute what :func:`attend` would in a decode step, if nothing but PyTorch's dense attention is needed for it.
+
+    A shortcut, as here Python's time is the user's.
+
+    Returns:
+        The output, or None if :func:`attend` has to be called.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled(query.device.type):
+        return None
+    if isinstance(module, SparseAttentionModule):
+        flags = module.sparse_attention
+        if flags.sparse_plan.sparse_decode or flags.method.backend != "auto":
+            return None
+        flags.last_call = object()
+    if (query.shape[0], key.shape[0], key.shape[2]) != (layout.batch, layout.batch, layout.slots):
+        return None
+    window = layout.sliding_window
+    if not suits_sdpa(query, key, value, is_causal=True, sliding_window=window, softcap=softcap, s_aux=s_aux):
+        return None
+    return sdpa(query, key, value, is_causal=False, scale=scaling).transpose(1, 2)
+
+
 def attend(
     module: nn.Module,
     query: Tensor,
@@ -500,10 +532,17 @@ def attend(
     # Without groups and sinks only distances count, which need not know what a cache has dropped.
     is_dense = plan.is_dense or (layout.max_q == 1 and not plan.sparse_decode)
     statistics = decision.statistics if layout.max_q > 1 else None
-    if is_dense and layout.whole and statistics is None and decision.backend == "auto":
-        call = DenseCall(query, key, value, layout.is_causal, layout.sliding_window, softcap, s_aux)
-        if call.refusal() is None and call.pays():
-            return call.run(scaling).transpose(1, 2)
+    if (
+        is_dense
+        and layout.whole
+        and statistics is None
+        and decision.backend == "auto"
+        and suits_sdpa(
+            query, key, value, is_causal=layout.is_causal, sliding_window=layout.sliding_window, softcap=softcap,
+            s_aux=s_aux,
+        )
+    ):  # fmt: skip
+        return sdpa(query, key, value, is_causal=layout.is_causal, scale=scaling).transpose(1, 2)
     layout = layout.on(query.device)
     if not is_dense and _is_cross_attention(module, layout):
         # Before all keys no key is recent, so there is no dense window, wherever a chunk of queries begins.

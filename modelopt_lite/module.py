@@ -42,7 +42,7 @@ class SparseAttentionFlags:
         enabled: whether the method applies; if not, the module is dense.
         active: whether its last eager forward called this package's attention; None before the first.
         reported: whether a forward without such a call has been reported.
-        reached_in: the threads in which the forward that is running has made the call.
+        last_call: an object that each eager call of this package's attention replaces.
         reached: whether a traced forward has; a graph knows no threads.
         dense_blocks: how many blocks of :func:`run_dense` are open in any context, for traced graphs, which cannot read
             context variables.
@@ -56,7 +56,7 @@ class SparseAttentionFlags:
     enabled: bool
     active: bool | None = None
     reported: bool = False
-    reached_in: set[int] = field(default_factory=set)
+    last_call: object = None
     reached: bool = False
     dense_blocks: int = 0
     counters: tuple[LayerStatistics, ...] = ()
@@ -110,19 +110,23 @@ class SparseAttentionModule(nn.Module):
                 _warn_of_bypass(flags.name, original_class(self).__name__)
             flags.reached = before
             return output
-        thread = threading.get_ident()
-        flags.reached_in.discard(thread)  # a forward that raised an error has left it there
+        last_call = flags.last_call
         output = super().__call__(*args, **kwargs)
-        active = thread in flags.reached_in or flags.reached
-        flags.reached_in.discard(thread)
-        if active is not flags.active:
-            flags.active = active
-        if not active and not flags.reported and present_decision(self).is_on:
+        # A call in another thread may hide that there was none in this one, but never seem to be missing.
+        if flags.last_call is not last_call or flags.reached:
+            flags.active = True
+        else:
+            self._note_bypass(flags)
+        return output
+
+    def _note_bypass(self, flags: SparseAttentionFlags) -> None:
+        """Note that a forward did not call this package's attention, and report it once."""
+        flags.active = False
+        if not flags.reported and present_decision(self).is_on:
             with _lock:
                 is_new, flags.reported = not flags.reported, True
             if is_new:
                 _warn_of_bypass(flags.name, original_class(self).__name__)
-        return output
 
     def extra_repr(self) -> str:
         """Add the method to what ``print(model)`` shows."""
@@ -199,7 +203,7 @@ def decide(module: nn.Module, is_decode: bool = False) -> Decision:
         flags.reached = True
         return flags.decision(flags.dense_blocks > 0, flags.counters[-1] if flags.counters else None)
     if flags is not None:
-        flags.reached_in.add(threading.get_ident())
+        flags.last_call = object()
     around = [] if is_decode and not torch.is_grad_enabled() else checkpoints()
     decision = recorded(module, around)
     if decision is None:

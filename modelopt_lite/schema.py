@@ -3,14 +3,34 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from .errors import ConfigError
 
-class ConfigModel(BaseModel):
-    """An immutable configuration that refuses unknown fields, and values of another type instead of converting."""
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass
+else:
+    ModelMetaclass = type(BaseModel)  # which has no public name
+
+
+class _ConfigMeta(ModelMetaclass):
+    """Makes a constructor raise what a file raises."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().__call__(*args, **kwargs)
+        except ValidationError as error:
+            raise ConfigError(describe_errors(error, f"{cls.__name__}.")) from None
+
+
+class ConfigModel(BaseModel, metaclass=_ConfigMeta):
+    """An immutable configuration that refuses unknown fields, and values of another type instead of converting.
+
+    Its constructor raises :class:`~modelopt_lite.errors.ConfigError`, with one line per problem.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -52,10 +72,16 @@ def describe_errors(error: ValidationError, prefix: str = "") -> str:
     """Put a validation error in one line per problem: ``path.in.the.config: value is not allowed; what is``."""
     lines = []
     for details in error.errors(include_url=False):
-        path = ".".join(str(part) for part in details["loc"]) or "the configuration"
+        path = ".".join(str(part) for part in details["loc"] if part != "[key]") or "the configuration"
         if details["type"] == "missing":
             lines.append(f"{prefix}{path}: missing; the field is required")
             continue
         allowed = re.sub(r"^(Value error, )?Input should ", "must ", details["msg"])
-        lines.append(f"{prefix}{path}: {details['input']!r} is not allowed; {allowed}")
+        lines.append(f"{prefix}{path}: {_abbreviate(details['input'])} is not allowed; {allowed}")
     return "\n".join(lines)
+
+
+def _abbreviate(value: object) -> str:
+    """Return a value as Python writes it; of a long one, such as a whole mapping, the beginning."""
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:100]} ... ({type(value).__name__})"

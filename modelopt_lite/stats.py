@@ -95,6 +95,22 @@ class ModelStatistics:
 
     layers: dict[str, LayerStatistics] = field(default_factory=dict)
 
+    def __str__(self) -> str:
+        """Say what was dropped and kept over all layers, or that nothing was counted."""
+        total = self.total
+        if not total.rows:
+            return "no sparse prefill was counted: the model is dense, is switched off, or has only decoded"
+        return f"{len(self.layers)} layers: {total.sparsity:.1%} of scores dropped, {total.mass_kept:.1%} of mass kept"
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><td>{name}</td><td>{layer.sparsity:.1%}</td><td>{layer.mass_kept:.1%}</td></tr>"
+            for name, layer in self.layers.items()
+            if layer.rows
+        )
+        head = "<tr><th>layer</th><th>dropped</th><th>mass kept</th></tr>"
+        return f"<p>{self}</p>" + (f"<table>{head}{rows}</table>" if rows else "")
+
     def merge(self, other: ModelStatistics) -> None:
         """Add what was counted elsewhere, layer by layer."""
         for name, layer in other.layers.items():

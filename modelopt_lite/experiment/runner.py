@@ -1,231 +1,262 @@
-"""Runs an experiment: every variant of a model on every window of text, and one continuation each."""
+"""Runs an experiment cell by cell: what is measured is written at once, what fails is noted, what is there is kept."""
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
-import json
+import os
 import platform
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import __version__
-from ..conversion import LayerSummary, Summary, sparsify, summary, unsparsify
-from ..errors import ConfigError
-from ..stats import ModelStatistics, collect_statistics
-from .assets import Progress, check_context, load_model, read_text
+from ..errors import ConfigError, UnsupportedError
+from .assets import AssetError, Progress
 from .config import DENSE, ExperimentConfig
-from .quality import Measurement, VariantResult, compare_predictions, summarize
+from .harness import Harness
+from .plan import HARNESS, Unit, cells_of, plan_units
+from .records import (
+    CONFIG,
+    SAMPLES,
+    Failure,
+    HarnessScore,
+    Record,
+    RunFile,
+    Session,
+    read_results,
+    results_file,
+)
 from .report import write_report
-
-WARM_UP = 128  # tokens
-
-
-@dataclass(frozen=True)
-class Window:
-    """A stretch of text that is scored by itself.
-
-    Attributes:
-        document: the text's name in the configuration.
-        index: the window's number in its document, from 0.
-        tokens: ``[length]`` token ids.
-    """
-
-    document: str
-    index: int
-    tokens: Tensor
-
-
-@dataclass(frozen=True)
-class ExperimentResult:
-    """What an experiment found.
-
-    Attributes:
-        folder: where config.yaml, results.jsonl, report.md and quality.png are.
-        variants: one result a variant, the dense model first.
-        layers: what each attention layer did, by variant; without the dense model.
-        continuations: the prompt's greedy continuation by variant; empty without a prompt.
-    """
-
-    folder: Path
-    variants: tuple[VariantResult, ...]
-    layers: dict[str, Summary]
-    continuations: dict[str, str]
+from .result import ExperimentResult
+from .work import ModelWork
 
 
 def run_experiment(
-    config: ExperimentConfig, progress: Progress, on_results: Callable[[Sequence[VariantResult]], None]
+    config: ExperimentConfig | Mapping[str, Any] | str | os.PathLike[str],
+    progress: Progress = lambda what, done, total: None,
+    on_records: Callable[[Sequence[Record]], None] = lambda records: None,
+    *,
+    resume: str | os.PathLike[str] | None = None,
+    jobs: int = 1,
+    share: int | None = None,
 ) -> ExperimentResult:
-    """Run an experiment and write its run folder, a new one inside ``config.output_dir``.
+    """Run an experiment and write its run folder, a new one inside ``output_dir``.
 
-    Results are written as they come, so an interrupted run keeps what it measured.
+    Results are written as they come, so that an interrupted run keeps what it measured and can go on.
 
     Args:
-        config: what to run.
+        config: what to run: an experiment, a mapping, or the path of a YAML, JSON or TOML file.
         progress: told what is being done and how far it is.
-        on_results: given the results so far after each window of a variant; variants that have none are missing.
+        on_records: given all records so far after each that is new.
+        resume: folder of an earlier run of the same experiment, which goes on there: only what is missing or failed is
+            measured.
+        jobs: processes that share the work, each with a GPU of its own if there are any.
+        share: which of ``jobs`` shares this process does, into the folder ``resume``; for its processes.
+
+    Returns:
+        What was measured, with the folder.
 
     Raises:
-        ConfigError: if the model, the texts and the variants do not go together; nothing has been written then.
-        UnsupportedError: if the model is not supported.
+        ConfigError: if the configuration is wrong, or the model, the texts and the variants do not go together; nothing
+            has been written then.
+        UnsupportedError: if the first model is not supported.
         AssetError: if a built-in model or text cannot be had.
+        Interrupted: a ``KeyboardInterrupt`` that knows the folder with what was measured, which ``resume`` takes.
     """
-    texts = [(name, read_text(name, f"text.{i}")) for i, name in enumerate(config.text)]
-    config = config.resolve()
-    model, tokenizer = load_model(config.model, getattr(torch, config.dtype), config.device, progress)
-    windows = _cut_windows(config, texts, model, tokenizer)
-    for name in config.variants:  # one that does not fit is found before hours of work, kernels get compiled untimed
-        _switch(model, config, name)
-        _logits(model, windows[0].tokens[:WARM_UP])
-    folder = _create_run_folder(config.output_dir)
-    config.save(folder / "config.yaml")
-    environment = describe_environment(config.device)
-
-    measurements: list[Measurement] = []
-    seconds: dict[str, float] = {}
-    variants: list[VariantResult] = []
-    totals = {name: ModelStatistics() for name, sparsity in config.variants.items() if sparsity is not None}
-    layers: dict[str, Summary] = {}
-    continuations: dict[str, str] = {}
-    steps = itertools.count()
-    total = len(config.variants) * (len(windows) + (config.prompt is not None))
-    with (folder / "results.jsonl").open("w", encoding="utf-8") as lines:
-
-        def write(kind: str, row: Measurement | VariantResult | LayerSummary, **more: str) -> None:
-            lines.write(json.dumps({"kind": kind, **more, **dataclasses.asdict(row), **environment}) + "\n")
-            lines.flush()
-
-        for window in windows:
-            dense_logits: Tensor | None = None  # of this window only: they are large
-            for name in config.variants:
-                progress(f"{name} on {window.document}, window {window.index + 1}", next(steps), total)
-                _switch(model, config, name)
-                if window is windows[0]:
-                    seconds[name] = _forward_seconds(model, window.tokens)
-                with collect_statistics(model) as statistics:
-                    logits = _logits(model, window.tokens)
-                dense_logits = logits if dense_logits is None else dense_logits
-                cross_entropy, divergence = compare_predictions(logits, dense_logits, window.tokens)
-                del logits
-                measurements.append(
-                    Measurement(
-                        variant=name,
-                        document=window.document,
-                        window=window.index,
-                        tokens=window.tokens.numel() - 1,
-                        cross_entropy=cross_entropy,
-                        divergence=divergence,
-                        mass_kept=statistics.total.mass_kept,
-                        sparsity=statistics.total.sparsity,
-                    )
-                )
-                write("window", measurements[-1])
-                if name in totals:
-                    totals[name].merge(statistics)
-                    layers[name] = summary(model, totals[name])
-                variants = summarize(measurements, seconds, DENSE)
-                on_results(variants)
-        for variant in variants:
-            write("variant", variant)
-            for layer in layers.get(variant.variant, ()):
-                write("layer", layer, variant=variant.variant)
-    if config.prompt is not None:
-        for name in config.variants:
-            progress(f"{name} continues the prompt", next(steps), total)
-            _switch(model, config, name)
-            continuations[name] = _continue(model, tokenizer, config.prompt, config.max_new_tokens)
-    progress("done", total, total)
-    write_report(folder, config, variants, layers, continuations, environment)
-    return ExperimentResult(folder, tuple(variants), layers, continuations)
-
-
-def _cut_windows(
-    config: ExperimentConfig,
-    texts: Sequence[tuple[str, str]],
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-) -> list[Window]:
-    """Tokenize each text as a whole and take its first windows, side by side."""
-    check_context(model, config.window_length, "window_length")
-    windows = []
-    for i, (name, text) in enumerate(texts):
-        tokens = torch.tensor(tokenizer(text).input_ids, device=config.device)
-        needed = config.window_length * config.windows_per_text
-        if tokens.numel() < needed:
-            raise ConfigError(
-                f"text.{i}: {name!r} is not allowed; must have window_length * windows_per_text = {needed} tokens, "
-                f"has {tokens.numel()}"
-            )
-        windows += [Window(name, j, part) for j, part in enumerate(tokens[:needed].split(config.window_length))]
-    return windows
-
-
-def _switch(model: PreTrainedModel, config: ExperimentConfig, variant: str) -> None:
-    """Make the model the given variant; a dense one is the model as it was loaded."""
-    sparsity = config.variants[variant]
-    if sparsity is None:
-        unsparsify(model)
-        return
+    experiment = ExperimentConfig.load(config).resolve()
+    harness = None if experiment.lm_eval is None else Harness(experiment.lm_eval)
+    folder = None if resume is None else Path(resume)
+    if jobs > 1 and share is None:
+        folder = create_run_folder(experiment) if folder is None else folder
+        try:
+            _run_shares(folder, jobs, progress)
+        except KeyboardInterrupt:
+            raise Interrupted(folder) from None
+    runner = _Runner(experiment, harness, progress, on_records, folder, jobs, share)
     try:
-        sparsify(model, sparsity)
-    except ConfigError as error:
-        raise ConfigError(f"variants.{variant}.{error}") from error
+        runner.run()
+    except KeyboardInterrupt:
+        raise Interrupted(runner.made) from None
+    sessions, records = read_results(runner.folder)
+    result = ExperimentResult(runner.folder, experiment, sessions, records)
+    if share is None:
+        progress("writing the report", 0, 0)
+        write_report(result)
+    return result
 
 
-@torch.no_grad()
-def _logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
-    """Return the logits ``[length, vocabulary]`` of a forward pass."""
-    logits: Tensor = model(tokens[None], use_cache=False).logits[0]
-    return logits
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during a run.
+
+    Attributes:
+        folder: where what was measured is; None if nothing was.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        super().__init__()
+        self.folder = folder
 
 
-def _forward_seconds(model: PreTrainedModel, tokens: Tensor) -> float:
-    """Return how long a forward pass takes."""
-    _wait_for(tokens.device)
-    start = time.perf_counter()
-    _logits(model, tokens)
-    _wait_for(tokens.device)
-    return time.perf_counter() - start
+def _run_shares(folder: Path, jobs: int, progress: Progress) -> None:
+    """Let other processes do a share each, and wait; what one leaves undone is done afterwards."""
+    gpus = torch.cuda.device_count()
+    processes = []
+    for i in range(jobs):
+        environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": str(i % gpus)} if gpus > 1 else {})}
+        command = [sys.executable, "-m", "modelopt_lite.experiment.share", str(folder), str(jobs), str(i)]
+        log = (folder / f"share-{i}.log").open("w", encoding="utf-8")
+        processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
+        log.close()
+    try:
+        while any(process.poll() is None for process in processes):
+            ended = sum(process.poll() is not None for process in processes)
+            progress(f"{jobs} processes", ended, jobs)
+            time.sleep(0.5)
+    finally:
+        for process in processes:
+            process.terminate()  # does nothing to one that has ended
+        for process in processes:
+            process.wait()
 
 
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+class _Runner:
+    """One process' work on one experiment."""
+
+    def __init__(
+        self,
+        config: ExperimentConfig,
+        harness: Harness | None,
+        progress: Progress,
+        on_records: Callable[[Sequence[Record]], None],
+        folder: Path | None,
+        jobs: int,
+        share: int | None,
+    ) -> None:
+        self.config = config
+        self.harness = harness
+        self.on_records = on_records
+        self._progress = progress
+        self._folder = folder
+        self._share = share
+        self._file: RunFile | None = None
+        units = plan_units(config)
+        self.units = [unit for i, unit in enumerate(units) if share is None or i % jobs == share]
+        self.records: dict[tuple[Any, ...], Record] = {}
+        if folder is not None:
+            self.records = {record.cell: record for record in read_results(folder)[1]}
+        self.step = 0
+        self.total = len(self.units) * len(config.variants)
+
+    @property
+    def made(self) -> Path | None:
+        """Where results go, None if there are none yet."""
+        return self._folder
+
+    @property
+    def folder(self) -> Path:
+        """Where results go; made when the first is written."""
+        if self._folder is None:
+            self._folder = create_run_folder(self.config)
+        return self._folder
+
+    def run(self) -> None:
+        """Do what is not done yet, model by model."""
+        try:
+            for i, name in enumerate(self.config.models):
+                self._run_model(name, is_first=i == 0)
+        finally:
+            if self._file is not None:
+                self._file.close()
+        self.progress("done")
+        self.folder  # noqa: B018 - makes it, if nothing was to be measured
+
+    def _run_model(self, name: str, is_first: bool) -> None:
+        units = [unit for unit in self.units if unit.model == name]
+        unfinished = [unit for unit in units if not self._is_done(unit)]
+        self.step += (len(units) - len(unfinished)) * len(self.config.variants)
+        if not unfinished:
+            return
+        try:
+            work = ModelWork(self, name, unfinished)
+        except (ConfigError, UnsupportedError, AssetError) as error:
+            if is_first and not self.records:
+                raise
+            self.fail(name, DENSE, "loading the model", ("model", name), error)
+            return
+        for unit in unfinished:
+            work.run(unit)
+        del work
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _is_done(self, unit: Unit) -> bool:
+        cells = cells_of(unit, self.config)
+        return bool(cells) and all(self.has(cell) for cell in cells)
+
+    def has(self, cell: tuple[Any, ...]) -> bool:
+        """Whether a cell has been measured."""
+        if cell[0] == HARNESS:
+            return any(isinstance(r, HarnessScore) and (r.model, r.variant) == cell[1:] for r in self.records.values())
+        return cell in self.records and not isinstance(self.records[cell], Failure)
+
+    def progress(self, what: str) -> None:
+        """Say what is being done."""
+        self._progress(what, min(self.step, self.total), self.total)
+
+    def prepare(self, what: str, done: float, total: float) -> None:
+        """Say how far something is that belongs to no cell."""
+        self._progress(what, done, total)
+
+    def write(self, *records: Record) -> None:
+        """Keep records, in the file too."""
+        if self._file is None:
+            self._file = RunFile(results_file(self.folder, self._share))
+            self._file.write(Session(**describe_environment(self.config.device)))
+        for record in records:
+            self._file.write(record)
+            self.records[record.cell] = record
+        self.on_records(list(self.records.values()))
+
+    def fail(self, model: str, variant: str, what: str, cell: tuple[Any, ...], error: Exception) -> None:
+        """Note that a cell could not be measured."""
+        reason = f"{type(error).__name__}: {str(error).strip()}"[:2000]
+        self.write(Failure(model, variant, what, list(cell), reason))
+
+    def samples_file(self, suffix: str = "") -> Path:
+        """Return the file that samples go to."""
+        share = "" if self._share is None else f"-{self._share}"
+        return self.folder / f"{Path(SAMPLES).stem}{suffix}{share}.jsonl"
 
 
-def _continue(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int) -> str:
-    """Return what the model adds to the prompt, greedily."""
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    generator: Any = model  # Transformers types generate() for a protocol that its model classes do not declare
-    output = generator.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    return cast(str, tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True))
+def create_run_folder(config: ExperimentConfig) -> Path:
+    """Create a folder that is named after the current time and did not exist, with the configuration in it.
 
-
-def _create_run_folder(parent: Path) -> Path:
-    """Create a folder that is named after the current time and did not exist."""
+    Raises:
+        ConfigError: if it cannot be made.
+    """
+    parent = config.output_dir
     name = datetime.now().strftime("%Y%m%d-%H%M%S")
     folder = parent / name
     attempt = 1
     while True:
         try:
             folder.mkdir(parents=True)
-            return folder
+            break
         except FileExistsError:  # another run that started in the same second
             attempt += 1
             folder = parent / f"{name}-{attempt}"
         except OSError as error:
             raise ConfigError(
-                f"output_dir: {str(parent)!r} is not allowed ; must be a folder to write in ({error.strerror})"
+                f"output_dir: {str(parent)!r} is not allowed; must be a folder to write in ({error.strerror})"
             ) from error
+    config.save(folder / CONFIG)
+    return folder
 
 
 def describe_environment(device: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from .blocks import KeyBlocks
 from .choice import Backend
 from .operator import compute, is_traced, pack
 from .request import AttentionRequest
-from .sdpa import DenseCall
+from .sdpa import sdpa, suits_sdpa
 from .selection import select_blocks, statistics_of_blocks
 from .top_n import top_n_plan
 
@@ -23,7 +23,6 @@ __all__ = [
     "AttentionRequest",
     "AttentionStatistics",
     "Backend",
-    "DenseCall",
     "KeyBlocks",
     "attention",
     "attention_statistics",
@@ -31,7 +30,9 @@ __all__ = [
     "is_traced",
     "pack",
     "request_statistics",
+    "sdpa",
     "select_blocks",
+    "suits_sdpa",
 ]
 
 

@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import modelopt_lite as mtsa
 from modelopt_lite import layout
-from modelopt_lite.kernels import AttentionRequest, DenseCall
+from modelopt_lite.kernels import AttentionRequest
 from modelopt_lite.kernels.reference import attention_reference
 from modelopt_lite.plan import DENSE
 
@@ -80,8 +80,8 @@ def test_gradients_of_a_cache_are_no_larger(target, seen):
 def calls(monkeypatch):
     """Which attention ran: ``"PyTorch"`` or ``"ours"``."""
     found = []
-    run, compute = DenseCall.run, layout.compute
-    monkeypatch.setattr(DenseCall, "run", lambda *arguments: found.append("PyTorch") or run(*arguments))
+    sdpa, compute = layout.sdpa, layout.compute
+    monkeypatch.setattr(layout, "sdpa", lambda *xs, **options: found.append("PyTorch") or sdpa(*xs, **options))
     monkeypatch.setattr(layout, "compute", lambda *arguments: found.append("ours") or compute(*arguments))
     return found
 

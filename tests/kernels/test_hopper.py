@@ -118,7 +118,8 @@ def test_choice(absent_gpu, monkeypatch, tokens, dims, dtype, plan, expected):
     assert chosen(request, "portable") == "portable"
     assert chosen(request, "hopper") == ("portable" if expected == "portable" else "hopper")
     with pytest.raises(
-        ValueError, match="MODELOPT_LITE_KERNEL: 'fast' is not allowed; sparse_cores, hopper, portable or nothing"
+        ValueError,
+        match="MODELOPT_LITE_KERNEL: 'fast' is not allowed; decode, sparse_cores, hopper, portable or nothing",
     ):
         chosen(request, "fast")
     short = AttentionRequest(*(x[:tokens] for x in request[:3]), *request[3:])._replace(

@@ -231,3 +231,40 @@ def test_json_schema_knows_every_method_and_field():
     assert fields["sparsity_m"]["enum"] == [2, 4, 8, 16]
     assert all(field.get("description") for name, field in fields.items() if name != "method")
     assert Literal["sparse_softmax", "triton_sparse_softmax"].__args__ == tuple(fields["method"]["enum"])
+
+
+SHORT_FORMS = {
+    "object": (SparseSoftmax(sparsity_n=1), SparseSoftmax(sparsity_n=1)),
+    "mapping": ({"method": "sparse_softmax", "sparsity_m": 8}, SparseSoftmax(sparsity_m=8)),
+    "name": ("sparse_softmax", SparseSoftmax()),
+    "alias": ("triton_sparse_softmax", SparseSoftmax()),
+    "N:M": ("8:16", SparseSoftmax(sparsity_n=8, sparsity_m=16)),
+}
+
+
+@pytest.mark.parametrize(("source", "method"), SHORT_FORMS.values(), ids=SHORT_FORMS)
+def test_short_forms_are_one_method_for_all(source, method):
+    assert SparsityConfig.load(source) == SparsityConfig(sparse_cfg={"*": method})
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("magic", "the configuration: 'magic' is not allowed; must be N:M such as '2:4', the path of a file"),
+        ("no/such.yaml", "no/such.yaml: cannot be read"),
+        (124, "the configuration: 124 is not allowed; must be a mapping or a name; YAML reads 2:4 without quotes as"),
+        (7, "the configuration: 7 is not allowed; must be a mapping or a name"),
+    ],
+)
+def test_bad_short_forms(source, message):
+    with pytest.raises(ConfigError) as error:
+        SparsityConfig.load(source)
+    assert str(error.value).startswith(message)
+
+
+def test_a_constructor_raises_what_a_file_raises():
+    with pytest.raises(ConfigError, match=r"^SparseSoftmax\.sparsity_n: 5 is not allowed; must be at most") as error:
+        SparseSoftmax(sparsity_n=5)
+    assert len(str(error.value).splitlines()) == 1
+    with pytest.raises(ConfigError, match=r"^SparsityConfig\.sparse_cfg\.a\.sparsity_n: 9"):
+        SparsityConfig(sparse_cfg={"a": {"method": "sparse_softmax", "sparsity_n": 9}})

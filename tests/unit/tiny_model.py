@@ -8,7 +8,7 @@ CONTEXT = 128
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not mind at all. " * 4
 
 
-def save_tiny_model(folder):
+def save_tiny_model(folder, context=CONTEXT):
     """Write a model whose attention is far from uniform, so that dropping keys changes what it predicts."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
@@ -23,7 +23,7 @@ def save_tiny_model(folder):
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=CONTEXT,
+        max_position_embeddings=context,
         bos_token_id=None,
         eos_token_id=None,
     )
