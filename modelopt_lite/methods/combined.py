@@ -7,6 +7,7 @@ from itertools import combinations
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, PlainValidator, SerializeAsAny, model_validator
+from pydantic.json_schema import SkipJsonSchema
 
 from ..errors import ConfigError
 from ..kernels import Backend
@@ -49,10 +50,14 @@ class Combined(SparseAttentionMethod):
 
     method: Literal["combined"] = Field(default="combined", description="the method's name")
     methods: tuple[Part, ...] = Field(min_length=2, strict=False, description="the methods, one of each kind at most")
-    num_sink_tokens: SinkTokens = Field(default=0, exclude=True, description="the most that any of the methods has")
-    dense_window_size: WindowSize = Field(default=0, exclude=True, description="the most that any of the methods has")
-    backend: Backend = Field(default="auto", exclude=True, description="that of the methods")
-    enable: bool = Field(default=True, exclude=True, description="that of the methods")
+    num_sink_tokens: SkipJsonSchema[SinkTokens] = Field(
+        default=0, exclude=True, description="the most that any of the methods has"
+    )
+    dense_window_size: SkipJsonSchema[WindowSize] = Field(
+        default=0, exclude=True, description="the most that any of the methods has"
+    )
+    backend: SkipJsonSchema[Backend] = Field(default="auto", exclude=True, description="that of the methods")
+    enable: SkipJsonSchema[bool] = Field(default=True, exclude=True, description="that of the methods")
 
     @model_validator(mode="before")
     @classmethod

@@ -87,7 +87,7 @@ def test_a_plan_made_by_hand_is_not_kept():
 
 UNKNOWN = {
     "another process": ("by hand 0123456789abcdef 7", "an AttentionPlan that was made by hand, in another process"),
-    "no such method": ('{"method":"nowhere"}', "'nowhere' is not a registered sparse method; installed: combined, flash_prefill"),
+    "no such method": ('{"method":"nowhere"}', "'nowhere' is not a registered sparse method; installed: combined"),
     "no such field": ('{"method":"sparse_softmax","width":3}', "width"),
     "a bad value": ('{"method":"sparse_softmax","sparsity_m":5}', "sparsity_m"),
     "no method": ("{}", "which this process cannot make"),
