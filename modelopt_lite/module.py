@@ -19,7 +19,7 @@ from torch import nn
 from .errors import UnsupportedError
 from .methods import SparseAttentionMethod
 from .plan import DENSE, AttentionPlan
-from .recomputation import Decision, checkpoints, forbid, record, recorded
+from .recomputation import Decision, checkpoints, forbid, may_be_checkpointed, record, recorded
 
 if TYPE_CHECKING:
     from .stats import LayerStatistics
@@ -204,8 +204,10 @@ def decide(module: nn.Module, is_decode: bool = False) -> Decision:
         return flags.decision(flags.dense_blocks > 0, flags.counters[-1] if flags.counters else None)
     if flags is not None:
         flags.last_call = object()
-    around = [] if is_decode and not torch.is_grad_enabled() else checkpoints()
-    decision = recorded(module, around)
+    if is_decode and not torch.is_grad_enabled():
+        return present_decision(module)
+    around = checkpoints() if may_be_checkpointed() else []
+    decision = recorded(module, around) if around else None
     if decision is None:
         decision = present_decision(module)
     if around:

@@ -81,6 +81,19 @@ class _Record:
         return found[min(index, len(found) - 1)]
 
 
+def may_be_checkpointed() -> bool:
+    """Whether there can be a checkpoint around the caller: not where nothing records gradients."""
+    return torch.is_grad_enabled() or _is_in_function()
+
+
+def _is_in_function() -> bool:
+    """Whether the caller may be in the forward of an autograd function, or in a backward pass."""
+    if torch._C._current_graph_task_id() != -1:
+        return True
+    # Such a forward runs without forward-mode gradients, in which no_grad() alone does not differ.
+    return not torch._C._is_fwd_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
 def checkpoints() -> list[Checkpoint]:
     """Return the checkpoints around the caller, innermost first."""
     return [*_by_hooks(), *_by_stack()]
@@ -163,9 +176,7 @@ def _closed_over(function: Any, name: str) -> Any:
 
 def _by_stack() -> Iterator[Checkpoint]:
     """Yield the autograd functions in whose forward or backward the caller is."""
-    # An autograd function's forward runs without forward-mode gradients, in which no_grad() alone does not differ.
-    is_inside = not torch._C._is_fwd_grad_enabled() and not torch.is_inference_mode_enabled()
-    if not is_inside and torch._C._current_graph_task_id() == -1:
+    if not _is_in_function():
         return
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:

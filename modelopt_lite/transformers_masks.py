@@ -225,6 +225,8 @@ def packed_by_positions(layout: Layout, positions: Tensor) -> Layout:
         and not (positions.is_cuda and torch.cuda.is_current_stream_capturing())
     )
     if not may_be_packed:
+        if request is not None:
+            request.packed = layout
         return layout
     q_offset, padding = 0, None
     if request is not None:
