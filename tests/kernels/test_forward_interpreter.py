@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from modelopt_lite.kernels import AttentionRequest, portable
 from modelopt_lite.kernels.language import jit, tl
-from modelopt_lite.kernels.portable import DTYPES, KEY_SETTINGS, QUERY_SETTINGS, SETTINGS
+from modelopt_lite.kernels.portable import KEY_SETTINGS, QUERY_SETTINGS, SETTINGS
 from modelopt_lite.kernels.reference import attention_reference
-from modelopt_lite.kernels.settings import Settings, default_settings
+from modelopt_lite.kernels.settings import DTYPES, Settings, default_settings
 from modelopt_lite.kernels.top_n import top_n_plan
 from modelopt_lite.methods import SinkWindow
 from modelopt_lite.plan import DENSE, GROUP_SIZES, AttentionPlan
