@@ -25,8 +25,8 @@ class XAttention(BlockMethod):
     the order of their mass, the first and the recent ones before all others, until those that are kept hold at least
     ``threshold`` of it.
 
-    Scores of tokens that are not in the call count as 0. As in the paper, those of a key behind its query count in full
-    where a query group meets its own key group.
+    Scores of tokens that are not in the call count as 0. Where a query group meets its own key group,
+    those of keys behind their query count as well.
     """
 
     method: Literal["xattention"] = Field(default="xattention", description="the method's name")
