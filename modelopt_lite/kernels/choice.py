@@ -167,12 +167,18 @@ def choose(
 
 
 def refusal(request: AttentionRequest) -> str | None:
-    """Say why no GPU kernel can run a request, or None if one can."""
-    reason: str | None = "Triton is not installed"
-    for kernel in GPU_KERNELS:
-        if (reason := kernel.refusal(request)) is None:
+    """Say why no GPU kernel can run a request, or None if one can.
+
+    The last one can most, so it is asked first, and its reason is the one that counts; others may have to be loaded to
+    answer.
+    """
+    reasons: list[str] = []
+    for kernel in reversed(GPU_KERNELS):
+        reason = kernel.refusal(request)
+        if reason is None:
             return None
-    return reason
+        reasons.append(reason)
+    return reasons[0] if reasons else "Triton is not installed"
 
 
 def differentiates_on_gpu(request: AttentionRequest, backend: Backend) -> bool:

@@ -465,7 +465,7 @@ def figures(model, dense, windows):
         ),
         ({"checkpoint_steps": 6}, "c.yaml: checkpoint_steps: 6 is not allowed; must divide steps = 20"),
         ({"variants": {"1:4": config_for("torch"), "1-4": config_for("torch")}}, "c.yaml: variants: "),
-        ({"variants": {"": config_for("torch")}}, "c.yaml: variants..[key]: '' is not allowed; "),
+        ({"variants": {"": config_for("torch")}}, "c.yaml: variants.: '' is not allowed; "),
         ({"learning_rate": "1e-3"}, "c.yaml: learning_rate: '1e-3' is not allowed; must be a valid number"),
     ],
 )
