@@ -245,7 +245,7 @@ def _plan(plan: AttentionPlan | None, sparsity_n: int, sparsity_m: int, sinks: i
     return plan
 
 
-@functools.cache
+@functools.lru_cache(maxsize=None, typed=True)
 def _plan_of_numbers(sparsity_n: int, sparsity_m: int, num_sink_tokens: int, dense_window_size: int) -> AttentionPlan:
     numbers = {"sparsity_n": sparsity_n, "sparsity_m": sparsity_m}
     for name, number in {**numbers, "num_sink_tokens": num_sink_tokens, "dense_window_size": dense_window_size}.items():

@@ -20,8 +20,8 @@ class MeanPoolTopK(BlockMethod):
 
     Close to the rule that MoBA (https://arxiv.org/abs/2502.13189) trains models with. Of the key blocks of which a
     query block sees any key, the share ``keep`` is kept, rounded up. The first and the recent blocks count as part of
-    it; if they are more, all of them are kept. Here MoBA's mean of keys meets the mean of a whole query block instead of
-    each query by itself, so that all queries of a block look at the same keys.
+    it; if they are more, all of them are kept. Here MoBA's mean of keys meets the mean of a whole query
+    block instead of each query by itself, so that all queries of a block look at the same keys.
     """
 
     method: Literal["mean_pool_top_k"] = Field(default="mean_pool_top_k", description="the method's name")
