@@ -118,3 +118,44 @@ def test_a_backend_that_cannot_run_is_refused():
     double = {name: x.double() if name in ("q", "k", "v") else x for name, x in arguments().items()}
     with pytest.raises(UnsupportedError, match="backend: 'triton' cannot run this: q is torch.float64"):
         attention(**double, backend="triton")
+
+
+def keep_near_the_row_maximum(scores, q_pos, k_pos):
+    return scores > scores.amax((-1, -2), keepdim=True) - 2.0
+
+
+def keep_top_groups(scores, q_pos, k_pos):
+    pooled = scores.nan_to_num(neginf=-1e4).mean(-1)
+    return (pooled >= pooled.topk(min(8, pooled.shape[-1]), -1).values[..., -1:])[..., None].expand(scores.shape)
+
+
+def keep_above_the_mean_of_queries(scores, q_pos, k_pos):
+    return scores > scores.nan_to_num(neginf=0.0).mean(-3, keepdim=True)
+
+
+WRONG_RULES = {
+    "row maximum": (keep_near_the_row_maximum, "keeps other keys if it sees fewer groups"),
+    "top groups": (keep_top_groups, "keeps other keys if it sees fewer groups"),
+    "other queries": (keep_above_the_mean_of_queries, "keeps other keys if it sees fewer queries"),
+    "numbers": (lambda scores, q_pos, k_pos: scores, "must return booleans of the shape of the scores"),
+    "shape": (lambda scores, q_pos, k_pos: (q_pos - k_pos) % 2 == 0, "must return booleans of the shape of the scores"),
+    "nothing": (lambda scores, q_pos, k_pos: None, "returns None"),
+}
+
+
+@pytest.mark.parametrize(("rule", "message"), WRONG_RULES.values(), ids=WRONG_RULES.keys())
+@pytest.mark.parametrize("group", [1, 4, 16])
+def test_a_rule_that_looks_beyond_its_group_is_refused(rule, message, group):
+    """At every use, as the tile size would decide what it keeps."""
+    for _ in range(2):
+        with pytest.raises(UnsupportedError, match=message):
+            attention(**arguments(), plan=AttentionPlan(keep=rule, group=group))
+
+
+def test_rules_of_one_group_are_let_through():
+    for rule in (
+        lambda scores, q_pos, k_pos: scores > 0,
+        lambda scores, q_pos, k_pos: scores > scores.amax(-1, keepdim=True) - 0.5,
+        lambda scores, q_pos, k_pos: ((q_pos - k_pos) % 3 == 0).expand(scores.shape),
+    ):
+        attention(**arguments(), plan=AttentionPlan(keep=rule, group=4))
