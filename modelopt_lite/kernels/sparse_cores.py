@@ -21,7 +21,7 @@ from .device import cdiv, compute_capability, current_stream, heads_per_wave, is
 from .hopper_launch import HOPPER, WorkPreparation, hopper_settings
 from .portable import new_results
 from .request import AttentionRequest
-from .settings import distances, gpu_refusal, options_of
+from .settings import distances, gpu_refusal, options_of, refuses_blocks
 from .tiles import LOG2E
 
 try:
@@ -67,7 +67,7 @@ def refusal(request: AttentionRequest) -> str | None:
     why. While a CUDA graph is captured, it cannot be loaded.
     """
     r = request
-    if (reason := gpu_refusal(r)) is not None:
+    if (reason := gpu_refusal(r) or refuses_blocks(r)) is not None:
         return reason
     if not r.q.is_cuda or compute_capability(r.q.device) != HOPPER:
         return "it is made for GPUs of compute capability 9.0"
