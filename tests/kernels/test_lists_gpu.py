@@ -1,6 +1,7 @@
 """The Hopper kernels with lists of key blocks on a GPU: the whole contract against the oracle."""
 
 import dataclasses
+import os
 
 import pytest
 import torch
@@ -8,14 +9,14 @@ from block_cases import shape_of_lists
 from cases import packed_request as make
 from test_gpu import check, poison, run
 
-from modelopt_lite.kernels import AttentionRequest, KeyBlocks
+from modelopt_lite.kernels import AttentionRequest, KeyBlocks, sparse_cores
 from modelopt_lite.kernels.choice import choose
 from modelopt_lite.kernels.top_n import top_n_plan
 from modelopt_lite.methods import SinkWindow
 from modelopt_lite.plan import DENSE
 
 __all__ = ["poison"]
-pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("hopper")]
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("pinned")]
 
 BF16, FP16 = torch.bfloat16, torch.float16
 # Lengths around block borders, 0 and 1 among them: (queries, keys) of each sequence.
@@ -33,11 +34,12 @@ PLANS = {
 }
 
 
-@pytest.fixture
-def hopper(monkeypatch):
+@pytest.fixture(params=["hopper", "sparse_cores"])
+def pinned(request, monkeypatch):
+    """Run each test with either kernel; :func:`listed` leaves out what the second one cannot run."""
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs a GPU of compute capability 9.0")
-    monkeypatch.setenv("MODELOPT_LITE_KERNEL", "hopper")
+    monkeypatch.setenv("MODELOPT_LITE_KERNEL", request.param)
 
 
 def listed(request, share=0.4, rows=128, per_kv_head=False, seed=1):
@@ -48,7 +50,11 @@ def listed(request, share=0.4, rows=128, per_kv_head=False, seed=1):
     masks = [torch.rand(heads, *shape, generator=generator) < share for shape in shapes]
     blocks = KeyBlocks.from_masks([mask.to(request.q.device) for mask in masks], 128, rows)
     request = request._replace(blocks=blocks)
-    assert choose(request, pinned="hopper").name == "hopper"
+    pinned = os.environ["MODELOPT_LITE_KERNEL"]
+    if pinned == "sparse_cores" and (reason := sparse_cores.refusal(request)) is not None:
+        assert "could not" not in reason
+        pytest.skip(reason)
+    assert choose(request, pinned=pinned).name == pinned
     return request
 
 
@@ -104,17 +110,15 @@ def test_scores_far_apart(plan, towards):
 @pytest.mark.parametrize("plan", ["dense", "2:4 exempt"])
 def test_many_items_of_all_lengths(plan):
     """More than there are multiprocessors, and of very different lengths."""
-    request = of_128(plan, lengths=((3000, 3000), (1, 2000), (700, 2500)), heads=(8, 2), exact=False)
-    request = request._replace(plan=PLANS[plan]) if plan == "dense" else request
-    mask_of = listed(request, 0.2).blocks.mask()
-    mask_of[::3] = True
-    blocks = listed(request).blocks
-    blocks = KeyBlocks.from_mask(mask_of, blocks.starts, 128, 128)
-    if plan == "dense":
-        check(request._replace(blocks=blocks))
-    first = run(request._replace(blocks=blocks))
+    lengths = ((3000, 3000), (1, 2000), (700, 2500))
+    request = listed(of_128(plan, lengths=lengths, heads=(8, 2), exact=plan != "dense"), 0.2)
+    mask = request.blocks.mask()
+    mask[::3] = True
+    request = request._replace(blocks=KeyBlocks.from_mask(mask, request.blocks.starts, 128, 128))
+    check(request)
+    first = run(request)
     for _ in range(10):
-        assert all(torch.equal(x, y) for x, y in zip(first, run(request._replace(blocks=blocks)), strict=True))
+        assert all(torch.equal(x, y) for x, y in zip(first, run(request), strict=True))
 
 
 @pytest.mark.parametrize("plan", ["dense", "2:4 exempt", "4:8"])
