@@ -796,19 +796,20 @@ def attend_items(
 
 @gluon.jit(
     do_not_specialize=[
-        "tail_start", "batch", "tiles_per_head", "heads_per_wave", "num_sinks", "window", "sliding_window", "hook_args"
+        "tail_start", "batch", "tiles_per_head", "heads_per_wave", "num_sinks", "window", "sliding_window",
+        "list_rows", "visits_stride", "heads_per_list", "hook_args",
     ]
 )  # fmt: skip
 def attention_forward_hopper(
     query_descriptor, key_descriptor, value_descriptor, key_tail_descriptor, value_tail_descriptor, tail_start, out_ptr,
     lse_ptr, sink_logits_ptr, counter_ptr, out_strides, sequences, heads_of, numbers, batch, tiles_per_head,
-    heads_per_wave, num_sinks, window, sliding_window, lists, hook_args,
+    heads_per_wave, num_sinks, window, sliding_window, visits_ptr, order_ptr, list_rows, visits_stride, heads_per_list,
+    hook_args,
     SCORE_HOOK: gl.constexpr, QUICK_HOOK: gl.constexpr, OPTIONS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Compute attention of packed sequences, and its log-sum-exp; see :mod:`.hopper_launch`.
 
-    ``lists`` is None, or ``(visits, order, rows, stride of rows, query heads of a list)``; see
-    :class:`modelopt_lite.kernels.visits_launch.Visits`.
+    With lists of key blocks there are :class:`modelopt_lite.kernels.visits_launch.Visits`; without, None.
     """
     ELEMENT: gl.constexpr = query_descriptor.dtype
     WARPGROUPS: gl.constexpr = OPTIONS.block_m // ROWS
@@ -864,6 +865,9 @@ def attention_forward_hopper(
     mail = (posted_items, tiles_of_stages, verdicts, doubts)
     barriers = (posted, done, query_loaded, loaded, freed, turn, cleared)
     pointers = (out_ptr, lse_ptr, sink_logits_ptr)
+    lists = None
+    if visits_ptr is not None:
+        lists = (visits_ptr, order_ptr, list_rows, visits_stride, heads_per_list)
     problem = (sequences, heads_of, batch, tiles_per_head, heads_per_wave, (num_sinks, window, sliding_window), lists)
     # Numbers known at compile time would not be so any more inside a tuple in a tuple.
     work = (buffers, ones_memory, mail, barriers, pointers, out_strides, problem, numbers)

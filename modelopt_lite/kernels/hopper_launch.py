@@ -131,10 +131,9 @@ def prepare(request: AttentionRequest) -> Callable[[AttentionRequest], tuple[Ten
         out, lse = new_results(r)
         if total == 0:
             return out, lse
-        lists = None
+        visits: tuple[Any, ...] = (None,) * 5
         if schedule is not None:
-            visits = schedule(r)
-            lists = (visits.tiles, visits.order, schedule.rows, visits.tiles.shape[2], schedule.heads_per_list)
+            visits = (*schedule(r), schedule.rows, schedule.shape[2], schedule.heads_per_list)
         key_tail, value_tail = (None, None) if tail_rows == 0 else r.k.new_empty(tail_shape).unbind()
         counter = prepare_work(r, out, lse, key_tail, value_tail)
         try:
@@ -142,7 +141,7 @@ def prepare(request: AttentionRequest) -> Callable[[AttentionRequest], tuple[Ten
                 programs, rebased(queries, r.q), rebased(keys, r.k), rebased(values, r.v),
                 rebased(tail_descriptor, key_tail), rebased(tail_descriptor, value_tail), tail_start, out, lse, r.s_aux,
                 counter, out.stride()[:2], (r.starts_q, r.lengths_q, r.starts_k, r.lengths_k), *rest,
-                lists, hook_arguments(plan),
+                *visits, hook_arguments(plan),
             )  # fmt: skip
         except CompilationError as error:
             hooks = (r.plan.score_hook, r.plan.quick_hook)

@@ -204,15 +204,23 @@ def sort_items(order_ptr, counts_ptr, sizes, heads_of, wave, first):
     tl.store(order_ptr + first_head * rows + ranks, head * rows + row, mask=exist)
 
 
-@triton.jit(do_not_specialize=["sizes", "heads_of", "distances"])
+@triton.jit(
+    do_not_specialize=[
+        "list_rows", "columns", "rows_each", "batch", "width", "heads", "heads_per_list", "heads_per_wave", "num_sinks",
+        "window", "sliding_window",
+    ]
+)  # fmt: skip
 def schedule(
-    visits_ptr, order_ptr, counts_ptr, indices_ptr, starts_ptr, lengths, sizes, heads_of, distances,
-    SPARSE: tl.constexpr, OPTIONS: tl.constexpr,
+    visits_ptr, order_ptr, counts_ptr, indices_ptr, starts_ptr, lengths, list_rows, columns, rows_each, batch, width,
+    heads, heads_per_list, heads_per_wave, num_sinks, window, sliding_window, SPARSE: tl.constexpr,
+    OPTIONS: tl.constexpr,
 ):  # fmt: skip
     """Sort items, ``RANKED`` a program, then write what they visit, an item a program."""
+    sizes = (list_rows, columns, rows_each, batch, width)
+    heads_of = (heads, heads_per_list, heads_per_wave)
+    distances = (num_sinks, window, sliding_window)
     program = tl.program_id(0)
-    heads, _, heads_per_wave = heads_of
-    rows = sizes[0] * sizes[2]
+    rows = list_rows * rows_each
     each = tl.cdiv(heads_per_wave * rows, RANKED)
     sorting = tl.cdiv(heads, heads_per_wave) * each
     if program < sorting:

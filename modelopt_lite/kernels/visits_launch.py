@@ -67,7 +67,7 @@ class Schedule:
         self.shape = (lists, self.rows, HEADER.value + width)
         wave = min(heads, heads_per_wave(r.k.shape[0], r.k, r.v) * (heads // r.k.shape[1]))
         sizes = (list_rows, blocks.indices.shape[2], rows_each, batch, width)
-        self.numbers = (sizes, (heads, self.heads_per_list, wave), distances(r))
+        self.numbers = (*sizes, heads, self.heads_per_list, wave, *distances(r))
         self.programs = cdiv(heads, wave) * cdiv(wave * self.rows, RANKED.value) + lists * self.rows
         is_sparse = r.plan.score_hook is not None
         self.launch = Launch(schedule, r.q.device, is_sparse, options, num_warps=1)
