@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.weak import WeakIdKeyDictionary, WeakTensorKeyDictionary
 
 from .errors import UnsupportedError
-from .kernels import AttentionRequest, compute, is_traced, pack, request_statistics, sdpa, suits_sdpa
+from .kernels import AttentionRequest, compute, is_traced, pack, sdpa, suits_sdpa
 from .module import SparseAttentionModule, decide, original_class
 from .plan import AttentionPlan
 from .recomputation import Decision
@@ -551,8 +551,7 @@ def attend(
     if statistics is not None:
         if query.is_cuda and torch.cuda.is_current_stream_capturing():
             raise UnsupportedError(f"{layer_name(module)}: statistics cannot be collected in a CUDA graph")
-        prefill = layout.lengths_q.masked_fill(layout.lengths_q == 1, 0)
-        statistics.add(request_statistics(request._replace(v=request.k, s_aux=None, lengths_q=prefill)))
+        request = statistics.observe(request)
     try:
         output, _ = compute(request, decision.backend)
     except UnsupportedError as error:
