@@ -16,7 +16,7 @@ from .calibrated import CalibratedMethod, Knob
 
 
 @register_sparse_method
-class FlashPrefill(CalibratedMethod, BlockMethod):
+class FlashPrefill(BlockMethod, CalibratedMethod):
     """FlashPrefill (https://arxiv.org/abs/2603.06199): key blocks by the weight of their mean key, without sorting.
 
     Each query attends to the mean keys of all key blocks of which it sees a key. The score of a key block for a query

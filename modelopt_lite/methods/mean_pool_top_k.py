@@ -16,7 +16,7 @@ from .calibrated import CalibratedMethod, Knob
 
 
 @register_sparse_method
-class MeanPoolTopK(CalibratedMethod, BlockMethod):
+class MeanPoolTopK(BlockMethod, CalibratedMethod):
     """The key blocks whose mean key scores highest with the mean query of a query block: a simple baseline.
 
     Close to the rule that MoBA (https://arxiv.org/abs/2502.13189) trains models with. Of the key blocks of which a

@@ -16,7 +16,7 @@ from .calibrated import CalibratedMethod, Knob
 
 
 @register_sparse_method
-class XAttention(CalibratedMethod, BlockMethod):
+class XAttention(BlockMethod, CalibratedMethod):
     """XAttention (https://arxiv.org/abs/2503.16428): key blocks by antidiagonals, up to a share of their mass.
 
     Queries and keys are cut into groups of ``stride`` positions. The logit of two groups is the mean of the scores on
