@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor, distributed, nn
 
 from .kernels import AttentionStatistics
 from .module import count, sparse_modules
@@ -115,6 +116,25 @@ class ModelStatistics:
         """Add what was counted elsewhere, layer by layer."""
         for name, layer in other.layers.items():
             self.layers.setdefault(name, LayerStatistics()).merge(layer)
+
+    def sum_over_ranks(self, group: distributed.ProcessGroup | None = None) -> None:
+        """Add what the other processes counted of the same model; every process then has the sum.
+
+        Right where processes share the heads (tensor parallelism), the tokens (context parallelism) or the batch. Call
+        it once, after the last forward pass, in all processes of the group.
+
+        Args:
+            group: the processes; by default all.
+        """
+        on_gpu = distributed.get_backend(group) == "nccl"
+        counts = torch.tensor(
+            [[float(count) for count in layer._counts] for layer in self.layers.values()],
+            dtype=torch.float64,  # exact for integers up to 2^53
+            device="cuda" if on_gpu else "cpu",
+        )
+        distributed.all_reduce(counts, group=group)
+        for layer, summed in zip(self.layers.values(), counts.tolist(), strict=True):
+            layer._counts = tuple(summed)
 
     @property
     def total(self) -> LayerStatistics:
