@@ -13,7 +13,7 @@ from ..plan import AttentionPlan
 from .arguments import check_request, is_count
 from .blocked import AttentionStatistics
 from .blocks import KeyBlocks
-from .choice import Backend
+from .choice import Backend, run
 from .operator import compute, is_traced, pack
 from .request import AttentionRequest
 from .sdpa import sdpa, suits_sdpa
@@ -31,6 +31,7 @@ __all__ = [
     "is_traced",
     "pack",
     "request_statistics",
+    "run",
     "sdpa",
     "select_blocks",
     "suits_sdpa",
