@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor, distributed, nn
 
-from .kernels import AttentionStatistics
+from .kernels import AttentionRequest, AttentionStatistics, request_statistics
 from .module import count, sparse_modules
 
 
@@ -20,6 +21,12 @@ class LayerStatistics:
 
     def __init__(self) -> None:
         self._counts: tuple[int | float | Tensor, ...] = (0, 0, 0, 0.0, 0, 0, 0)
+
+    def observe(self, request: AttentionRequest) -> AttentionRequest:
+        """Add what a call keeps in its prefills; the call itself stays as it is."""
+        prefill = request.lengths_q.masked_fill(request.lengths_q == 1, 0)
+        self.add(request_statistics(request._replace(v=request.k, s_aux=None, lengths_q=prefill)))
+        return request
 
     def add(self, counts: AttentionStatistics) -> None:
         """Add the counts of another computation."""
@@ -115,6 +122,25 @@ class ModelStatistics:
         """Add what was counted elsewhere, layer by layer."""
         for name, layer in other.layers.items():
             self.layers.setdefault(name, LayerStatistics()).merge(layer)
+
+    def sum_over_ranks(self, group: distributed.ProcessGroup | None = None) -> None:
+        """Add what the other processes counted of the same model; every process then has the sum.
+
+        Right where processes share the heads (tensor parallelism), the tokens (context parallelism) or the batch. Call
+        it once, after the last forward pass, in all processes of the group.
+
+        Args:
+            group: the processes; by default all.
+        """
+        on_gpu = distributed.get_backend(group) == "nccl"
+        counts = torch.tensor(
+            [[float(count) for count in layer._counts] for layer in self.layers.values()],
+            dtype=torch.float64,  # exact for integers up to 2^53
+            device="cuda" if on_gpu else "cpu",
+        )
+        distributed.all_reduce(counts, group=group)
+        for layer, summed in zip(self.layers.values(), counts.tolist(), strict=True):
+            layer._counts = tuple(summed)
 
     @property
     def total(self) -> LayerStatistics:
