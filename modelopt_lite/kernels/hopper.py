@@ -865,7 +865,7 @@ def attention_forward_hopper(
     mail = (posted_items, tiles_of_stages, verdicts, doubts)
     barriers = (posted, done, query_loaded, loaded, freed, turn, cleared)
     pointers = (out_ptr, lse_ptr, sink_logits_ptr)
-    lists = None
+    lists: gl.constexpr = None
     if visits_ptr is not None:
         lists = (visits_ptr, order_ptr, list_rows, visits_stride, heads_per_list)
     problem = (sequences, heads_of, batch, tiles_per_head, heads_per_wave, (num_sinks, window, sliding_window), lists)
