@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         XAttention,
     )
     from .module import SparseAttentionModule
+    from .parallel import context_parallel
     from .plan import AttentionPlan
     from .registry import get_sparse_method, list_sparse_methods, register_sparse_method
     from .stats import collect_statistics
@@ -56,6 +57,7 @@ _MODULE_OF = {
     "XAttention": "methods",
     "attention": "kernels",
     "collect_statistics": "stats",
+    "context_parallel": "parallel",
     "continuous_batching": "conversion",
     "disable_sparse_attention": "conversion",
     "disabled": "conversion",
@@ -90,6 +92,7 @@ __all__ = [
     "__version__",
     "attention",
     "collect_statistics",
+    "context_parallel",
     "continuous_batching",
     "disable_sparse_attention",
     "disabled",

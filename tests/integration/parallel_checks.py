@@ -59,7 +59,16 @@ def llama(heads=2, **options):
         for layer in model.model.layers:
             layer.self_attn.q_proj.weight.mul_(60)
             layer.self_attn.k_proj.weight.mul_(60)
+    model.loss_function = exact_loss
     return model.double()
+
+
+def exact_loss(logits, labels, vocab_size, num_items_in_batch=None, shift_labels=None, **_):
+    """Compute what Transformers does, but not in FP32."""
+    if shift_labels is None:
+        shift_labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), shift_labels.flatten(), reduction="sum")
+    return loss / ((shift_labels != -100).sum() if num_items_in_batch is None else num_items_in_batch)
 
 
 def tokens(batch, length):
@@ -113,6 +122,65 @@ def heads_that_do_not_divide(folder):
     model = LlamaForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(tp_size=2))
     with refused(r"layers.0.self_attn .*: its 1 heads of keys .* 2 processes"):
         mtsa.sparsify(model, "2:4")
+
+
+def ragged(lengths=(101, 38, 70)):
+    """Return a batch with padding at the left, at the right, and between tokens, and labels for its real tokens."""
+    ids, mask = tokens(3, max(lengths)), torch.ones(3, max(lengths), dtype=torch.int64)
+    mask[1, : -lengths[1]] = 0
+    mask[2, lengths[2] - 5 : -5] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[1, -lengths[1]] = -100
+    labels[2, -5] = -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def result_of_one(model, batch):
+    """Return logits and gradients as one process computes them."""
+    batch = dict(batch)
+    if batch.get("attention_mask") is not None:
+        batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    model.zero_grad()
+    output = model(**batch, use_cache=False)
+    output.loss.backward()
+    mask = batch.get("attention_mask")
+    logits = output.logits if mask is None else output.logits * mask[..., None]
+    return logits.detach(), output.loss.detach(), [p.grad for p in model.parameters()]
+
+
+def result_of_all(model, batch, parallel):
+    """Return the same of all processes together."""
+    inputs = parallel.shard(**batch)
+    model.zero_grad()
+    output = model(**inputs, use_cache=False)
+    output.loss.backward()
+    loss, grads = output.loss.detach(), [p.grad for p in model.parameters()]
+    for x in (loss, *grads):
+        distributed.all_reduce(x)
+    return parallel.gather(output.logits.detach(), inputs), loss, grads
+
+
+def close(found, expected, what, **tolerance):
+    torch.testing.assert_close(found, expected, msg=lambda error: f"{what}: {error}", **(tolerance or EXACT))
+
+
+@check(2, 4)
+def context_parallel(folder):
+    mesh = distributed.init_device_mesh("cpu", (distributed.get_world_size(),))
+    batch = ragged()
+    for name, method in METHODS.items():
+        model = mtsa.sparsify(llama(), {"sparse_cfg": {"*": method}})
+        with mtsa.collect_statistics(model) as statistics:
+            expected = result_of_one(model, batch)
+        for exchange in ("gather", "ring"):
+            with (
+                mtsa.context_parallel(model, mesh, exchange=exchange) as parallel,
+                mtsa.collect_statistics(model) as shared,
+            ):
+                found = result_of_all(model, batch, parallel)
+            close(found, expected, (name, exchange))
+            shared.sum_over_ranks()
+            close(counts(shared), counts(statistics), (name, exchange, "statistics"))
 
 
 def run(rank, world, folder, results):
