@@ -61,9 +61,8 @@ def attend_gathered(
             statistics.add(request_statistics(counted))
         output = output + compute(part, backend)[0]
     if needs_gradient and not shards.queries[shards.rank]:
-        output = output + 0 * (
-            request.k.sum() + request.v.sum()
-        )  # so that this process takes part in the backward pass
+        # So that this process takes part in the backward pass.
+        output = output + 0 * (request.q.sum() + request.k.sum() + request.v.sum())
     return output
 
 
