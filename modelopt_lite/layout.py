@@ -664,7 +664,7 @@ def refuse_context_parallel() -> str | None:
         return None
     return (
         "context_parallel shards the tokens and gathers keys for PyTorch's own attention only, which is not supported; "
-        "unsparsify the model or do without it"
+        "use modelopt_lite.context_parallel, or unsparsify the model"
     )
 
 

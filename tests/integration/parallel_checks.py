@@ -20,6 +20,7 @@ from typing import Literal
 import torch
 from torch import distributed
 from transformers import (
+    AttentionInterface,
     DynamicCache,
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -29,6 +30,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 from transformers.distributed import DistributedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import modelopt_lite as mtsa
 
@@ -236,7 +238,9 @@ def windows_caps_and_sinks(folder):
     """Sliding windows and softcaps (Gemma 2), and learnable sinks (GPT-OSS)."""
     sizes = {**SIZES, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 21}
     gemma = Gemma2ForCausalLM(Gemma2Config(**sizes, attn_logit_softcapping=4.0, query_pre_attn_scalar=1))
-    gpt = GptOssForCausalLM(GptOssConfig(**sizes, num_local_experts=2, num_experts_per_tok=1, experts_implementation="eager"))
+    gpt = GptOssForCausalLM(
+        GptOssConfig(**sizes, num_local_experts=2, num_experts_per_tok=1, experts_implementation="eager")
+    )
     for model in (gemma, gpt):
         torch.manual_seed(2)
         for parameter in model.parameters():
@@ -334,10 +338,44 @@ def refusals(folder):
             model(**inputs, past_key_values=cache)
         with refused(r"already"):
             mtsa.context_parallel(model, mesh).__enter__()
-    with refused(r"layers.0.self_attn .*: a batch with a single column"), mtsa.context_parallel(model, mesh) as parallel:
+    with (
+        refused(r"layers.0.self_attn .*: a batch with a single column"),
+        mtsa.context_parallel(model, mesh) as parallel,
+    ):
         model(**parallel.shard(ids[:, :1]), use_cache=False)
     with torch.no_grad():
         model(ids)  # outside it is as it was
+
+
+@check(2)
+def ulysses(folder):
+    """As DeepSpeed wraps the attention function: tokens are exchanged for heads, the mask is lost, positions come."""
+    rank, inner = distributed.get_rank(), ALL_ATTENTION_FUNCTIONS["modelopt_lite"]
+
+    def everywhere(x, dim):
+        parts = [torch.empty_like(x) for _ in range(2)]
+        distributed.all_gather(parts, x.contiguous())
+        return torch.cat(parts, dim)
+
+    def wrapped(module, query, key, value, mask, position_ids=None, **kwargs):
+        q, k, v = (everywhere(x, 2).chunk(2, 1)[rank] for x in (query, key, value))
+        output, _ = inner(module, q, k, v, None, position_ids=everywhere(position_ids, 1), **kwargs)
+        return everywhere(output, 2).chunk(2, 1)[rank], None
+
+    ids = tokens(1, 96)
+    for name, method in METHODS.items():
+        for lengths in ([96], [40, 1, 55]):
+            positions = torch.cat([torch.arange(length) for length in lengths])[None]
+            model = mtsa.sparsify(llama(), {"sparse_cfg": {"*": method}})
+            with torch.no_grad():
+                expected = model(ids, position_ids=positions, use_cache=False).logits
+                AttentionInterface.register("modelopt_lite", wrapped)
+                try:
+                    own = [x.chunk(2, 1)[rank] for x in (ids, positions)]
+                    found = model(own[0], position_ids=own[1], use_cache=False).logits
+                finally:
+                    AttentionInterface.register("modelopt_lite", inner)
+            close(found, expected.chunk(2, 1)[rank], (name, lengths))
 
 
 def run(rank, world, folder, results):
