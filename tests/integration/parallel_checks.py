@@ -30,9 +30,9 @@ from transformers import (
     LlamaForCausalLM,
 )
 from transformers.distributed import DistributedConfig
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import modelopt_lite as mtsa
+from modelopt_lite.huggingface import attention_forward
 
 CHECKS = {}
 """Functions by ``(number of processes, name)``."""
@@ -350,7 +350,7 @@ def refusals(folder):
 @check(2)
 def ulysses(folder):
     """As DeepSpeed wraps the attention function: tokens are exchanged for heads, the mask is lost, positions come."""
-    rank, inner = distributed.get_rank(), ALL_ATTENTION_FUNCTIONS["modelopt_lite"]
+    rank, inner = distributed.get_rank(), attention_forward
 
     def everywhere(x, dim):
         parts = [torch.empty_like(x) for _ in range(2)]
