@@ -117,6 +117,7 @@ def tensor_parallel(folder):
         llama().save_pretrained(folder)
     distributed.barrier()
     parallel = LlamaForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(tp_size=2))
+    parallel.loss_function = exact_loss
     single, ids = llama(), tokens(2, 70)
     for name, method in METHODS.items():
         results = []
