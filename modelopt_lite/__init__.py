@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .calibration import CalibrationResult, calibrate
     from .checkpoint import from_pretrained, save_pretrained
     from .config import SPARSE_SOFTMAX_DEFAULT, SparsityConfig
     from .conversion import (
@@ -42,6 +43,7 @@ _MODULE_OF = {
     "SPARSE_SOFTMAX_DEFAULT": "config",
     "AttentionPlan": "plan",
     "BlockMethod": "methods",
+    "CalibrationResult": "calibration",
     "Combined": "methods",
     "ConfigError": "errors",
     "FlashPrefill": "methods",
@@ -55,6 +57,7 @@ _MODULE_OF = {
     "UnsupportedError": "errors",
     "XAttention": "methods",
     "attention": "kernels",
+    "calibrate": "calibration",
     "collect_statistics": "stats",
     "continuous_batching": "conversion",
     "disable_sparse_attention": "conversion",
@@ -75,6 +78,7 @@ __all__ = [
     "SPARSE_SOFTMAX_DEFAULT",
     "AttentionPlan",
     "BlockMethod",
+    "CalibrationResult",
     "Combined",
     "ConfigError",
     "FlashPrefill",
@@ -89,6 +93,7 @@ __all__ = [
     "XAttention",
     "__version__",
     "attention",
+    "calibrate",
     "collect_statistics",
     "continuous_batching",
     "disable_sparse_attention",

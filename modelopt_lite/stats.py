@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, distributed, nn
 
-from .kernels import AttentionStatistics
+from .kernels import AttentionRequest, AttentionStatistics, request_statistics
 from .module import count, sparse_modules
 
 
@@ -22,6 +22,12 @@ class LayerStatistics:
     def __init__(self) -> None:
         self._counts: tuple[int | float | Tensor, ...] = (0, 0, 0, 0.0, 0, 0, 0)
         self._mass_by_head: float | Tensor = 0.0
+
+    def observe(self, request: AttentionRequest) -> AttentionRequest:
+        """Add what a call keeps in its prefills; the call itself stays as it is."""
+        prefill = request.lengths_q.masked_fill(request.lengths_q == 1, 0)
+        self.add(request_statistics(request._replace(v=request.k, s_aux=None, lengths_q=prefill)))
+        return request
 
     def add(self, counts: AttentionStatistics) -> None:
         """Add the counts of another computation."""

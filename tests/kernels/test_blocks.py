@@ -361,8 +361,8 @@ def test_plans_that_are_wrong():
         BlockSelector(sums, at_least_the_mean, block_size=24)
     with pytest.raises(ValueError, match=r"selector.block_rows: 64 is not allowed; a multiple of block_size = 128"):
         BlockSelector(sums, at_least_the_mean, block_rows=64)
-    with pytest.raises(ValueError, match=r"skip.threshold: 1.0 is not allowed; a number > 0 and < 1"):
-        SkipRule(1.0)
+    with pytest.raises(ValueError, match=r"skip.threshold: 0.0 is not allowed; a number > 0"):
+        SkipRule(0.0)
     selector = BlockSelector(sums, at_least_the_mean, block_size=64)
     with pytest.raises(ValueError, match=r"plan.skip: \(block_size, block_rows\) = \(128, 128\) is not allowed"):
         AttentionPlan(blocks=selector, skip=SkipRule(0.1))
