@@ -29,7 +29,6 @@ def tiles_smaller_than_sequences():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blocked, "QUERY_BLOCK", 16)
         patch.setattr(blocked, "TILE_SCORES", 1024)
-        patch.setattr(selection, "TILE_SCORES", 1024)
         yield
 
 
