@@ -10,7 +10,7 @@ from __future__ import annotations
 import glob
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -238,13 +238,18 @@ def _without_dense(values: Mapping[str, float]) -> dict[str, float]:
 def _budget(**given: float | str | None) -> tuple[Budget, float | str]:
     chosen = {name: value for name, value in given.items() if value is not None}
     if len(chosen) != 1:
-        raise ConfigError(f"budget: must be exactly one of {', '.join(given)}; {', '.join(chosen) or 'none'} is given")
+        raise ConfigError(f"budget: must be exactly one of {', '.join(given)}; {_are_given(chosen)} given")
     ((name, value),) = chosen.items()
     if not isinstance(value, str):
         allowed = {"sparsity": (0, 1), "speedup": (1, math.inf), "kl": (0, math.inf), "perplexity": (0, math.inf)}[name]
         if not allowed[0] < value < allowed[1]:
             raise ConfigError(f"{name}: {value!r} is not allowed; a number > {allowed[0]} and < {allowed[1]}")
     return name, value  # type: ignore[return-value] # the names are those of the arguments
+
+
+def _are_given(names: Iterable[str]) -> str:
+    names = list(names)
+    return f"{', '.join(names) or 'none'} {'are' if len(names) > 1 else 'is'}"
 
 
 def _entries(candidates: Mapping[str, ConfigSource] | Sequence[str]) -> dict[str, SparseAttentionMethod]:
