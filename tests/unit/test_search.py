@@ -1,6 +1,7 @@
 """Search: what it reports is what a fresh run measures, budgets are kept, and the choice is the best there is."""
 
 import itertools
+import json
 import math
 import random
 
@@ -8,9 +9,10 @@ import pytest
 import torch
 from tiny_model import save_tiny_model
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 import modelopt_lite as mtsa
-from modelopt_lite import layer_search
+from modelopt_lite import cli, layer_search
 from modelopt_lite.experiment.quality import compare_predictions
 from modelopt_lite.layer_search import STEPS, _Frontier
 
@@ -89,7 +91,7 @@ def test_a_loss_is_that_of_one_layer_alone(model):
         for name, method in CANDIDATES.items():
             kl, _, sparsity = fresh(model, {"sparse_cfg": {layer.layer: method}}, DATA)
             assert layer.kl[name] == pytest.approx(kl, rel=1e-3)
-            # The gain is measured with both layers sparse; which of the kept keys are recent depends on the activations.
+            # The gain is measured with both layers sparse; how many kept keys are recent depends on activations.
             assert layer.gain[name] == pytest.approx(sparsity, abs=1e-3)
     assert result.predicted_kl == pytest.approx(sum(layer.kl.get(layer.candidate, 0.0) for layer in result.layers))
 
@@ -226,3 +228,24 @@ def test_the_comparison_is_with_the_dense_model(model):
     with torch.no_grad():
         logits = model(DATA[0][None]).logits[0]
     assert compare_predictions(logits, logits, DATA[0]).divergence == 0
+
+
+def test_command(folder, tmp_path):
+    text, output = tmp_path / "text.txt", tmp_path / "found.yaml"
+    text.write_text("The lighthouse was finished in the autumn, after three winters of work. " * 10)
+    arguments = ["search", folder, output, "--candidate", "2:4", "--candidate", "1:4", "--text", text]
+    arguments += ["--lengths", "200", "--windows", "1", "--json"]
+
+    def invoke(*more):
+        return CliRunner().invoke(cli.app, [str(argument) for argument in [*arguments, *more]])
+
+    result = invoke("--sparsity", "2:4")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["config"] == json.loads(mtsa.SparsityConfig.load(output).model_dump_json())
+    assert found["run"]["sparsity"] >= found["everywhere"]["2:4"]["sparsity"] - 1e-3
+    output.unlink()
+    assert "--sparsity: 'half' is not allowed" in invoke("--sparsity", "half").stderr
+    assert "must be exactly one of" in invoke().stderr
+    result = invoke("--kl", "0.5")
+    assert json.loads(result.stdout)["run"]["kl"] <= 0.5
