@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     )
     from .errors import ConfigError, UnsupportedError
     from .kernels import attention
+    from .layer_search import SearchResult, search
     from .methods import (
         BlockMethod,
         Combined,
@@ -49,6 +50,7 @@ _MODULE_OF = {
     "FlashPrefill": "methods",
     "MeanPoolTopK": "methods",
     "SinkWindow": "methods",
+    "SearchResult": "layer_search",
     "SkipSoftmax": "methods",
     "SparseAttentionMethod": "methods",
     "SparseAttentionModule": "module",
@@ -68,6 +70,7 @@ _MODULE_OF = {
     "list_sparse_methods": "registry",
     "register_sparse_method": "registry",
     "save_pretrained": "checkpoint",
+    "search": "layer_search",
     "sparsify": "conversion",
     "summary": "conversion",
     "unsparsify": "conversion",
@@ -83,6 +86,7 @@ __all__ = [
     "ConfigError",
     "FlashPrefill",
     "MeanPoolTopK",
+    "SearchResult",
     "SinkWindow",
     "SkipSoftmax",
     "SparseAttentionMethod",
@@ -104,6 +108,7 @@ __all__ = [
     "list_sparse_methods",
     "register_sparse_method",
     "save_pretrained",
+    "search",
     "sparsify",
     "summary",
     "unsparsify",
