@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .calibration import CalibrationResult, calibrate
     from .checkpoint import from_pretrained, save_pretrained
     from .config import SPARSE_SOFTMAX_DEFAULT, SparsityConfig
     from .conversion import (
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     )
     from .errors import ConfigError, UnsupportedError
     from .kernels import attention
+    from .layer_search import SearchResult, search
     from .methods import (
         BlockMethod,
         Combined,
@@ -43,11 +45,13 @@ _MODULE_OF = {
     "SPARSE_SOFTMAX_DEFAULT": "config",
     "AttentionPlan": "plan",
     "BlockMethod": "methods",
+    "CalibrationResult": "calibration",
     "Combined": "methods",
     "ConfigError": "errors",
     "FlashPrefill": "methods",
     "MeanPoolTopK": "methods",
     "SinkWindow": "methods",
+    "SearchResult": "layer_search",
     "SkipSoftmax": "methods",
     "SparseAttentionMethod": "methods",
     "SparseAttentionModule": "module",
@@ -56,6 +60,7 @@ _MODULE_OF = {
     "UnsupportedError": "errors",
     "XAttention": "methods",
     "attention": "kernels",
+    "calibrate": "calibration",
     "collect_statistics": "stats",
     "context_parallel": "parallel",
     "continuous_batching": "conversion",
@@ -67,6 +72,7 @@ _MODULE_OF = {
     "list_sparse_methods": "registry",
     "register_sparse_method": "registry",
     "save_pretrained": "checkpoint",
+    "search": "layer_search",
     "sparsify": "conversion",
     "summary": "conversion",
     "unsparsify": "conversion",
@@ -77,10 +83,12 @@ __all__ = [
     "SPARSE_SOFTMAX_DEFAULT",
     "AttentionPlan",
     "BlockMethod",
+    "CalibrationResult",
     "Combined",
     "ConfigError",
     "FlashPrefill",
     "MeanPoolTopK",
+    "SearchResult",
     "SinkWindow",
     "SkipSoftmax",
     "SparseAttentionMethod",
@@ -91,6 +99,7 @@ __all__ = [
     "XAttention",
     "__version__",
     "attention",
+    "calibrate",
     "collect_statistics",
     "context_parallel",
     "continuous_batching",
@@ -102,6 +111,7 @@ __all__ = [
     "list_sparse_methods",
     "register_sparse_method",
     "save_pretrained",
+    "search",
     "sparsify",
     "summary",
     "unsparsify",

@@ -28,10 +28,10 @@ from .layout import (
     READABLE_MASKS,
     Layout,
     attend,
-    decode_step,
     layer_name,
     layout_of_mask,
     refuse_context_parallel,
+    whole_call,
     whole_layout,
 )
 from .module import SparseAttentionModule, decide, original_class, sparse_modules
@@ -107,6 +107,8 @@ _READ_ARGUMENTS = frozenset(
         "position_ids",
     }
 )
+# What changes nothing in a call whose layout holds the rest.
+_PLAIN_ARGUMENTS = (IRRELEVANT_ARGUMENTS - {"output_attentions"}) | {"is_causal", "sliding_window", "softcap"}
 # What continuous batching hands to every layer for its cache.
 PAGING_ARGUMENTS = ("block_table", "cu_seq_lens_k", "max_length_k", "read_index", "write_index")
 _NO_WEIGHTS = "output_attentions is not supported; unsparsify the model and use attn_implementation='eager'"
@@ -167,11 +169,11 @@ def attention_forward(
     shards: Shards | None = kwargs.pop(ARGUMENT, None)
     if shards is not None or (isinstance(module, SparseAttentionModule) and module.sparse_attention.is_sharded):
         return _sharded_attention(module, query, key, value, attention_mask, shards, dropout, scaling, **kwargs), None
-    if query.shape[2] == 1 and isinstance(attention_mask, Layout) and attention_mask.whole:
-        refusal = _refused_argument(dropout, {x: kwargs[x] for x in kwargs if x not in _READ_ARGUMENTS})
-        softcap, s_aux = kwargs.get("softcap"), kwargs.get("s_aux")
-        if refusal is None and isinstance(module, SparseAttentionModule) and kwargs.get("cu_seq_lens_q") is None:
-            output = decode_step(module, query, key, value, attention_mask, scaling, softcap, s_aux)
+    if type(attention_mask) is Layout and attention_mask.whole and isinstance(module, SparseAttentionModule):
+        is_settled = attention_mask.len_q == 1 or getattr(attention_mask.request, "packed", None) is attention_mask
+        if is_settled and not dropout and not any(kwargs[x] is not None for x in kwargs if x not in _PLAIN_ARGUMENTS):
+            softcap = kwargs.get("softcap")
+            output = whole_call(module, query, key, value, attention_mask, scaling, softcap)
             if output is not None:
                 return output, None
     own: OwnAttention | None = getattr(module, OWN_ATTRIBUTE, None)

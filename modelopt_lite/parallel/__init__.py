@@ -46,7 +46,8 @@ def context_parallel(model: nn.Module, mesh: DeviceMesh, *, exchange: Exchange =
         mesh: the processes, a mesh of one dimension.
         exchange: how keys and values come together. ``"ring"`` passes them on while it computes, so that each process
             holds those of two at a time. ``"gather"`` gives all to every process, layer by layer; it makes one
-            exchange instead of many. Tokens that follow cached ones are always computed with ``"gather"``.
+            exchange instead of many. Tokens that follow cached ones, and calls that are counted by
+            ``collect_statistics``, are computed with ``"gather"`` in any case.
 
     Yields:
         What divides batches.
@@ -325,9 +326,11 @@ def attend_sharded(
 def _computed(request: AttentionRequest, shards: Shards, decision: Decision) -> Tensor:
     if shards.is_replicated and not decision.plan.sparse_decode:
         return attend_replicated(request, shards, decision.backend)
-    if shards.is_replicated or shards.has_cache or shards.exchange == "gather":
-        return attend_gathered(request, shards, decision.backend, decision.statistics)
-    return attend_in_ring(request, shards, decision.backend, decision.statistics)
+    # Statistics look at all keys.
+    if shards.is_replicated or shards.has_cache or shards.exchange == "gather" or decision.statistics is not None:
+        statistics = None if shards.is_replicated else decision.statistics
+        return attend_gathered(request, shards, decision.backend, statistics)
+    return attend_in_ring(request, shards, decision.backend)
 
 
 def _refusal(query: Tensor, key: Tensor, value: Tensor, shards: Shards) -> str | None:

@@ -10,17 +10,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import defaultdict
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed
 
-from ..kernels import AttentionRequest, Backend, KeyBlocks, compute, gradients, request_statistics, select_blocks
+from ..kernels import AttentionRequest, Backend, KeyBlocks, compute, gradients, select_blocks
 from ..plan import DENSE, AttentionPlan
+from ..recomputation import Observer
 from .shards import Pair, Run, Shards, calls_of, packing, reachable
-
-if TYPE_CHECKING:
-    from ..stats import LayerStatistics
 
 # PyTorch 2.13 gave both new names.
 _all_gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
@@ -39,7 +37,7 @@ def _plan_for(plan: AttentionPlan, is_single: bool) -> AttentionPlan:
 
 
 def attend_gathered(
-    request: AttentionRequest, shards: Shards, backend: Backend, statistics: LayerStatistics | None
+    request: AttentionRequest, shards: Shards, backend: Backend, statistics: Observer | None = None
 ) -> Tensor:
     """Compute attention with the keys and values of all processes; differentiable.
 
@@ -47,7 +45,7 @@ def attend_gathered(
         request: this process' queries, keys and values; where the sequences are is in ``shards``.
         shards: how the batch is divided.
         backend: which kernels run.
-        statistics: what to count prefills in, or None.
+        statistics: what observes prefills, or None.
 
     Returns:
         The output ``[rows, query_heads, value_dim]`` of this process' queries.
@@ -57,8 +55,7 @@ def attend_gathered(
     output = request.q.new_zeros(*request.q.shape[:2], request.v.shape[2])
     for is_single, part in _parts_of_gathered(request, shards, needs_gradient):
         if statistics is not None and not is_single:
-            counted = part._replace(q=part.q.detach(), k=part.k.detach(), v=part.k.detach(), s_aux=None)
-            statistics.add(request_statistics(counted))
+            part = statistics.observe(part)
         output = output + compute(part, backend)[0]
     if needs_gradient and not shards.queries[shards.rank]:
         # So that this process takes part in the backward pass.
@@ -234,22 +231,18 @@ def _keys_for(queries: Run, keys: tuple[Run, ...], any_position: bool) -> list[R
     return found
 
 
-def attend_in_ring(
-    request: AttentionRequest, shards: Shards, backend: Backend, statistics: LayerStatistics | None
-) -> Tensor:
+def attend_in_ring(request: AttentionRequest, shards: Shards, backend: Backend) -> Tensor:
     """Compute attention while keys and values go around; differentiable.
 
     Arguments and result as of :func:`attend_gathered`.
     """
     blocks: dict[bool, _Selected] = {}
-    if request.plan.chooses_blocks or statistics is not None:
-        # Selectors and statistics look at all keys, but at no values.
+    if request.plan.chooses_blocks:
+        # Selectors look at all keys, but at no values.
         with torch.no_grad():
             detached = request._replace(q=request.q.detach(), k=request.k.detach(), v=request.k.detach(), s_aux=None)
             gathered = _gather_keys(detached, shards, with_values=False)
             for is_single, part in _parts_of_gathered(gathered, shards, False):
-                if statistics is not None and not is_single:
-                    statistics.add(request_statistics(part))
                 if part.plan.chooses_blocks:
                     blocks[is_single] = _Selected(part, shards, is_single)
     job = _Job(request._replace(q=None, k=None, v=None, s_aux=None), shards, backend, blocks)  # type: ignore[arg-type]
