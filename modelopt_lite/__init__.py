@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .calibration import CalibrationResult, calibrate
     from .checkpoint import from_pretrained, save_pretrained
     from .config import SPARSE_SOFTMAX_DEFAULT, SparsityConfig
     from .conversion import (
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     )
     from .errors import ConfigError, UnsupportedError
     from .kernels import attention
+    from .layer_search import SearchResult, search
     from .methods import (
         BlockMethod,
         Combined,
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
         XAttention,
     )
     from .module import SparseAttentionModule
+    from .parallel import context_parallel
     from .plan import AttentionPlan
     from .registry import get_sparse_method, list_sparse_methods, register_sparse_method
     from .stats import collect_statistics
@@ -42,11 +45,13 @@ _MODULE_OF = {
     "SPARSE_SOFTMAX_DEFAULT": "config",
     "AttentionPlan": "plan",
     "BlockMethod": "methods",
+    "CalibrationResult": "calibration",
     "Combined": "methods",
     "ConfigError": "errors",
     "FlashPrefill": "methods",
     "MeanPoolTopK": "methods",
     "SinkWindow": "methods",
+    "SearchResult": "layer_search",
     "SkipSoftmax": "methods",
     "SparseAttentionMethod": "methods",
     "SparseAttentionModule": "module",
@@ -55,7 +60,9 @@ _MODULE_OF = {
     "UnsupportedError": "errors",
     "XAttention": "methods",
     "attention": "kernels",
+    "calibrate": "calibration",
     "collect_statistics": "stats",
+    "context_parallel": "parallel",
     "continuous_batching": "conversion",
     "disable_sparse_attention": "conversion",
     "disabled": "conversion",
@@ -65,6 +72,7 @@ _MODULE_OF = {
     "list_sparse_methods": "registry",
     "register_sparse_method": "registry",
     "save_pretrained": "checkpoint",
+    "search": "layer_search",
     "sparsify": "conversion",
     "summary": "conversion",
     "unsparsify": "conversion",
@@ -75,10 +83,12 @@ __all__ = [
     "SPARSE_SOFTMAX_DEFAULT",
     "AttentionPlan",
     "BlockMethod",
+    "CalibrationResult",
     "Combined",
     "ConfigError",
     "FlashPrefill",
     "MeanPoolTopK",
+    "SearchResult",
     "SinkWindow",
     "SkipSoftmax",
     "SparseAttentionMethod",
@@ -89,7 +99,9 @@ __all__ = [
     "XAttention",
     "__version__",
     "attention",
+    "calibrate",
     "collect_statistics",
+    "context_parallel",
     "continuous_batching",
     "disable_sparse_attention",
     "disabled",
@@ -99,6 +111,7 @@ __all__ = [
     "list_sparse_methods",
     "register_sparse_method",
     "save_pretrained",
+    "search",
     "sparsify",
     "summary",
     "unsparsify",

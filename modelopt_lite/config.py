@@ -26,7 +26,7 @@ from pydantic import (
 from pydantic_core import CoreSchema
 
 from .errors import ConfigError
-from .methods import Combined, SparseAttentionMethod, SparseSoftmax
+from .methods import CalibratedMethod, Combined, SparseAttentionMethod, SparseSoftmax
 from .registry import get_sparse_method, list_sparse_methods
 from .schema import ConfigModel, describe_errors, field_errors
 
@@ -143,18 +143,75 @@ class SparsityConfig(ConfigModel):
         Raises:
             ConfigError: if a pattern matches none of them.
         """
+        entries = {name: self.sparse_cfg[pattern] for name, pattern in self.deciding_patterns(names).items()}
+        return {name: entry for name, entry in entries.items() if isinstance(entry, SparseAttentionMethod)}
+
+    def deciding_patterns(self, names: Iterable[str]) -> dict[str, str]:
+        """Return the pattern that decides for each module by name; modules without one are left out.
+
+        Args, raises as :meth:`assign`.
+        """
         names = list(names)
-        chosen: dict[str, SparseAttentionMethod | Disabled] = {}
-        if DEFAULT_PATTERN in self.sparse_cfg:
-            chosen.update(dict.fromkeys(names, self.sparse_cfg[DEFAULT_PATTERN]))
-        for pattern, entry in self.sparse_cfg.items():
+        chosen = dict.fromkeys(names, DEFAULT_PATTERN) if DEFAULT_PATTERN in self.sparse_cfg else {}
+        for pattern in self.sparse_cfg:
             if pattern == DEFAULT_PATTERN:
                 continue
             matched = match_names(names, pattern)
             if not matched:
                 raise ConfigError(f"sparse_cfg.{pattern}: matches no attention module; there are {abbreviate(names)}")
-            chosen.update(dict.fromkeys(matched, entry))
-        return {name: entry for name, entry in chosen.items() if isinstance(entry, SparseAttentionMethod)}
+            chosen.update(dict.fromkeys(matched, pattern))
+        return chosen
+
+    def with_target(self, target_sparsity: float) -> SparsityConfig:
+        """Return the configuration with another target in every calibrated method; nothing is measured again.
+
+        Args:
+            target_sparsity: share of the key blocks that is to be skipped, > 0 and < 1.
+
+        Raises:
+            ConfigError: if no method is calibrated, or the target is out of its range.
+        """
+        entries = {pattern: _with_target(entry, target_sparsity) for pattern, entry in self.sparse_cfg.items()}
+        if entries == self.sparse_cfg and not any(map(_is_calibrated, entries.values())):
+            raise ConfigError("sparse_cfg: has no calibrated method; modelopt_lite.calibrate makes one")
+        return SparsityConfig(sparse_cfg=entries)
+
+    def save(self, path: str | os.PathLike[str], comment: str = "") -> None:
+        """Write the configuration as YAML that :meth:`load` reads; fields that have their default are left out.
+
+        Args:
+            path: the file.
+            comment: lines that come first, as comments.
+        """
+        head = "".join(f"# {line}".rstrip() + "\n" for line in comment.splitlines())
+        content = {"sparse_cfg": {pattern: _written(entry) for pattern, entry in self.sparse_cfg.items()}}
+        text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, default_flow_style=None, width=120)
+        Path(path).write_text(head + text, encoding="utf-8")
+
+
+def _parts(entry: SparseAttentionMethod | Disabled) -> tuple[SparseAttentionMethod | Disabled, ...]:
+    return entry.methods if isinstance(entry, Combined) else (entry,)
+
+
+def _is_calibrated(entry: SparseAttentionMethod | Disabled) -> bool:
+    return any(isinstance(part, CalibratedMethod) and part.calibration is not None for part in _parts(entry))
+
+
+def _with_target(entry: SparseAttentionMethod | Disabled, target: float) -> SparseAttentionMethod | Disabled:
+    if isinstance(entry, Combined):
+        return Combined(methods=tuple(_with_target(part, target) for part in entry.methods))
+    if not isinstance(entry, CalibratedMethod) or entry.calibration is None:
+        return entry
+    return type(entry)(**{**entry.model_dump(), "target_sparsity": target})
+
+
+def _written(entry: SparseAttentionMethod | Disabled) -> Any:
+    """Return an entry as a file holds it."""
+    if isinstance(entry, Combined):
+        return [_written(part) for part in entry.methods]
+    if isinstance(entry, Disabled):
+        return entry.model_dump()
+    return {"method": entry.method, **entry.model_dump(mode="json", exclude_defaults=True)}
 
 
 ConfigSource: TypeAlias = "SparsityConfig | SparseAttentionMethod | dict[str, Any] | str | os.PathLike[str]"

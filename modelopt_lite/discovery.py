@@ -16,6 +16,7 @@ from types import CodeType, FunctionType
 from typing import Any, cast
 
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 
@@ -285,7 +286,27 @@ def _unsupported(module: nn.Module, owner: PreTrainedModel | None, is_chosen: bo
     if _makes_a_mask(_class(module)):
         return "makes an attention mask of its own, which is not supported"
     kind = _layer_kind(module)
-    return f"{kind} is not supported" if kind in UNSUPPORTED_LAYERS else None
+    return f"{kind} is not supported" if kind in UNSUPPORTED_LAYERS else _divided_head(module)
+
+
+def _divided_head(module: nn.Module) -> str | None:
+    """Return what is wrong if tensor parallelism divides a module's heads of keys unevenly, None if it does not."""
+    config = getattr(module, "config", None)
+    heads = getattr(config, "num_key_value_heads", None)
+    dim = getattr(module, "head_dim", None) or getattr(config, "head_dim", None)
+    if not isinstance(heads, int) or not isinstance(dim, int):
+        return None
+    for weight in module.parameters():
+        if not isinstance(weight, DTensor) or weight.shape[0] != heads * dim:
+            continue
+        names = weight.device_mesh.mesh_dim_names or ()
+        for name, size, placement in zip(names, weight.device_mesh.shape, weight.placements, strict=False):
+            if name == "tp" and placement.is_shard(0) and heads % size:
+                return (
+                    f"its {heads} heads of keys and values cannot be divided among {size} processes of tensor "
+                    "parallelism; use a tp_size that divides them, or context parallelism"
+                )
+    return None
 
 
 @functools.cache

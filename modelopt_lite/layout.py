@@ -12,10 +12,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.weak import WeakIdKeyDictionary, WeakTensorKeyDictionary
 
 from .errors import UnsupportedError
-from .kernels import AttentionRequest, compute, is_traced, pack, request_statistics, sdpa, suits_sdpa
-from .module import SparseAttentionModule, decide, original_class
+from .kernels import AttentionRequest, compute, is_traced, pack, run, sdpa, suits_sdpa
+from .module import SparseAttentionModule, decide, original_class, present_decision
 from .plan import AttentionPlan
-from .recomputation import Decision
+from .recomputation import Decision, may_be_checkpointed
 
 ResultT = TypeVar("ResultT")
 
@@ -454,36 +454,79 @@ def _visible(mask: Tensor, batch: int, len_q: int, slots: int) -> tuple[Tensor, 
     return visible[:, 0], is_plain & (visible == visible[:, :1]).all()
 
 
-def decode_step(
-    module: nn.Module,
+def whole_call(
+    module: SparseAttentionModule,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     layout: Layout,
     scaling: float | None,
     softcap: float | None,
-    s_aux: Tensor | None,
 ) -> Tensor | None:
-    """Compute what :func:`attend` would in a decode step, if nothing but PyTorch's dense attention is needed for it.
+    """Compute what :func:`attend` would for a batch without padding that nothing records, traces or counts.
 
-    A shortcut, as here Python's time is the user's.
+    This is the way of short prefills and decode steps, where Python's time is the user's; it holds no case that
+    :func:`attend` does not.
 
     Returns:
         The output, or None if :func:`attend` has to be called.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled(query.device.type):
+    (batch, heads, len_q, dim), (_, kv_heads, slots, _), value_dim = query.shape, key.shape, value.shape[3]
+    if (batch, len_q, key.shape[0], slots) != (layout.batch, layout.len_q, layout.batch, layout.slots):
         return None
-    if isinstance(module, SparseAttentionModule):
-        flags = module.sparse_attention
-        if flags.sparse_plan.sparse_decode or flags.method.backend != "auto":
+    if is_traced(query) or may_be_checkpointed() or torch.is_autocast_enabled(query.device.type):
+        return None
+    if refuse_context_parallel() is not None:
+        return None
+    module.sparse_attention.last_call = object()
+    decision, window = present_decision(module), layout.sliding_window
+    plan, is_causal = decision.plan, layout.is_causal
+    if plan.is_dense or (len_q == 1 and not plan.sparse_decode):
+        if decision.backend != "auto" or (decision.statistics is not None and len_q > 1):
             return None
-        flags.last_call = object()
-    if (query.shape[0], key.shape[0], key.shape[2]) != (layout.batch, layout.batch, layout.slots):
+        if not suits_sdpa(query, key, value, is_causal=is_causal, sliding_window=window, softcap=softcap):
+            return None
+        return sdpa(query, key, value, is_causal=is_causal, scale=scaling).transpose(1, 2)
+    strides = (query.stride(), key.stride(), value.stride())
+    if (
+        decision.statistics is not None
+        or plan.chooses_blocks
+        or not is_causal
+        or layout.first_q is not None
+        or layout.first_k is not None
+        or layout.starts_q.device != query.device
+        or (batch > 1 and not all(_is_one_block(x) for x in (query, key, value)))
+        or (query.data_ptr() | key.data_ptr() | value.data_ptr()) & 15
+    ):
         return None
-    window = layout.sliding_window
-    if not suits_sdpa(query, key, value, is_causal=True, sliding_window=window, softcap=softcap, s_aux=s_aux):
-        return None
-    return sdpa(query, key, value, is_causal=False, scale=scaling).transpose(1, 2)
+    at_q, at_k, at_v = strides
+    request = AttentionRequest(
+        q=query.as_strided((batch * len_q, heads, dim), (at_q[2], at_q[1], at_q[3])),
+        k=key.as_strided((batch * slots, kv_heads, dim), (at_k[2], at_k[1], at_k[3])),
+        v=value.as_strided((batch * slots, kv_heads, value_dim), (at_v[2], at_v[1], at_v[3])),
+        s_aux=None,
+        starts_q=layout.starts_q,
+        lengths_q=layout.lengths_q,
+        max_q=len_q,
+        starts_k=layout.starts_k,
+        lengths_k=layout.lengths_k,
+        max_k=slots,
+        is_causal=True,
+        softmax_scale=dim**-0.5 if scaling is None else float(scaling),
+        sliding_window=window,
+        softcap=softcap,
+        plan=plan,
+    )
+    # Layouts of one size without padding are alike but for their tensors' addresses.
+    signature = (
+        query.shape, key.shape, value_dim, strides, query.dtype, key.dtype, value.dtype, query.device, key.device,
+        value.device, request.softmax_scale, window, softcap, plan.name,
+    )  # fmt: skip
+    try:
+        output, _ = run(request, decision.backend, signature)
+    except UnsupportedError as error:
+        raise UnsupportedError(f"{layer_name(module)}: {error}") from None
+    return output.view(batch, len_q, heads, value_dim)
 
 
 def attend(
@@ -551,8 +594,7 @@ def attend(
     if statistics is not None:
         if query.is_cuda and torch.cuda.is_current_stream_capturing():
             raise UnsupportedError(f"{layer_name(module)}: statistics cannot be collected in a CUDA graph")
-        prefill = layout.lengths_q.masked_fill(layout.lengths_q == 1, 0)
-        statistics.add(request_statistics(request._replace(v=request.k, s_aux=None, lengths_q=prefill)))
+        request = statistics.observe(request)
     try:
         output, _ = compute(request, decision.backend)
     except UnsupportedError as error:
@@ -561,6 +603,11 @@ def attend(
     if layout.restore_q is None:
         return output
     return output[torch.arange(layout.batch, device=output.device)[:, None], layout.restore_q]
+
+
+def _is_one_block(x: Tensor) -> bool:
+    """Whether the rows of ``[batch, heads, tokens, dim]`` follow each other as the tokens of a row do."""
+    return x.stride(0) == x.shape[2] * x.stride(2)
 
 
 def _request(
@@ -575,9 +622,9 @@ def _request(
     s_aux: Tensor | None,
 ) -> AttentionRequest:
     """Pack the tensors of :func:`attend` as their layout says."""
-    q = _packed(query, layout.order_q)
+    q = packed(query, layout.order_q)
     if layout.order_k is not None:
-        k, v, starts_k = _packed(key, layout.order_k), _packed(value, layout.order_k), layout.starts_k
+        k, v, starts_k = packed(key, layout.order_k), packed(value, layout.order_k), layout.starts_k
     else:
         k, v, starts_k = _packed_keys(key, value, layout)
     return AttentionRequest(
@@ -602,7 +649,7 @@ def _request(
     )
 
 
-def _packed(x: Tensor, order: Tensor | None = None) -> Tensor:
+def packed(x: Tensor, order: Tensor | None = None) -> Tensor:
     """Flatten ``[batch, heads, tokens, dim]`` to ``[batch * tokens, heads, dim]``, each row's tokens in an order."""
     if order is not None:
         return x.transpose(1, 2)[torch.arange(x.shape[0], device=x.device)[:, None], order].flatten(0, 1)
@@ -626,10 +673,10 @@ def _packed_keys(key: Tensor, value: Tensor, layout: Layout) -> tuple[Tensor, Te
     (batch, _, slots, _), step = key.shape, key.stride(2)
     # Gradients would be as large as that range.
     if batch == 1 or _is_recorded(key) or _is_recorded(value) or step == 0 or key.stride(0) % step:
-        return _packed(key), _packed(value), layout.starts_k
+        return packed(key), packed(value), layout.starts_k
     pitch = key.stride(0) // step
     if pitch < slots or value.stride(2) == 0 or value.stride(0) != pitch * value.stride(2):
-        return _packed(key), _packed(value), layout.starts_k
+        return packed(key), packed(value), layout.starts_k
     size = (batch - 1) * pitch + slots
     key, value = (
         x.as_strided((size, x.shape[1], x.shape[3]), (x.stride(2), x.stride(1), x.stride(3))) for x in (key, value)
@@ -664,7 +711,7 @@ def refuse_context_parallel() -> str | None:
         return None
     return (
         "context_parallel shards the tokens and gathers keys for PyTorch's own attention only, which is not supported; "
-        "unsparsify the model or do without it"
+        "use modelopt_lite.context_parallel, or unsparsify the model"
     )
 
 

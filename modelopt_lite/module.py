@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import Context, ContextVar, copy_context
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 from weakref import WeakSet
 
 import torch
@@ -19,10 +19,7 @@ from torch import nn
 from .errors import UnsupportedError
 from .methods import SparseAttentionMethod
 from .plan import DENSE, AttentionPlan
-from .recomputation import Decision, checkpoints, forbid, may_be_checkpointed, record, recorded
-
-if TYPE_CHECKING:
-    from .stats import LayerStatistics
+from .recomputation import Decision, Observer, checkpoints, forbid, may_be_checkpointed, record, recorded
 
 T = TypeVar("T")
 
@@ -47,6 +44,7 @@ class SparseAttentionFlags:
         dense_blocks: how many blocks of :func:`run_dense` are open in any context, for traced graphs, which cannot read
             context variables.
         counters: what the open blocks of :func:`count` fill, in any context, likewise.
+        is_sharded: whether calls need to be told how the tokens are divided among processes.
         checkpoints: PyTorch's objects for the checkpoints that will run a call again.
     """
 
@@ -59,7 +57,8 @@ class SparseAttentionFlags:
     last_call: object = None
     reached: bool = False
     dense_blocks: int = 0
-    counters: tuple[LayerStatistics, ...] = ()
+    counters: tuple[Observer, ...] = ()
+    is_sharded: bool = False
     checkpoints: WeakSet[Any] = field(default_factory=WeakSet)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -70,7 +69,7 @@ class SparseAttentionFlags:
         """Make a copy."""
         vars(self).update(vars(SparseAttentionFlags(sparse_plan=state["method"].shared_plan(), **state)))
 
-    def decision(self, is_dense: bool, statistics: LayerStatistics | None) -> Decision:
+    def decision(self, is_dense: bool, statistics: Observer | None) -> Decision:
         """Return what a call does, given whether it is to be dense and what it is counted in."""
         is_on = self.enabled and not is_dense
         plan = self.sparse_plan if is_on else DENSE
@@ -78,7 +77,7 @@ class SparseAttentionFlags:
 
 
 _dense: ContextVar[frozenset[SparseAttentionFlags]] = ContextVar("modelopt_lite_dense")
-_counters: ContextVar[Mapping[SparseAttentionFlags, LayerStatistics]] = ContextVar("modelopt_lite_counters")
+_counters: ContextVar[Mapping[SparseAttentionFlags, Observer]] = ContextVar("modelopt_lite_counters")
 _followers: ContextVar[tuple[SparseAttentionModule, ...]] = ContextVar("modelopt_lite_followers")
 _lock = threading.Lock()
 
@@ -244,7 +243,7 @@ def run_dense(modules: Sequence[SparseAttentionModule]) -> Iterator[None]:
 
 
 @contextmanager
-def count(counters: Mapping[SparseAttentionModule, LayerStatistics]) -> Iterator[None]:
+def count(counters: Mapping[SparseAttentionModule, Observer]) -> Iterator[None]:
     """Count calls of modules inside the ``with`` block, in the caller's context."""
     by_flags = {module.sparse_attention: statistics for module, statistics in counters.items()}
     for flags, statistics in by_flags.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -81,6 +82,31 @@ class BlockSelector:
 
 
 @dataclass(frozen=True)
+class LengthCurve:
+    """A number that follows the length: ``start + slope * ln(length)``, with the length kept between two bounds.
+
+    The length of a query block is the number of key blocks of which any of its queries sees a key, times the size of a
+    key block. In causal attention it is about the position of the query block, so that it depends on neither the end of
+    the sequence nor on how a prefill is cut into chunks.
+
+    Attributes:
+        start: the number at length 1, were it not for the bounds.
+        slope: what it gains when the length grows by a factor of e.
+        shortest: lengths below count as this one, >= 1.
+        longest: lengths above count as this one.
+    """
+
+    start: float
+    slope: float
+    shortest: float = 1.0
+    longest: float = math.inf
+
+    def at(self, length: Tensor) -> Tensor:
+        """Return the numbers at lengths in tokens, FP64, of the shape of ``length``."""
+        return self.start + self.slope * length.double().clamp(self.shortest, self.longest).log()
+
+
+@dataclass(frozen=True)
 class SkipRule:
     """Skip-softmax: a key block is dropped if all its scores lie far below what each query has seen elsewhere.
 
@@ -88,7 +114,8 @@ class SkipRule:
     skipped for a query block if all other scores that are kept are below their query's ``reference + ln(threshold)``.
 
     Attributes:
-        threshold: what a skipped key may weigh at most, relative to its query's heaviest key, > 0 and < 1.
+        threshold: what a skipped key may weigh at most, relative to its query's heaviest key, > 0. From 1 on, a skipped
+            block may hold a query's heaviest key. Or a curve that gives ``ln(threshold)`` by length.
         block_size: keys in a key block, a multiple of 16.
         block_rows: positions in a query block, a multiple of ``block_size``.
 
@@ -96,14 +123,20 @@ class SkipRule:
         ValueError: if a number is out of its range.
     """
 
-    threshold: float
+    threshold: float | LengthCurve
     block_size: int = BLOCK_SIZE
     block_rows: int = BLOCK_SIZE
 
     def __post_init__(self) -> None:
         _check_block_sizes("skip", self.block_size, self.block_rows)
-        if not 0 < self.threshold < 1:
-            raise ValueError(f"skip.threshold: {self.threshold!r} is not allowed; a number > 0 and < 1")
+        if not (isinstance(self.threshold, LengthCurve) or 0 < self.threshold < math.inf):
+            raise ValueError(f"skip.threshold: {self.threshold!r} is not allowed; a number > 0")
+
+    def log_threshold(self, length: Tensor) -> Tensor:
+        """Return ``ln(threshold)`` of query blocks with these lengths in tokens, FP64, of the shape of ``length``."""
+        threshold = self.threshold
+        curve = threshold if isinstance(threshold, LengthCurve) else LengthCurve(math.log(threshold), 0.0)
+        return curve.at(length)
 
 
 def _check_block_sizes(name: str, block_size: int, block_rows: int) -> None:

@@ -16,7 +16,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from types import CodeType, FrameType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -27,10 +27,16 @@ from .errors import UnsupportedError
 from .plan import DENSE, AttentionPlan
 
 if TYPE_CHECKING:
-    from .kernels import Backend
-    from .stats import LayerStatistics
+    from .kernels import AttentionRequest, Backend
 
 _RECORD = "_attention_decisions"
+
+
+class Observer(Protocol):
+    """Looks at the prefills of one layer, for example to count what they keep."""
+
+    def observe(self, request: AttentionRequest) -> AttentionRequest:
+        """Look at a call that has not been computed yet, and return the one to compute."""
 
 
 class Decision(NamedTuple):
@@ -40,13 +46,13 @@ class Decision(NamedTuple):
         is_on: whether the module is sparse and switched on.
         plan: what the kernels run.
         backend: which kernels run it.
-        statistics: counters to fill during prefill, or None.
+        statistics: what observes prefills, or None.
     """
 
     is_on: bool = False
     plan: AttentionPlan = DENSE
     backend: Backend = "auto"
-    statistics: LayerStatistics | None = None
+    statistics: Observer | None = None
 
 
 class Checkpoint(NamedTuple):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import random
 import time
@@ -22,6 +21,7 @@ from .assets import check_context, load_model, read_documents
 from .attention import measure_attention
 from .config import DENSE, OURS, ExperimentConfig, Metric
 from .harness import Harness
+from .measuring import cut_windows
 from .plan import HARNESS, Unit, sample_place, text_name
 from .quality import compare_predictions
 from .records import Answer, Attention, Continuation, Record, Speed, Window
@@ -128,22 +128,19 @@ class ModelWork:
             names = list(contents)
             random.Random(f"{self.config.seed}/{text}").shuffle(names)
             tokens: dict[str, Tensor] = {}
+
+            def tokens_of(
+                name: str, tokens: dict[str, Tensor] = tokens, contents: Mapping[str, str] = contents
+            ) -> Tensor:
+                if name not in tokens:
+                    self.keeper.prepare(f"tokenizing {name}", 0, 0)
+                    tokens[name] = torch.tensor(tokenizer(contents[name], verbose=False).input_ids)
+                return tokens[name]
+
             for length in quality.window_lengths:
                 check_context(self.model, length, f"quality.window_lengths.{quality.window_lengths.index(length)}")
-                found: list[TextWindow] = []
-                for turn in itertools.count():
-                    before = len(found)
-                    for name in names:
-                        if len(found) == quality.windows:
-                            break
-                        if name not in tokens:
-                            self.keeper.prepare(f"tokenizing {name}", 0, 0)
-                            tokens[name] = torch.tensor(tokenizer(contents[name], verbose=False).input_ids)
-                        part = tokens[name][turn * length : (turn + 1) * length]
-                        if len(part) == length:
-                            found.append(TextWindow(text, name, len(found), part))
-                    if len(found) in (before, quality.windows):
-                        break
+                parts = cut_windows(names, tokens_of, length, quality.windows)
+                found = [TextWindow(text, name, i, part) for i, (name, part) in enumerate(parts)]
                 if len(found) < quality.windows:
                     raise ConfigError(
                         f"{path}: {text!r} is not allowed; must have windows = {quality.windows} windows of {length} "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -12,11 +13,11 @@ from ..plan import AttentionPlan
 from .arguments import check_request, is_count
 from .blocked import AttentionStatistics
 from .blocks import KeyBlocks
-from .choice import Backend
-from .operator import compute, is_traced, pack
+from .choice import Backend, run
+from .operator import compute, gradients, is_traced, pack
 from .request import AttentionRequest
 from .sdpa import sdpa, suits_sdpa
-from .selection import select_blocks, statistics_of_blocks
+from .selection import count_visited, select_blocks, statistics_of_blocks
 from .top_n import top_n_plan
 
 __all__ = [
@@ -27,12 +28,15 @@ __all__ = [
     "attention",
     "attention_statistics",
     "compute",
+    "gradients",
     "is_traced",
     "pack",
     "request_statistics",
+    "run",
     "sdpa",
     "select_blocks",
     "suits_sdpa",
+    "visited_blocks",
 ]
 
 
@@ -214,6 +218,14 @@ def request_statistics(request: AttentionRequest) -> AttentionStatistics:
         request.check_values()
     with torch.autocast(request.q.device.type, enabled=False):
         return statistics_of_blocks(request)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator] # it belongs to no graph
+def visited_blocks(request: AttentionRequest, plans: Sequence[AttentionPlan]) -> tuple[Tensor, Tensor]:
+    """Count the key blocks that each of several plans visits; see :func:`~.selection.count_visited`."""
+    check_request(request)
+    with torch.autocast(request.q.device.type, enabled=False):
+        return count_visited(request, plans)
 
 
 def _scale(q: Tensor, softmax_scale: float | None) -> float:

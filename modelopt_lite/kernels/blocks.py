@@ -195,6 +195,14 @@ class BlockGrid:
         low_k, high_k = self.low_k[self.sequence], self.high_k[self.sequence]
         return any_visible(self.request, self.low_q[:, None], self.high_q[:, None], low_k, high_k)
 
+    def lengths(self, seen: Tensor) -> Tensor:
+        """Return the lengths of query blocks as :class:`~modelopt_lite.plan.LengthCurve` counts them.
+
+        Args:
+            seen: rows of :meth:`seen`, ``[..., key_blocks]``.
+        """
+        return seen.sum(-1) * self.block_size
+
     def is_dense(self) -> Tensor:
         """Return which query blocks are decode that stays dense, ``[query_blocks]``."""
         return torch.zeros_like(self._is_decode) if self.request.plan.sparse_decode else self._is_decode

@@ -84,8 +84,13 @@ _prepared: dict[tuple[Any, ...], Run] = {}
 _reasons_told: set[str] = set()
 
 
-def run(request: AttentionRequest, backend: Backend = "auto") -> Result:
+def run(request: AttentionRequest, backend: Backend = "auto", signature: tuple[Any, ...] | None = None) -> Result:
     """Compute a request with the kernel that suits it, without looking for it again if one like it has come before.
+
+    Args:
+        request: what is to be computed.
+        backend: as in :func:`choose`.
+        signature: what says in fewer words than :func:`_signature` all that the kernel's preparation depends on.
 
     Returns:
         The output, ``[total_q, query_heads, value_dim]``, and the logarithms of the softmax denominators, ``[total_q,
@@ -96,8 +101,8 @@ def run(request: AttentionRequest, backend: Backend = "auto") -> Result:
         ValueError: if ``MODELOPT_LITE_KERNEL`` names no kernel, or a value of the request is wrong.
     """
     pinned = os.environ.get("MODELOPT_LITE_KERNEL", "")
-    signature = (_signature(request), backend, pinned)
-    prepared = _prepared.get(signature)
+    key = (signature or _signature(request), backend, pinned)
+    prepared = _prepared.get(key)
     if prepared is not None:  # so its like was checked
         return prepared(request)
     check_request(request)
@@ -117,7 +122,7 @@ def run(request: AttentionRequest, backend: Backend = "auto") -> Result:
     if not (request.q.is_cuda and torch.cuda.is_current_stream_capturing()):
         if len(_prepared) >= MAX_SIGNATURES:
             _prepared.clear()
-        _prepared[signature] = prepared
+        _prepared[key] = prepared
     return result
 
 

@@ -5,7 +5,6 @@ It holds all scores of a sequence at once, so memory is quadratic in the length;
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -90,7 +89,7 @@ def kept_scores(
     exempt = visible & (sink | recent)
     kept = kept | exempt
     if plan.skip is not None and request.blocks is None and has_blocks:
-        kept = kept & ~_skipped(scores.detach(), kept, exempt, q_pos, k_pos, plan.skip)
+        kept = kept & ~_skipped(scores.detach(), visible, kept, exempt, q_pos, k_pos, plan.skip)
     return scores.masked_fill(~kept, -torch.inf)[..., padding[0] :][..., : k.shape[0]]
 
 
@@ -181,17 +180,21 @@ def listed_blocks(request: AttentionRequest, number: int) -> Tensor | None:
     return request.blocks.mask()[:, int(request.blocks.starts[number]) :]
 
 
-def _skipped(scores: Tensor, kept: Tensor, exempt: Tensor, q_pos: Tensor, k_pos: Tensor, skip: SkipRule) -> Tensor:
+def _skipped(
+    scores: Tensor, visible: Tensor, kept: Tensor, exempt: Tensor, q_pos: Tensor, k_pos: Tensor, skip: SkipRule
+) -> Tensor:
     """Return which scores skip-softmax drops, ``[heads, queries, keys]``, of those that are kept so far."""
+    in_query_block, in_key_block = _members(q_pos, skip.block_rows), _members(k_pos, skip.block_size)
+    query_block, key_block = _numbers(q_pos, skip.block_rows), _numbers(k_pos, skip.block_size)
     diagonal = q_pos[:, None] // skip.block_rows == k_pos // skip.block_rows
     is_reference = kept & (exempt | diagonal)
     reference = scores.masked_fill(~is_reference, -torch.inf).amax(-1, keepdim=True)
     others = kept & ~is_reference
-    matter = others & (scores >= reference + math.log(skip.threshold))
+    blocks_seen = in_query_block @ visible.double() @ in_key_block.T > 0
+    log_threshold = skip.log_threshold(blocks_seen.sum(-1, keepdim=True) * skip.block_size)[query_block]
+    matter = others & (scores >= reference + log_threshold)
     # One score that matters keeps the block for all queries.
-    in_query_block, in_key_block = _members(q_pos, skip.block_rows), _members(k_pos, skip.block_size)
     blocks_kept = in_query_block @ matter.double() @ in_key_block.T > 0
-    query_block, key_block = _numbers(q_pos, skip.block_rows), _numbers(k_pos, skip.block_size)
     return others & ~blocks_kept[:, query_block][:, :, key_block]
 
 

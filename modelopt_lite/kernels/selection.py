@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..plan import AttentionPlan, BlockSelector, SkipRule
-from .blocked import AttentionStatistics, statistics_blocked
+from .blocked import AttentionStatistics, statistics_blocked, tile_scores
 from .blocks import BlockGrid, GridPart, KeyBlocks, scaled, visible_keys
 from .reference import SequenceBlocks, selected_blocks
 from .request import AttentionRequest
-
-TILE_SCORES = 1 << 20
-"""About how many scores skip-softmax looks at together."""
 
 
 @torch.no_grad()
@@ -45,12 +42,48 @@ def chosen_blocks(request: AttentionRequest) -> tuple[Tensor, Tensor | None]:
     if plan.blocks is None or 0 in grid.shape:
         selected = seen.expand(request.q.shape[1], *seen.shape)
     else:
-        selected = _selected(request, grid, seen, plan.blocks)
-        selected = (selected | grid.is_dense()[:, None]) & seen
+        (selected,) = _selected(request, grid, seen, [plan.blocks])
     if plan.skip is None or 0 in grid.shape:
         return selected, None
     selected = selected.repeat_interleave(request.q.shape[1] // selected.shape[0], 0)
-    return selected, selected & _skipped(request, grid, selected, plan.skip) & ~grid.is_dense()[:, None]
+    (skipped,) = _skipped(request, grid, seen, selected, [plan.skip])
+    return selected, skipped
+
+
+@torch.no_grad()
+def count_visited(request: AttentionRequest, plans: Sequence[AttentionPlan]) -> tuple[Tensor, Tensor]:
+    """Count the key blocks that each of several plans visits, from one computation of the scores.
+
+    The plans differ in one number alone: in what their selector does with its scores, or, without a selector, in the
+    threshold of their skip rule. So all of them choose by the scores of the first.
+
+    Args:
+        request: a checked request without lists; its own plan is not used.
+        plans: one or more.
+
+    Returns:
+        The blocks that a query block sees, ``[query_blocks]``, and those that it visits, ``[plans, query_heads,
+        query_blocks]``.
+
+    Raises:
+        ValueError: if the plans have both a selector and a skip rule, or neither.
+    """
+    first = plans[0]
+    if (first.blocks is None) == (first.skip is None):
+        raise ValueError("plans: must have either a block selector or a skip rule")
+    request = request.without_pages()._replace(plan=first)
+    grid, heads = BlockGrid(request, *request.grid), request.q.shape[1]
+    seen = grid.seen()
+    if 0 in grid.shape:
+        visited = seen.expand(len(plans), heads, *seen.shape)
+    elif first.blocks is not None:
+        visited = _selected(request, grid, seen, [plan.blocks for plan in plans if plan.blocks is not None])
+        visited = visited.repeat_interleave(heads // visited.shape[1], 1)
+    else:
+        everything = seen.expand(heads, *seen.shape)
+        skipped = _skipped(request, grid, seen, everything, [plan.skip for plan in plans if plan.skip is not None])
+        visited = everything & ~skipped
+    return seen.sum(-1), visited.sum(-1)
 
 
 @torch.no_grad()
@@ -75,14 +108,18 @@ def statistics_of_blocks(request: AttentionRequest) -> AttentionStatistics:
     return statistics_blocked(request, counts)
 
 
-def _selected(request: AttentionRequest, grid: BlockGrid, seen: Tensor, selector: BlockSelector) -> Tensor:
-    if selector.scores is None:
-        return _selected_by_reference(request, grid, selector)
-    scores = selector.scores(grid)
-    if selector.per_kv_head:
-        scores = scores.unflatten(0, (request.k.shape[1], -1)).sum(1)
-    forced = grid.forced(selector.first_blocks, selector.recent_blocks) & seen
-    return forced | selector.choose(scores, seen, forced)
+def _selected(request: AttentionRequest, grid: BlockGrid, seen: Tensor, selectors: Sequence[BlockSelector]) -> Tensor:
+    """Return what selectors keep that score alike, ``[selectors, heads, query_blocks, key_blocks]``."""
+    first = selectors[0]
+    if first.scores is None:
+        selected = torch.stack([_selected_by_reference(request, grid, selector) for selector in selectors])
+    else:
+        scores = first.scores(grid)
+        if first.per_kv_head:
+            scores = scores.unflatten(0, (request.k.shape[1], -1)).sum(1)
+        forced = grid.forced(first.first_blocks, first.recent_blocks) & seen
+        selected = torch.stack([forced | selector.choose(scores, seen, forced) for selector in selectors])
+    return (selected | grid.is_dense()[:, None]) & seen
 
 
 def _selected_by_reference(request: AttentionRequest, grid: BlockGrid, selector: BlockSelector) -> Tensor:
@@ -102,12 +139,20 @@ def _selected_by_reference(request: AttentionRequest, grid: BlockGrid, selector:
     return mask
 
 
-def _skipped(request: AttentionRequest, grid: BlockGrid, selected: Tensor, skip: SkipRule) -> Tensor:
-    """Return which of the selected blocks skip-softmax skips, ``[query_heads, query_blocks, key_blocks]``."""
-    skipped = torch.zeros_like(selected)
+def _skipped(
+    request: AttentionRequest, grid: BlockGrid, seen: Tensor, selected: Tensor, rules: Sequence[SkipRule]
+) -> Tensor:
+    """Return which of the selected blocks are skipped by rules that differ in their threshold.
+
+    Returns:
+        ``[rules, query_heads, query_blocks, key_blocks]``.
+    """
+    skipped = torch.zeros(len(rules), *selected.shape, dtype=torch.bool, device=selected.device)
     diagonal, needed = grid.diagonal(), None
     if request.q.device.type == "cpu":  # where it costs nothing to know what there is
-        needed = grid.seen() & (selected.any(0) | diagonal | _may_be_exempt(grid, request.plan))
+        needed = seen & (selected.any(0) | diagonal | _may_be_exempt(grid, request.plan))
+    lengths = grid.lengths(seen)
+    margins = torch.stack([rule.log_threshold(lengths) for rule in rules]).to(grid.dtype)
     for number in range(grid.shape[0]):
         if needed is None:
             columns = torch.arange(grid.shape[1], device=request.q.device)
@@ -117,10 +162,12 @@ def _skipped(request: AttentionRequest, grid: BlockGrid, selected: Tensor, skip:
             part = GridPart(grid, slice(number, number + 1))
             row = _Row(request, grid, part, selected[:, number], diagonal[number], number)
             highest, others = row.maxima(columns)
-            matter = (others >= highest[..., None] + math.log(skip.threshold)) & (others > -torch.inf)
-            has_others = (others > -torch.inf).any(-2)
-            skipped[:, number, columns] = (has_others & ~matter.any(-2)).flatten(0, 1)
-    return skipped
+            is_other = others > -torch.inf
+            # Without a reference key every other key matters.
+            excess = (others - highest[..., None]).masked_fill(~is_other, -torch.inf).amax(-2).flatten(0, 1)
+            is_below = excess < margins[:, number, None, None]
+            skipped[:, :, number, columns] = is_below & is_other.any(-2).flatten(0, 1)
+    return skipped & selected & ~grid.is_dense()[:, None]
 
 
 def _may_be_exempt(grid: BlockGrid, plan: AttentionPlan) -> Tensor:
@@ -169,7 +216,7 @@ class _Row:
         """
         size = self.grid.block_size
         highest, others = self.query.new_full(self.query.shape[:3], -torch.inf), []
-        for few in columns.split(max(1, TILE_SCORES // (self.query.shape[:3].numel() * size))):
+        for few in columns.split(max(1, tile_scores(columns.device) // (self.query.shape[:3].numel() * size))):
             scores, kept, exempt = self._scores(few)
             is_reference = kept & (exempt | self.diagonal[few].repeat_interleave(size))
             highest = highest.maximum(scores.masked_fill(~is_reference, -torch.inf).amax(-1))

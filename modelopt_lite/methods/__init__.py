@@ -2,6 +2,7 @@
 
 from .base import SparseAttentionMethod
 from .blocks import BlockMethod
+from .calibrated import CalibratedMethod, Calibration
 from .combined import Combined
 from .flash_prefill import FlashPrefill
 from .mean_pool_top_k import MeanPoolTopK
@@ -12,6 +13,8 @@ from .xattention import XAttention
 
 __all__ = [
     "BlockMethod",
+    "CalibratedMethod",
+    "Calibration",
     "Combined",
     "FlashPrefill",
     "MeanPoolTopK",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -12,10 +12,11 @@ from ..kernels.blocks import BlockGrid
 from ..kernels.reference import SequenceBlocks
 from ..registry import register_sparse_method
 from .blocks import BlockMethod, softmax_over
+from .calibrated import CalibratedMethod, Knob
 
 
 @register_sparse_method
-class FlashPrefill(BlockMethod):
+class FlashPrefill(BlockMethod, CalibratedMethod):
     """FlashPrefill (https://arxiv.org/abs/2603.06199): key blocks by the weight of their mean key, without sorting.
 
     Each query attends to the mean keys of all key blocks of which it sees a key. The score of a key block for a query
@@ -28,6 +29,13 @@ class FlashPrefill(BlockMethod):
     alike. The paper also computes the last two query blocks of a prompt in full. Here no query block is special,
     because the result would then depend on how a prefill is cut into chunks.
     """
+
+    knob: ClassVar[Knob] = Knob(
+        "alpha",
+        "log",
+        (*(10 ** (0.25 * i - 4) for i in range(13)), 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
+        high=1.0,
+    )
 
     method: Literal["flash_prefill"] = Field(default="flash_prefill", description="the method's name")
     alpha: float = Field(
@@ -55,4 +63,5 @@ class FlashPrefill(BlockMethod):
 
     def choose(self, scores: Tensor, seen: Tensor, forced: Tensor) -> Tensor:
         """Keep blocks with at least ``alpha`` times the largest score."""
-        return scores >= self.alpha * scores.masked_fill(~seen, 0.0).amax(-1, keepdim=True)
+        alpha = self.knob_of(seen, scores.dtype)
+        return scores >= alpha * scores.masked_fill(~seen, 0.0).amax(-1, keepdim=True)

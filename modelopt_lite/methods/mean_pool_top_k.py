@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -12,10 +12,11 @@ from ..kernels.blocks import BlockGrid
 from ..kernels.reference import SequenceBlocks
 from ..registry import register_sparse_method
 from .blocks import BlockMethod, in_order, largest_first
+from .calibrated import CalibratedMethod, Knob
 
 
 @register_sparse_method
-class MeanPoolTopK(BlockMethod):
+class MeanPoolTopK(BlockMethod, CalibratedMethod):
     """The key blocks whose mean key scores highest with the mean query of a query block: a simple baseline.
 
     Close to the rule that MoBA (https://arxiv.org/abs/2502.13189) trains models with. Of the key blocks of which a
@@ -23,6 +24,8 @@ class MeanPoolTopK(BlockMethod):
     it; if they are more, all of them are kept. Here MoBA's mean of keys meets the mean of a whole query
     block instead of each query by itself, so that all queries of a block look at the same keys.
     """
+
+    knob: ClassVar[Knob] = Knob("keep", "linear", tuple(0.05 * i for i in range(1, 20)), high=1.0)
 
     method: Literal["mean_pool_top_k"] = Field(default="mean_pool_top_k", description="the method's name")
     keep: float = Field(default=0.25, ge=0, le=1, description="share of the key blocks that are kept, rounded up")
@@ -45,7 +48,7 @@ class MeanPoolTopK(BlockMethod):
 
     def choose(self, scores: Tensor, seen: Tensor, forced: Tensor) -> Tensor:
         """Keep the share with the largest scores, the forced ones first."""
-        number = seen.sum(-1, keepdim=True, dtype=torch.float64) * self.keep
+        number = seen.sum(-1, keepdim=True, dtype=torch.float64) * self.knob_of(seen, torch.float64)
         rank = torch.arange(scores.shape[-1], device=scores.device)
         kept = rank < (number - 1e-9).ceil()  # 0.7 * 10 is a little more than 7
         return in_order(kept.expand_as(scores), largest_first(scores, seen, forced))

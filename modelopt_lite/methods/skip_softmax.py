@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import AliasChoices, Field
 
 from ..plan import AttentionPlan, SkipRule
 from ..registry import register_sparse_method
 from .base import SinkTokens, WindowSize
-from .blocks import GridMethod
+from .calibrated import CalibratedMethod, Knob
 
 Threshold = Annotated[
     float,
@@ -23,7 +23,7 @@ Threshold = Annotated[
 
 
 @register_sparse_method
-class SkipSoftmax(GridMethod):
+class SkipSoftmax(CalibratedMethod):
     """Skip-softmax: a block of keys is skipped if all its scores lie far enough below what each query has elsewhere.
 
     A query's reference is its largest score among the sinks, its dense window and the diagonal blocks. A key block is
@@ -36,6 +36,8 @@ class SkipSoftmax(GridMethod):
     references: without any, many queries see their heaviest key too late, and fewer blocks are skipped.
     """
 
+    knob: ClassVar[Knob] = Knob("threshold", "log", tuple(10 ** (0.25 * i - 5) for i in range(25)))
+
     method: Literal["skip_softmax", "triton_skip_softmax", "flash_skip_softmax"] = Field(
         default="skip_softmax", description="the method's name; the others are Model-Optimizer's"
     )
@@ -45,8 +47,9 @@ class SkipSoftmax(GridMethod):
 
     def plan(self) -> AttentionPlan:
         """Return the plan of the skip rule."""
+        curve = self.knob_curve()
         return AttentionPlan(
-            skip=SkipRule(self.threshold, self.block_size, self.block_rows),
+            skip=SkipRule(self.threshold if curve is None else curve, self.block_size, self.block_rows),
             num_sink_tokens=self.num_sink_tokens,
             dense_window_size=self.dense_window_size,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator
@@ -12,10 +12,11 @@ from ..kernels.blocks import BlockGrid
 from ..kernels.reference import SequenceBlocks
 from ..registry import register_sparse_method
 from .blocks import BlockMethod, in_order, largest_first, softmax_over
+from .calibrated import CalibratedMethod, Knob
 
 
 @register_sparse_method
-class XAttention(BlockMethod):
+class XAttention(BlockMethod, CalibratedMethod):
     """XAttention (https://arxiv.org/abs/2503.16428): key blocks by antidiagonals, up to a share of their mass.
 
     Queries and keys are cut into groups of ``stride`` positions. The logit of two groups is the mean of the scores on
@@ -28,6 +29,8 @@ class XAttention(BlockMethod):
     Scores of tokens that are not in the call count as 0. Where a query group meets its own key group,
     those of keys behind their query count as well.
     """
+
+    knob: ClassVar[Knob] = Knob("threshold", "loglog", (0.02, *(0.05 * i for i in range(1, 20)), 0.98, 0.99))
 
     method: Literal["xattention"] = Field(default="xattention", description="the method's name")
     stride: Literal[4, 8, 16] = Field(default=8, description="tokens in a group; time falls with it")
@@ -80,4 +83,5 @@ class XAttention(BlockMethod):
         order = largest_first(scores, seen, forced)
         mass = scores.masked_fill(~seen, 0.0).gather(-1, order)
         before = mass.cumsum(-1) - mass
-        return in_order(before < self.threshold * mass.sum(-1, keepdim=True), order)
+        threshold = self.knob_of(seen, scores.dtype)
+        return in_order(before < threshold * mass.sum(-1, keepdim=True), order)

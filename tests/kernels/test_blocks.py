@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modelopt_lite import UnsupportedError
-from modelopt_lite.kernels import KeyBlocks, attention, blocked, compute, operator, request_statistics, selection
+from modelopt_lite.kernels import KeyBlocks, attention, blocked, compute, operator, request_statistics
 from modelopt_lite.kernels.blocks import BlockGrid
 from modelopt_lite.kernels.reference import attention_reference, kept_scores, listed_blocks
 from modelopt_lite.kernels.selection import select_blocks
@@ -29,7 +29,6 @@ def tiles_smaller_than_sequences():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blocked, "QUERY_BLOCK", 16)
         patch.setattr(blocked, "TILE_SCORES", 1024)
-        patch.setattr(selection, "TILE_SCORES", 1024)
         yield
 
 
@@ -361,8 +360,8 @@ def test_plans_that_are_wrong():
         BlockSelector(sums, at_least_the_mean, block_size=24)
     with pytest.raises(ValueError, match=r"selector.block_rows: 64 is not allowed; a multiple of block_size = 128"):
         BlockSelector(sums, at_least_the_mean, block_rows=64)
-    with pytest.raises(ValueError, match=r"skip.threshold: 1.0 is not allowed; a number > 0 and < 1"):
-        SkipRule(1.0)
+    with pytest.raises(ValueError, match=r"skip.threshold: 0.0 is not allowed; a number > 0"):
+        SkipRule(0.0)
     selector = BlockSelector(sums, at_least_the_mean, block_size=64)
     with pytest.raises(ValueError, match=r"plan.skip: \(block_size, block_rows\) = \(128, 128\) is not allowed"):
         AttentionPlan(blocks=selector, skip=SkipRule(0.1))

