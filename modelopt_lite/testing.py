@@ -725,11 +725,16 @@ def _kernels(request: AttentionRequest) -> Iterator[_KernelUnderTest]:
     yield _KernelUnderTest(TORCH, choice.BLOCKED.refusal, prepared(choice.BLOCKED))
     if tl is None:
         return
-    sizes: tuple[int, ...] = (16, 32)
-    if request.q.is_cuda:
+    is_interpreted = not request.q.is_cuda  # which is slow
+    if is_interpreted and request.plan.chooses_blocks and not request.plan.dense_window_size:
+        return
+    if request.q.is_cuda or request.plan.chooses_blocks:
         for kernel in choice.GPU_KERNELS:
             yield _KernelUnderTest(f"the {kernel.name} kernel", kernel.refusal, prepared(kernel))
-    else:  # the interpreter is slow
+    sizes: tuple[int, ...] = (16, 32)
+    if request.plan.chooses_blocks:  # lists bind the tiles
+        sizes = ()
+    elif is_interpreted:
         sizes = (16,) if request.plan.dense_window_size else (32,)
     for size in sizes:
         tiles = Settings(size, size, num_warps=4, num_stages=1, descriptors=False, frozen=False)
