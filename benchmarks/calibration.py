@@ -11,6 +11,7 @@ For a machine without the texts, ``--write-tokens FILE`` writes their tokens, an
 from __future__ import annotations
 
 import argparse
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -120,13 +121,25 @@ class Clock:
 
 def calibrate(model: Any, name: str, windows: list[Tensor]) -> tuple[mtsa.SparsityConfig, dict[str, Any]]:
     """Return the calibrated configuration of a method, and what describes its fit."""
-    result = mtsa.calibrate(model, METHODS[name], windows, target=0.5, show_progress=False)
+    options: dict[str, Any] = {"target": 0.5, "show_progress": False}
+    with tempfile.TemporaryDirectory() as folder:
+        options["state"] = Path(folder) / "state.jsonl"  # so that the second form needs no measurement
+        result = mtsa.calibrate(model, METHODS[name], windows, **options)
+        other = None
+        if result.config.sparse_cfg["*"].knob.scale == "log":
+            other = mtsa.calibrate(model, METHODS[name], windows, form="exponential", **options)
     description = {
         "method": METHODS[name],
-        "fit": result.config.sparse_cfg["*"].calibration.prefill.model_dump(),
+        "fit": _fit_of(result),
+        "exponential": None if other is None else _fit_of(other),
         "reach": {reach.length: [round(reach.lowest, 4), round(reach.highest, 4)] for reach in result.reach},
     }
     return result.config, description
+
+
+def _fit_of(result: mtsa.CalibrationResult) -> dict[str, Any]:
+    fit: dict[str, Any] = result.config.sparse_cfg["*"].calibration.prefill.model_dump()
+    return fit
 
 
 def main() -> None:
