@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         XAttention,
     )
     from .module import SparseAttentionModule
+    from .parallel import context_parallel
     from .plan import AttentionPlan
     from .registry import get_sparse_method, list_sparse_methods, register_sparse_method
     from .stats import collect_statistics
@@ -61,6 +62,7 @@ _MODULE_OF = {
     "attention": "kernels",
     "calibrate": "calibration",
     "collect_statistics": "stats",
+    "context_parallel": "parallel",
     "continuous_batching": "conversion",
     "disable_sparse_attention": "conversion",
     "disabled": "conversion",
@@ -99,6 +101,7 @@ __all__ = [
     "attention",
     "calibrate",
     "collect_statistics",
+    "context_parallel",
     "continuous_batching",
     "disable_sparse_attention",
     "disabled",
