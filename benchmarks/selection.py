@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -28,7 +29,7 @@ def request_of(length: int, method: BlockMethod) -> AttentionRequest:
     )
 
 
-def milliseconds(function, repeats: int = 10) -> float:
+def milliseconds(function: Callable[[], object], repeats: int = 10) -> float:
     """Return the median time of a call, after one to warm up, in milliseconds."""
     function()
     times = []
@@ -75,7 +76,23 @@ def check(length: int) -> None:
     print(f"lists are {'right' if same else 'WRONG'}", flush=True)
 
 
+def parts_of(request: AttentionRequest, method: BlockMethod) -> dict[str, float]:
+    """Return the milliseconds of a selection, as a whole and by its parts."""
+    grid = BlockGrid(request, 128, 128)
+    seen, forced = grid.seen(), grid.forced(1, 1)
+    scores = method.scores(grid)
+    chosen = method.choose(scores, seen, forced)
+    return {
+        "all": milliseconds(lambda: select_blocks(request)),
+        "grid": milliseconds(lambda: BlockGrid(request, 128, 128)),
+        "scores": milliseconds(lambda: method.scores(grid)),
+        "choice": milliseconds(lambda: method.choose(scores, seen, forced)),
+        "lists": milliseconds(lambda: KeyBlocks.from_mask(chosen, grid.starts, 128, 128)),
+    }
+
+
 def main() -> None:
+    """Check the scores, and print a line for each length and method."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768, 131072])
     arguments = parser.parse_args()
@@ -84,22 +101,10 @@ def main() -> None:
     print(f"checked after {time.time() - begin:.1f} s", flush=True)
     for length in arguments.lengths:
         for method in (FlashPrefill(), XAttention(stride=16), XAttention(stride=8), MeanPoolTopK()):
-            request = request_of(length, method)
-            grid = BlockGrid(request, 128, 128)
-            seen, forced = grid.seen(), grid.forced(1, 1)
-            scores = method.scores(grid)
-            chosen = method.choose(scores, seen, forced)
-            parts = {
-                "all": milliseconds(lambda: select_blocks(request)),
-                "grid": milliseconds(lambda: BlockGrid(request, 128, 128)),
-                "scores": milliseconds(lambda: method.scores(grid)),
-                "choice": milliseconds(lambda: method.choose(scores, seen, forced)),
-                "lists": milliseconds(lambda: KeyBlocks.from_mask(chosen, grid.starts, 128, 128)),
-            }
+            parts = parts_of(request_of(length, method), method)
             stride = getattr(method, "stride", "")
             rows = ", ".join(f"{name} {ms:.3f}" for name, ms in parts.items())
             print(f"{length} {method.method} {stride}: {rows} ms [{time.time() - begin:.1f} s]", flush=True)
-            del scores, chosen, seen, forced
             torch.cuda.empty_cache()
 
 

@@ -35,6 +35,8 @@ def refusal(grid: BlockGrid) -> str | None:
         return f"the GPU's compute capability is {compute_capability(q.device) / 10}, not {OLDEST / 10} or later"
     if q.dtype not in DTYPES or k.dtype != q.dtype:
         return f"q is {q.dtype} and k {k.dtype}, not both one of {', '.join(map(str, DTYPES))}"
+    if q.shape[2] > 128 and not _is_large(q):
+        return f"q has a head_dim of {q.shape[2]}, above 128, for which the GPU has too little shared memory"
     if q.shape[2] > MAX_HEAD_DIM or MAX_BLOCK * _block_d(q.shape[2]) * q.element_size() > 1 << 16:
         return f"q has a head_dim of {q.shape[2]} in {q.dtype}, above {(1 << 16) // MAX_BLOCK // q.element_size()}"
     for name, size in (("block_size", grid.block_size), ("block_rows", grid.block_rows)):
@@ -119,7 +121,7 @@ def antidiagonal_mass(grid: BlockGrid, stride: int) -> Tensor:
             k.stride(1), begin, here, blocks, columns, tiles, request.softmax_scale / stride, request.softcap or 1.0,
             window, HEADS=heads, REPEAT=heads // k.shape[1], DIM=dim, BLOCK_K=min(64, _block_d(dim)), BLOCK_M=tile,
             BLOCK_N=tile, HAS_SOFTCAP=request.softcap is not None, **masks, num_warps=8,
-            num_stages=4 if is_half else 1,
+            num_stages=1 if not is_half else 4 if _is_large(q) else 3,
         )  # fmt: skip
         join_antidiagonals[(here * heads,)](
             partial, highest, mass, grid.sequence, *tables[2:], grid.low_k, grid.high_k, begin, here, blocks, columns,
@@ -159,6 +161,11 @@ def listed(mask: Tensor) -> tuple[Tensor, Tensor]:
         num_warps=max(1, width // 256),
     )  # fmt: skip
     return counts, indices
+
+
+def _is_large(x: Tensor) -> bool:
+    """Whether a GPU offers a program 227 KB of shared memory, and not 99 KB as some do."""
+    return not x.is_cuda or 90 <= compute_capability(x.device) < 120
 
 
 def _readable(x: Tensor) -> Tensor:
