@@ -139,7 +139,8 @@ class ModelStatistics:
         """Add what the other processes counted of the same model; every process then has the sum.
 
         Right where processes share the heads (tensor parallelism), the tokens (context parallelism) or the batch. Call
-        it once, after the last forward pass, in all processes of the group.
+        it once, after the last forward pass, in all processes of the group. The mass by head is lost, as processes may
+        have different heads.
 
         Args:
             group: the processes; by default all.
@@ -152,7 +153,7 @@ class ModelStatistics:
         )
         distributed.all_reduce(counts, group=group)
         for layer, summed in zip(self.layers.values(), counts.tolist(), strict=True):
-            layer._counts = tuple(summed)
+            layer._counts, layer._mass_by_head = tuple(summed), 0.0
 
     @property
     def total(self) -> LayerStatistics:

@@ -24,6 +24,13 @@ from .request import AttentionRequest, PackedSequence
 QUERY_BLOCK = 256
 # Scores in one tile over all heads; the fastest of the powers of two tried on a two-core CPU.
 TILE_SCORES = 1 << 19
+# On a GPU, tiles have as many times the scores, so that Python keeps it busy.
+TILES_ON_GPU = 64
+
+
+def tile_scores(device: torch.device) -> int:
+    """Return how many scores of all heads are computed at a time on a device."""
+    return TILE_SCORES if device.type == "cpu" else TILES_ON_GPU * TILE_SCORES
 
 
 class AttentionStatistics(NamedTuple):
@@ -121,7 +128,8 @@ class _Sequence:
         """Return how many keys a block holds."""
         rows = max(1, min(self.len_q, QUERY_BLOCK)) * self.kv_heads * self.repeat
         span = self.end_k - self.origin
-        width = min(TILE_SCORES // rows, span + self.alignment - 1) // self.alignment * self.alignment
+        most = tile_scores(self.request.q.device) // rows
+        width = min(most, span + self.alignment - 1) // self.alignment * self.alignment
         return max(self.alignment, width)
 
     def heads_first(self, x: Tensor) -> Tensor:
@@ -274,7 +282,7 @@ class _ListedSequence(_Sequence):
         is_plain = {block: self._is_plain(self.origin + block * size, first, last) for block in listed}
         plain = sorted(block for block in listed if is_plain[block])
         masked = sorted((listed | self._exempt_blocks(first, last)) - set(plain))
-        few = max(1, TILE_SCORES // (self.repeat * (queries.stop - queries.start) * size))
+        few = max(1, tile_scores(self.request.q.device) // (self.repeat * (queries.stop - queries.start) * size))
         q = self.rows(self.q, queries)
         q_pos = torch.arange(first, last + 1, device=device)[:, None, None]
         for blocks, has_mask in ((plain, False), (masked, True)):
@@ -579,7 +587,7 @@ def statistics_blocked(request: AttentionRequest, counts_of_blocks: Sequence[Ten
         query = q[block.rows].to(dtype).unflatten(1, (kv_heads, repeat)).permute(1, 2, 0, 3).flatten(1, 2)
         highest = query.new_full(query.shape[:2], -torch.inf)
         total = kept_total = torch.zeros_like(highest)
-        tiles = -(-block.span * len(block.rows) * heads // TILE_SCORES)
+        tiles = -(-block.span * len(block.rows) * heads // tile_scores(q.device))
         width = -(-block.span // (tiles * alignment)) * alignment
         for low in range(0, block.span, width):
             slots = torch.arange(low, low + width, device=q.device).unflatten(0, (-1, plan.group)).mT.contiguous()

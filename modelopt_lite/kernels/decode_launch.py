@@ -23,6 +23,7 @@ from .settings import (
     gpu_refusal,
     hook_arguments,
     options_of,
+    refuses_blocks,
 )
 
 MAX_QUERIES = 16
@@ -121,7 +122,7 @@ class Split(NamedTuple):
 def refusal(request: AttentionRequest) -> str | None:
     """Say why the kernels cannot run a request, or None if they can."""
     r = request
-    if (reason := gpu_refusal(r)) is not None:
+    if (reason := gpu_refusal(r) or refuses_blocks(r)) is not None:
         return reason
     if r.max_q > MAX_QUERIES:
         return f"there are up to {r.max_q} queries in a sequence, above {MAX_QUERIES}"

@@ -39,11 +39,14 @@ from .tiles import (
     split_groups,
     weigh,
 )
+from .visits import HEADER
 
 ROWS = tl.constexpr(64)
 """Queries of a warpgroup."""
 SLOTS = tl.constexpr(2)
 """Items that are posted and not yet done."""
+NUMBERS = tl.constexpr(32)
+"""Numbers that are posted of an item; see :func:`post_item`."""
 ONLINE = tl.constexpr(1 << 30)
 """Added to an item's number, of which there are fewer: compute it with the ordinary online softmax."""
 NOTHING = tl.constexpr(-1)
@@ -133,12 +136,28 @@ def write_number(memory, number):
 
 
 @gluon.jit
+def read_numbers(memory, FIRST: gl.constexpr, COUNT: gl.constexpr):
+    """Read numbers that lie beside each other in shared memory, as a tuple."""
+    numbers = ()
+    for place in gl.static_range(COUNT):
+        numbers = numbers + (read_number(memory.slice(FIRST + place, 1)),)
+    return numbers
+
+
+@gluon.jit
+def write_numbers(memory, FIRST: gl.constexpr, numbers):
+    """Write a tuple of numbers beside each other in shared memory."""
+    for place in gl.static_range(len(numbers)):
+        write_number(memory.slice(FIRST + place, 1), numbers[place])
+
+
+@gluon.jit
 def find_rows(item, problem, OPTIONS: gl.constexpr):
-    """Return the first row, the sequence and the head of an item.
+    """Return the first row, the sequence and the head of an item of a call without lists of key blocks.
 
     Items come in waves of heads whose keys and values fit into the L2 cache; in a wave, the longest tiles first.
     """
-    _, heads_of, batch, tiles_per_head, heads_per_wave, _ = problem
+    _, heads_of, batch, tiles_per_head, heads_per_wave, _, _ = problem
     heads = heads_of[0]
     wave = item // (tiles_per_head * heads_per_wave)
     item -= wave * tiles_per_head * heads_per_wave
@@ -150,14 +169,13 @@ def find_rows(item, problem, OPTIONS: gl.constexpr):
 
 @gluon.jit
 def find_keys(row_start, sequence, online, problem, SPARSE: gl.constexpr, OPTIONS: gl.constexpr):
-    """Return what an item's queries may see, and in which tiles.
+    """Return which tiles an item's queries may see, in a call without lists of key blocks.
 
     Returns:
-        ``(query_length, rules, ranges, tiles, masked)``: the sequence's queries; what
-        :func:`~modelopt_lite.kernels.tiles.select_scores` takes; where tiles lie, for :func:`locate_tile`; how many
-        there are, and how many of these, the first ones, are masked.
+        ``(ranges, tiles, masked, spared)``: where tiles lie, for :func:`locate_tile`; how many there are, and how many
+        of these, the first ones, are masked; and for each warpgroup how many of the masked ones it needs no mask for.
     """
-    sequences, _, _, _, _, distances = problem
+    sequences, _, _, _, _, distances, _ = problem
     num_sinks, window, sliding_window = distances
     query_length = gl.load(sequences[1] + sequence).to(gl.int32)
     length = gl.load(sequences[3] + sequence).to(gl.int32)
@@ -178,7 +196,18 @@ def find_keys(row_start, sequence, online, problem, SPARSE: gl.constexpr, OPTION
     hot = (band_begin - hot_begin + last - band_end) // OPTIONS.block_n
     if OPTIONS.keeps_nothing:
         hot = hot * 0
-    return query_length, rules, (keys_begin, hot_begin, band_begin, band_end, last), masked + hot, masked
+    spared = (masked * 0,)
+    for w in gl.static_range(1, OPTIONS.block_m // ROWS):
+        fewer = masked * 0
+        if OPTIONS.causal or SPARSE:
+            # Of the band, which comes backwards, this warpgroup's queries need less.
+            begin = first_position + w * ROWS
+            if SPARSE:
+                begin -= gl.maximum(window - 1, 0)
+            begin = begin // OPTIONS.block_n * OPTIONS.block_n
+            fewer = (gl.minimum(gl.maximum(begin, band_begin), band_end) - band_begin) // OPTIONS.block_n
+        spared = spared + (fewer,)
+    return (keys_begin, hot_begin, band_begin, band_end, last), masked + hot, masked, spared
 
 
 @gluon.jit
@@ -217,83 +246,173 @@ def load_rows(source, row, head, barrier, memory, OPTIONS: gl.constexpr):
 
 
 @gluon.jit
+def next_item(counter_ptr, problem, OPTIONS: gl.constexpr):
+    """Take items from the counter until one has queries; ``NOTHING`` if there is none any more."""
+    sequences, heads_of, batch, tiles_per_head, _, _, lists = problem
+    items = batch * heads_of[0] * tiles_per_head
+    if lists is not None:
+        items = heads_of[0] * lists[2]
+    item = gl.to_tensor(NOTHING)
+    candidate = gl.atomic_add(counter_ptr, 1, sem="relaxed")
+    looking = candidate < items
+    while looking:
+        number = candidate
+        if lists is not None:
+            number = gl.load(lists[1] + candidate)
+            exists = gl.load(visits_of(number, lists)[0] + 2) > 0
+        else:
+            found = find_rows(candidate, problem, OPTIONS)
+            exists = found[0] < gl.load(sequences[1] + found[1]).to(gl.int32)
+        if exists:
+            item = number
+            looking = False
+        else:
+            candidate = gl.atomic_add(counter_ptr, 1, sem="relaxed")
+            looking = candidate < items
+    return item
+
+
+@gluon.jit
+def visits_of(number, lists):
+    """Return where the visits of an item are, and its head; see :class:`modelopt_lite.kernels.visits_launch.Visits`."""
+    visits_ptr, _, rows, stride, heads_per_list = lists
+    head = number // rows
+    row = head // heads_per_list * rows + number % rows
+    return visits_ptr + row.to(gl.int64) * stride, head
+
+
+@gluon.jit
+def post_item(item, memory, problem, SPARSE: gl.constexpr, OPTIONS: gl.constexpr):
+    """Find what an item is, and write it to shared memory: the item itself, then what is read one by one below.
+
+    Returns:
+        The first row of its queries, and its head.
+    """
+    sequences, _, _, _, _, _, lists = problem
+    number = item % ONLINE
+    if lists is None:
+        row_start, sequence, head = find_rows(number, problem, OPTIONS)
+        ranges, tiles, masked, spared = find_keys(row_start, sequence, item >= ONLINE, problem, SPARSE, OPTIONS)
+    else:
+        visits, head = visits_of(number, lists)
+        sequence, row_start = gl.load(visits), gl.load(visits + 1)
+        tiles, masked = gl.load(visits + 2), gl.load(visits + 3)
+        masked = gl.where(item >= ONLINE, tiles, masked)
+        ranges = (number,)
+        spared = (masked * 0,) * (OPTIONS.block_m // ROWS)
+    first_query = gl.load(sequences[0] + sequence).to(gl.int32)
+    query_length = gl.load(sequences[1] + sequence).to(gl.int32)
+    first_key = gl.load(sequences[2] + sequence).to(gl.int32)
+    length = gl.load(sequences[3] + sequence).to(gl.int32)
+    write_numbers(memory, 1, (row_start, head, first_query, query_length, length, tiles, masked, first_key))
+    write_numbers(memory, 9, spared)
+    write_numbers(memory, 12, ranges)
+    return first_query + row_start, head
+
+
+@gluon.jit
+def announce(post, work, SPARSE: gl.constexpr, OPTIONS: gl.constexpr):
+    """Post the next item and have its queries loaded, once what was in its place is done."""
+    descriptors, buffers, mail, barriers, counter_ptr, problem = work
+    query_descriptor, query_memory = descriptors[0], buffers[0]
+    posted_items, _, verdicts, _ = mail
+    posted, done, query_loaded, _, _, _, _ = barriers
+    WARPGROUPS: gl.constexpr = OPTIONS.block_m // ROWS
+    slot = post % SLOTS
+    memory = posted_items.index(slot)
+    mbarrier.wait(done.index(slot), (post // SLOTS & 1) ^ 1)
+    ROW: gl.constexpr = gl.BlockedLayout([ROWS // 32], [32], [1], [0])
+    overflowed = 0
+    before = gl.to_tensor(NOTHING)
+    if post >= SLOTS:
+        before = read_number(memory.slice(0, 1))
+    if before >= 0:
+        for w in gl.static_range(WARPGROUPS):
+            overflowed |= gl.max(verdicts.index(WARPGROUPS * slot + w).load(ROW), 0)
+    if overflowed != 0:
+        item = before + ONLINE
+    else:
+        item = next_item(counter_ptr, problem, OPTIONS)
+    if item >= 0:
+        first_row, head = post_item(item, memory, problem, SPARSE, OPTIONS)
+        mbarrier.expect(query_loaded.index(slot), OPTIONS.block_m * OPTIONS.block_d * 2)
+        for w in gl.static_range(WARPGROUPS):
+            tma.async_copy_global_to_shared(
+                query_descriptor, [first_row + w * ROWS, head, 0], query_loaded.index(slot),
+                query_memory.index(WARPGROUPS * slot + w),
+            )  # fmt: skip
+    write_number(memory.slice(0, 1), item)
+    mbarrier.arrive(posted.index(slot), count=1)
+
+
+@gluon.jit
+def find_tile(index, place, masked, problem, OPTIONS: gl.constexpr):
+    """Return the first key of an item's tile, plus ``UNLISTED`` if it is not listed."""
+    if problem[6] is None:
+        tile = locate_tile(index, place, masked, OPTIONS)
+    else:
+        tile = gl.load(place + HEADER + index)
+    return tile
+
+
+@gluon.jit
 def load_items(work, SPARSE: gl.constexpr, OPTIONS: gl.constexpr, STAGES: gl.constexpr):
     """Post items and load what they need: the part of one warp."""
-    descriptors, buffers, mail, barriers, counter_ptr, problem = work
-    query_descriptor, keys, values = descriptors
-    query_memory, key_memory, value_memory = buffers
-    posted_item, verdicts, _ = mail
-    posted, done, query_loaded, loaded, freed, _, _ = barriers
-    sequences, heads_of, batch, tiles_per_head, _, _ = problem
-    QUERY_BYTES: gl.constexpr = OPTIONS.block_m * OPTIONS.block_d * 2
+    descriptors, buffers, mail, barriers, _, problem = work
+    _, keys, values = descriptors
+    _, key_memory, value_memory = buffers
+    posted_items, tiles_of_stages, _, _ = mail
+    _, _, _, loaded, freed, _, _ = barriers
     KEY_BYTES: gl.constexpr = OPTIONS.block_n * OPTIONS.block_d * 2
     VALUE_BYTES: gl.constexpr = OPTIONS.block_n * OPTIONS.block_dv * 2
-    WARPGROUPS: gl.constexpr = OPTIONS.block_m // ROWS
-    items = batch * heads_of[0] * tiles_per_head
 
     step = 0
     post = 0
     idle = 0
+    announce(0, work, SPARSE, OPTIONS)
     while idle < 2:
-        slot = post % SLOTS
-        mbarrier.wait(done.index(slot), (post // SLOTS & 1) ^ 1)
-        overflowed = 0
-        if post >= SLOTS:
-            for w in gl.static_range(WARPGROUPS):
-                overflowed |= read_number(verdicts.index(WARPGROUPS * slot + w))
-        item = gl.to_tensor(NOTHING)
-        if overflowed != 0:
-            item = read_number(posted_item.index(slot)) + ONLINE
-        else:
-            candidate = gl.atomic_add(counter_ptr, 1)
-            looking = candidate < items
-            while looking:
-                place = find_rows(candidate, problem, OPTIONS)
-                if place[0] < gl.load(sequences[1] + place[1]).to(gl.int32):
-                    item = candidate
-                    looking = False
-                else:
-                    candidate = gl.atomic_add(counter_ptr, 1)
-                    looking = candidate < items
-        write_number(posted_item.index(slot), item)
-        mbarrier.arrive(posted.index(slot), count=1)
-        post += 1
+        memory = posted_items.index(post % SLOTS)
+        item = read_number(memory.slice(0, 1))
         idle = gl.where(item < 0, idle + 1, 0)
-
+        row = 0
+        kv_head = 0
         if item >= 0:
-            row_start, sequence, head = find_rows(item % ONLINE, problem, OPTIONS)
-            found = find_keys(row_start, sequence, item >= ONLINE, problem, SPARSE, OPTIONS)
-            ranges, tiles, masked = found[2], found[3], found[4]
-            first_query = (gl.load(sequences[0] + sequence) + row_start).to(gl.int32)
-            first_key = gl.load(sequences[2] + sequence).to(gl.int32)
-            kv_head = head // heads_of[1]
-            mbarrier.expect(query_loaded.index(slot), QUERY_BYTES)
-            for w in gl.static_range(WARPGROUPS):
-                tma.async_copy_global_to_shared(
-                    query_descriptor, [first_query + w * ROWS, head, 0], query_loaded.index(slot),
-                    query_memory.index(WARPGROUPS * slot + w),
-                )  # fmt: skip
+            tiles, masked, first_key = read_numbers(memory, 6, 3)
+            kv_head = read_number(memory.slice(2, 1)) // problem[1][1]
+            if problem[6] is None:
+                place = read_numbers(memory, 12, 5)
+            else:
+                place = visits_of(item % ONLINE, problem[6])[0]
             # keys of the first tile, keys and values of two tiles, values of the last tile
+            tile = find_tile(0, place, masked, problem, OPTIONS)
+            row = first_key + tile // OPTIONS.block_n * OPTIONS.block_n
             stage = step % STAGES
-            row = first_key + locate_tile(0, ranges, masked, OPTIONS)
             mbarrier.wait(freed.index(stage), (step // STAGES & 1) ^ 1)
+            write_number(tiles_of_stages.index(stage), tile)
             mbarrier.expect(loaded.index(stage), KEY_BYTES)
             load_rows(keys, row, kv_head, loaded.index(stage), key_memory.index(stage), OPTIONS)
             step += 1
             for index in range(1, tiles):
                 stage = step % STAGES
                 row_before = row
-                row = first_key + locate_tile(index, ranges, masked, OPTIONS)
+                tile = find_tile(index, place, masked, problem, OPTIONS)
+                row = first_key + tile // OPTIONS.block_n * OPTIONS.block_n
                 mbarrier.wait(freed.index(stage), (step // STAGES & 1) ^ 1)
+                write_number(tiles_of_stages.index(stage), tile)
                 mbarrier.expect(loaded.index(stage), KEY_BYTES + VALUE_BYTES)
                 load_rows(keys, row, kv_head, loaded.index(stage), key_memory.index(stage), OPTIONS)
                 load_rows(values, row_before, kv_head, loaded.index(stage), value_memory.index(stage), OPTIONS)
                 step += 1
+        # Here, while there is still something to compute.
+        if idle < 2:
+            announce(post + 1, work, SPARSE, OPTIONS)
+        if item >= 0:
             stage = step % STAGES
             mbarrier.wait(freed.index(stage), (step // STAGES & 1) ^ 1)
             mbarrier.expect(loaded.index(stage), VALUE_BYTES)
             load_rows(values, row, kv_head, loaded.index(stage), value_memory.index(stage), OPTIONS)
             step += 1
+        post += 1
 
 
 @gluon.jit
@@ -343,10 +462,10 @@ def spread(numbers, tile):
 
 @gluon.jit
 def soften(
-    scores, first, positions, running_max, rules, numbers, hook_args, HOOK: gl.constexpr, QUICK: gl.constexpr,
+    scores, tile, positions, running_max, rules, numbers, hook_args, HOOK: gl.constexpr, QUICK: gl.constexpr,
     OPTIONS: gl.constexpr, MASKED: gl.constexpr, FROZEN: gl.constexpr,
 ):  # fmt: skip
-    """Take products of queries and keys, of which the first is ``first``, into the softmax.
+    """Take products of queries and keys of a tile, as :func:`find_tile` returns it, into the softmax.
 
     Returns:
         The weights, laid out as the scores, and what a thread has of their sums; the factor for what was summed before,
@@ -355,12 +474,15 @@ def soften(
     """
     SCORES: gl.constexpr = scores.type.layout
     scores, to_log2 = scale_scores(scores, numbers, OPTIONS)
+    first = tile // OPTIONS.block_n * OPTIONS.block_n
     part = split_groups(scores, OPTIONS)[0]  # for its layout
     PART: gl.constexpr = part.type.layout
     groups = first + OPTIONS.group * gl.arange(0, part.shape[1], gl.SliceLayout(0, PART))[None, :]
     q_pos = spread(positions, part)
     SCORE_HOOK: gl.constexpr = None if QUICK else HOOK
-    parts, keep, largest = select_scores(scores, q_pos, groups, rules, hook_args, SCORE_HOOK, OPTIONS, MASKED)
+    parts, keep, largest = select_scores(
+        scores, q_pos, groups, rules, hook_args, SCORE_HOOK, OPTIONS, MASKED, tile % OPTIONS.block_n
+    )  # fmt: skip
     shift = running_max
     rescale = 1.0
     if not FROZEN:
@@ -415,8 +537,8 @@ def add_sum(partial_sum, tile_sum, rescale, ones_memory, FROZEN: gl.constexpr):
 
 @gluon.jit
 def advance(
-    step, first, positions, query, weights, accumulator, running_max, partial_sum, rules, numbers, hook_args,
-    key_memory, value_memory, ones_memory, doubts, loaded, freed, turn, WARPGROUP: gl.constexpr,
+    step, positions, query, weights, accumulator, running_max, partial_sum, rules, numbers, hook_args, key_memory,
+    value_memory, ones_memory, tiles_of_stages, doubts, loaded, freed, turn, WARPGROUP: gl.constexpr,
     SCORE_HOOK: gl.constexpr, QUICK_HOOK: gl.constexpr, OPTIONS: gl.constexpr, STAGES: gl.constexpr,
     MASKED: gl.constexpr, FROZEN: gl.constexpr,
 ):  # fmt: skip
@@ -426,6 +548,7 @@ def advance(
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, OUTPUT, 2)
     stage = step % STAGES
     mbarrier.wait(loaded.index(stage), step // STAGES & 1)
+    tile = read_number(tiles_of_stages.index(stage))
     # Here, behind a loop that waits, rounding cannot move to where the registers of the product before are in use.
     weights = gl.convert_layout(weights.to(query.dtype), OPERAND, assert_trivial=True)
     if OPTIONS.block_n == 128:
@@ -446,7 +569,7 @@ def advance(
     QUICK: gl.constexpr = QUICK_HOOK is not None and not MASKED
     HOOK: gl.constexpr = QUICK_HOOK if QUICK else SCORE_HOOK
     weights, tile_sum, rescale, new_max, doubt = soften(
-        scores, first, positions, running_max, rules, numbers, hook_args, HOOK, QUICK, OPTIONS, MASKED, FROZEN
+        scores, tile, positions, running_max, rules, numbers, hook_args, HOOK, QUICK, OPTIONS, MASKED, FROZEN
     )  # fmt: skip
     if QUICK:
         again = is_any(doubt[0], doubts.index(2 * WARPGROUP + step % 2), OPTIONS)
@@ -465,7 +588,7 @@ def advance(
             scores = warpgroup_mma(query, keys, zeros, use_acc=False, is_async=True)
             scores = warpgroup_mma_wait(0, deps=[scores])
             weights, tile_sum, rescale, new_max, _ = soften(
-                scores, first, positions, running_max, rules, numbers, hook_args, SCORE_HOOK, False, OPTIONS, MASKED,
+                scores, tile, positions, running_max, rules, numbers, hook_args, SCORE_HOOK, False, OPTIONS, MASKED,
                 FROZEN,
             )  # fmt: skip
             new_sum = add_sum(partial_sum, tile_sum, rescale, ones_memory, FROZEN)
@@ -495,15 +618,16 @@ def clear_rows(memory, first, length, WARPGROUP: gl.constexpr, OPTIONS: gl.const
 
 @gluon.jit
 def attend_item(
-    item, step, clearings, query_memory, key_memory, value_memory, ones_memory, doubts, barriers, pointers,
+    slot, step, clearings, query_memory, key_memory, value_memory, ones_memory, mail, verdict, barriers, pointers,
     out_strides, problem, numbers, hook_args, WARPGROUP: gl.constexpr, SCORE_HOOK: gl.constexpr,
     QUICK_HOOK: gl.constexpr, OPTIONS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Compute one warpgroup's queries of an item.
+    """Compute one warpgroup's queries of the item that is posted in a slot.
+
+    What is written to ``verdict`` is not 0 for queries whose sums overflowed: then the output is not valid.
 
     Returns:
-        Whether the sums overflowed (the output is not valid then), how often this warpgroup has cleared rows, and the
-        next step.
+        How often this warpgroup has cleared rows, and the next step.
     """
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, OPTIONS.block_n, 16])
     OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, OPTIONS.block_dv, 16])
@@ -511,32 +635,27 @@ def attend_item(
     ROW: gl.constexpr = gl.SliceLayout(1, SCORES)
     _, _, _, loaded, freed, turn, cleared = barriers
     out_ptr, lse_ptr, sink_logits_ptr = pointers
-    sequences, heads_of, _, _, _, _ = problem
+    _, heads_of, _, _, _, distances, _ = problem
+    posted_items, tiles_of_stages, _, doubts = mail
     query = query_memory.reshape([ROWS, OPTIONS.block_d])
-    online = item >= ONLINE
-    row_start, sequence, head = find_rows(item % ONLINE, problem, OPTIONS)
-    query_length, rules, ranges, tiles, masked = find_keys(
-        row_start, sequence, online, problem, SCORE_HOOK is not None, OPTIONS
-    )
-    first_position, length, _, window, _ = rules
-    spared = 0
-    if WARPGROUP > 0 and (OPTIONS.causal or SCORE_HOOK is not None):
-        # Of the band, which comes backwards, this warpgroup's queries need less.
-        band_begin = first_position + WARPGROUP * ROWS
-        if SCORE_HOOK is not None:
-            band_begin -= gl.maximum(window - 1, 0)
-        band_begin = band_begin // OPTIONS.block_n * OPTIONS.block_n
-        spared = (gl.minimum(gl.maximum(band_begin, ranges[2]), ranges[3]) - ranges[2]) // OPTIONS.block_n
+    memory = posted_items.index(slot)
+    row_start, head, first_query, query_length, length, tiles, masked = read_numbers(memory, 1, 7)
+    spared = read_number(memory.slice(9 + WARPGROUP, 1))
     row_start += WARPGROUP * ROWS
-    # [ROWS]; what lies past the last row counts as the last one and is not stored.
+    num_sinks, window, sliding_window = distances
+    if not OPTIONS.sparse_decode:
+        window = gl.where(query_length == 1, length, window)
+    rules = (length - query_length, length, num_sinks, window, sliding_window)
+    # [ROWS]; what lies before the first row or past the last one counts as that one and is not stored.
     rows = row_start + gl.arange(0, ROWS, ROW)
-    positions = length - query_length + gl.minimum(rows, query_length - 1)
+    positions = length - query_length + gl.maximum(gl.minimum(rows, query_length - 1), 0)
     # whole lines, for what is neither a factor nor a product
     LINES: gl.constexpr = gl.BlockedLayout([1, 8], [256 // OPTIONS.block_dv, OPTIONS.block_dv // 8], [4, 1], [1, 0])
     if QUICK_HOOK is not None:  # noqa: SIM102 - conditions at compile time and at run time do not mix
-        if row_start + ROWS > query_length:
-            # Past a sequence's last query there are often zeros, whose scores are all equal, and never sure.
-            exist = row_start + gl.arange(0, ROWS, gl.SliceLayout(1, LINES)) < query_length
+        if (row_start + ROWS > query_length) | (row_start < 0):
+            # Around a sequence's queries there are often zeros, whose scores are all equal, and never sure.
+            line = row_start + gl.arange(0, ROWS, gl.SliceLayout(1, LINES))
+            exist = (line >= 0) & (line < query_length)
             ones = gl.full([ROWS, OPTIONS.block_d], 1, query.dtype, LINES)
             query.store(gl.where(exist[:, None], query.load(LINES), ones))
             fence_async_shared()
@@ -555,9 +674,10 @@ def attend_item(
         columns = gl.arange(0, partial_sum.shape[1], gl.SliceLayout(0, partial_sum.type.layout))
         partial_sum += gl.where(columns == 0, 1.0, 0.0)[None, :]
 
-    first = locate_tile(0, ranges, masked, OPTIONS)
     stage = step % STAGES
     mbarrier.wait(loaded.index(stage), step // STAGES & 1)
+    tile = read_number(tiles_of_stages.index(stage))
+    first = tile // OPTIONS.block_n * OPTIONS.block_n
     take_turn(turn, step, WARPGROUP)
     keys = key_memory.index(stage).reshape([OPTIONS.block_n, OPTIONS.block_d]).permute([1, 0])
     scores = warpgroup_mma(query, keys, zeros, use_acc=False, is_async=True)
@@ -571,7 +691,7 @@ def attend_item(
         selecting = first <= length - query_length + gl.minimum(row_start + ROWS, query_length) - 1 - window
     if selecting:
         weights, tile_sum, rescale, running_max, _ = soften(
-            scores, first, positions, running_max, rules, numbers, hook_args, SCORE_HOOK, False, OPTIONS, True, False
+            scores, tile, positions, running_max, rules, numbers, hook_args, SCORE_HOOK, False, OPTIONS, True, False
         )  # fmt: skip
     else:
         weights, tile_sum, rescale, running_max, _ = soften(
@@ -586,18 +706,18 @@ def attend_item(
         mbarrier.wait(cleared, clearings & 1)
         clearings += 1
 
-    for index in range(1, masked - spared):
+    for _ in range(1, masked - spared):
         weights, accumulator, running_max, partial_sum = advance(
-            step, locate_tile(index, ranges, masked, OPTIONS), positions, query, weights, accumulator, running_max,
-            partial_sum, rules, numbers, hook_args, key_memory, value_memory, ones_memory, doubts, loaded, freed, turn,
-            WARPGROUP, SCORE_HOOK, QUICK_HOOK, OPTIONS, STAGES, True, False,
+            step, positions, query, weights, accumulator, running_max, partial_sum, rules, numbers, hook_args,
+            key_memory, value_memory, ones_memory, tiles_of_stages, doubts, loaded, freed, turn, WARPGROUP, SCORE_HOOK,
+            QUICK_HOOK, OPTIONS, STAGES, True, False,
         )  # fmt: skip
         step += 1
-    for index in range(masked - spared, tiles):
+    for _ in range(masked - spared, tiles):
         weights, accumulator, running_max, partial_sum = advance(
-            step, locate_tile(index, ranges, masked, OPTIONS), positions, query, weights, accumulator, running_max,
-            partial_sum, rules, numbers, hook_args, key_memory, value_memory, ones_memory, doubts, loaded, freed, turn,
-            WARPGROUP, SCORE_HOOK, QUICK_HOOK, OPTIONS, STAGES, False, OPTIONS.frozen,
+            step, positions, query, weights, accumulator, running_max, partial_sum, rules, numbers, hook_args,
+            key_memory, value_memory, ones_memory, tiles_of_stages, doubts, loaded, freed, turn, WARPGROUP, SCORE_HOOK,
+            QUICK_HOOK, OPTIONS, STAGES, False, OPTIONS.frozen,
         )  # fmt: skip
         step += 1
 
@@ -615,16 +735,16 @@ def attend_item(
 
     # [ROWS]
     total_weight = gl.convert_layout(gl.sum(partial_sum, 1), ROW)
-    stored = rows < query_length
-    overflowed = 0
+    stored = (rows >= 0) & (rows < query_length)
+    overflowed = gl.full([ROWS], 0, gl.int32, ROW)
     if OPTIONS.frozen:
         # Zero times a finite number is zero.
         suspicious = gl.convert_layout(gl.sum(accumulator * 0.0, 1), ROW) + total_weight * 0.0 != 0.0
-        overflowed = gl.max((suspicious & stored).to(gl.int32), 0)
-        if online | (tiles == masked - spared):  # there is no other way to compute it
-            overflowed = 0
+        # Where all tiles were masked there is no other way to compute it.
+        overflowed = (suspicious & stored & (tiles > masked - spared)).to(gl.int32)
+    verdict.store(overflowed)
     inverse = gl.where(total_weight == 0.0, 0.0, 1.0 / total_weight)
-    out_rows = gl.load(sequences[0] + sequence).to(gl.int64) + rows
+    out_rows = first_query.to(gl.int64) + rows
     if lse_ptr is not None:
         lse = (running_max + gl.log2(total_weight)) * LN2
         gl.store(lse_ptr + out_rows * heads_of[0] + head, lse, mask=stored)
@@ -634,13 +754,13 @@ def attend_item(
     result = query.load(LINES)
     fence_async_shared()  # before the next queries are loaded there
     rows = row_start + gl.arange(0, ROWS, gl.SliceLayout(1, LINES))
-    out_rows = gl.load(sequences[0] + sequence).to(gl.int64) + rows
+    out_rows = first_query.to(gl.int64) + rows
     offsets_d = gl.arange(0, OPTIONS.block_dv, gl.SliceLayout(0, LINES))
     out_pointers = (
         out_ptr + head.to(gl.int64) * out_strides[1] + (out_rows[:, None] * out_strides[0] + offsets_d[None, :])
     )
-    gl.store(out_pointers, result, mask=(rows < query_length)[:, None])
-    return overflowed, clearings, step + 1
+    gl.store(out_pointers, result, mask=((rows >= 0) & (rows < query_length))[:, None])
+    return clearings, step + 1
 
 
 @gluon.jit
@@ -651,7 +771,7 @@ def attend_items(
     """Compute the items that are posted: the part of a warpgroup."""
     buffers, ones_memory, mail, barriers, pointers, out_strides, problem, numbers = work
     query_memory, key_memory, value_memory = buffers
-    posted_item, verdicts, doubts = mail
+    posted_items, _, verdicts, _ = mail
     posted, done, query_loaded, _, _, turn, _ = barriers
     WARPGROUPS: gl.constexpr = OPTIONS.block_m // ROWS
     if WARPGROUP == 0 and turn is not None:
@@ -663,16 +783,14 @@ def attend_items(
     while idle < 2:
         slot = post % SLOTS
         mbarrier.wait(posted.index(slot), post // SLOTS & 1)
-        item = read_number(posted_item.index(slot))
-        overflowed = 0
+        item = read_number(posted_items.index(slot).slice(0, 1))
         if item >= 0:
             mbarrier.wait(query_loaded.index(slot), post // SLOTS & 1)
-            overflowed, clearings, step = attend_item(
-                item, step, clearings, query_memory.index(WARPGROUPS * slot + WARPGROUP), key_memory, value_memory,
-                ones_memory, doubts, barriers, pointers, out_strides, problem, numbers, hook_args, WARPGROUP,
-                SCORE_HOOK, QUICK_HOOK, OPTIONS, STAGES,
+            clearings, step = attend_item(
+                slot, step, clearings, query_memory.index(WARPGROUPS * slot + WARPGROUP), key_memory, value_memory,
+                ones_memory, mail, verdicts.index(WARPGROUPS * slot + WARPGROUP), barriers, pointers, out_strides,
+                problem, numbers, hook_args, WARPGROUP, SCORE_HOOK, QUICK_HOOK, OPTIONS, STAGES,
             )  # fmt: skip
-        write_number(verdicts.index(WARPGROUPS * slot + WARPGROUP), overflowed)
         mbarrier.arrive(done.index(slot), count=1)
         post += 1
         idle = gl.where(item < 0, idle + 1, 0)
@@ -680,16 +798,21 @@ def attend_items(
 
 @gluon.jit(
     do_not_specialize=[
-        "tail_start", "batch", "tiles_per_head", "heads_per_wave", "num_sinks", "window", "sliding_window", "hook_args"
+        "tail_start", "batch", "tiles_per_head", "heads_per_wave", "num_sinks", "window", "sliding_window",
+        "list_rows", "visits_stride", "heads_per_list", "hook_args",
     ]
 )  # fmt: skip
 def attention_forward_hopper(
     query_descriptor, key_descriptor, value_descriptor, key_tail_descriptor, value_tail_descriptor, tail_start, out_ptr,
     lse_ptr, sink_logits_ptr, counter_ptr, out_strides, sequences, heads_of, numbers, batch, tiles_per_head,
-    heads_per_wave, num_sinks, window, sliding_window, hook_args,
+    heads_per_wave, num_sinks, window, sliding_window, visits_ptr, order_ptr, list_rows, visits_stride, heads_per_list,
+    hook_args,
     SCORE_HOOK: gl.constexpr, QUICK_HOOK: gl.constexpr, OPTIONS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Compute attention of packed sequences, and its log-sum-exp; see :mod:`.hopper_launch`."""
+    """Compute attention of packed sequences, and its log-sum-exp; see :mod:`.hopper_launch`.
+
+    With lists of key blocks there are :class:`modelopt_lite.kernels.visits_launch.Visits`; without, None.
+    """
     ELEMENT: gl.constexpr = query_descriptor.dtype
     WARPGROUPS: gl.constexpr = OPTIONS.block_m // ROWS
     query_memory = gl.allocate_shared_memory(
@@ -701,8 +824,9 @@ def attention_forward_hopper(
     value_memory = gl.allocate_shared_memory(ELEMENT, TILE + [OPTIONS.block_dv], value_descriptor.layout)
     NUMBER: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
-    posted_item = gl.allocate_shared_memory(gl.int32, [SLOTS, 1], NUMBER)
-    verdicts = gl.allocate_shared_memory(gl.int32, [SLOTS * WARPGROUPS, 1], NUMBER)
+    posted_items = gl.allocate_shared_memory(gl.int32, [SLOTS, NUMBERS], NUMBER)
+    tiles_of_stages = gl.allocate_shared_memory(gl.int32, [STAGES, 1], NUMBER)
+    verdicts = gl.allocate_shared_memory(gl.int32, [SLOTS * WARPGROUPS, ROWS], NUMBER)
     doubts = gl.allocate_shared_memory(gl.int32, [2 * WARPGROUPS, 32 * ROWS // 16], NUMBER)
     posted = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIER)
     done = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIER)
@@ -740,10 +864,13 @@ def attention_forward_hopper(
     values = (value_descriptor, value_tail_descriptor, tail_start)
     descriptors = (query_descriptor, keys, values)
     buffers = (query_memory, key_memory, value_memory)
-    mail = (posted_item, verdicts, doubts)
+    mail = (posted_items, tiles_of_stages, verdicts, doubts)
     barriers = (posted, done, query_loaded, loaded, freed, turn, cleared)
     pointers = (out_ptr, lse_ptr, sink_logits_ptr)
-    problem = (sequences, heads_of, batch, tiles_per_head, heads_per_wave, (num_sinks, window, sliding_window))
+    lists: gl.constexpr = None
+    if visits_ptr is not None:
+        lists = (visits_ptr, order_ptr, list_rows, visits_stride, heads_per_list)
+    problem = (sequences, heads_of, batch, tiles_per_head, heads_per_wave, (num_sinks, window, sliding_window), lists)
     # Numbers known at compile time would not be so any more inside a tuple in a tuple.
     work = (buffers, ones_memory, mail, barriers, pointers, out_strides, problem, numbers)
     to_load = (descriptors, buffers, mail, barriers, counter_ptr, problem)

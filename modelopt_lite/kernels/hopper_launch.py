@@ -19,6 +19,8 @@ from .hopper import prepare as prepare_kernel
 from .portable import new_results
 from .request import AttentionRequest, HookRefusedError
 from .settings import Options, Settings, SettingsRow, distances, gpu_refusal, hook_arguments, is_short, options_of
+from .visits_launch import Schedule
+from .visits_launch import refusal as lists_refusal
 
 HOPPER = 90
 HOPPER_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
@@ -29,6 +31,7 @@ HOPPER_SETTINGS = (
     SettingsRow(90, 2, 64, 4, Settings(192, 64, 4, 4, True, True)),
     SettingsRow(90, 2, 128, 16, Settings(128, 128, 4, 2, True, True)),
 )
+LIST_SETTINGS = {64: Settings(128, 128, 4, 4, True, True), 128: Settings(128, 128, 4, 2, True, True)}
 PORTABLE_UP_TO = {
     64: {0: 4096, 1: 4096, 2: 4096, 4: 4096, 8: 2048, 16: 8192},
     128: {0: 64, 1: 2048, 2: 2048, 4: 2048, 8: 2048, 16: 64},
@@ -42,16 +45,26 @@ _UNCOMPILABLE: dict[Any, str] = {}
 """Why Gluon cannot compile hooks, by the hook and its quick one or None."""
 
 
-def hopper_settings(dtype: torch.dtype, head_dim: int, group: int) -> Settings:
-    """Return the Gluon kernel's launch settings for a head_dim of 64 or 128 and a group size."""
+def hopper_settings(dtype: torch.dtype, head_dim: int, group: int, has_lists: bool = False) -> Settings:
+    """Return the Gluon kernel's launch settings for a head_dim of 64 or 128 and a group size.
+
+    Args:
+        dtype: type of the tensors.
+        head_dim: their head dimension.
+        group: keys a group.
+        has_lists: whether there are lists of key blocks, of 128 keys for 128 positions or a multiple.
+    """
     row = next(row for row in HOPPER_SETTINGS if head_dim <= row.block_d and group <= row.group)
-    return row.settings._replace(frozen=dtype == torch.bfloat16)
+    settings = LIST_SETTINGS[head_dim] if has_lists else row.settings
+    return settings._replace(frozen=dtype == torch.bfloat16)
 
 
 def refusal(request: AttentionRequest) -> str | None:
     """Say why the Gluon kernel cannot run a request, or None if it can."""
     r = request
     if (reason := gpu_refusal(r)) is not None:
+        return reason
+    if (reason := lists_refusal(r)) is not None:
         return reason
     hooks = (r.plan.score_hook, r.plan.quick_hook)
     if not r.q.is_cuda or compute_capability(r.q.device) != HOPPER:
@@ -79,7 +92,7 @@ def pays(request: AttentionRequest) -> bool:
     r = request
     mean_length = r.q.shape[0] / max(1, r.starts_q.shape[0])
     limits = PORTABLE_UP_TO.get(r.q.shape[2])
-    return limits is not None and not is_short(r) and mean_length > limits[0 if r.plan.is_dense else r.plan.group]
+    return limits is not None and not is_short(r) and mean_length > limits[0 if r.plan.keep is None else r.plan.group]
 
 
 def prepare(request: AttentionRequest) -> Callable[[AttentionRequest], tuple[Tensor, Tensor | None]]:
@@ -91,14 +104,14 @@ def prepare(request: AttentionRequest) -> Callable[[AttentionRequest], tuple[Ten
     """
     r, plan = request, request.plan
     (total, query_heads, head_dim), kv_heads, batch = r.q.shape, r.v.shape[1], r.starts_q.shape[0]
-    settings = hopper_settings(r.q.dtype, head_dim, r.group)
+    settings = hopper_settings(r.q.dtype, head_dim, r.group, r.blocks is not None)
     options = options_of(r, settings)._replace(pair=min(r.group, 2))
     tiles = cdiv(r.max_q, settings.block_m)
     heads = (query_heads, query_heads // kv_heads)
     items = batch * query_heads * tiles
     wave = min(heads_per_wave(r.max_k, r.k, r.v) * heads[1], batch * query_heads)
     numbers = (r.softmax_scale, r.softcap or 0.0)
-    rest = (heads, numbers, batch, tiles, wave, *distances(r), hook_arguments(plan))
+    rest = (heads, numbers, batch, tiles, wave, *distances(r))
     queries = _shared_descriptor(r.q, list(r.q.shape), list(r.q.stride()), [ROWS.value, 1, head_dim])
     keys, values = (_key_descriptor(x, options) for x in (r.k, r.v))
     tail_rows, tail_start = _tail(r.k.shape[0], r.group, settings)
@@ -109,12 +122,18 @@ def prepare(request: AttentionRequest) -> Callable[[AttentionRequest], tuple[Ten
         attention_forward_hopper, r.q.device, plan.score_hook, plan.quick_hook, options, settings.num_stages,
         num_warps=settings.num_warps, enable_fp_fusion=True,
     )  # fmt: skip
+    schedule = None if r.blocks is None else Schedule(r, options)
+    if schedule is not None:
+        items = query_heads * schedule.rows
     programs = min(items, processors(r.q.device))
 
     def run(r: AttentionRequest) -> tuple[Tensor, Tensor | None]:
         out, lse = new_results(r)
         if total == 0:
             return out, lse
+        visits: tuple[Any, ...] = (None,) * 5
+        if schedule is not None:
+            visits = (*schedule(r), schedule.rows, schedule.shape[2], schedule.heads_per_list)
         key_tail, value_tail = (None, None) if tail_rows == 0 else r.k.new_empty(tail_shape).unbind()
         counter = prepare_work(r, out, lse, key_tail, value_tail)
         try:
@@ -122,6 +141,7 @@ def prepare(request: AttentionRequest) -> Callable[[AttentionRequest], tuple[Ten
                 programs, rebased(queries, r.q), rebased(keys, r.k), rebased(values, r.v),
                 rebased(tail_descriptor, key_tail), rebased(tail_descriptor, value_tail), tail_start, out, lse, r.s_aux,
                 counter, out.stride()[:2], (r.starts_q, r.lengths_q, r.starts_k, r.lengths_k), *rest,
+                *visits, hook_arguments(plan),
             )  # fmt: skip
         except CompilationError as error:
             hooks = (r.plan.score_hook, r.plan.quick_hook)

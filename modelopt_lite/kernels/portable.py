@@ -25,6 +25,7 @@ from .settings import (
     hook_arguments,
     is_short,
     options_of,
+    refuses_blocks,
 )
 from .tiles import LOG2E
 
@@ -83,7 +84,7 @@ BLOCK_ROWS = 64
 def refusal(request: AttentionRequest) -> str | None:
     """Say why the kernels cannot run a request, or None if they can."""
     r = request
-    if (reason := gpu_refusal(r)) is not None:
+    if (reason := gpu_refusal(r) or refuses_blocks(r)) is not None:
         return reason
     for name, x in (("q", r.q), ("k", r.k), ("v", r.v)):
         if x.shape[2] > MAX_HEAD_DIM:

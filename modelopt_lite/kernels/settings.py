@@ -46,6 +46,8 @@ class Options(NamedTuple):
     hopper: bool
     positions: bool = False
     pair: int = 1
+    unlisted: bool = False
+    """Whether tiles that are not listed are visited for their sinks and recent keys."""
 
 
 class Settings(NamedTuple):
@@ -109,6 +111,13 @@ def default_settings(
     return settings
 
 
+def refuses_blocks(request: AttentionRequest) -> str | None:
+    """Say why a kernel that visits all blocks of keys cannot run a request, or None if it can."""
+    if request.blocks is None and not request.plan.chooses_blocks:
+        return None
+    return "the method or the call chooses blocks of keys, and this kernel visits all of them"
+
+
 def gpu_refusal(request: AttentionRequest) -> str | None:
     """Say why no GPU kernel can run a request, or None if this leaves it to each kernel."""
     r = request
@@ -117,9 +126,7 @@ def gpu_refusal(request: AttentionRequest) -> str | None:
             return f"the GPU's compute capability is {compute_capability(r.q.device) / 10}, not {OLDEST / 10} or later"
     elif not triton.knobs.runtime.interpret:
         return f"the tensors are on {r.q.device}, not on a CUDA GPU, and TRITON_INTERPRET=1 is not set"
-    if r.blocks is not None or r.plan.chooses_blocks:
-        return "the method or the call chooses blocks of keys, and GPU kernels visit all of them"
-    if not r.plan.is_dense and r.plan.score_hook is None:
+    if r.plan.keep is not None and r.plan.score_hook is None:
         return "the method has no score_hook, only a rule in PyTorch"
     for name, x in (("q", r.q), ("k", r.k), ("v", r.v)):
         if x.dtype not in DTYPES:
@@ -148,14 +155,15 @@ def options_of(request: AttentionRequest, settings: Settings) -> Options:
         sliding=r.sliding_window is not None,
         softcap=r.softcap is not None,
         sinks=plan.num_sink_tokens > 0 or r.has_positions,
-        prescale=not (plan.is_dense or plan.scale_free),
-        keeps_group_max=plan.is_dense or plan.keeps_group_max,
+        prescale=not (plan.keep is None or plan.scale_free),
+        keeps_group_max=plan.keep is None or plan.keeps_group_max,
         keeps_nothing=plan.keeps_nothing,
         sparse_decode=plan.sparse_decode,
         frozen=settings.frozen and not r.has_positions,
         # From Hopper on, the compiler lays out a tile's products alike without help.
         hopper=settings.descriptors,
         positions=r.has_positions,
+        unlisted=r.blocks is not None and (plan.num_sink_tokens > 0 or plan.dense_window_size > 0),
     )
 
 

@@ -22,11 +22,13 @@ struct Problem {
   unsigned short* out;                                       // BF16
   float* lse;                                                // [tokens, heads], or null
   int* counter;
+  const int *visits, *order;  // as visits_launch.py has them, or null: all tiles are visited
   long long out_token_stride, out_head_stride;               // of elements, like all strides
   int query_head_stride, key_head_stride, value_head_stride;
   int wide;  // bit i: the i-th of the first four pointers is to 64-bit integers
   int batch, heads, heads_per_kv, tiles_per_head, heads_per_wave, key_rows, tail_start;
   int num_sinks, window, causal, sparse_decode;
+  int list_rows, visits_stride, heads_per_list;
   float scale;      // to log2 space
   float no_factor;  // 0, which the compiler is not to know
 };
@@ -43,9 +45,11 @@ constexpr float LARGEST = 8.5e37f;  // 2^126: the approximate inverse of larger 
 constexpr u32 QUERIES = 0, KEYS = SLOTS * TILE_BYTES, VALUES = KEYS + STAGES * TILE_BYTES;
 constexpr u32 LOADED = VALUES + STAGES * TILE_BYTES, KEYS_FREE = LOADED + 8 * STAGES, VALUES_FREE = KEYS_FREE + 8 * STAGES;
 constexpr u32 FOUND = VALUES_FREE + 8 * STAGES, POSTED = FOUND + 8 * SLOTS, DONE = POSTED + 8 * SLOTS;
-constexpr u32 ITEMS = DONE + 8 * SLOTS, VERDICTS = ITEMS + 64 * SLOTS, SHARED = VERDICTS + 32 * SLOTS;
+constexpr u32 ITEM_BYTES = 96;
+constexpr u32 ITEMS = DONE + 8 * SLOTS, VERDICTS = ITEMS + ITEM_BYTES * SLOTS, SHARED = VERDICTS + 32 * SLOTS;
 static_assert(SHARED <= 6 * TILE_BYTES + 512, "");
-static_assert(sizeof(Problem) == 144, "");
+static_assert(sizeof(Problem) == 168, "");
+constexpr int HEADER = 4, UNLISTED = 1;  // of visits.py
 
 __device__ __forceinline__ void barrier_init(u32 barrier, u32 count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
@@ -328,18 +332,21 @@ __device__ __forceinline__ int entry(const Problem& p, const void* numbers, int 
 // then what is before the hot tiles, then the band around the queries backwards; then the hot tiles. As in hopper.py.
 struct Item {
   int number, head, first_row, start_k;                      // first_row: of the queries; start_k: row of the first key
-  int rows;                                                 // of the sequence, from the first of these queries on
+  int before, rows;                                         // of these, how many come before the sequence and its end
   int first_position, length, window;                       // of the first query, the keys, and the dense window
   int hot_begin, band_begin, band_end, last, masked, tiles;  // tiles: 0 if there is nothing to do; twice, it is the end
   int online;                                               // whether to use the ordinary online softmax
-  __device__ __forceinline__ int first_key(int index) const {
+  const int* visits;                                        // its tiles, if they are listed
+  // The first key of a tile, plus UNLISTED if it is not listed.
+  __device__ __forceinline__ int tile(int index) const {
+    if (visits != nullptr) return visits[index];
     const int before_hot = (index - 1) * TILE, hot = hot_begin + (index - masked) * TILE;
     if (index == 0) return last;
     if (index >= masked) return hot >= band_begin ? hot + band_end - band_begin : hot;
     return before_hot < hot_begin ? before_hot : band_end - TILE - (before_hot - hot_begin);
   }
 };
-static_assert(sizeof(Item) <= 64, "");
+static_assert(sizeof(Item) <= ITEM_BYTES, "");
 
 __device__ __forceinline__ int clamp(int x, int low, int high) { return min(max(x, low), high); }
 
@@ -357,9 +364,11 @@ __device__ __forceinline__ Item find_item(int number, bool online, const Problem
   item.online = online;
   item.head = head % p.heads;
   item.first_row = entry(p, p.starts_q, 0, sequence) + row_start;
+  item.before = 0;
   item.rows = query_length - row_start;
   item.length = entry(p, p.lengths_k, 3, sequence);
   item.start_k = entry(p, p.starts_k, 2, sequence);
+  item.visits = nullptr;
   item.first_position = item.length - item.rows;
   item.window = query_length == 1 && !p.sparse_decode ? item.length : p.window;
   const int last_position = item.first_position + min(TILE, item.rows) - 1;
@@ -377,9 +386,37 @@ __device__ __forceinline__ Item find_item(int number, bool online, const Problem
   return item;
 }
 
+// The same with lists of key blocks.
+__device__ __forceinline__ Item find_listed_item(int number, bool online, const Problem& p) {
+  Item item = {};
+  item.number = number;
+  item.online = online;
+  item.head = number / p.list_rows;
+  const int row = number % p.list_rows;
+  const int* visits = p.visits + ((long long)(item.head / p.heads_per_list) * p.list_rows + row) * p.visits_stride;
+  const int sequence = visits[0], row_start = visits[1];
+  item.tiles = visits[2];
+  item.masked = online ? item.tiles : visits[3];
+  item.visits = visits + HEADER;
+  item.last = item.visits[0];
+  const int query_length = entry(p, p.lengths_q, 1, sequence);
+  item.first_row = entry(p, p.starts_q, 0, sequence) + row_start;
+  item.before = max(-row_start, 0);
+  item.rows = query_length - row_start;
+  item.length = entry(p, p.lengths_k, 3, sequence);
+  item.start_k = entry(p, p.starts_k, 2, sequence);
+  item.first_position = item.length - item.rows;
+  item.window = query_length == 1 && !p.sparse_decode ? item.length : p.window;
+  return item;
+}
+
 // Find items, one ahead of what is computed, as that takes two or three accesses to memory: the part of one thread.
 __device__ __forceinline__ void find_items(const Problem& p, unsigned char* memory, u32 base) {
-  const int items = p.batch * p.heads * p.tiles_per_head;
+  const bool listed = p.visits != nullptr;
+  const int items = p.heads * (listed ? p.list_rows : p.batch * p.tiles_per_head);
+  auto find = [&](int number, bool online) {
+    return listed ? find_listed_item(number, online, p) : find_item(number, online, p);
+  };
   int idle = 0;
   for (u32 post = 0; idle < 2; post++) {
     const u32 slot = post % SLOTS;
@@ -387,14 +424,14 @@ __device__ __forceinline__ void find_items(const Problem& p, unsigned char* memo
     int overflowed = 0;
     if (post >= SLOTS)
       for (int warp = 0; warp < 8; warp++) overflowed |= read_shared(base + VERDICTS + 32 * slot + 4 * warp);
-    Item* mail = (Item*)(memory + ITEMS + 64 * slot);
+    Item* mail = (Item*)(memory + ITEMS + ITEM_BYTES * slot);
     Item item = {};
     if (overflowed) {
-      item = find_item(mail->number, true, p);
+      item = find(mail->number, true);
     } else {
       for (int number = atomicAdd(p.counter, 1); number < items; number = atomicAdd(p.counter, 1)) {
-        item = find_item(number, false, p);
-        if (item.rows > 0) break;
+        item = find(listed ? p.order[number] : number, false);
+        if (item.rows > 0 && item.tiles > 0) break;
         item.tiles = 0;
       }
     }
@@ -413,7 +450,7 @@ __device__ __forceinline__ void load_items(
   for (u32 post = 0; idle < 2; post++) {
     const u32 slot = post % SLOTS, posted = base + POSTED + 8 * slot;
     barrier_wait(base + FOUND + 8 * slot, post / SLOTS & 1);
-    const Item item = *(const Item*)(memory + ITEMS + 64 * slot);
+    const Item item = *(const Item*)(memory + ITEMS + ITEM_BYTES * slot);
     idle = item.tiles == 0 ? idle + 1 : 0;
     if (item.tiles == 0) {
       barrier_arrive(posted, true);
@@ -427,7 +464,9 @@ __device__ __forceinline__ void load_items(
     int row_before = 0;
     for (int index = 0; index <= item.tiles; index++, step++) {
       const u32 stage = step % STAGES, parity = (step / STAGES & 1) ^ 1, loaded = base + LOADED + 8 * stage;
-      const int row = item.start_k + item.first_key(index);
+      // A tile behind the sequence, of which nothing is seen, may hold any keys: those that are there.
+      const int first_key = index < item.tiles ? item.tile(index) & -TILE : 0;
+      const int row = item.start_k + (first_key < item.length ? first_key : 0);
       barrier_wait(base + KEYS_FREE + 8 * stage, parity);
       // With the first tile come no values: those who compute may be through with it before this wait, and with keys
       // already there it could miss a phase.
@@ -535,7 +574,8 @@ __device__ __forceinline__ bool attend_item(
 #pragma unroll
   for (int r = 0; r < 2; r++)  // what lies past the last row counts as the last one and is not stored
     position[r] = item.first_position + min(row + 8 * r, item.rows - 1) - 4 * thread.lane;
-  auto masks_of = [&](int first_key) {
+  auto masks_of = [&](int tile) {
+    const int first_key = tile & -TILE;
     Masks masks;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
@@ -544,6 +584,7 @@ __device__ __forceinline__ bool attend_item(
       masks.visible[r] = p.causal ? up_to_it : keys_before(item.length - 4 * thread.lane - first_key);
       masks.exempt[r] = up_to_it & ~keys_before(end - item.window);
       masks.exempt[r] |= keys_before(p.num_sinks - 4 * thread.lane - first_key);
+      if (tile & UNLISTED) masks.visible[r] &= masks.exempt[r];
     }
     return masks;
   };
@@ -568,9 +609,9 @@ __device__ __forceinline__ bool attend_item(
     ring.free_values(thread);
     soften_masked(scores, thread, masks, top, shift, rescale, sum, first, last);
   }
-  if (item.last + TILE > item.length) {
+  if ((item.last & -TILE) + TILE > item.length) {
     ring.wait();
-    clear_values(ring.base + VALUES + ring.stage() * TILE_BYTES, item.length - item.last, thread);
+    clear_values(ring.base + VALUES + ring.stage() * TILE_BYTES, item.length - (item.last & -TILE), thread);
   }
 #pragma unroll 1
   for (int index = 1; index < masked; index++) {
@@ -578,7 +619,7 @@ __device__ __forceinline__ bool attend_item(
     ring.wait();
     multiply_keys(scores, query, ring.keys());
     multiply_values(output, first, last, first_two, last_two, ring.values());
-    const Masks masks = masks_of(item.first_key(index));
+    const Masks masks = masks_of(item.tile(index));
     wait_for<1>(scores);
     ring.free_keys(thread);
     u32 next_first[16], next_last[16];
@@ -639,13 +680,13 @@ __device__ __forceinline__ bool attend_item(
     sum[r] += __shfl_xor_sync(ALL, sum[r], 1);
     sum[r] += __shfl_xor_sync(ALL, sum[r], 2);
     const bool sound = nothing[2 * r] + nothing[2 * r + 1] == 0 && sum[r] <= LARGEST;
-    suspicious |= row + 8 * r < item.rows && !sound;
+    suspicious |= row + 8 * r >= item.before && row + 8 * r < item.rows && !sound;
     total[r] = sum[r] == 0 ? 0.0f : 1.0f / sum[r];
   }
   if (p.lse != nullptr && thread.lane == 0)
 #pragma unroll
     for (int r = 0; r < 2; r++)
-      if (row + 8 * r < item.rows)
+      if (row + 8 * r >= item.before && row + 8 * r < item.rows)
         p.lse[(long long)(item.first_row + row + 8 * r) * p.heads + item.head] =
             (top[r] * thread.scale + __log2f(sum[r])) * 0.6931471805599453f;
 
@@ -675,7 +716,7 @@ __device__ __forceinline__ bool attend_item(
   unsigned short* out = p.out + item.head * p.out_head_stride + (item.first_row + first_line) * p.out_token_stride;
 #pragma unroll
   for (int i = 0; i < 8; i++)
-    if (first_line + 2 * i < item.rows)
+    if (first_line + 2 * i >= item.before && first_line + 2 * i < item.rows)
       asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(out + 2 * i * p.out_token_stride + in_warp % 16 * 8),
                    FOUR("r", lines, 4 * i)
                    : "memory");
@@ -701,7 +742,7 @@ __device__ __forceinline__ void attend_items(const Problem& p, const unsigned ch
   for (u32 post = 0; idle < 2; post++) {
     const u32 slot = post % SLOTS;
     barrier_wait(base + POSTED + 8 * slot, post / SLOTS & 1);
-    const Item item = *(const Item*)(memory + ITEMS + 64 * slot);
+    const Item item = *(const Item*)(memory + ITEMS + ITEM_BYTES * slot);
     bool overflowed = false;
     if (item.tiles > 0)
       overflowed = attend_item(item, base + QUERIES + slot * TILE_BYTES + warpgroup * 2 * BOX, ring, thread, p, zero);

@@ -23,6 +23,8 @@ from .portable import new_results
 from .request import AttentionRequest
 from .settings import distances, gpu_refusal, options_of
 from .tiles import LOG2E
+from .visits_launch import Schedule, Visits
+from .visits_launch import refusal as lists_refusal
 
 try:
     from cuda.bindings import nvrtc
@@ -48,7 +50,7 @@ class _Problem(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("starts_q", "lengths_q", "starts_k", "lengths_k")),
-        *((name, ctypes.c_void_p) for name in ("out", "lse", "counter")),
+        *((name, ctypes.c_void_p) for name in ("out", "lse", "counter", "visits", "order")),
         *((name, ctypes.c_longlong) for name in ("out_token_stride", "out_head_stride")),
         *((name, ctypes.c_int) for name in ("query_head_stride", "key_head_stride", "value_head_stride", "wide")),
         *((name, ctypes.c_int) for name in ("batch", "heads", "heads_per_kv", "tiles_per_head", "heads_per_wave")),
@@ -56,6 +58,7 @@ class _Problem(ctypes.Structure):
             (name, ctypes.c_int)
             for name in ("key_rows", "tail_start", "num_sinks", "window", "causal", "sparse_decode")
         ),
+        *((name, ctypes.c_int) for name in ("list_rows", "visits_stride", "heads_per_list")),
         *((name, ctypes.c_float) for name in ("scale", "no_factor")),
     )
 
@@ -67,7 +70,7 @@ def refusal(request: AttentionRequest) -> str | None:
     why. While a CUDA graph is captured, it cannot be loaded.
     """
     r = request
-    if (reason := gpu_refusal(r)) is not None:
+    if (reason := gpu_refusal(r) or lists_refusal(r)) is not None:
         return reason
     if not r.q.is_cuda or compute_capability(r.q.device) != HOPPER:
         return "it is made for GPUs of compute capability 9.0"
@@ -106,6 +109,8 @@ def prepare(request: AttentionRequest) -> Callable[[AttentionRequest], tuple[Ten
     options = options_of(r, hopper_settings(r.q.dtype, HEAD_DIM, r.group))
     tail_start = max(0, r.k.shape[0] - TILE)
     prepare_work = WorkPreparation(r, options, tail_start)
+    schedule = None if r.blocks is None else Schedule(r, options)
+    items = batch * heads * tiles if schedule is None else heads * schedule.rows
     num_sinks, window, _ = distances(r)
     packing = (r.starts_q, r.lengths_q, r.starts_k, r.lengths_k)
     numbers = _Problem(
@@ -126,6 +131,9 @@ def prepare(request: AttentionRequest) -> Callable[[AttentionRequest], tuple[Ten
         window=window,
         causal=r.is_causal,
         sparse_decode=r.plan.sparse_decode,
+        list_rows=0 if schedule is None else schedule.rows,
+        visits_stride=0 if schedule is None else schedule.shape[2],
+        heads_per_list=0 if schedule is None else schedule.heads_per_list,
         scale=r.softmax_scale * LOG2E.value,
         no_factor=0.0,
     )
@@ -137,14 +145,15 @@ def prepare(request: AttentionRequest) -> Callable[[AttentionRequest], tuple[Ten
         _key_map(r.k.new_empty(tail_shape)),
         _tensor_map(r.v, [r.v.shape[0]], [r.v.stride(0)], [TILE]),
     ]
-    launch = _Launch(r.q.device, min(batch * heads * tiles, processors(r.q.device)), numbers, maps)
+    launch = _Launch(r.q.device, min(items, processors(r.q.device)), numbers, maps)
 
     def run(r: AttentionRequest) -> tuple[Tensor, Tensor | None]:
         out, lse = new_results(r)
         if r.q.shape[0]:
             key_tail = r.k.new_empty(tail_shape)
             counter = prepare_work(r, out, lse, key_tail, None)
-            launch(r, out, lse, counter, key_tail)
+            visits = None if schedule is None else schedule(r)
+            launch(r, out, lse, counter, key_tail, visits)
         return out, lse
 
     return run
@@ -160,13 +169,21 @@ class _Launch:
         self.slots = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
         self.sizes = tuple(map(ctypes.c_uint, (programs, 1, 1, THREADS, 1, 1, SHARED_BYTES)))
 
-    def __call__(self, r: AttentionRequest, out: Tensor, lse: Tensor | None, counter: Tensor, key_tail: Tensor) -> None:
+    def __call__(
+        self,
+        r: AttentionRequest,
+        out: Tensor,
+        lse: Tensor | None,
+        counter: Tensor,
+        key_tail: Tensor,
+        visits: Visits | None = None,
+    ) -> None:
         """Launch on the current stream of the device; rows of no sequence are not written."""
         if self.sizes[0].value == 0:
             return
         if self.device.index != torch.cuda.current_device():
             with torch.cuda.device(self.device):
-                self(r, out, lse, counter, key_tail)
+                self(r, out, lse, counter, key_tail, visits)
             return
         numbers, driver = self.numbers, _driver()
         stream = current_stream(self.device)
@@ -178,6 +195,8 @@ class _Launch:
                 setattr(numbers, name, getattr(r, name).data_ptr())
             numbers.out, numbers.counter = out.data_ptr(), counter.data_ptr()
             numbers.lse = None if lse is None else lse.data_ptr()
+            if visits is not None:
+                numbers.visits, numbers.order = visits.tiles.data_ptr(), visits.order.data_ptr()
             kernel = _kernel(self.device)
             failed = driver.cuLaunchKernel(kernel, *self.sizes, ctypes.c_void_p(stream), self.slots, None)
         _check(failed, "; MODELOPT_LITE_KERNEL=hopper chooses another")

@@ -169,6 +169,18 @@ def is_kept(flag):
 
 
 @triton.jit
+def keep_listed(flag, unlisted):
+    """Keep what a hook keeps of one place, unless its key block is not listed."""
+    if flag.dtype == tl.int1:
+        kept = flag & (unlisted == 0)
+    elif flag.dtype == tl.int32:  # dropped()
+        kept = flag | unlisted
+    else:
+        kept = flag * tl.where(unlisted == 0, 1.0, 0.0)
+    return kept
+
+
+@triton.jit
 def weigh(weight, flag):
     """Set weights to 0 where a hook does not keep them."""
     if flag.dtype == tl.int1:
@@ -269,8 +281,9 @@ def scale_scores(products, numbers, OPTIONS: tl.constexpr):
 
 @triton.jit
 def select_scores(
-    scores, q_pos, groups, rules, hook_args, SCORE_HOOK: tl.constexpr, OPTIONS: tl.constexpr, MASKED: tl.constexpr
-):
+    scores, q_pos, groups, rules, hook_args, SCORE_HOOK: tl.constexpr, OPTIONS: tl.constexpr, MASKED: tl.constexpr,
+    unlisted=0,
+):  # fmt: skip
     """Decide which keys take part in the softmax.
 
     Args:
@@ -283,6 +296,8 @@ def select_scores(
         SCORE_HOOK: which scores to keep, or None.
         OPTIONS: :class:`modelopt_lite.kernels.settings.Options`.
         MASKED: whether visibility and exemptions are checked for each key.
+        unlisted: not 0 if only exempt keys take part, because the tile's key block is not listed. It is used if
+            ``MASKED`` and ``OPTIONS.unlisted``.
 
     Returns:
         ``(parts, keep, largest)``: ``GROUP`` tiles of scores, ``-inf`` where a key is not visible and, if ``MASKED`` or
@@ -309,24 +324,32 @@ def select_scores(
         parts = masked
     visible = parts
 
+    GATED: tl.constexpr = MASKED and OPTIONS.unlisted
     keep = ()
     if SCORE_HOOK is not None:
         k_pos = ()
         for r in tl.static_range(GROUP):
             k_pos = k_pos + (groups + r,)
         keep = SCORE_HOOK(parts, q_pos, k_pos, hook_args)
-        if MASKED or not OPTIONS.keeps_group_max:
-            kept = ()
-            for r in tl.static_range(GROUP):
-                if MASKED:
-                    part = hide_dropped(parts[r], keep[r], groups, r, q_pos - window, q_pos, num_sinks - 1, OPTIONS)
-                else:
-                    part = tl.where(is_kept(keep[r]), parts[r], float("-inf"))
-                kept = kept + (part,)
-            parts = kept
-            keep = ()
+    if GATED and SCORE_HOOK is None:
+        keep = (tl.where(unlisted == 0, 1.0, 0.0),) * GROUP
+    elif GATED:
+        gated = ()
+        for r in tl.static_range(GROUP):
+            gated = gated + (keep_listed(keep[r], unlisted),)
+        keep = gated
+    if len(keep) > 0 and (MASKED or not OPTIONS.keeps_group_max):
+        kept = ()
+        for r in tl.static_range(GROUP):
+            if MASKED:
+                part = hide_dropped(parts[r], keep[r], groups, r, q_pos - window, q_pos, num_sinks - 1, OPTIONS)
+            else:
+                part = tl.where(is_kept(keep[r]), parts[r], float("-inf"))
+            kept = kept + (part,)
+        parts = kept
+        keep = ()
     # Of visible ones, if that promise makes it the same: known before the hook has run.
-    largest = maximum_of(visible if OPTIONS.keeps_group_max else parts)
+    largest = maximum_of(visible if OPTIONS.keeps_group_max and not GATED else parts)
     return parts, keep, largest
 
 

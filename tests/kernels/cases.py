@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from modelopt_lite.kernels import AttentionRequest
-from modelopt_lite.kernels.reference import attention_reference, kept_scores
+from modelopt_lite.kernels.reference import attention_reference, kept_scores, listed_blocks
 from modelopt_lite.kernels.top_n import top_n_plan
 from modelopt_lite.plan import DENSE, AttentionPlan
 
@@ -70,6 +70,7 @@ def arguments(request: AttentionRequest) -> dict[str, Any]:
         "sliding_window": "sliding_window",
         "softcap": "softcap",
         "s_aux": "s_aux",
+        "blocks": "blocks",
     }
     return {argument: getattr(request, name) for argument, name in names.items()}
 
@@ -248,10 +249,12 @@ def pytorch_attention(request):
     """Compute PyTorch's attention in the precision of the inputs, over the keys that the oracle keeps; FP64."""
     r, (q, k, v, s_aux) = request, request[:4]
     output = torch.zeros(*q.shape[:2], v.shape[2], device=q.device, dtype=torch.float64)
-    for rows, keys, first_q, first_k in r.sequences():
+    for number, (rows, keys, first_q, first_k) in enumerate(r.sequences()):
         if rows.start == rows.stop or keys.start == keys.stop:
             continue
-        kept = kept_scores(q[rows].detach().double(), k[keys].detach().double(), r, first_q, first_k) > -torch.inf
+        listed = listed_blocks(r, number)
+        scores = kept_scores(q[rows].detach().double(), k[keys].detach().double(), r, first_q, first_k, listed)
+        kept = scores > -torch.inf
         alive = kept.any(-1, keepdim=True)
         mask = kept | ~alive  # a row without a key would be NaN, and so would all gradients
         # Contiguous, as PyTorch's kernels are picky about alignment.

@@ -3,6 +3,7 @@
 Like the portable kernel's test, this file runs itself as a program to compile.
 """
 
+import dataclasses
 import json
 import os
 import sys
@@ -16,12 +17,13 @@ from cases import OnGpu, one_sequence
 from machine_code import classify, inspect
 from test_forward_compile import pretend_gpu, zeros
 
-from modelopt_lite.kernels import AttentionRequest, hopper_launch, sparse_cores
+from modelopt_lite.kernels import AttentionRequest, KeyBlocks, hopper_launch, sparse_cores, visits_launch
 from modelopt_lite.kernels.choice import choose
 from modelopt_lite.kernels.hopper import attention_forward_hopper, prepare
 from modelopt_lite.kernels.settings import SHORT
 from modelopt_lite.kernels.tiles import join_groups, key_of_row, split_groups
 from modelopt_lite.kernels.top_n import top_n_plan
+from modelopt_lite.kernels.visits import schedule
 from modelopt_lite.plan import DENSE, GROUP_SIZES
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -40,11 +42,22 @@ VARIANTS = [
     (FP16, 128, (4, 8), True, True),
     (BF16, 128, (8, 16), False, True),
 ]
+LISTED = [
+    # the same with lists of key blocks, and the numbers of sinks and recent keys that are exempt
+    (BF16, 128, None, True, True, 0, 0),
+    (BF16, 128, None, True, False, 4, 64),
+    (BF16, 128, (2, 4), True, True, 0, 64),
+    (BF16, 128, (4, 8), True, True, 4, 64),
+    (FP16, 128, None, True, True, 0, 0),
+    (BF16, 64, None, False, True, 0, 0),
+    (BF16, 64, (2, 4), True, False, 0, 64),
+]
 # Shuffles, accesses to shared memory and spills in the hot loop, besides stores that pin the order and never happen.
 # With FP16 there are the rows' maxima, two shuffles for each of two rows; with a quick hook warps tell each other
 # whether any has to compute again.
 TRAFFIC = {
     (FP16, 64, (2, 4)): (4, 0, 0),
+    (FP16, 128, None): (4, 0, 0),
     (FP16, 128, (2, 4)): (4, 0, 2),
     (FP16, 128, (4, 8)): (4, 4, 0),
     (BF16, 128, (4, 8)): (0, 4, 0),
@@ -59,22 +72,36 @@ def compile_all():
         The kernels, and how many more are compiled for other lengths and windows.
     """
 
-    def run(lengths, dtype, head_dim, n_of_m, causal, with_lse, window=64):
-        plan = top_n_plan(*(n_of_m or (0, 4)), 0, window)
+    def run(lengths, dtype, head_dim, n_of_m, causal, with_lse, sinks=0, window=64, listed=False):
+        plan = dataclasses.replace(top_n_plan(*(n_of_m or (0, 4)), 0, 0), num_sink_tokens=sinks)
+        plan = dataclasses.replace(plan, dense_window_size=window if listed or n_of_m else 0)
         options = {"is_causal": causal, "softmax_scale": 1.0, "with_lse": with_lse}
         request = zeros(lengths, plan, head_dim=head_dim, dtype=dtype, **options)
+        if listed:
+            masks = [torch.ones(4, -(-length // 128), -(-length // 128), dtype=torch.bool) for length in lengths]
+            request = request._replace(blocks=KeyBlocks.from_masks(masks, 128, 128))
         hopper_launch.prepare(request)(request)
+
+    def number():
+        kernels = (attention_forward_hopper, prepare, schedule)
+        return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
 
     found = []
     pretend_gpu(hopper_launch, attention_forward_hopper, prepare, compiled=found)
+    pretend_gpu(visits_launch, schedule, compiled=found)
     hopper_launch.processors = lambda device: 132
     for variant in VARIANTS:
         run([300], *variant)
+    for variant in LISTED:
+        run([300], *variant, listed=True)
     found = [kernel for kernel in found if kernel.metadata.name == "attention_forward_hopper"]
-    for lengths, window in zip(([1], [16], [17], [1000], [5, 6], [16] * 16), (0, 1, 16, 64, 100, 2**40), strict=True):
+    before = number()
+    several = ([1], [16], [17], [1000], [5, 6], [16] * 16)
+    for lengths, window in zip(several, (0, 1, 16, 64, 100, 2**40), strict=True):
         run(lengths, *VARIANTS[1], window=window)
-    caches = (*attention_forward_hopper.device_caches.values(), *prepare.device_caches.values())
-    return found, sum(len(cache[0]) for cache in caches) - 2 * len(VARIANTS)
+    for lengths, window in zip(several, (2, 1, 16, 64, 100, 2**40), strict=True):
+        run(lengths, *LISTED[1][:5], sinks=window // 2, window=window, listed=True)
+    return found, number() - before
 
 
 def request_on_gpu(tokens, dims, dtype, plan, heads=32):
@@ -263,7 +290,7 @@ def test_prepare_copies_keys_alone(absent_gpu, monkeypatch, rows):
     q, k, v = torch.randn(70, 4, 128).to(BF16), *torch.randn(rows, 4, 128).to(BF16).split(2, 1)
     request = one_sequence(q, k, v, top_n_plan(2, 4, 0, 0), lengths_q=torch.tensor([1]), max_q=1)
     sparse_cores.prepare(request)(request)
-    ((_, _, numbers, _, *_, key_tail),) = launches
+    ((_, _, numbers, _, *_, key_tail, _),) = launches
     start = numbers.tail_start
     assert start == max(0, rows - 128)
     assert key_tail.shape == (256, 2, 128)
@@ -280,16 +307,18 @@ def test_too_many_items_are_refused(absent_gpu, kernel):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("index", range(len(VARIANTS)), ids=lambda i: "-".join(map(str, VARIANTS[i])))
+@pytest.mark.parametrize(
+    "index", range(len(VARIANTS + LISTED)), ids=lambda i: "-".join(map(str, (VARIANTS + LISTED)[i]))
+)
 def test_kernel_fits_the_gpu(compiled, index):
-    dtype, head_dim, n_of_m, _, with_lse = VARIANTS[index]
-    settings = hopper_launch.hopper_settings(dtype, head_dim, n_of_m[1] if n_of_m else 1)
+    dtype, head_dim, n_of_m, _, with_lse = (VARIANTS + LISTED)[index][:5]
+    settings = hopper_launch.hopper_settings(dtype, head_dim, n_of_m[1] if n_of_m else 1, index >= len(VARIANTS))
     found = compiled[index]
     loop = classify(found["hot loop"])
     assert found["shared"] <= SHARED_LIMIT
     assert found["registers"] == REGISTERS[settings.block_m // 64]
     # instructions that take 16 keys of the values, or 16 dimensions
-    sums = settings.block_n // 16 if head_dim == 64 and not with_lse else 0
+    sums = settings.block_n // 16 if head_dim == 64 and not with_lse and settings.block_m == 192 else 0
     assert loop["matrix"] == settings.block_n // 16 + head_dim // 16 + sums
     pins = 9 if settings.block_n == 128 else 1 if sums == 0 else 0
     assert loop["shared memory"] >= pins

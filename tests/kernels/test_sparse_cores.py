@@ -83,7 +83,7 @@ def test_machine_code():
 
 
 def test_both_languages_lay_out_the_problem_alike():
-    assert ctypes.sizeof(sparse_cores._Problem) == 144  # as sparse_cores.cu asserts
+    assert ctypes.sizeof(sparse_cores._Problem) == 168  # as sparse_cores.cu asserts
 
 
 @pytest.mark.parametrize(
