@@ -17,9 +17,6 @@ from .registry import get_sparse_method
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .kernels.blocks import BlockGrid
-    from .kernels.reference import SequenceBlocks
-
 KeepRule: TypeAlias = "Callable[[Tensor, Tensor, Tensor], Tensor]"
 """``keep(scores, q_pos, k_pos) -> bool tensor``, see :class:`AttentionPlan`."""
 
@@ -65,9 +62,9 @@ class BlockSelector:
         ValueError: if a number is out of its range.
     """
 
-    reference: Callable[[SequenceBlocks], Tensor]
+    reference: Callable[[Any], Tensor]
     choose: Callable[[Tensor, Tensor, Tensor], Tensor]
-    scores: Callable[[BlockGrid], Tensor] | None = None
+    scores: Callable[[Any], Tensor] | None = None
     block_size: int = BLOCK_SIZE
     block_rows: int = BLOCK_SIZE
     first_blocks: int = 1
@@ -338,12 +335,13 @@ def plan_by_name(name: str) -> AttentionPlan:
         )
     try:
         configuration = json.loads(name)
-        return get_sparse_method(configuration["method"]).model_validate(configuration).shared_plan()
+        plan: AttentionPlan = get_sparse_method(configuration["method"]).model_validate(configuration).shared_plan()
     except (ConfigError, ValueError, KeyError, TypeError) as error:  # ValueError: not JSON, or not valid
         raise UnsupportedError(
             f"this program uses the attention plan {name}, which this process cannot make ({error}); import the module "
             "that registers the method before the program runs"
         ) from None
+    return plan
 
 
 def _unpickled(name: str, _: type[Any] | None) -> AttentionPlan:
