@@ -574,7 +574,7 @@ def attend(
     plan = decision.plan
     # Without groups and sinks only distances count, which need not know what a cache has dropped.
     is_dense = plan.is_dense or (layout.max_q == 1 and not plan.sparse_decode)
-    statistics = decision.statistics if layout.max_q > 1 else None
+    statistics = decision.statistics if layout.max_q > 1 or plan.sparse_decode else None
     if (
         is_dense
         and layout.whole
