@@ -8,6 +8,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from .language import tl
+
+if tl is not None:
+    from . import block_launch
+
 if TYPE_CHECKING:
     from .request import AttentionRequest
 
@@ -55,8 +60,7 @@ class KeyBlocks(NamedTuple):
             block_size: keys in a key block.
             block_rows: positions in a query block.
         """
-        counts = mask.sum(-1, dtype=torch.int32)
-        indices = (~mask).to(torch.uint8).argsort(dim=-1, stable=True).to(torch.int32)
+        counts, indices = _listed(mask)
         return cls(counts, indices, starts.to(torch.int32), block_size, block_rows)
 
     @classmethod
@@ -82,7 +86,7 @@ class KeyBlocks(NamedTuple):
     def transposed(self) -> QueryBlocks:
         """Return for each key block the query blocks that list it, without waiting for the device."""
         mask = self.mask().transpose(1, 2)
-        indices = (~mask).to(torch.uint8).argsort(dim=-1, stable=True).to(torch.int32)
+        _, indices = _listed(mask)
         before = torch.nn.functional.pad(mask.cumsum(-1, dtype=torch.int32), (1, 0))
         ends = torch.nn.functional.pad(self.starts.long(), (0, 1), value=mask.shape[2])
         return QueryBlocks(before[..., ends], indices)
@@ -95,6 +99,14 @@ class KeyBlocks(NamedTuple):
         """Return all that a kernel's preparation may depend on: everything but addresses and contents."""
         tensors = ((x.dtype, x.shape, x.stride(), x.device) for x in (self.counts, self.indices, self.starts))
         return (*tensors, self.block_size, self.block_rows)
+
+
+def _listed(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Return how often a mask is set along its last dimension, and where: those numbers first, then all others."""
+    if mask.is_cuda and tl is not None:
+        return block_launch.listed(mask)
+    counts = mask.sum(-1, dtype=torch.int32)
+    return counts, (~mask).to(torch.uint8).argsort(dim=-1, stable=True).to(torch.int32)
 
 
 class QueryBlocks(NamedTuple):
@@ -156,6 +168,7 @@ class BlockGrid:
         high_k: position of its last key.
         row_q: row of the packed queries where each sequence's position 0 would be, ``[batch]``.
         row_k: row of the packed keys where it would be.
+        is_single: whether the query block's sequence has a single query in the call, ``[query_blocks]``.
         dtype: type in which to compute: FP32, or FP64 for FP64 inputs.
     """
 
@@ -178,7 +191,7 @@ class BlockGrid:
         self.origin_q = (first_block - self.starts)[self.sequence] * block_rows + number * block_rows
         self.low_q = self.origin_q.maximum(first_q[self.sequence])
         self.high_q = (self.origin_q + block_rows).minimum((first_q + lengths_q)[self.sequence]) - 1
-        self._is_decode = (lengths_q == 1)[self.sequence]
+        self.is_single = (lengths_q == 1)[self.sequence]
 
         column = torch.arange(columns, device=device)
         self.origin_k = (first_k[:, None] // block_size + column) * block_size
@@ -205,7 +218,7 @@ class BlockGrid:
 
     def is_dense(self) -> Tensor:
         """Return which query blocks are decode that stays dense, ``[query_blocks]``."""
-        return torch.zeros_like(self._is_decode) if self.request.plan.sparse_decode else self._is_decode
+        return torch.zeros_like(self.is_single) if self.request.plan.sparse_decode else self.is_single
 
     def diagonal(self, blocks_before: int = 0) -> Tensor:
         """Return where a key block holds the positions of a query block, ``[query_blocks, key_blocks]``.
