@@ -7,7 +7,7 @@ import json
 import math
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 from weakref import WeakValueDictionary
 
@@ -115,6 +115,7 @@ class SkipRule:
             block may hold a query's heaviest key. Or a curve that gives ``ln(threshold)`` by length.
         block_size: keys in a key block, a multiple of 16.
         block_rows: positions in a query block, a multiple of ``block_size``.
+        decode_threshold: the threshold of a sequence with a single query, where decode is sparse; None: ``threshold``.
 
     Raises:
         ValueError: if a number is out of its range.
@@ -123,9 +124,12 @@ class SkipRule:
     threshold: float | LengthCurve
     block_size: int = BLOCK_SIZE
     block_rows: int = BLOCK_SIZE
+    decode_threshold: float | None = None
 
     def __post_init__(self) -> None:
         _check_block_sizes("skip", self.block_size, self.block_rows)
+        if not (self.decode_threshold is None or 0 < self.decode_threshold < math.inf):
+            raise ValueError(f"skip.decode_threshold: {self.decode_threshold!r} is not allowed; a number > 0 or None")
         if not (isinstance(self.threshold, LengthCurve) or 0 < self.threshold < math.inf):
             raise ValueError(f"skip.threshold: {self.threshold!r} is not allowed; a number > 0")
 
@@ -134,6 +138,10 @@ class SkipRule:
         threshold = self.threshold
         curve = threshold if isinstance(threshold, LengthCurve) else LengthCurve(math.log(threshold), 0.0)
         return curve.at(length)
+
+    def of_decode(self) -> SkipRule:
+        """Return the rule of a sequence with a single query."""
+        return self if self.decode_threshold is None else replace(self, threshold=self.decode_threshold)
 
 
 def _check_block_sizes(name: str, block_size: int, block_rows: int) -> None:

@@ -89,7 +89,8 @@ def kept_scores(
     exempt = visible & (sink | recent)
     kept = kept | exempt
     if plan.skip is not None and request.blocks is None and has_blocks:
-        kept = kept & ~_skipped(scores.detach(), visible, kept, exempt, q_pos, k_pos, plan.skip)
+        skip = plan.skip.of_decode() if len_q == 1 else plan.skip
+        kept = kept & ~_skipped(scores.detach(), visible, kept, exempt, q_pos, k_pos, skip)
     return scores.masked_fill(~kept, -torch.inf)[..., padding[0] :][..., : k.shape[0]]
 
 
