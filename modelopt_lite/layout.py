@@ -517,7 +517,7 @@ def whole_call(
         softcap=softcap,
         plan=plan,
     )
-    # Layouts of one size without padding are alike but for their tensors' addresses.
+    # Layouts of one size without padding differ in their tensors' addresses alone.
     signature = (
         query.shape, key.shape, value_dim, strides, query.dtype, key.dtype, value.dtype, query.device, key.device,
         value.device, request.softmax_scale, window, softcap, plan.name,

@@ -144,7 +144,7 @@ class _Sequence:
         return heads.permute(1, 2, 0, 3)
 
     def heads_last(self, x: Tensor) -> Tensor:
-        """Undo :meth:`heads_first`, but for the type."""
+        """Undo :meth:`heads_first`, except the conversion of the type."""
         return x.permute(2, 0, 1, 3).flatten(1, 2)
 
     def deinterleave(self, x: Tensor) -> Tensor:
@@ -155,7 +155,7 @@ class _Sequence:
         return x.permute(0, 3, 2, 1, 4).flatten(2, 3)
 
     def interleave(self, x: Tensor) -> Tensor:
-        """Undo :meth:`deinterleave`, but for the type."""
+        """Undo :meth:`deinterleave`, except the conversion of the type."""
         x = x.unflatten(2, (self.group, -1)).permute(0, 3, 2, 1, 4)
         return x.flatten(0, 2)[self.first_k - self.origin :][: self.len_k]
 
