@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -34,6 +34,10 @@ Form: TypeAlias = Literal["logit", "exponential"]
 
 FEWEST_BLOCKS = 4
 """Query blocks that see fewer key blocks take no part in a fit: most of what they see can never be skipped."""
+REFINED = (0.3, 0.5, 0.7)
+"""Targets at which a refined calibration lets the model be sparse."""
+NEAR = 0.15
+"""Points with a sparsity so near to that of the model count in a refined calibration."""
 FITTED = (0.1, 0.9)
 """Points of a fit have a sparsity between these, as in Model-Optimizer's calibration."""
 
@@ -121,6 +125,7 @@ def calibrate(
     lengths: Sequence[int] = (1024, 2048, 4096),
     windows: int = 4,
     form: Form = "logit",
+    refine: bool = False,
     seed: int = 0,
     state: str | Path | None = None,
     show_progress: bool = True,
@@ -148,6 +153,9 @@ def calibrate(
         form: how the knob follows from the target. ``"logit"`` has four coefficients (:class:`LogitFit`);
             ``"exponential"`` is Model-Optimizer's ``threshold = a * exp(b * target) / length``, for skip_softmax and
             flash_prefill alone, and less exact where lengths differ.
+        refine: whether to read each window three times more, with the model sparse as a first fit says for targets of
+            0.3, 0.5 and 0.7, and to fit again near these. Sparse layers change the scores of the layers above, which
+            matters for skip_softmax at high targets.
         seed: of the choice of documents, and of the generated samples.
         state: a file that keeps what was measured, a line for each window; the same call goes on there after an
             interruption.
@@ -170,24 +178,57 @@ def calibrate(
         if form == "exponential" and method.knob.scale != "log":
             raise ConfigError(f"form: 'exponential' is not allowed for {method.method} (sparse_cfg.{pattern})")
     tokens = read_windows(data, model, tokenizer, lengths, windows, seed)
-    entries = {pattern: config.sparse_cfg[pattern] for pattern in methods}
     header = {"kind": "calibration", "config": config.model_dump(mode="json"), "model": describe_model(model)}
     journal = Journal(state, header)
-    sparsify(model, config)
+    lengths_read = sorted({window.numel() for window in tokens})
+    read = partial(_read, model, config, methods, tokens, journal)
     try:
-        counters = _counters(model, config, methods)
-        with progress_bar(show_progress, len(tokens)) as step:
-            found = []
-            for window in tokens:
-                step(f"{window.numel()} tokens")
-                found.append(journal.get(digest(window), partial(_measure, model, counters, window)))
+        with progress_bar(show_progress, len(tokens) * (1 + len(REFINED) * refine)) as step:
+            tables = read(None, step)
+            points = {pattern: table.points() for pattern, table in tables.items()}
+            result = _conclude(config, tables, points, target, lengths_read, form)
+            if refine:
+                points = {pattern: [] for pattern in tables}
+                for near in REFINED:
+                    for pattern, table in read(_retargeted(result.config, near), step).items():
+                        points[pattern] += [x for x in table.points() if abs(x.sparsity - near) <= NEAR]
+                result = _conclude(config, tables, points, target, lengths_read, form)
     finally:
         unsparsify(model)
-    tables = {pattern: _Tables(pattern, methods[pattern], entries[pattern]) for pattern in methods}
-    for measured in found:
+    for warning in result.warnings:
+        logger.warning(warning)
+    return result
+
+
+def _retargeted(config: SparsityConfig, target: float) -> SparsityConfig:
+    """Return a configuration with another target, which may lie outside of what was seen."""
+    entries: dict[str, Any] = dict(config.sparse_cfg)
+    for pattern, method in _calibrated(config).items():
+        changed = type(method)(**{**method.model_dump(), "target_sparsity": target})
+        entries[pattern] = _replaced(entries[pattern], method, changed)
+    return SparsityConfig(sparse_cfg=entries)
+
+
+def _read(
+    model: nn.Module,
+    config: SparsityConfig,
+    methods: Mapping[str, CalibratedMethod],
+    tokens: Sequence[Tensor],
+    journal: Journal,
+    sparse: SparsityConfig | None,
+    step: Callable[[str], None],
+) -> dict[str, _Tables]:
+    """Let the model read all windows, dense or as another configuration says; return what each pattern counted."""
+    sparsify(model, sparse or config)
+    counters = _counters(model, config, methods, is_dense=sparse is None)
+    prefix = "" if sparse is None else digest(torch.tensor(list(sparse.model_dump_json().encode()))) + "/"
+    tables = {pattern: _Tables(pattern, method, config.sparse_cfg[pattern]) for pattern, method in methods.items()}
+    for window in tokens:
+        step(f"{window.numel()} tokens")
+        measured = journal.get(prefix + digest(window), partial(_measure, model, counters, window))
         for layer, counts in measured.items():
             tables[counts["pattern"]].add(layer, counts)
-    return _conclude(config, tables, target, sorted({window.numel() for window in tokens}), form)
+    return tables
 
 
 def _calibrated(config: SparsityConfig) -> dict[str, CalibratedMethod]:
@@ -211,7 +252,9 @@ def _replaced(entry: SparseAttentionMethod, old: CalibratedMethod, new: Calibrat
     return new
 
 
-def _counters(model: nn.Module, config: SparsityConfig, methods: Mapping[str, CalibratedMethod]) -> dict[Any, _Counter]:
+def _counters(
+    model: nn.Module, config: SparsityConfig, methods: Mapping[str, CalibratedMethod], is_dense: bool
+) -> dict[Any, _Counter]:
     modules = sparse_modules(model)
     plans: dict[str, list[AttentionPlan]] = {}
     for pattern, method in methods.items():
@@ -221,19 +264,20 @@ def _counters(model: nn.Module, config: SparsityConfig, methods: Mapping[str, Ca
     counters = {}
     for name, pattern in config.deciding_patterns(modules).items():
         if pattern in methods:
-            counters[modules[name]] = _Counter(name, pattern, plans[pattern])
+            counters[modules[name]] = _Counter(name, pattern, plans[pattern], is_dense)
     return counters
 
 
 class _Counter:
-    """Counts in one layer which blocks each value of a knob would visit, and lets the layer be dense."""
+    """Counts in one layer which blocks each value of a knob would visit, and may let the layer be dense."""
 
-    def __init__(self, layer: str, pattern: str, plans: Sequence[AttentionPlan]) -> None:
+    def __init__(self, layer: str, pattern: str, plans: Sequence[AttentionPlan], is_dense: bool) -> None:
+        self.is_dense = is_dense
         self.layer, self.pattern, self.plans = layer, pattern, plans
         self.counts: tuple[Tensor, Tensor, Tensor] | None = None
 
     def observe(self, request: AttentionRequest) -> AttentionRequest:
-        """Count a call's blocks, and return the call as a dense one."""
+        """Count a call's blocks, and return the call to compute."""
         seen, visited = visited_blocks(request, self.plans)
         heads, kv_heads = visited.shape[1], request.k.shape[1]
         blocks = request._replace(plan=self.plans[0])
@@ -244,7 +288,7 @@ class _Counter:
         found = (by_length, by_group, (seen.sum() * heads // kv_heads)[None])
         before = (torch.zeros_like(x) for x in found) if self.counts is None else self.counts
         self.counts = tuple(map(_sum_padded, before, found))  # type: ignore[assignment] # three tensors again
-        return request._replace(plan=DENSE)
+        return request._replace(plan=DENSE) if self.is_dense else request
 
     def take(self) -> dict[str, Any]:
         """Return what was counted, as JSON can hold it, and begin anew; waits for the device."""
@@ -340,13 +384,18 @@ def _sum_padded(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _conclude(
-    config: SparsityConfig, tables: Mapping[str, _Tables], target: float, lengths: Sequence[int], form: Form
+    config: SparsityConfig,
+    tables: Mapping[str, _Tables],
+    points: Mapping[str, Sequence[_Point]],
+    target: float,
+    lengths: Sequence[int],
+    form: Form,
 ) -> CalibrationResult:
     entries: dict[str, Any] = dict(config.sparse_cfg)
     warnings, reach = [], []
     for pattern, table in tables.items():
         method = table.method
-        fit = _fit(table, form)
+        fit = _fit(table, points[pattern], form)
         content = {**method.model_dump(), "calibration": Calibration(prefill=fit), "target_sparsity": target}
         entries[pattern] = _replaced(table.entry, method, type(method)(**content))
         for length in lengths:
@@ -357,8 +406,6 @@ def _conclude(
                     f"sparse_cfg.{pattern} ({method.method}): the target {target:g} lies outside of "
                     f"{here.lowest:.2f} to {here.highest:.2f}, which was seen at {length} tokens"
                 )
-    for warning in warnings:
-        logger.warning(warning)
     groups = [group for table in tables.values() for group in table.groups()]
     values = {pattern: table.method.knob.values for pattern, table in tables.items()}
     return CalibrationResult(SparsityConfig(sparse_cfg=entries), values, groups, reach, warnings)
@@ -369,13 +416,13 @@ def _fit_of(method: CalibratedMethod) -> ExponentialFit | LogitFit:
     return method.calibration.prefill
 
 
-def _fit(table: _Tables, form: Form) -> ExponentialFit | LogitFit:
+def _fit(table: _Tables, points: Sequence[_Point], form: Form) -> ExponentialFit | LogitFit:
     """Fit the knob of one pattern by least squares on its scale.
 
     Raises:
         ConfigError: if there are too few points, or sparsity does not grow with the knob.
     """
-    points, knob = table.points(), table.method.knob
+    knob = table.method.knob
     where = f"sparse_cfg.{table.pattern} ({table.method.method})"
     if len({point.knob for point in points}) < 3:
         raise ConfigError(

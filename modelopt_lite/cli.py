@@ -547,6 +547,7 @@ def calibrate(
     text: Texts = ["sotu"],  # noqa: B006
     lengths: Annotated[str, typer.Option(help="Tokens of a window, joined by commas.")] = "1024,2048,4096",
     windows: Windows = 4,
+    refine: Annotated[bool, typer.Option("--refine", help="Read the windows again with the model sparse.")] = False,
     form: Annotated[str, typer.Option(help="logit; or exponential, as Model-Optimizer fits.")] = "logit",
     state: State = None,
     dtype: Dtype = "float32",
@@ -568,6 +569,7 @@ def calibrate(
             tokenizer=tokenizer,
             lengths=_numbers("--lengths", lengths, int),
             windows=windows,
+            refine=refine,
             form=form,  # type: ignore[arg-type] # checked above
             seed=seed,
             state=state,

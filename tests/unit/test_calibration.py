@@ -113,6 +113,19 @@ def test_the_target_is_achieved(model, name):
     assert name in str(result)
 
 
+@pytest.mark.parametrize("name", ["skip_softmax", "xattention"])
+def test_a_refined_calibration_reads_sparse_activations(model, name, tmp_path):
+    data, state = windows(512, 1024), tmp_path / "state.jsonl"
+    first = calibrate(model, METHODS[name], data)
+    refined = calibrate(model, METHODS[name], data, refine=True, state=state)
+    assert len(state.read_text().splitlines()) == 1 + 4 * len(data)
+    assert coefficients(refined.config) != coefficients(first.config)
+    mtsa.sparsify(model, refined.config)
+    with torch.no_grad(), mtsa.collect_statistics(model) as statistics:
+        model(data[1][None])
+    assert statistics.total.block_sparsity == pytest.approx(0.5, abs=0.08)
+
+
 def test_groups_say_what_each_head_group_skips(model):
     result = calibrate(model, METHODS["mean_pool_top_k"], windows(512), target=0.5)
     assert [(group.layer, group.group) for group in result.groups] == [
@@ -260,7 +273,8 @@ def test_a_fit_finds_what_the_counts_were_made_from(form):
         c0, c1, c2, c3 = fit.coefficients
         return 1 / (1 + math.exp((c0 + c2 * x - y) / (c1 + c3 * x)))
 
-    found = _fit(synthetic_tables(method, sparsity), form)
+    tables = synthetic_tables(method, sparsity)
+    found = _fit(tables, tables.points(), form)
     assert found.error < 0.01
     for target in (0.2, 0.5, 0.8):
         for length in (128, 1000, 4000):
