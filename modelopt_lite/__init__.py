@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .calibration import CalibrationResult, calibrate
-    from .checkpoint import from_pretrained, save_pretrained
+    from .checkpoint import export_modelopt, from_pretrained, save_pretrained
     from .config import SPARSE_SOFTMAX_DEFAULT, SparsityConfig
     from .conversion import (
         continuous_batching,
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     )
     from .errors import ConfigError, UnsupportedError
     from .kernels import attention
+    from .layer_search import SearchResult, search
     from .methods import (
         BlockMethod,
         Combined,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
         XAttention,
     )
     from .module import SparseAttentionModule
+    from .parallel import context_parallel
     from .plan import AttentionPlan
     from .registry import get_sparse_method, list_sparse_methods, register_sparse_method
     from .stats import collect_statistics
@@ -49,6 +51,7 @@ _MODULE_OF = {
     "FlashPrefill": "methods",
     "MeanPoolTopK": "methods",
     "SinkWindow": "methods",
+    "SearchResult": "layer_search",
     "SkipSoftmax": "methods",
     "SparseAttentionMethod": "methods",
     "SparseAttentionModule": "module",
@@ -59,15 +62,18 @@ _MODULE_OF = {
     "attention": "kernels",
     "calibrate": "calibration",
     "collect_statistics": "stats",
+    "context_parallel": "parallel",
     "continuous_batching": "conversion",
     "disable_sparse_attention": "conversion",
     "disabled": "conversion",
     "enable_sparse_attention": "conversion",
+    "export_modelopt": "checkpoint",
     "from_pretrained": "checkpoint",
     "get_sparse_method": "registry",
     "list_sparse_methods": "registry",
     "register_sparse_method": "registry",
     "save_pretrained": "checkpoint",
+    "search": "layer_search",
     "sparsify": "conversion",
     "summary": "conversion",
     "unsparsify": "conversion",
@@ -83,6 +89,7 @@ __all__ = [
     "ConfigError",
     "FlashPrefill",
     "MeanPoolTopK",
+    "SearchResult",
     "SinkWindow",
     "SkipSoftmax",
     "SparseAttentionMethod",
@@ -95,15 +102,18 @@ __all__ = [
     "attention",
     "calibrate",
     "collect_statistics",
+    "context_parallel",
     "continuous_batching",
     "disable_sparse_attention",
     "disabled",
     "enable_sparse_attention",
+    "export_modelopt",
     "from_pretrained",
     "get_sparse_method",
     "list_sparse_methods",
     "register_sparse_method",
     "save_pretrained",
+    "search",
     "sparsify",
     "summary",
     "unsparsify",

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .config import ConfigSource, SparsityConfig
 from .conversion import sparsify, unsparsify
 from .errors import ConfigError
-from .experiment.measuring import Data, Journal, check_dense, digest, progress_bar, read_windows
+from .experiment.measuring import Data, Journal, check_dense, describe_model, digest, progress_bar, read_windows
 from .kernels import AttentionRequest, visited_blocks
 from .methods import CalibratedMethod, Calibration, Combined, SparseAttentionMethod
 from .methods.calibrated import ExponentialFit, Knob, LogitFit
@@ -171,7 +171,7 @@ def calibrate(
             raise ConfigError(f"form: 'exponential' is not allowed for {method.method} (sparse_cfg.{pattern})")
     tokens = read_windows(data, model, tokenizer, lengths, windows, seed)
     entries = {pattern: config.sparse_cfg[pattern] for pattern in methods}
-    header = {"kind": "calibration", "config": config.model_dump(mode="json"), "model": _signature(model)}
+    header = {"kind": "calibration", "config": config.model_dump(mode="json"), "model": describe_model(model)}
     journal = Journal(state, header)
     sparsify(model, config)
     try:
@@ -211,17 +211,6 @@ def _replaced(entry: SparseAttentionMethod, old: CalibratedMethod, new: Calibrat
     return new
 
 
-def _signature(model: nn.Module) -> list[Any]:
-    """Return what tells one model from another in a journal: its class, size, and a sum over some of its weights."""
-    parameters = list(model.parameters())
-    some = parameters[:: max(1, len(parameters) // 8)]
-    return [
-        type(model).__name__,
-        sum(p.numel() for p in parameters),
-        round(sum(p.detach().double().sum().item() for p in some), 6),
-    ]
-
-
 def _counters(model: nn.Module, config: SparsityConfig, methods: Mapping[str, CalibratedMethod]) -> dict[Any, _Counter]:
     modules = sparse_modules(model)
     plans: dict[str, list[AttentionPlan]] = {}
@@ -253,8 +242,8 @@ class _Counter:
         by_length.index_add_(1, seen, torch.cat([(seen * heads)[None], visited.sum(1)]))
         by_group = visited.unflatten(1, (kv_heads, -1)).sum((2, 3)).T
         found = (by_length, by_group, (seen.sum() * heads // kv_heads)[None])
-        assert self.counts is None, "a layer is called once in a forward pass without a cache"
-        self.counts = found
+        before = (torch.zeros_like(x) for x in found) if self.counts is None else self.counts
+        self.counts = tuple(map(_sum_padded, before, found))  # type: ignore[assignment] # three tensors again
         return request._replace(plan=DENSE)
 
     def take(self) -> dict[str, Any]:

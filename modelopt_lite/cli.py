@@ -520,6 +520,139 @@ def _seconds(call: Any) -> tuple[float, Any]:
     return time.perf_counter() - start, found
 
 
+Texts = Annotated[
+    list[str],
+    typer.Option(
+        help="What to read: sotu, sotu:DOCUMENT, python, a text file or folder, or ruler for generated samples; may be "
+        "given several times."
+    ),
+]
+Windows = Annotated[int, typer.Option(min=1, help="Windows of each text at each length.")]
+State = Annotated[
+    Path | None, typer.Option(help="File that keeps what was measured; the same command goes on there if interrupted.")
+]
+NewFile = Annotated[Path, typer.Argument(help="YAML file to write; must not exist.")]
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "  modelopt-lite calibrate smollm2-135m half.yaml --sparse skip_softmax --target 0.5 --text sotu\n\n"
+    "  modelopt-lite calibrate ./model half.yaml --sparse blocks.yaml --text ruler --lengths 4096,16384 --state h.jsonl"
+)
+def calibrate(
+    model: Model,
+    output: NewFile,
+    sparse: Annotated[str, typer.Option(help="A method's name, or the path of a configuration.")] = "skip_softmax",
+    target: Annotated[float, typer.Option(help="Share of the key blocks that is to be skipped, 0 to 1.")] = 0.5,
+    text: Texts = ["sotu"],  # noqa: B006
+    lengths: Annotated[str, typer.Option(help="Tokens of a window, joined by commas.")] = "1024,2048,4096",
+    windows: Windows = 4,
+    form: Annotated[str, typer.Option(help="logit; or exponential, as Model-Optimizer fits.")] = "logit",
+    state: State = None,
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+    seed: Annotated[int, typer.Option(min=0, help="Of the windows.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Choose how much a method skips: measure what follows from its knob, and write a configuration with a target."""
+    with _user_errors(), _resumable(state):
+        if form not in ("logit", "exponential"):
+            raise ConfigError(f"--form: {form!r} is not allowed; must be logit or exponential")
+        _check_new(output)
+        loaded, tokenizer = _load_model(model, dtype, device)
+        result = mtsa.calibrate(
+            loaded,
+            sparse,
+            text,
+            target=target,
+            tokenizer=tokenizer,
+            lengths=_numbers("--lengths", lengths, int),
+            windows=windows,
+            form=form,  # type: ignore[arg-type] # checked above
+            seed=seed,
+            state=state,
+        )
+        result.config.save(output, f"Written by modelopt-lite calibrate: {model}, target {target:g}.\n{result}")
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(result) | {"config": result.config.model_dump(mode="json")}))
+    else:
+        typer.echo(f"{result}\nwritten to {output}")
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "  modelopt-lite search smollm2-135m found.yaml --candidate 1:4 --candidate 2:4 --candidate 3:4 --sparsity 2:4\n\n"
+    "  modelopt-lite search ./model found.yaml --candidate a.yaml --candidate b.yaml --perplexity 0.2 --text notes.txt"
+)
+def search(
+    model: Model,
+    output: NewFile,
+    candidate: Annotated[
+        list[str],
+        typer.Option(help="N:M, a method's name, or the path of a configuration of one method; given several times."),
+    ],
+    sparsity: Annotated[
+        str | None, typer.Option(help="Budget: drop at least this share of the scores, or as much as this candidate.")
+    ] = None,
+    speedup: Annotated[float | None, typer.Option(help="Budget: attention at least so many times as fast.")] = None,
+    kl: Annotated[float | None, typer.Option(help="Budget: at most this KL divergence, nats a token.")] = None,
+    perplexity: Annotated[float | None, typer.Option(help="Budget: at most so many percent of perplexity.")] = None,
+    text: Texts = ["sotu"],  # noqa: B006
+    lengths: Annotated[str, typer.Option(help="Tokens of a window, joined by commas.")] = "2048",
+    windows: Windows = 4,
+    state: State = None,
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+    seed: Annotated[int, typer.Option(min=0, help="Of the windows.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Choose a method for each layer within a budget, and write the configuration."""
+    with _user_errors(), _resumable(state):
+        candidates = {_variant_name(source): source for source in candidate}
+        share: float | str | None = sparsity
+        if sparsity is not None and sparsity not in candidates:
+            (share,) = _numbers("--sparsity", sparsity, float)
+        _check_new(output)
+        loaded, tokenizer = _load_model(model, dtype, device)
+        result = mtsa.search(
+            loaded,
+            candidates,
+            text,
+            sparsity=share,
+            speedup=speedup,
+            kl=kl,
+            perplexity=perplexity,
+            tokenizer=tokenizer,
+            lengths=_numbers("--lengths", lengths, int),
+            windows=windows,
+            seed=seed,
+            state=state,
+        )
+        result.save(output)
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(result) | {"config": result.config.model_dump(mode="json")}))
+    else:
+        typer.echo(f"{result}\nwritten to {output}")
+
+
+def _check_new(output: Path) -> None:
+    if output.suffix not in (".yaml", ".yml"):
+        raise ConfigError(f"{output}: suffix {output.suffix!r} is not allowed; .yaml or .yml")
+    if output.exists():
+        raise ConfigError(f"{output}: is not allowed; must not exist yet")
+
+
+@contextmanager
+def _resumable(state: Path | None) -> Iterator[None]:
+    """Say after Ctrl-C how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        how = "without --state, nothing was kept" if state is None else "the same command goes on"
+        typer.echo(f"interrupted; {how}", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+
+
 @app.command()
 def schema(
     what: Annotated[str, typer.Argument(help="sparsity, for sparsify; or experiment, for run.")] = "sparsity",

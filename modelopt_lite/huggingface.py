@@ -35,6 +35,7 @@ from .layout import (
     whole_layout,
 )
 from .module import SparseAttentionModule, decide, original_class, sparse_modules
+from .parallel import ARGUMENT, Shards, attend_sharded
 from .recomputation import Decision
 from .transformers_masks import Mask, RefusedMask, attention_mask, note_positions, packed_by_positions
 
@@ -82,6 +83,7 @@ REFUSED_ARGUMENTS = frozenset(
         "block_indices",
         "block_mask",
         "cache",
+        "context_parallel",
         "head_mask",
         "indices",
         "layer_head_mask",
@@ -164,6 +166,9 @@ def attention_forward(
     Raises:
         UnsupportedError: if the call asks for something this attention cannot do; names the layer.
     """
+    shards: Shards | None = kwargs.pop(ARGUMENT, None)
+    if shards is not None or (isinstance(module, SparseAttentionModule) and module.sparse_attention.is_sharded):
+        return _sharded_attention(module, query, key, value, attention_mask, shards, dropout, scaling, **kwargs), None
     if type(attention_mask) is Layout and attention_mask.whole and isinstance(module, SparseAttentionModule):
         is_settled = attention_mask.len_q == 1 or getattr(attention_mask.request, "packed", None) is attention_mask
         if is_settled and not dropout and not any(kwargs[x] is not None for x in kwargs if x not in _PLAIN_ARGUMENTS):
@@ -236,6 +241,55 @@ def _attention(
         except UnsupportedError as error:
             raise UnsupportedError(f"{layer_name(module)}: {error}") from None
     return attend(module, query, key, value, layout, scaling=scaling, softcap=softcap, s_aux=s_aux, decision=decision)
+
+
+def _sharded_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Mask | Tensor | None,
+    shards: Shards | None,
+    dropout: float,
+    scaling: float | None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """Compute attention over the tokens of all processes of :func:`~.parallel.context_parallel`.
+
+    The mask says what kind of attention it is; which tokens there are is in ``shards``.
+    """
+    refusal = _refused_argument(dropout, kwargs)
+    if shards is None:
+        refusal = (
+            f"was not told how the tokens are divided; inside context_parallel(), pass all that shard() returns to the "
+            f"model, which must pass {ARGUMENT} on to its layers"
+        )
+    elif isinstance(mask, RefusedMask):
+        refusal = mask.reason
+    elif isinstance(mask, Tensor):
+        refusal = "a finished attention mask is not supported with context parallelism; pass attention_mask to shard()"
+    if refusal or shards is None:
+        raise UnsupportedError(f"{layer_name(module)}: {refusal}")
+    if isinstance(mask, Layout):
+        is_causal, sliding_window = mask.is_causal, mask.sliding_window
+    elif is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    return attend_sharded(
+        module,
+        query,
+        key,
+        value,
+        shards,
+        is_causal=is_causal,
+        sliding_window=sliding_window,
+        scaling=scaling,
+        softcap=softcap,
+        s_aux=s_aux,
+    )
 
 
 def _own_attention(

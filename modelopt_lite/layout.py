@@ -622,9 +622,9 @@ def _request(
     s_aux: Tensor | None,
 ) -> AttentionRequest:
     """Pack the tensors of :func:`attend` as their layout says."""
-    q = _packed(query, layout.order_q)
+    q = packed(query, layout.order_q)
     if layout.order_k is not None:
-        k, v, starts_k = _packed(key, layout.order_k), _packed(value, layout.order_k), layout.starts_k
+        k, v, starts_k = packed(key, layout.order_k), packed(value, layout.order_k), layout.starts_k
     else:
         k, v, starts_k = _packed_keys(key, value, layout)
     return AttentionRequest(
@@ -649,7 +649,7 @@ def _request(
     )
 
 
-def _packed(x: Tensor, order: Tensor | None = None) -> Tensor:
+def packed(x: Tensor, order: Tensor | None = None) -> Tensor:
     """Flatten ``[batch, heads, tokens, dim]`` to ``[batch * tokens, heads, dim]``, each row's tokens in an order."""
     if order is not None:
         return x.transpose(1, 2)[torch.arange(x.shape[0], device=x.device)[:, None], order].flatten(0, 1)
@@ -673,10 +673,10 @@ def _packed_keys(key: Tensor, value: Tensor, layout: Layout) -> tuple[Tensor, Te
     (batch, _, slots, _), step = key.shape, key.stride(2)
     # Gradients would be as large as that range.
     if batch == 1 or _is_recorded(key) or _is_recorded(value) or step == 0 or key.stride(0) % step:
-        return _packed(key), _packed(value), layout.starts_k
+        return packed(key), packed(value), layout.starts_k
     pitch = key.stride(0) // step
     if pitch < slots or value.stride(2) == 0 or value.stride(0) != pitch * value.stride(2):
-        return _packed(key), _packed(value), layout.starts_k
+        return packed(key), packed(value), layout.starts_k
     size = (batch - 1) * pitch + slots
     key, value = (
         x.as_strided((size, x.shape[1], x.shape[3]), (x.stride(2), x.stride(1), x.stride(3))) for x in (key, value)
@@ -711,7 +711,7 @@ def refuse_context_parallel() -> str | None:
         return None
     return (
         "context_parallel shards the tokens and gathers keys for PyTorch's own attention only, which is not supported; "
-        "unsparsify the model or do without it"
+        "use modelopt_lite.context_parallel, or unsparsify the model"
     )
 
 

@@ -44,6 +44,7 @@ class SparseAttentionFlags:
         dense_blocks: how many blocks of :func:`run_dense` are open in any context, for traced graphs, which cannot read
             context variables.
         counters: what the open blocks of :func:`count` fill, in any context, likewise.
+        is_sharded: whether calls need to be told how the tokens are divided among processes.
         checkpoints: PyTorch's objects for the checkpoints that will run a call again.
     """
 
@@ -57,6 +58,7 @@ class SparseAttentionFlags:
     reached: bool = False
     dense_blocks: int = 0
     counters: tuple[Observer, ...] = ()
+    is_sharded: bool = False
     checkpoints: WeakSet[Any] = field(default_factory=WeakSet)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -21,6 +21,7 @@ class LayerStatistics:
 
     def __init__(self) -> None:
         self._counts: tuple[int | float | Tensor, ...] = (0, 0, 0, 0.0, 0, 0, 0)
+        self._mass_by_head: float | Tensor = 0.0
 
     def observe(self, request: AttentionRequest) -> AttentionRequest:
         """Add what a call keeps in its prefills; the call itself stays as it is."""
@@ -30,7 +31,9 @@ class LayerStatistics:
 
     def add(self, counts: AttentionStatistics) -> None:
         """Add the counts of another computation."""
-        self._counts = tuple(a + b for a, b in zip(self._counts, counts, strict=True))
+        *of_all_heads, mass_by_head = counts
+        self._counts = tuple(a + b for a, b in zip(self._counts, of_all_heads, strict=True))
+        self._mass_by_head = self._mass_by_head + mass_by_head
 
     def merge(self, other: LayerStatistics) -> None:
         """Add the counts of another layer, which may be on another device."""
@@ -91,6 +94,15 @@ class LayerStatistics:
         """Mean share of the dense attention on kept keys, from 0 to 1; 1 before anything was counted."""
         return self.mass / self.rows if self.rows else 1.0
 
+    @property
+    def mass_kept_by_head(self) -> list[float]:
+        """The same for each query head of one layer; empty for sums over layers, and before anything was counted."""
+        if not isinstance(self._mass_by_head, Tensor):
+            return []
+        rows = max(1, self.rows) / len(self._mass_by_head)
+        shares: list[float] = (self._mass_by_head / rows).tolist()
+        return shares
+
 
 @dataclass
 class ModelStatistics:
@@ -127,7 +139,8 @@ class ModelStatistics:
         """Add what the other processes counted of the same model; every process then has the sum.
 
         Right where processes share the heads (tensor parallelism), the tokens (context parallelism) or the batch. Call
-        it once, after the last forward pass, in all processes of the group.
+        it once, after the last forward pass, in all processes of the group. The mass by head is lost, as processes may
+        have different heads.
 
         Args:
             group: the processes; by default all.
@@ -140,7 +153,7 @@ class ModelStatistics:
         )
         distributed.all_reduce(counts, group=group)
         for layer, summed in zip(self.layers.values(), counts.tolist(), strict=True):
-            layer._counts = tuple(summed)
+            layer._counts, layer._mass_by_head = tuple(summed), 0.0
 
     @property
     def total(self) -> LayerStatistics:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -15,7 +15,6 @@ from ..conversion import summary
 from ..discovery import ATTENTION_NAME
 from ..kernels import attention
 from ..module import SparseAttentionModule, sparse_modules
-from ..plan import AttentionPlan
 from ..stats import collect_statistics
 from .records import LayerShare
 
@@ -27,14 +26,12 @@ class _Probe:
     """What is recorded while a model runs.
 
     Attributes:
-        pattern_layer: name of the layer whose pattern is wanted.
-        heads: by layer, the mass that each query head keeps.
+        layer: name of the layer whose pattern is wanted; empty for none.
         pattern: rows of the pattern, see :func:`measure_attention`.
         head: number of the head of the pattern.
     """
 
-    pattern_layer: str
-    heads: dict[str, list[float]] = field(default_factory=dict)
+    layer: str
     pattern: list[str] | None = None
     head: int = 0
 
@@ -66,7 +63,8 @@ def measure_attention(model: PreTrainedModel, tokens: Tensor, with_heads: bool) 
     Args:
         model: a causal model after :func:`~modelopt_lite.conversion.sparsify`.
         tokens: ``[length]``.
-        with_heads: also measure heads and record a pattern, of the layers that go through Transformers' interface.
+        with_heads: also say what each head keeps, and record a pattern, if the middle layer goes through Transformers'
+            interface.
     """
     names = list(sparse_modules(model))
     probe = _Probe(names[len(names) // 2] if with_heads and names else "")
@@ -76,6 +74,10 @@ def measure_attention(model: PreTrainedModel, tokens: Tensor, with_heads: bool) 
                 model(tokens[None], use_cache=False, logits_to_keep=1)
         else:
             model(tokens[None], use_cache=False, logits_to_keep=1)
+    heads = {
+        name: [round(share, 6) for share in layer.mass_kept_by_head] if with_heads else []
+        for name, layer in statistics.layers.items()
+    }
     layers = [
         LayerShare(
             name=layer.name,
@@ -85,11 +87,11 @@ def measure_attention(model: PreTrainedModel, tokens: Tensor, with_heads: bool) 
             active=layer.active,
             mass_kept=layer.mass_kept,
             sparsity=layer.sparsity,
-            heads=probe.heads.get(layer.name),
+            heads=heads.get(layer.name) or None,
         )
         for layer in summary(model, statistics)
     ]
-    pattern_of = f"{probe.pattern_layer}, head {probe.head}" if probe.pattern else None
+    pattern_of = f"{probe.layer}, head {probe.head}" if probe.pattern else None
     return Kept(statistics.total.mass_kept, statistics.total.sparsity, layers, probe.pattern, pattern_of)
 
 
@@ -101,7 +103,11 @@ def _probing(probe: _Probe) -> Iterator[None]:
     def forward(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
     ) -> tuple[Tensor, None]:
-        if isinstance(module, SparseAttentionModule) and module.sparse_attention.enabled:
+        if (
+            isinstance(module, SparseAttentionModule)
+            and module.sparse_attention.enabled
+            and module.sparse_attention.name == probe.layer
+        ):
             _record(probe, module, query[0].transpose(0, 1), key[0].transpose(0, 1), kwargs)
         return cast("tuple[Tensor, None]", run(module, query, key, value, mask, **kwargs))
 
@@ -113,31 +119,26 @@ def _probing(probe: _Probe) -> Iterator[None]:
 
 
 def _record(probe: _Probe, module: SparseAttentionModule, q: Tensor, k: Tensor, kwargs: dict[str, Any]) -> None:
-    """Record a layer's heads; ``q`` and ``k`` are ``[tokens, heads, dim]`` of one sequence."""
-    flags = module.sparse_attention
-    options = {
-        "softmax_scale": kwargs.get("scaling"),
-        "sliding_window": kwargs.get("sliding_window"),
-        "softcap": kwargs.get("softcap"),
-    }
-    # A softmax's denominator over the kept keys, divided by that over all of them, is the mass that they have.
-    kept, whole = (_attend(q, k, k, plan, options)[1] for plan in (flags.sparse_plan, AttentionPlan()))
-    probe.heads[flags.name] = [round(share, 6) for share in (kept - whole).exp().mean(0).tolist()]
-    if flags.name == probe.pattern_layer:
-        probe.head = q.shape[1] // 2
-        group = q.shape[1] // k.shape[1]
-        q = q[:PATTERN_TOKENS, probe.head : probe.head + 1].float()
-        k = k[:PATTERN_TOKENS, probe.head // group : probe.head // group + 1].float()
-        # With the identity as values, the output is the weights; those of keys that are not kept are exactly 0.
-        identity = torch.eye(k.shape[0], device=k.device)[:, None]
-        weights = _attend(q, k, identity, flags.sparse_plan, options, backend="torch")[0][:, 0]
-        rows = (weights > 0).tolist()
-        probe.pattern = [f"{sum(bit << j for j, bit in enumerate(row)):x}" for row in rows]
-
-
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, options: dict[str, Any], backend: Any = "auto"
-) -> tuple[Tensor, Tensor]:
+    """Record which keys a head keeps; ``q`` and ``k`` are ``[tokens, heads, dim]`` of one sequence."""
+    probe.head = q.shape[1] // 2
+    group = q.shape[1] // k.shape[1]
+    q = q[:PATTERN_TOKENS, probe.head : probe.head + 1].float()
+    k = k[:PATTERN_TOKENS, probe.head // group : probe.head // group + 1].float()
+    # With the identity as values, the output is the weights; those of keys that are not kept are exactly 0.
+    identity = torch.eye(k.shape[0], device=k.device)[:, None]
     start, length = (torch.tensor([x], dtype=torch.int32, device=q.device) for x in (0, q.shape[0]))
-    found = attention(q, k, v, start, length, q.shape[0], plan=plan, return_lse=True, backend=backend, **options)
-    return cast("tuple[Tensor, Tensor]", found)
+    weights = attention(
+        q,
+        k,
+        identity,
+        start,
+        length,
+        q.shape[0],
+        plan=module.sparse_attention.sparse_plan,
+        softmax_scale=kwargs.get("scaling"),
+        sliding_window=kwargs.get("sliding_window"),
+        softcap=kwargs.get("softcap"),
+        backend="torch",
+    )
+    rows = (cast(Tensor, weights)[:, 0] > 0).tolist()
+    probe.pattern = [f"{sum(bit << j for j, bit in enumerate(row)):x}" for row in rows]

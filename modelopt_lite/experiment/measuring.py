@@ -148,6 +148,17 @@ def check_dense(model: nn.Module) -> None:
         raise ConfigError("model: is sparse already, which is not allowed here; call unsparsify(model) first")
 
 
+def describe_model(model: nn.Module) -> list[Any]:
+    """Return what tells one model from another in a journal: its class, its size, and sums over some of its weights."""
+    parameters = list(model.parameters())
+    some = parameters[:: max(1, len(parameters) // 8)]
+    return [
+        type(model).__name__,
+        sum(parameter.numel() for parameter in parameters),
+        *(f"{parameter.detach().double().sum().item():.6g}" for parameter in some),
+    ]
+
+
 class Journal:
     """What has been measured, by name; kept in a file if there is one, so that an interrupted measurement goes on."""
 

@@ -14,7 +14,7 @@ from .arguments import check_request, is_count
 from .blocked import AttentionStatistics
 from .blocks import KeyBlocks
 from .choice import Backend, run
-from .operator import compute, is_traced, pack
+from .operator import compute, gradients, is_traced, pack
 from .request import AttentionRequest
 from .sdpa import sdpa, suits_sdpa
 from .selection import count_visited, select_blocks, statistics_of_blocks
@@ -28,6 +28,7 @@ __all__ = [
     "attention",
     "attention_statistics",
     "compute",
+    "gradients",
     "is_traced",
     "pack",
     "request_statistics",

@@ -321,12 +321,16 @@ def announce(post, work, SPARSE: gl.constexpr, OPTIONS: gl.constexpr):
     slot = post % SLOTS
     memory = posted_items.index(slot)
     mbarrier.wait(done.index(slot), (post // SLOTS & 1) ^ 1)
+    ROW: gl.constexpr = gl.BlockedLayout([ROWS // 32], [32], [1], [0])
     overflowed = 0
+    before = gl.to_tensor(NOTHING)
     if post >= SLOTS:
+        before = read_number(memory.slice(0, 1))
+    if before >= 0:
         for w in gl.static_range(WARPGROUPS):
-            overflowed |= read_number(verdicts.index(WARPGROUPS * slot + w))
+            overflowed |= gl.max(verdicts.index(WARPGROUPS * slot + w).load(ROW), 0)
     if overflowed != 0:
-        item = read_number(memory.slice(0, 1)) + ONLINE
+        item = before + ONLINE
     else:
         item = next_item(counter_ptr, problem, OPTIONS)
     if item >= 0:
@@ -614,15 +618,16 @@ def clear_rows(memory, first, length, WARPGROUP: gl.constexpr, OPTIONS: gl.const
 
 @gluon.jit
 def attend_item(
-    slot, step, clearings, query_memory, key_memory, value_memory, ones_memory, mail, barriers, pointers, out_strides,
-    problem, numbers, hook_args, WARPGROUP: gl.constexpr, SCORE_HOOK: gl.constexpr, QUICK_HOOK: gl.constexpr,
-    OPTIONS: gl.constexpr, STAGES: gl.constexpr,
+    slot, step, clearings, query_memory, key_memory, value_memory, ones_memory, mail, verdict, barriers, pointers,
+    out_strides, problem, numbers, hook_args, WARPGROUP: gl.constexpr, SCORE_HOOK: gl.constexpr,
+    QUICK_HOOK: gl.constexpr, OPTIONS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Compute one warpgroup's queries of the item that is posted in a slot.
 
+    What is written to ``verdict`` is not 0 for queries whose sums overflowed: then the output is not valid.
+
     Returns:
-        Whether the sums overflowed (the output is not valid then), how often this warpgroup has cleared rows, and the
-        next step.
+        How often this warpgroup has cleared rows, and the next step.
     """
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, OPTIONS.block_n, 16])
     OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, OPTIONS.block_dv, 16])
@@ -634,9 +639,8 @@ def attend_item(
     posted_items, tiles_of_stages, _, doubts = mail
     query = query_memory.reshape([ROWS, OPTIONS.block_d])
     memory = posted_items.index(slot)
-    item, row_start, head, first_query, query_length, length, tiles, masked, _ = read_numbers(memory, 0, 9)
+    row_start, head, first_query, query_length, length, tiles, masked = read_numbers(memory, 1, 7)
     spared = read_number(memory.slice(9 + WARPGROUP, 1))
-    online = item >= ONLINE
     row_start += WARPGROUP * ROWS
     num_sinks, window, sliding_window = distances
     if not OPTIONS.sparse_decode:
@@ -732,13 +736,13 @@ def attend_item(
     # [ROWS]
     total_weight = gl.convert_layout(gl.sum(partial_sum, 1), ROW)
     stored = (rows >= 0) & (rows < query_length)
-    overflowed = 0
+    overflowed = gl.full([ROWS], 0, gl.int32, ROW)
     if OPTIONS.frozen:
         # Zero times a finite number is zero.
         suspicious = gl.convert_layout(gl.sum(accumulator * 0.0, 1), ROW) + total_weight * 0.0 != 0.0
-        overflowed = gl.max((suspicious & stored).to(gl.int32), 0)
-        if online | (tiles == masked - spared):  # there is no other way to compute it
-            overflowed = 0
+        # Where all tiles were masked there is no other way to compute it.
+        overflowed = (suspicious & stored & (tiles > masked - spared)).to(gl.int32)
+    verdict.store(overflowed)
     inverse = gl.where(total_weight == 0.0, 0.0, 1.0 / total_weight)
     out_rows = first_query.to(gl.int64) + rows
     if lse_ptr is not None:
@@ -756,7 +760,7 @@ def attend_item(
         out_ptr + head.to(gl.int64) * out_strides[1] + (out_rows[:, None] * out_strides[0] + offsets_d[None, :])
     )
     gl.store(out_pointers, result, mask=((rows >= 0) & (rows < query_length))[:, None])
-    return overflowed, clearings, step + 1
+    return clearings, step + 1
 
 
 @gluon.jit
@@ -780,15 +784,13 @@ def attend_items(
         slot = post % SLOTS
         mbarrier.wait(posted.index(slot), post // SLOTS & 1)
         item = read_number(posted_items.index(slot).slice(0, 1))
-        overflowed = 0
         if item >= 0:
             mbarrier.wait(query_loaded.index(slot), post // SLOTS & 1)
-            overflowed, clearings, step = attend_item(
+            clearings, step = attend_item(
                 slot, step, clearings, query_memory.index(WARPGROUPS * slot + WARPGROUP), key_memory, value_memory,
-                ones_memory, mail, barriers, pointers, out_strides, problem, numbers, hook_args, WARPGROUP,
-                SCORE_HOOK, QUICK_HOOK, OPTIONS, STAGES,
+                ones_memory, mail, verdicts.index(WARPGROUPS * slot + WARPGROUP), barriers, pointers, out_strides,
+                problem, numbers, hook_args, WARPGROUP, SCORE_HOOK, QUICK_HOOK, OPTIONS, STAGES,
             )  # fmt: skip
-        write_number(verdicts.index(WARPGROUPS * slot + WARPGROUP), overflowed)
         mbarrier.arrive(done.index(slot), count=1)
         post += 1
         idle = gl.where(item < 0, idle + 1, 0)
@@ -824,7 +826,7 @@ def attention_forward_hopper(
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     posted_items = gl.allocate_shared_memory(gl.int32, [SLOTS, NUMBERS], NUMBER)
     tiles_of_stages = gl.allocate_shared_memory(gl.int32, [STAGES, 1], NUMBER)
-    verdicts = gl.allocate_shared_memory(gl.int32, [SLOTS * WARPGROUPS, 1], NUMBER)
+    verdicts = gl.allocate_shared_memory(gl.int32, [SLOTS * WARPGROUPS, ROWS], NUMBER)
     doubts = gl.allocate_shared_memory(gl.int32, [2 * WARPGROUPS, 32 * ROWS // 16], NUMBER)
     posted = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIER)
     done = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIER)
@@ -865,7 +867,7 @@ def attention_forward_hopper(
     mail = (posted_items, tiles_of_stages, verdicts, doubts)
     barriers = (posted, done, query_loaded, loaded, freed, turn, cleared)
     pointers = (out_ptr, lse_ptr, sink_logits_ptr)
-    lists = None
+    lists: gl.constexpr = None
     if visits_ptr is not None:
         lists = (visits_ptr, order_ptr, list_rows, visits_stride, heads_per_list)
     problem = (sequences, heads_of, batch, tiles_per_head, heads_per_wave, (num_sinks, window, sliding_window), lists)

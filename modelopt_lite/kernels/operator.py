@@ -58,7 +58,7 @@ def compute(request: AttentionRequest, backend: Backend = "auto") -> tuple[Tenso
         ValueError: if an argument is wrong; the message names it.
         UnsupportedError: if the backend asked for cannot run the request.
     """
-    if request.plan.chooses_blocks:
+    if request.plan.chooses_blocks and request.blocks is None:
         check_request(request)
         request = request._replace(plan=DENSE) if request.is_decode(request.max_q) else _with_blocks(request)
     needs_gradient = _needs_gradient(request)
@@ -74,6 +74,27 @@ def compute(request: AttentionRequest, backend: Backend = "auto") -> tuple[Tenso
     else:
         output, lse = _Attention.apply(*inputs)  # type: ignore[no-untyped-call]
     return output, lse.detach()
+
+
+def gradients(
+    grad: Tensor, output: Tensor, lse: Tensor, request: AttentionRequest, backend: Backend = "auto"
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute the gradients of a request without recording anything.
+
+    Args:
+        grad: gradient of the output.
+        output: the output, over all keys, of which the request may have a part.
+        lse: the logarithms of its softmax denominators, likewise.
+        request: what was computed, with the lists of blocks if its plan chooses any.
+        backend: as for the forward pass.
+
+    Returns:
+        The gradients of ``q``, ``k``, ``v`` and ``s_aux``, the last one empty if there is none.
+    """
+    grads: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.modelopt_lite.attention_backward(
+        grad, output, lse, *request.flatten(), backend
+    )
+    return grads
 
 
 def _with_blocks(request: AttentionRequest) -> AttentionRequest:

@@ -8,13 +8,10 @@ import torch
 from torch import Tensor
 
 from ..plan import AttentionPlan, BlockSelector, SkipRule
-from .blocked import AttentionStatistics, statistics_blocked
+from .blocked import AttentionStatistics, statistics_blocked, tile_scores
 from .blocks import BlockGrid, GridPart, KeyBlocks, scaled, visible_keys
 from .reference import SequenceBlocks, selected_blocks
 from .request import AttentionRequest
-
-TILE_SCORES = 1 << 20
-"""About how many scores skip-softmax looks at together."""
 
 
 @torch.no_grad()
@@ -219,7 +216,7 @@ class _Row:
         """
         size = self.grid.block_size
         highest, others = self.query.new_full(self.query.shape[:3], -torch.inf), []
-        for few in columns.split(max(1, TILE_SCORES // (self.query.shape[:3].numel() * size))):
+        for few in columns.split(max(1, tile_scores(columns.device) // (self.query.shape[:3].numel() * size))):
             scores, kept, exempt = self._scores(few)
             is_reference = kept & (exempt | self.diagonal[few].repeat_interleave(size))
             highest = highest.maximum(scores.masked_fill(~is_reference, -torch.inf).amax(-1))

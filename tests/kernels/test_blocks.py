@@ -9,7 +9,7 @@ from block_cases import GRIDS, kept_by_brute_force, plans, requests, with_lists
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modelopt_lite.kernels import KeyBlocks, attention, blocked, compute, operator, request_statistics, selection
+from modelopt_lite.kernels import KeyBlocks, attention, blocked, compute, operator, request_statistics
 from modelopt_lite.kernels.blocks import BlockGrid
 from modelopt_lite.kernels.reference import attention_reference, kept_scores, listed_blocks
 from modelopt_lite.kernels.selection import select_blocks
@@ -28,7 +28,6 @@ def tiles_smaller_than_sequences():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blocked, "QUERY_BLOCK", 16)
         patch.setattr(blocked, "TILE_SCORES", 1024)
-        patch.setattr(selection, "TILE_SCORES", 1024)
         yield
 
 

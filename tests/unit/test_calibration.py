@@ -8,9 +8,10 @@ import pytest
 import torch
 from tiny_model import save_tiny_model
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 import modelopt_lite as mtsa
-from modelopt_lite import calibration
+from modelopt_lite import calibration, cli
 from modelopt_lite.calibration import _fit, _Tables
 from modelopt_lite.kernels import visited_blocks
 from modelopt_lite.kernels.blocks import BlockGrid
@@ -133,7 +134,7 @@ def test_the_model_stays_dense_and_must_be_dense(model):
         calibrate(model, METHODS["mean_pool_top_k"], windows(256))
 
 
-def test_the_target_changes_without_measuring(model, tmp_path):
+def test_the_target_changes_without_measuring(model, tmp_path, caplog):
     config = calibrate(model, METHODS["flash_prefill"], windows(512, 1024), target=0.3).config
     again = config.with_target(0.6)
     measured = calibrate(model, METHODS["flash_prefill"], windows(512, 1024), target=0.6).config
@@ -148,6 +149,9 @@ def test_the_target_changes_without_measuring(model, tmp_path):
     loaded = mtsa.from_pretrained(tmp_path / "model")
     tokens = windows(300)[0][None]
     assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+    assert not caplog.records
+    config.with_target(0.99)
+    assert "flash_prefill: the target 0.99 lies outside of" in caplog.text
     with pytest.raises(mtsa.ConfigError, match="target_sparsity: 1.2 is not allowed"):
         config.with_target(1.2)
     with pytest.raises(mtsa.ConfigError, match="has no calibrated method"):
@@ -328,3 +332,42 @@ def test_texts_and_generated_samples(model, folder, tmp_path):
     calibrate(model, METHODS["xattention"], [str(text), "ruler"], **options)
     with pytest.raises(mtsa.ConfigError, match="must have windows = 9 windows of 1024 tokens, has 2"):
         calibrate(model, METHODS["xattention"], str(text), tokenizer=tokenizer, lengths=[1024], windows=9)
+
+
+def test_command(folder, tmp_path, monkeypatch):
+    text, output = tmp_path / "text.txt", tmp_path / "half.yaml"
+    text.write_text("The lighthouse was finished in the autumn, after three winters of work. " * 40)
+    (tmp_path / "method.yaml").write_text(json.dumps(METHODS["xattention"]))
+    arguments = [
+        "calibrate",
+        folder,
+        output,
+        "--sparse",
+        tmp_path / "method.yaml",
+        "--text",
+        text,
+        "--lengths",
+        "512,1024",
+    ]
+    arguments += ["--windows", "1", "--target", "0.4", "--state", tmp_path / "state.jsonl"]
+
+    def invoke(*more):
+        return CliRunner().invoke(cli.app, [str(argument) for argument in [*arguments, *more]])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(calibration, "_measure", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        result = invoke()
+        assert (result.exit_code, result.stderr.splitlines()[-1]) == (130, "interrupted; the same command goes on")
+    result = invoke()
+    assert result.exit_code == 0, result.output
+    assert f"written to {output}" in result.stdout.replace("\n", "")
+    config = mtsa.SparsityConfig.load(output)
+    assert config.sparse_cfg["*"].target_sparsity == 0.4
+    assert output.read_text().startswith("# Written by modelopt-lite calibrate")
+    result = invoke()
+    assert (result.exit_code, result.stderr) == (2, f"error: {output}: is not allowed; must not exist yet\n")
+    output.unlink()
+    result = invoke("--json")
+    assert json.loads(result.stdout)["config"] == json.loads(config.model_dump_json())
+    output.unlink()
+    assert "--form: 'cubic' is not allowed" in invoke("--form", "cubic").stderr

@@ -1,0 +1,412 @@
+"""Attention whose keys and values are divided among processes along the sequence.
+
+Every way computes the same. *Gathering* gives each process all keys and values. The *ring* passes them on from process
+to process while each computes with those it has, and adds up the results by their softmax denominators
+(https://arxiv.org/abs/2310.01889). For single queries, which all processes have, only results are exchanged.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections import defaultdict
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, distributed
+
+from ..kernels import AttentionRequest, Backend, KeyBlocks, compute, gradients, select_blocks
+from ..plan import DENSE, AttentionPlan
+from ..recomputation import Observer
+from .shards import Pair, Run, Shards, calls_of, packing, reachable
+
+# PyTorch 2.13 gave both new names.
+_all_gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
+_reduce_scatter = getattr(distributed, "reduce_scatter_single", None) or distributed.reduce_scatter_tensor
+
+
+@functools.cache
+def _sparse_always(plan: AttentionPlan) -> AttentionPlan:
+    """Return the plan for a part of a sequence, which is sparse even if the part is a single query."""
+    return plan if plan.is_dense or plan.sparse_decode else dataclasses.replace(plan, sparse_decode=True)
+
+
+def _plan_for(plan: AttentionPlan, is_single: bool) -> AttentionPlan:
+    """Return the plan of sequences that have, over all processes, a single query or more."""
+    return DENSE if is_single and not plan.sparse_decode else _sparse_always(plan)
+
+
+def attend_gathered(
+    request: AttentionRequest, shards: Shards, backend: Backend, statistics: Observer | None = None
+) -> Tensor:
+    """Compute attention with the keys and values of all processes; differentiable.
+
+    Args:
+        request: this process' queries, keys and values; where the sequences are is in ``shards``.
+        shards: how the batch is divided.
+        backend: which kernels run.
+        statistics: what observes prefills, or None.
+
+    Returns:
+        The output ``[rows, query_heads, value_dim]`` of this process' queries.
+    """
+    request = _gather_keys(request, shards)
+    needs_gradient = torch.is_grad_enabled() and (request.q.requires_grad or request.k.requires_grad)
+    output = request.q.new_zeros(*request.q.shape[:2], request.v.shape[2])
+    for is_single, part in _parts_of_gathered(request, shards, needs_gradient):
+        if statistics is not None and not is_single:
+            part = statistics.observe(part)
+        output = output + compute(part, backend)[0]
+    if needs_gradient and not shards.queries[shards.rank]:
+        # So that this process takes part in the backward pass.
+        output = output + 0 * (request.q.sum() + request.k.sum() + request.v.sum())
+    return output
+
+
+def _parts_of_gathered(
+    request: AttentionRequest, shards: Shards, needs_gradient: bool
+) -> list[tuple[bool, AttentionRequest]]:
+    """Return the requests that all queries of this process make with all keys, and whether sequences have one query.
+
+    Causal queries are the last tokens of the keys that they are given, so that no kernel needs to be told positions.
+    """
+    device, is_causal = request.q.device, request.is_causal
+
+    def fields() -> list[tuple[bool, dict[str, Any]]]:
+        _, starts = shards.rows_of_keys(device)
+        parts: defaultdict[tuple[bool, int], list[Pair]] = defaultdict(list)
+        seen: defaultdict[int, int] = defaultdict(int)
+        for queries in shards.queries[shards.rank]:
+            # Gradients of keys that two sequences share would be incomplete on a GPU.
+            number = seen[queries.sequence] if needs_gradient else 0
+            seen[queries.sequence] += 1
+            length = queries.end if is_causal else shards.ends[queries.sequence]
+            keys = Run(queries.sequence, 0, length, 0, starts[queries.sequence])
+            parts[shards.is_single(queries), number].append(Pair(queries, keys))
+        found = []
+        for (is_single, _), pairs in parts.items():
+            packed = packing(pairs, shards.slots_q, 0, device)
+            if is_causal:
+                packed |= {"first_q": None, "first_k": None}
+            found.append((is_single, packed))
+        return found
+
+    return [
+        (is_single, request._replace(plan=_plan_for(request.plan, is_single), **packed))
+        for is_single, packed in shards.remembered(("gathered", device, is_causal, needs_gradient), fields)
+    ]
+
+
+def _gather_keys(request: AttentionRequest, shards: Shards, with_values: bool = True) -> AttentionRequest:
+    """Return a request with the keys and values of all processes, each sequence's in the order of their positions."""
+    k, v = request.k, request.v
+    local = torch.cat([k.flatten(1), v.flatten(1)], 1) if with_values else k.flatten(1)
+    rows, _ = shards.rows_of_keys(k.device)
+    everything: Tensor = _Gather.apply(local, shards.group)  # type: ignore[no-untyped-call]
+    everything = everything[rows]
+    width = k.shape[1] * k.shape[2]
+    k = everything[:, :width].unflatten(1, k.shape[1:])
+    return request._replace(k=k, v=everything[:, width:].unflatten(1, v.shape[1:]) if with_values else k)
+
+
+class _Gather(torch.autograd.Function):
+    """Put the rows of all processes one after the other."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: distributed.ProcessGroup) -> Tensor:
+        ctx.group, ctx.dtype = group, x.dtype
+        gathered = x.new_empty(distributed.get_world_size(group) * x.shape[0], *x.shape[1:])
+        _all_gather(gathered, x.contiguous(), group=group)
+        return gathered
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        grad = grad.to(torch.promote_types(ctx.dtype, torch.float32))  # in which the processes' gradients add up
+        rows = grad.shape[0] // distributed.get_world_size(ctx.group)
+        local = grad.new_empty(rows, *grad.shape[1:])
+        _reduce_scatter(local, grad.contiguous(), group=ctx.group)
+        return local.to(ctx.dtype), None
+
+
+def gather_rows(x: Tensor, group: distributed.ProcessGroup) -> Tensor:
+    """Put the rows of all processes one after the other; differentiable."""
+    gathered: Tensor = _Gather.apply(x, group)  # type: ignore[no-untyped-call]
+    return gathered
+
+
+class _Merge:
+    """Adds up results of attention over different keys, in FP32, or FP64 for FP64 inputs.
+
+    Attributes:
+        output: the softmax over all keys so far, times their values, ``[rows, query_heads, value_dim]``.
+        lse: the logarithms of its denominators, ``[rows, query_heads]``.
+    """
+
+    def __init__(self, request: AttentionRequest) -> None:
+        q, dtype = request.q, torch.promote_types(request.q.dtype, torch.float32)
+        self.output = q.new_zeros(*q.shape[:2], request.v.shape[2], dtype=dtype)
+        self.lse = q.new_full(q.shape[:2], -torch.inf, dtype=dtype)
+
+    def add(self, output: Tensor, lse: Tensor) -> None:
+        """Add the result over other keys; one of no value has an output of 0."""
+        both = torch.logaddexp(self.lse, lse)
+        reference = both.masked_fill(both == -torch.inf, 0.0)
+        self.output.mul_(torch.exp(self.lse - reference)[..., None])
+        self.output.add_(output * torch.exp(lse - reference)[..., None])
+        self.lse = both
+
+    def add_sinks(self, s_aux: Tensor | None) -> None:
+        """Add learnable sinks, which have no value."""
+        if s_aux is not None:
+            self.add(torch.zeros_like(self.output), s_aux.to(self.lse.dtype).expand_as(self.lse))
+
+
+@torch.no_grad()
+def attend_replicated(request: AttentionRequest, shards: Shards, backend: Backend) -> Tensor:
+    """Compute dense attention of queries that all processes have; each looks at its own keys.
+
+    Arguments and result as of :func:`attend_gathered`.
+    """
+    merge = _Merge(request)
+    for call in _calls(request._replace(s_aux=None, with_lse=True), shards, shards.rank):
+        merge.add(*_result(call.request, backend))
+    parts = [torch.cat([merge.output, merge.lse[..., None]], -1)]
+    if shards.size > 1:
+        parts = list(gather_rows(parts[0], shards.group).chunk(shards.size))
+    total = _Merge(request)
+    total.add_sinks(request.s_aux)
+    for part in parts:
+        total.add(part[..., :-1], part[..., -1])
+    return total.output.to(request.q.dtype)
+
+
+class _Call(NamedTuple):
+    """One computation of the ring.
+
+    Attributes:
+        is_single: whether its sequences have a single query, over all processes.
+        request: queries, keys and values that it looks at.
+        pairs: the pairs of runs in it.
+    """
+
+    is_single: bool
+    request: AttentionRequest
+    pairs: list[Pair]
+
+
+def _calls(request: AttentionRequest, shards: Shards, source: int) -> list[_Call]:
+    """Return what this process' queries compute with the keys and values of the process ``source``."""
+    device, is_causal, window = request.q.device, request.is_causal, request.sliding_window
+
+    def fields() -> list[tuple[bool, list[Pair], dict[str, Any]]]:
+        found = []
+        for is_single in (False, True):
+            pairs = [
+                Pair(queries, keys)
+                for queries in shards.queries[shards.rank]
+                for keys in _keys_for(queries, shards.keys[source], is_single and window is None)
+                if shards.is_single(queries) == is_single and reachable(Pair(queries, keys), is_causal, window)
+            ]
+            for call in calls_of(pairs):
+                found.append((is_single, call, packing(call, shards.slots_q, shards.slots_k, device)))
+        return found
+
+    return [
+        _Call(is_single, request._replace(plan=_plan_for(request.plan, is_single), **packed), pairs)
+        for is_single, pairs, packed in shards.remembered(("calls", device, is_causal, window, source), fields)
+    ]
+
+
+def _keys_for(queries: Run, keys: tuple[Run, ...], any_position: bool) -> list[Run]:
+    """Return the runs of keys of a sequence; one run of all that lie side by side, where positions do not matter."""
+    own = sorted((x for x in keys if x.sequence == queries.sequence), key=lambda x: x.slot)
+    found: list[Run] = []
+    for x in own:
+        joins = found and found[-1].slot + found[-1].length == x.slot
+        if joins and (any_position or found[-1].end == x.first):
+            first = min(found[-1].first, x.first) if any_position else found[-1].first
+            found[-1] = found[-1]._replace(first=first, length=found[-1].length + x.length)
+        else:
+            found.append(x)
+    return found
+
+
+def attend_in_ring(request: AttentionRequest, shards: Shards, backend: Backend) -> Tensor:
+    """Compute attention while keys and values go around; differentiable.
+
+    Arguments and result as of :func:`attend_gathered`.
+    """
+    blocks: dict[bool, _Selected] = {}
+    if request.plan.chooses_blocks:
+        # Selectors look at all keys, but at no values.
+        with torch.no_grad():
+            detached = request._replace(q=request.q.detach(), k=request.k.detach(), v=request.k.detach(), s_aux=None)
+            gathered = _gather_keys(detached, shards, with_values=False)
+            for is_single, part in _parts_of_gathered(gathered, shards, False):
+                if part.plan.chooses_blocks:
+                    blocks[is_single] = _Selected(part, shards, is_single)
+    job = _Job(request._replace(q=None, k=None, v=None, s_aux=None), shards, backend, blocks)  # type: ignore[arg-type]
+    output: Tensor = _Ring.apply(request.q, request.k, request.v, request.s_aux, job)  # type: ignore[no-untyped-call]
+    return output
+
+
+class _Selected:
+    """The key blocks that this process' queries visit, from which those of a pair of runs are taken."""
+
+    def __init__(self, request: AttentionRequest, shards: Shards, is_single: bool) -> None:
+        """Choose blocks.
+
+        Args:
+            request: queries of this process with all keys.
+            shards: how the batch is divided.
+            is_single: whether these are the queries of the sequences that have a single one, or of the others.
+        """
+        self.size, self.rows = request.grid
+        with torch.autocast(request.q.device.type, enabled=False):
+            self.mask = select_blocks(request).mask()
+        self.starts: dict[Run, int] = {}
+        start = 0
+        for queries in shards.queries[shards.rank]:
+            if shards.is_single(queries) == is_single:
+                self.starts[queries] = start
+                start += _blocks_of(queries, self.rows)
+
+    def of(self, pairs: list[Pair]) -> KeyBlocks:
+        """Return the lists of some pairs."""
+        masks = []
+        for queries, keys in pairs:
+            row, column = self.starts[queries], keys.first // self.size
+            rows, columns = _blocks_of(queries, self.rows), _blocks_of(keys, self.size)
+            masks.append(self.mask[:, row : row + rows, column : column + columns])
+        return KeyBlocks.from_masks(masks, self.size, self.rows)
+
+
+def _blocks_of(tokens: Run, size: int) -> int:
+    return (tokens.end - 1) // size - tokens.first // size + 1
+
+
+class _Job(NamedTuple):
+    """What the ring computes, without its tensors.
+
+    Attributes:
+        request: masks, scale and plan.
+        shards: how the batch is divided.
+        backend: which kernels run.
+        blocks: the key blocks to visit, by whether sequences have a single query, where the plan chooses any.
+    """
+
+    request: AttentionRequest
+    shards: Shards
+    backend: Backend
+    blocks: dict[bool, _Selected]
+
+    def calls(self, q: Tensor, k: Tensor, v: Tensor, source: int) -> list[AttentionRequest]:
+        """Return what this process computes with the keys and values of the process ``source``."""
+        request = self.request._replace(q=q, k=k, v=v, with_lse=True)
+        return [
+            part._replace(blocks=self.blocks[is_single].of(pairs)) if part.plan.chooses_blocks else part
+            for is_single, part, pairs in _calls(request, self.shards, source)
+        ]
+
+
+class _Ring(torch.autograd.Function):
+    """Ring attention. Each step computes with the keys and values that are there while the next ones arrive."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, s_aux: Tensor | None, job: _Job) -> Tensor:
+        shards, passing = job.shards, _Passing(k, v)
+        merge = _Merge(job.request._replace(q=q, v=v))
+        merge.add_sinks(s_aux)
+        for step in range(shards.size):
+            arriving = None if step == shards.size - 1 else _send(passing.buffer, shards)
+            for call in job.calls(q, *passing.tensors(), (shards.rank - step) % shards.size):
+                merge.add(*_result(call, job.backend))
+            if arriving is not None:
+                passing.buffer = arriving.wait()
+        output = merge.output.to(q.dtype)
+        ctx.save_for_backward(q, k, v, s_aux, output, merge.lse)
+        ctx.job = job
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, s_aux, output, lse = ctx.saved_tensors
+        shards, passing = ctx.job.shards, _Passing(k, v)
+        grad_q = torch.zeros_like(q, dtype=lse.dtype)
+        # The gradients of keys and values follow these around, one step behind, until they are back home.
+        sums = _Passing(torch.zeros_like(k, dtype=lse.dtype), torch.zeros_like(v, dtype=lse.dtype))
+        returning = None
+        for step in range(shards.size):
+            arriving = None if step == shards.size - 1 else _send(passing.buffer, shards)
+            own = _Passing(*(torch.zeros_like(x) for x in sums.tensors()))
+            for call in ctx.job.calls(q, *passing.tensors(), (shards.rank - step) % shards.size):
+                found = gradients(grad, output, lse, call, ctx.job.backend)
+                grad_q += found[0]
+                for total, part in zip(own.tensors(), found[1:3], strict=True):
+                    total += part
+            if arriving is not None:
+                passing.buffer = arriving.wait()
+            if returning is not None:
+                sums.buffer = returning.wait()
+            sums.buffer = sums.buffer + own.buffer
+            returning = _send(sums.buffer, shards) if shards.size > 1 else None
+        if returning is not None:
+            sums.buffer = returning.wait()
+        grad_k, grad_v = sums.tensors()
+        grad_s_aux = None
+        if s_aux is not None:
+            delta = (grad.to(lse.dtype) * output).sum(-1)
+            is_row = lse > -torch.inf
+            weight = torch.exp(s_aux.to(lse.dtype) - lse.masked_fill(~is_row, 0.0))
+            grad_s_aux = -(weight * delta * is_row).sum(0).to(s_aux.dtype)
+        return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), grad_s_aux, None
+
+
+class _Passing:
+    """Keys and values, or their gradients, in one piece of memory that goes from process to process."""
+
+    def __init__(self, k: Tensor, v: Tensor) -> None:
+        self.shapes = (k.shape, v.shape)
+        self.buffer = torch.cat([k.flatten(), v.flatten()])
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """Return what is there now, in its shapes."""
+        k, v = self.buffer.split([shape.numel() for shape in self.shapes])
+        return k.view(self.shapes[0]), v.view(self.shapes[1])
+
+
+class _Arriving(NamedTuple):
+    """What is on its way from the process before this one.
+
+    Attributes:
+        buffer: where it arrives.
+        works: what to wait for.
+    """
+
+    buffer: Tensor
+    works: list[Any]
+
+    def wait(self) -> Tensor:
+        for work in self.works:
+            work.wait()
+        return self.buffer
+
+
+def _send(buffer: Tensor, shards: Shards) -> _Arriving:
+    """Begin to send a tensor to the next process, and to receive one from the process before."""
+    after, before = (distributed.get_global_rank(shards.group, (shards.rank + step) % shards.size) for step in (1, -1))
+    received = torch.empty_like(buffer)
+    works = distributed.batch_isend_irecv(
+        [
+            distributed.P2POp(distributed.isend, buffer, after, shards.group),
+            distributed.P2POp(distributed.irecv, received, before, shards.group),
+        ]
+    )
+    return _Arriving(received, works)
+
+
+def _result(request: AttentionRequest, backend: Backend) -> tuple[Tensor, Tensor]:
+    output, lse = compute(request, backend)
+    if lse is None:
+        raise AssertionError("a kernel gave no logarithms of the denominators that it was asked for")
+    return output, lse
