@@ -265,7 +265,7 @@ def gradient_of_queries(
     if lists is not None:
         # Tiles begin where query blocks do.
         row_start -= floor_mod(first_query, BLOCK_M)
-    if row_start >= query_length:
+    if tl.maximum(row_start, 0) >= query_length:
         return
     kv_head = head // heads_per_kv
     head = head.to(tl.int64)

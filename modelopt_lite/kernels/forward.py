@@ -293,7 +293,7 @@ def attention_forward(
     if lists is not None:
         # Tiles begin where query blocks do.
         row_start -= floor_mod(first_query, BLOCK_M)
-    if row_start >= query_length:
+    if tl.maximum(row_start, 0) >= query_length:
         return
 
     # [BLOCK_M]; rows before the first one repeat it, rows past the end the last one, and none of these is stored.
