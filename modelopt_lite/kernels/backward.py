@@ -18,10 +18,10 @@ import triton.language as tl
 
 from .lists import floor_mod, list_of_keys, list_of_queries, look_up, places_of, position_at
 from .tiles import (
+    BOUNDED_N,
     LOG2E,
     as_if_of,
     bounded_span,
-    bounded_tile,
     join_groups,
     key_spans,
     load_tile,
@@ -239,7 +239,7 @@ def gradient_of_queries(
     BLOCK_M: tl.constexpr = OPTIONS.block_m
     BLOCK_N: tl.constexpr = OPTIONS.block_n
     BLOCK_D: tl.constexpr = OPTIONS.block_d
-    BOUNDED_N: tl.constexpr = bounded_tile(OPTIONS)
+    BOUNDED: tl.constexpr = OPTIONS.block_n if OPTIONS.block_n < BOUNDED_N else BOUNDED_N
     SIZE: tl.constexpr = OPTIONS.block_size
     # Where registers are full, what does not change is worth computing again.
     AGAIN: tl.constexpr = BLOCK_D > 128 or not OPTIONS.hopper
@@ -256,6 +256,9 @@ def gradient_of_queries(
     sequence = (wave * heads_per_wave + program % heads_in_wave) // heads
     head = (wave * heads_per_wave + program % heads_in_wave) % heads
     query_length = tl.load(lengths_q + sequence).to(tl.int32)
+    if lists is None:
+        if row_start >= query_length:
+            return
     length = tl.load(lengths_k + sequence).to(tl.int32)
     start_q = tl.load(starts_q + sequence).to(tl.int64)
     start_k = tl.load(starts_k + sequence).to(tl.int64)
@@ -265,8 +268,8 @@ def gradient_of_queries(
     if lists is not None:
         # Tiles begin where query blocks do.
         row_start -= floor_mod(first_query, BLOCK_M)
-    if tl.maximum(row_start, 0) >= query_length:
-        return
+        if tl.maximum(row_start, 0) >= query_length:
+            return
     kv_head = head // heads_per_kv
     head = head.to(tl.int64)
 
@@ -295,30 +298,29 @@ def gradient_of_queries(
     else:
         spans = key_spans(first_position, last_position, rules, SCORE_HOOK is not None or lists is not None, OPTIONS)
     keys_begin, hot_begin, band_begin, band_end, full_end, bounded_begin, keys_end = spans
-    blocks = None
     if lists is not None:
         blocks = list_of_queries(lists, head, sequence, first_query, first_key, last_position, OPTIONS)
     for offset in tl.range(0, hot_begin - keys_begin + band_end - band_begin, BLOCK_N, disable_licm=AGAIN):
         first = keys_begin + offset
         first += tl.where(first >= hot_begin, band_begin - hot_begin, 0)
         unlisted, visited = 0, True
-        if blocks is not None:
+        if lists is not None:
             unlisted, visited = look_up(blocks, first, first, first_position, rules, SIZE, BLOCK_M, BLOCK_N)
         if visited:
             accumulator = add_key_tile(
                 query, grad, shift, delta, first, accumulator, key, value, rules, numbers, hook_args,
                 SCORE_HOOK, OPTIONS, BLOCK_N, MASKED=True, BOUNDED=False, unlisted=unlisted,
             )  # fmt: skip
-    for first in tl.range(bounded_begin, keys_end, BOUNDED_N, num_stages=1, disable_licm=AGAIN):
+    for first in tl.range(bounded_begin, keys_end, BOUNDED, num_stages=1, disable_licm=AGAIN):
         unlisted, visited = 0, True
-        if blocks is not None:
-            unlisted, visited = look_up(blocks, first, first, first_position, rules, SIZE, BLOCK_M, BOUNDED_N)
+        if lists is not None:
+            unlisted, visited = look_up(blocks, first, first, first_position, rules, SIZE, BLOCK_M, BOUNDED)
         if visited:
             accumulator = add_key_tile(
                 query, grad, shift, delta, first, accumulator, key, value, rules, numbers, hook_args,
-                SCORE_HOOK, OPTIONS, BOUNDED_N, MASKED=True, BOUNDED=True, unlisted=unlisted,
+                SCORE_HOOK, OPTIONS, BOUNDED, MASKED=True, BOUNDED=True, unlisted=unlisted,
             )  # fmt: skip
-    if blocks is not None:
+    if lists is not None:
         hot_begin, band_begin, band_end, full_end = places_of(blocks, (hot_begin, band_begin, band_end, full_end), SIZE)
     # Without sinks and recent keys, hot tiles are empty to a rule that keeps nothing.
     hot_end = hot_begin if OPTIONS.keeps_nothing else full_end - (band_end - band_begin)
@@ -326,7 +328,7 @@ def gradient_of_queries(
         first = begin
         if not OPTIONS.causal:
             first += tl.where(first >= band_begin, band_end - band_begin, 0)
-        if blocks is not None:
+        if lists is not None:
             first = position_at(blocks, first, SIZE)
         accumulator = add_key_tile(
             query, grad, shift, delta, first, accumulator, key, value, rules, numbers, hook_args,
@@ -603,7 +605,6 @@ def gradient_of_keys(
         grad = (grad_ptr + far_head * grad_strides[1], grad_strides[0], grad_descriptor, start_q, head)
         numbers_of_rows = (shift_ptr + (far_head * total + start_q), delta_ptr + (far_head * total + start_q))
         hot_bounds = (hot_begin, band_begin, band_end, full_end)
-        blocks = None
         if lists is not None:
             blocks = list_of_keys(lists, head, sequence, first_query, first_key, first, OPTIONS)
             origin = first_query - before
@@ -615,7 +616,7 @@ def gradient_of_keys(
             row += tl.where(row >= hot_begin, band_begin - hot_begin, 0)
             row -= before
             unlisted, visited = 0, True
-            if blocks is not None:
+            if lists is not None:
                 position = first_query + row
                 unlisted, visited = look_up(blocks, position, first, position, rules, ROWS, BLOCK_M, BLOCK_N)
             if visited:
@@ -630,7 +631,7 @@ def gradient_of_keys(
                 row = tl.where(offset < lead, 0, row)
             row -= before
             unlisted, visited = 0, True
-            if blocks is not None:
+            if lists is not None:
                 position = first_query + row
                 unlisted, visited = look_up(blocks, position, first, position, rules, ROWS, BLOCK_M, BLOCK_N)
             if visited:
@@ -646,7 +647,7 @@ def gradient_of_keys(
             row = begin
             if not OPTIONS.causal:
                 row += tl.where(row >= gap_begin, gap_end - gap_begin, 0)
-            if blocks is not None:
+            if lists is not None:
                 row = position_at(blocks, row, ROWS) - first_query
             grad_key, grad_value = add_query_tile(
                 key_tile, value_tile, first, row, grad_key, grad_value, query, grad, numbers_of_rows, query_length,

@@ -19,10 +19,10 @@ import triton.language as tl
 
 from .lists import floor_mod, list_of_queries, look_up, places_of, position_at
 from .tiles import (
+    BOUNDED_N,
     LOG2E,
     as_if_of,
     bounded_span,
-    bounded_tile,
     join_groups,
     key_spans,
     load_tile,
@@ -119,8 +119,8 @@ def attend_tiles(
     running_max,
     partial_sum,
     spans,
-    blocks,
-    first_position,
+    lists,
+    where,
     key,
     value,
     rules,
@@ -129,37 +129,44 @@ def attend_tiles(
     SCORE_HOOK: tl.constexpr,
     OPTIONS: tl.constexpr,
 ):
-    """Take all key tiles of ``spans``, as far as ``blocks`` lists them, into the softmax: masked, bounded, then hot."""
+    """Take all key tiles of ``spans`` into the softmax, as far as they are listed: masked, bounded, then hot ones.
+
+    ``where`` is the query head, the sequence, and the positions of its first query, its first key, and of the first and
+    the last query of the tile.
+    """
     BLOCK_M: tl.constexpr = OPTIONS.block_m
     BLOCK_N: tl.constexpr = OPTIONS.block_n
-    BOUNDED_N: tl.constexpr = bounded_tile(OPTIONS)
+    BOUNDED: tl.constexpr = OPTIONS.block_n if OPTIONS.block_n < BOUNDED_N else BOUNDED_N
     SIZE: tl.constexpr = OPTIONS.block_size
     # Registers are full where every tile has a maximum: what does not change is worth computing again.
     AGAIN: tl.constexpr = not OPTIONS.frozen
     keys_begin, hot_begin, band_begin, band_end, full_end, bounded_begin, keys_end = spans
+    head, sequence, first_query, first_key, first_position, last_position = where
+    if lists is not None:
+        blocks = list_of_queries(lists, head, sequence, first_query, first_key, last_position, OPTIONS)
 
     # Before the hot tiles and between them (or, when causal, after them).
     for offset in tl.range(0, hot_begin - keys_begin + band_end - band_begin, BLOCK_N, disable_licm=AGAIN):
         first = keys_begin + offset
         first += tl.where(first >= hot_begin, band_begin - hot_begin, 0)
         unlisted, visited = 0, True
-        if blocks is not None:
+        if lists is not None:
             unlisted, visited = look_up(blocks, first, first, first_position, rules, SIZE, BLOCK_M, BLOCK_N)
         if visited:
             accumulator, running_max, partial_sum = attend_tile(
                 query, first, accumulator, running_max, partial_sum, key, value, rules, numbers, hook_args,
                 SCORE_HOOK, OPTIONS, BLOCK_N, MASKED=True, BOUNDED=False, FROZEN=False, unlisted=unlisted,
             )  # fmt: skip
-    for first in tl.range(bounded_begin, keys_end, BOUNDED_N, num_stages=1, disable_licm=AGAIN):
+    for first in tl.range(bounded_begin, keys_end, BOUNDED, num_stages=1, disable_licm=AGAIN):
         unlisted, visited = 0, True
-        if blocks is not None:
-            unlisted, visited = look_up(blocks, first, first, first_position, rules, SIZE, BLOCK_M, BOUNDED_N)
+        if lists is not None:
+            unlisted, visited = look_up(blocks, first, first, first_position, rules, SIZE, BLOCK_M, BOUNDED)
         if visited:
             accumulator, running_max, partial_sum = attend_tile(
                 query, first, accumulator, running_max, partial_sum, key, value, rules, numbers, hook_args,
-                SCORE_HOOK, OPTIONS, BOUNDED_N, MASKED=True, BOUNDED=True, FROZEN=False, unlisted=unlisted,
+                SCORE_HOOK, OPTIONS, BOUNDED, MASKED=True, BOUNDED=True, FROZEN=False, unlisted=unlisted,
             )  # fmt: skip
-    if blocks is not None:
+    if lists is not None:
         hot_begin, band_begin, band_end, full_end = places_of(blocks, (hot_begin, band_begin, band_end, full_end), SIZE)
     # Without sinks and recent keys, hot tiles are empty to a rule that keeps nothing.
     hot_end = hot_begin if OPTIONS.keeps_nothing else full_end - (band_end - band_begin)
@@ -167,7 +174,7 @@ def attend_tiles(
         first = begin
         if not OPTIONS.causal:
             first += tl.where(first >= band_begin, band_end - band_begin, 0)
-        if blocks is not None:
+        if lists is not None:
             first = position_at(blocks, first, SIZE)
         accumulator, running_max, partial_sum = attend_tile(
             query, first, accumulator, running_max, partial_sum, key, value, rules, numbers, hook_args,
@@ -284,6 +291,9 @@ def attention_forward(
     sequence = (wave * heads_per_wave + program % heads_in_wave) // heads
     head = (wave * heads_per_wave + program % heads_in_wave) % heads
     query_length = tl.load(lengths_q + sequence).to(tl.int32)
+    if lists is None:
+        if row_start >= query_length:
+            return
     length = tl.load(lengths_k + sequence).to(tl.int32)
     start_q = tl.load(starts_q + sequence).to(tl.int64)
     start_k = tl.load(starts_k + sequence).to(tl.int64)
@@ -293,8 +303,8 @@ def attention_forward(
     if lists is not None:
         # Tiles begin where query blocks do.
         row_start -= floor_mod(first_query, BLOCK_M)
-    if tl.maximum(row_start, 0) >= query_length:
-        return
+        if tl.maximum(row_start, 0) >= query_length:
+            return
 
     # [BLOCK_M]; rows before the first one repeat it, rows past the end the last one, and none of these is stored.
     offsets_m = row_start + tl.arange(0, BLOCK_M)
@@ -329,9 +339,7 @@ def attention_forward(
         spans = bounded_span(first_position, last_position, rules, OPTIONS)
     else:
         spans = key_spans(first_position, last_position, rules, SCORE_HOOK is not None or lists is not None, OPTIONS)
-    blocks = None
-    if lists is not None:
-        blocks = list_of_queries(lists, head, sequence, first_query, first_key, last_position, OPTIONS)
+    where = (head, sequence, first_query, first_key, first_position, last_position)
 
     # [BLOCK_M, BLOCK_DV], [BLOCK_M], [BLOCK_M, LANES]
     zeros = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
@@ -346,7 +354,7 @@ def attention_forward(
         pending = True
         while pending:
             accumulator, running_max, partial_sum = attend_tiles(
-                query, zeros, initial_max, initial_sum, spans, blocks, first_position, key, value, rules, numbers,
+                query, zeros, initial_max, initial_sum, spans, lists, where, key, value, rules, numbers,
                 hook_args, SCORE_HOOK, OPTIONS,
             )  # fmt: skip
             # Zero times a finite number is zero.
@@ -356,7 +364,7 @@ def attention_forward(
             spans = (keys_begin, keys_begin, keys_begin, keys_begin, keys_begin, keys_begin, keys_end)
     else:
         accumulator, running_max, partial_sum = attend_tiles(
-            query, zeros, initial_max, initial_sum, spans, blocks, first_position, key, value, rules, numbers,
+            query, zeros, initial_max, initial_sum, spans, lists, where, key, value, rules, numbers,
             hook_args, SCORE_HOOK, OPTIONS,
         )  # fmt: skip
 

@@ -379,12 +379,6 @@ def place(firsts_q, firsts_k, sequence, query_length, length, start_k, num_sinks
     return first_query, first_key, length, start_k, num_sinks, window
 
 
-@triton.constexpr_function
-def bounded_tile(options):
-    """Return the keys of a tile that may reach past the sequence."""
-    return min(BOUNDED_N.value, options.block_n)
-
-
 @triton.jit
 def key_spans(first_position, last_position, rules, SPARSE: tl.constexpr, OPTIONS: tl.constexpr):
     """Sort the keys of one program into phases; every bound is a multiple of ``BLOCK_N``, or the end of the keys.
@@ -437,7 +431,7 @@ def bounded_span(first_position, last_position, rules, OPTIONS: tl.constexpr):
 
     Slow, and rarely needed: after a sliding cache has dropped keys, in padded bidirectional and in cross-attention.
     """
-    BLOCK_N: tl.constexpr = bounded_tile(OPTIONS)
+    BLOCK_N: tl.constexpr = OPTIONS.block_n if OPTIONS.block_n < BOUNDED_N else BOUNDED_N
     _, length, _, _, sliding_window, first_key = rules
     keys_begin = first_key
     keys_end = length
