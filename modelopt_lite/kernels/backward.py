@@ -26,6 +26,7 @@ from .tiles import (
     key_spans,
     load_tile,
     place,
+    position_of_first,
     scale_scores,
     select_scores,
     weigh,
@@ -262,12 +263,9 @@ def gradient_of_queries(
     length = tl.load(lengths_k + sequence).to(tl.int32)
     start_q = tl.load(starts_q + sequence).to(tl.int64)
     start_k = tl.load(starts_k + sequence).to(tl.int64)
-    first_query, first_key, length, start_k, num_sinks, window = place(
-        firsts_q, firsts_k, sequence, query_length, length, start_k, num_sinks, window, OPTIONS
-    )
     if lists is not None:
         # Tiles begin where query blocks do.
-        row_start -= floor_mod(first_query, BLOCK_M)
+        row_start -= floor_mod(position_of_first(firsts_q, sequence, length - query_length, OPTIONS), BLOCK_M)
         if tl.maximum(row_start, 0) >= query_length:
             return
     kv_head = head // heads_per_kv
@@ -281,6 +279,9 @@ def gradient_of_queries(
     rows = start_q + query_rows
     shift = tl.load(shift_ptr + head * total + rows)
     delta = tl.load(delta_ptr + head * total + rows)
+    first_query, first_key, length, start_k, num_sinks, window = place(
+        firsts_q, firsts_k, sequence, query_length, length, start_k, num_sinks, window, OPTIONS
+    )
     first_position = first_query + row_start
     last_position = first_query + tl.minimum(row_start + BLOCK_M, query_length) - 1
     rules = (first_query + query_rows, length, num_sinks, window, sliding_window)
@@ -379,7 +380,9 @@ def add_query_tile(
     offsets_m = row + tl.arange(0, BLOCK_M)
     shift_ptr, delta_ptr = numbers_of_rows
     if BOUNDED:
-        exist = (offsets_m >= 0) & (offsets_m < query_length)
+        exist = offsets_m < query_length
+        if OPTIONS.block_rows > 0:
+            exist = exist & (offsets_m >= 0)
         shift = tl.load(shift_ptr + offsets_m, mask=exist, other=float("inf"))
         delta = tl.load(delta_ptr + offsets_m, mask=exist, other=0.0)
     else:
@@ -578,7 +581,7 @@ def gradient_of_keys(
     key_tile = load_tile(key, first, length, OPTIONS.head_dim, BLOCK_N, BLOCK_D, GROUP, True, first_key)
     value_tile = load_tile(value, first, length, OPTIONS.value_dim, BLOCK_N, BLOCK_DV, GROUP, True, first_key)
 
-    # Rows are counted from where tiles begin: from the first query, or from where the first query block does.
+    # Rows are counted from where tiles begin: from the first query, or with lists from so many rows before it.
     before = query_length * 0
     if lists is not None:
         before = floor_mod(first_query, BLOCK_M)
@@ -625,11 +628,10 @@ def gradient_of_keys(
                     first_query, rules, numbers, hook_args, SCORE_HOOK, OPTIONS, MASKED=True, BOUNDED=False,
                     unlisted=unlisted,
                 )  # fmt: skip
-        for offset in tl.range(0, lead + rows_end - full_end, BLOCK_M, num_stages=1, disable_licm=True):
-            row = full_end - lead + offset
+        for begin in tl.range(full_end - lead, rows_end, BLOCK_M, num_stages=1, disable_licm=True):
+            row = begin
             if lists is not None:
-                row = tl.where(offset < lead, 0, row)
-            row -= before
+                row = tl.where(begin < full_end, 0, begin) - before
             unlisted, visited = 0, True
             if lists is not None:
                 position = first_query + row

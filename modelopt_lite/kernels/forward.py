@@ -27,6 +27,7 @@ from .tiles import (
     key_spans,
     load_tile,
     place,
+    position_of_first,
     scale_scores,
     select_scores,
     weigh,
@@ -297,12 +298,9 @@ def attention_forward(
     length = tl.load(lengths_k + sequence).to(tl.int32)
     start_q = tl.load(starts_q + sequence).to(tl.int64)
     start_k = tl.load(starts_k + sequence).to(tl.int64)
-    first_query, first_key, length, start_k, num_sinks, window = place(
-        firsts_q, firsts_k, sequence, query_length, length, start_k, num_sinks, window, OPTIONS
-    )
     if lists is not None:
         # Tiles begin where query blocks do.
-        row_start -= floor_mod(first_query, BLOCK_M)
+        row_start -= floor_mod(position_of_first(firsts_q, sequence, length - query_length, OPTIONS), BLOCK_M)
         if tl.maximum(row_start, 0) >= query_length:
             return
 
@@ -311,6 +309,9 @@ def attention_forward(
     query_rows = tl.minimum(offsets_m, query_length - 1)
     if lists is not None:
         query_rows = tl.maximum(query_rows, 0)
+    first_query, first_key, length, start_k, num_sinks, window = place(
+        firsts_q, firsts_k, sequence, query_length, length, start_k, num_sinks, window, OPTIONS
+    )
     positions = first_query + query_rows
     first_position = first_query + row_start
     last_position = first_query + tl.minimum(row_start + BLOCK_M, query_length) - 1

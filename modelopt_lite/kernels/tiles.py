@@ -357,6 +357,15 @@ def select_scores(
 
 
 @triton.jit
+def position_of_first(firsts_q, sequence, usual, OPTIONS: tl.constexpr):
+    """Return the position of a sequence's first query, ``usual`` unless positions are given."""
+    position = usual
+    if OPTIONS.positions:
+        position = tl.load(firsts_q + sequence).to(tl.int32)
+    return position
+
+
+@triton.jit
 def place(firsts_q, firsts_k, sequence, query_length, length, start_k, num_sinks, window, OPTIONS: tl.constexpr):
     """Find a sequence's positions, and what decode keeps of it: all, unless ``OPTIONS.sparse_decode``.
 
