@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .lists import floor_mod, list_of_keys, list_of_queries, look_up, places_of, position_at
+from .lists import floor_mod, list_of_keys, list_of_queries, look_up, places_of, position_at, rows_exist
 from .tiles import (
     BOUNDED_N,
     LOG2E,
@@ -336,12 +336,9 @@ def gradient_of_queries(
             SCORE_HOOK, OPTIONS, BLOCK_N, MASKED=False, BOUNDED=False,
         )  # fmt: skip
 
-    stored = offsets_m < query_length
-    if lists is not None:
-        stored = stored & (offsets_m >= 0)
     store_rows(
-        grad_query_ptr + head * grad_query_strides[1], grad_query_strides[0], start_q + offsets_m, stored,
-        accumulator * numbers[0], OPTIONS.head_dim,
+        grad_query_ptr + head * grad_query_strides[1], grad_query_strides[0], start_q + offsets_m,
+        rows_exist(offsets_m, query_length, OPTIONS), accumulator * numbers[0], OPTIONS.head_dim,
     )  # fmt: skip
 
 
@@ -380,9 +377,7 @@ def add_query_tile(
     offsets_m = row + tl.arange(0, BLOCK_M)
     shift_ptr, delta_ptr = numbers_of_rows
     if BOUNDED:
-        exist = offsets_m < query_length
-        if OPTIONS.block_rows > 0:
-            exist = exist & (offsets_m >= 0)
+        exist = rows_exist(offsets_m, query_length, OPTIONS)
         shift = tl.load(shift_ptr + offsets_m, mask=exist, other=float("inf"))
         delta = tl.load(delta_ptr + offsets_m, mask=exist, other=0.0)
     else:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .lists import floor_mod, list_of_queries, look_up, places_of, position_at
+from .lists import floor_mod, list_of_queries, look_up, places_of, position_at, rows_exist
 from .tiles import (
     BOUNDED_N,
     LOG2E,
@@ -372,9 +372,7 @@ def attention_forward(
     # [BLOCK_M]
     total_weight = tl.sum(partial_sum, 1)
     inverse = tl.where(total_weight == 0.0, 0.0, 1.0 / total_weight)
-    stored = offsets_m < query_length
-    if lists is not None:
-        stored = stored & (offsets_m >= 0)
+    stored = rows_exist(offsets_m, query_length, OPTIONS)
     out_rows = start_q + offsets_m
     if lse_ptr is not None:
         lse = (running_max + tl.math.log2(total_weight)) * LN2

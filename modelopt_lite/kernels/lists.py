@@ -23,6 +23,15 @@ def floor_mod(x, SIZE: tl.constexpr):
 
 
 @triton.jit
+def rows_exist(rows, length, OPTIONS: tl.constexpr):
+    """Say which rows a sequence has; only with lists does a tile begin before the first one."""
+    exist = rows < length
+    if OPTIONS.block_rows > 0:
+        exist = exist & (rows >= 0)
+    return exist
+
+
+@triton.jit
 def list_of_queries(lists, head, sequence, first_query, first_key, position, OPTIONS: tl.constexpr):
     """Return the list of the key blocks that a query at a position looks at.
 
