@@ -137,9 +137,7 @@ def flex_of(problem: Problem) -> Iterator[Entry]:
     for share in problem.shares:
         mask = problem.random_mask(share)
         on_diagonal, full = (_lists(x) for x in _split(mask))
-        lists = BlockMask.from_kv_blocks(
-            *on_diagonal, *full, BLOCK_SIZE=BLOCK_SIZE, mask_mod=lambda batch, head, i, j: i >= j
-        )
+        lists = BlockMask.from_kv_blocks(*on_diagonal, *full, BLOCK_SIZE=BLOCK_SIZE, mask_mod=_sees)
         forward_call = functools.partial(compiled, block_mask=lists, enable_gqa=True)
         yield Entry("flex_attention", skipped(mask), False, _call_of(forward_call, tensors, problem.which))
 
@@ -155,6 +153,11 @@ def flash_attention_4_of(problem: Problem) -> Iterator[Entry]:
         forward_call = functools.partial(flash_attention_4, causal=True, block_sparse_tensors=lists, pack_gqa=False)
         tensors = [problem.q, problem.k, problem.v]
         yield Entry("flash_attention_4", skipped(mask), False, functools.partial(forward_call, *tensors))
+
+
+def _sees(_: Tensor, __: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    """Causality, as FlexAttention asks for it."""
+    return i >= j
 
 
 def _split(mask: Tensor) -> tuple[Tensor, Tensor]:
