@@ -92,13 +92,16 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }
 """The shape of each model; ``tiny`` is there to try this script without a GPU."""
-VARIANTS: dict[str, dict[str, int]] = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "sdpa": {},
-    "dense": {"sparsity_n": 4, "sparsity_m": 4},
-    "2:4": {"sparsity_n": 2, "sparsity_m": 4},
-    "4:8": {"sparsity_n": 4, "sparsity_m": 8},
+    "dense": {"method": "sparse_softmax", "sparsity_n": 4, "sparsity_m": 4},
+    "2:4": {"method": "sparse_softmax", "sparsity_n": 2, "sparsity_m": 4},
+    "4:8": {"method": "sparse_softmax", "sparsity_n": 4, "sparsity_m": 8},
+    "25 % of blocks": {"method": "mean_pool_top_k", "keep": 0.25},
+    "10 % of blocks": {"method": "mean_pool_top_k", "keep": 0.1},
 }
-"""The model as it is, and settings of ``sparse_softmax``; N of M is this project's own dense attention if N = M."""
+"""The model as it is, and methods' settings; N of M is this project's own dense attention if N = M. Of the methods that
+choose blocks, this one keeps the same share of them whatever the weights are."""
 SEQ_LENS = {
     "ttft": [128, 512, 2048, 8192, 32768, 131072],
     "decode": [2048, 32768, 131072],
@@ -181,7 +184,7 @@ class Bench:
         for variant in self.arguments.variants:
             models[variant] = copy.deepcopy(model, dict(weights))
             if VARIANTS[variant]:
-                mtsa.sparsify(models[variant], {"sparse_cfg": {"*": {"method": "sparse_softmax", **VARIANTS[variant]}}})
+                mtsa.sparsify(models[variant], VARIANTS[variant])
         return models
 
     def tokens(self, batch: int, seq_len: int) -> Tensor:
@@ -223,7 +226,8 @@ class Bench:
         calls: dict[str, Call] = {}
         for variant in self.arguments.variants:
             if VARIANTS[variant]:
-                call = functools.partial(attention, q, k, v, start, length, seq_len, **VARIANTS[variant])
+                plan = mtsa.SparsityConfig.model_validate(VARIANTS[variant]).sparse_cfg["*"].shared_plan()
+                call = functools.partial(attention, q, k, v, start, length, seq_len, plan=plan)
             else:
                 call = functools.partial(scaled_dot_product_attention, *transposed, is_causal=True, enable_gqa=True)
             cudnn = what == "attention" and variant == "sdpa" and self.device.type == "cuda"

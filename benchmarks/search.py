@@ -24,7 +24,8 @@ from modelopt_lite.experiment.quality import bootstrap, compare_predictions, map
 LENGTH = 2048
 RESULTS = Path(__file__).parents[1] / "examples"
 N_OF_M = {"4": ("2:4", "1:4", "3:4"), "16": ("2:4", "4:16", "6:16", "8:16", "10:16", "12:16")}
-TARGETS = (0.3, 0.4, 0.5, 0.6, 0.7)
+BLOCKS = {"method": "xattention", "per_kv_head": True}
+TARGETS = (0.3, 0.4, 0.5, 0.6)
 
 
 @torch.no_grad()
@@ -64,13 +65,16 @@ def main() -> None:
     parser = arguments("search")
     parser.add_argument("--what", nargs="+", default=["4", "16", "blocks"])
     parser.add_argument("--windows", type=int, default=4, help="of 2048 tokens, for each search")
+    parser.add_argument("--evaluate", type=int, default=8, help="windows of other speeches, 8 at most")
     parser.add_argument("--length", type=int, default=LENGTH)
     parser.add_argument("--configs", type=Path, default=RESULTS, help="folder for the configurations that are found")
+    parser.add_argument("--states", type=Path, help="folder for what was measured, to go on from")
     options = parser.parse_args()
     model, texts = prepare(options)
     clock, length = Clock(), options.length
     reading = [text[:length] for text in texts["calibration"].values()][: options.windows]
     others = [text[i * length : (i + 1) * length] for i in range(2) for text in texts["speeches"].values()]
+    others = others[: options.evaluate]
     results = recording.header(recording.device_name(model.device.type)) | {
         "model": options.model,
         "dtype": options.dtype,
@@ -85,13 +89,12 @@ def main() -> None:
             candidates: dict[str, Any] = {name: _n_of_m(name) for name in N_OF_M[what]}
             wanted = "2:4"
         else:
-            fitted = calibrate(model, "xattention, 64 x 64", [text[:length] for text in texts["calibration"].values()])[
-                0
-            ]
+            fitted, _ = calibrate(model, BLOCKS, reading)
             candidates = {f"xattention {target}": fitted.with_target(target) for target in TARGETS}
             wanted = "xattention 0.5"
             clock.say("calibrated")
-        found = mtsa.search(model, candidates, reading, sparsity=wanted, show_progress=False)
+        state = None if options.states is None else options.states / f"search-{what}.jsonl"
+        found = mtsa.search(model, candidates, reading, sparsity=wanted, state=state, show_progress=False)
         clock.say(f"searched\n{found}")
         on_any = {pattern: _on_any_backend(entry) for pattern, entry in found.config.sparse_cfg.items()}
         kept = dataclasses.replace(found, config=mtsa.SparsityConfig(sparse_cfg=on_any))

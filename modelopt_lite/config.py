@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import functools
 import json
+import logging
 import operator
 import os
 import re
@@ -36,6 +37,8 @@ else:
     import tomli as tomllib
 
 DEFAULT_PATTERN = "default"
+
+logger = logging.getLogger(__name__)
 
 
 class Disabled(ConfigModel):
@@ -202,7 +205,17 @@ def _with_target(entry: SparseAttentionMethod | Disabled, target: float) -> Spar
         return Combined(methods=tuple(_with_target(part, target) for part in entry.methods))
     if not isinstance(entry, CalibratedMethod) or entry.calibration is None:
         return entry
-    return type(entry)(**{**entry.model_dump(), "target_sparsity": target})
+    changed = type(entry)(**{**entry.model_dump(), "target_sparsity": target})
+    low, high = entry.calibration.prefill.lowest, entry.calibration.prefill.highest
+    if low is not None and high is not None and not low <= target <= high:
+        logger.warning(
+            "%s: the target %g lies outside of %.2f to %.2f, where its calibration has points",
+            entry.method,
+            target,
+            low,
+            high,
+        )
+    return changed
 
 
 def _written(entry: SparseAttentionMethod | Disabled) -> Any:

@@ -134,7 +134,7 @@ def test_the_model_stays_dense_and_must_be_dense(model):
         calibrate(model, METHODS["mean_pool_top_k"], windows(256))
 
 
-def test_the_target_changes_without_measuring(model, tmp_path):
+def test_the_target_changes_without_measuring(model, tmp_path, caplog):
     config = calibrate(model, METHODS["flash_prefill"], windows(512, 1024), target=0.3).config
     again = config.with_target(0.6)
     measured = calibrate(model, METHODS["flash_prefill"], windows(512, 1024), target=0.6).config
@@ -149,6 +149,9 @@ def test_the_target_changes_without_measuring(model, tmp_path):
     loaded = mtsa.from_pretrained(tmp_path / "model")
     tokens = windows(300)[0][None]
     assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+    assert not caplog.records
+    config.with_target(0.99)
+    assert "flash_prefill: the target 0.99 lies outside of" in caplog.text
     with pytest.raises(mtsa.ConfigError, match="target_sparsity: 1.2 is not allowed"):
         config.with_target(1.2)
     with pytest.raises(mtsa.ConfigError, match="has no calibrated method"):
