@@ -96,9 +96,9 @@ class Problem:
         below = blocks * (blocks - 1) / 2
         # Of all visible blocks, the diagonal ones included.
         chance = max(0.0, ((1 - share) * (below + blocks) - blocks) / below)
-        generator = torch.Generator("cuda").manual_seed(1)
-        mask = torch.rand(self.q.shape[2], blocks, blocks, device="cuda", generator=generator) < chance
-        return mask.tril_(-1) | torch.eye(blocks, dtype=torch.bool, device="cuda")
+        generator = torch.Generator(self.q.device).manual_seed(1)
+        mask = torch.rand(self.q.shape[2], blocks, blocks, device=self.q.device, generator=generator) < chance
+        return mask.tril_(-1) | torch.eye(blocks, dtype=torch.bool, device=self.q.device)
 
 
 @dataclass
