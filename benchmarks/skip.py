@@ -215,7 +215,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         selection = "included" if row["selection_included"] else ""
         cells = [row["pass"].replace("_", " + "), row["head_dim"], row["seq_len"], row["method"]]
-        cells += [f"{row['share_skipped']:.0%}", selection, f"{row['ms']:.3g}", f"{row['speedup_over_dense']:.2f}"]
+        cells += [f"{row['share_skipped']:.0%}", selection, f"{row['ms']:.2f}", f"{row['speedup_over_dense']:.2f}"]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
