@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .calibration import CalibrationResult, calibrate
-    from .checkpoint import from_pretrained, save_pretrained
+    from .checkpoint import export_modelopt, from_pretrained, save_pretrained
     from .config import SPARSE_SOFTMAX_DEFAULT, SparsityConfig
     from .conversion import (
         continuous_batching,
@@ -67,6 +67,7 @@ _MODULE_OF = {
     "disable_sparse_attention": "conversion",
     "disabled": "conversion",
     "enable_sparse_attention": "conversion",
+    "export_modelopt": "checkpoint",
     "from_pretrained": "checkpoint",
     "get_sparse_method": "registry",
     "list_sparse_methods": "registry",
@@ -106,6 +107,7 @@ __all__ = [
     "disable_sparse_attention",
     "disabled",
     "enable_sparse_attention",
+    "export_modelopt",
     "from_pretrained",
     "get_sparse_method",
     "list_sparse_methods",

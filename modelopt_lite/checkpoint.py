@@ -13,14 +13,17 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from . import __version__
 from .conversion import CONFIG_ATTRIBUTE, CONFIG_VERSION, sparsify
-from .discovery import pretrained_models
+from .discovery import attention_modules, pretrained_models
 from .errors import ConfigError, UnsupportedError
+from .formats import MODELOPT_KEY, AttentionLayer, from_modelopt, is_modelopt, to_modelopt
 from .huggingface import saving_sparsity
-from .module import sparse_modules
+from .module import original_class, sparse_modules
 
 ADAPTER_FILE = f"{CONFIG_ATTRIBUTE}.json"
 """What :func:`save_pretrained` writes beside an adapter: which layer has which method."""
+_OLD_ADAPTER_FILE = f"{MODELOPT_KEY}.json"
 
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
@@ -60,8 +63,9 @@ def from_pretrained(path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedMo
     """Load a Transformers model and make it sparse as it was when it was saved.
 
     Saving needs nothing special: ``model.save_pretrained(path)`` after ``sparsify`` writes the configuration into
-    ``config.json``, under ``sparse_attention_config``. Transformers' own ``from_pretrained`` loads the same folder
-    dense. Only safetensors weights are read.
+    ``config.json``, under ``modelopt_lite_sparsity``. Transformers' own ``from_pretrained`` loads the same folder
+    dense. Only safetensors weights are read. What NVIDIA Model-Optimizer wrote under ``sparse_attention_config`` is
+    read as well, see :func:`~modelopt_lite.formats.from_modelopt`.
 
     The model's class is the one that was saved, as ``architectures`` in ``config.json`` names it; if it names none,
     ``AutoModelForCausalLM`` chooses. A class that comes with the model instead of Transformers is loaded only if
@@ -79,7 +83,8 @@ def from_pretrained(path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedMo
 
     Raises:
         ConfigError: if the saved config, or the adapter and its base model, hold no sparsity configuration, or one of
-            another version, or name a class that is neither a model of Transformers nor to be trusted.
+            another version, or one of Model-Optimizer's that says something unknown, or name a class that is neither a
+            model of Transformers nor to be trusted.
         ValueError: by Transformers, if it names no class, and the one in ``auto_map`` is not to be trusted.
         UnsupportedError: if the model has a layer that is not supported.
     """
@@ -87,45 +92,99 @@ def from_pretrained(path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedMo
     adapter = find_adapter_config_file(str(path), **options)
     if adapter is None:
         config, _ = PreTrainedConfig.get_config_dict(path, **kwargs)
-        entries = _entries(path, "config.json", config.get(CONFIG_ATTRIBUTE))
+        saved = _saved(path, config)
     else:
         base = json.loads(Path(adapter).read_text(encoding="utf-8")).get("base_model_name_or_path")
         if not base:
             raise ConfigError(f"{path}: adapter_config.json: base_model_name_or_path: {base!r} is not allowed; a path")
         of_base = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
         config, _ = PreTrainedConfig.get_config_dict(base, **of_base)
-        entries = _entries_of_adapter(path, base, config, options)
+        saved = _saved_beside_adapter(path, base, config, options)
     loader = _loader(path, config, bool(kwargs.get("trust_remote_code")))
     # Where nothing is said of trust, Transformers would ask at a terminal.
     model: PreTrainedModel = loader.from_pretrained(
         path, **{"trust_remote_code": False, **kwargs, "use_safetensors": True}
     )
-    return sparsify(model, {"sparse_cfg": entries})
+    if is_modelopt(saved):
+        try:
+            return sparsify(model, from_modelopt(saved, _layers(model)))
+        except ConfigError as error:
+            raise ConfigError(f"{path}: config.json: {error}") from None
+    if hasattr(model.config, MODELOPT_KEY) and not is_modelopt(getattr(model.config, MODELOPT_KEY)):
+        delattr(model.config, MODELOPT_KEY)  # where this package used to write
+    return sparsify(model, saved)
 
 
-def _entries(path: Any, file: str, saved: Any) -> dict[str, Any]:
-    """Return the patterns and methods of a saved configuration."""
-    if saved is None:
-        raise ConfigError(f"{path}: {file} holds no {CONFIG_ATTRIBUTE}; load the model and call sparsify")
+def export_modelopt(model: nn.Module, path: str | os.PathLike[str], **kwargs: Any) -> None:
+    """Save a sparse model for readers of NVIDIA Model-Optimizer's metadata, such as TensorRT-LLM.
+
+    The folder is that of :func:`save_pretrained`, with ``sparse_attention_config`` in its ``config.json`` besides. It
+    has a group for N:M sparse softmax, and one for skip-softmax with its calibration and target for prefill.
+
+    Args:
+        model: a Transformers model after :func:`~modelopt_lite.conversion.sparsify`.
+        path: the folder.
+        kwargs: passed on to the model's ``save_pretrained``.
+
+    Raises:
+        UnsupportedError: if the format cannot say what a layer does; names the layer and the reason. Nothing has been
+            written then. It cannot say: methods that choose blocks, N:M that differs between layers or leaves some of
+            them dense, skip-softmax without a calibration of the form ``a * exp(b * target_sparsity)``, or with other
+            sinks, dense window or blocks than the defaults. Nor is it for adapters of PEFT; merge them first.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedError(f"{type(model).__name__} is not a Transformers model; merge adapters before exporting")
+    metadata = to_modelopt(_layers(model), __version__)
+    save_pretrained(model, path, **kwargs)
+    if not kwargs.get("is_main_process", True):
+        return
+    file = Path(path) / "config.json"
+    content = json.loads(file.read_text(encoding="utf-8")) | {MODELOPT_KEY: metadata}
+    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _layers(model: nn.Module) -> dict[str, AttentionLayer]:
+    """Return the attention modules of a model with their methods; those that are switched off count as dense."""
+    sparse = sparse_modules(model)
+    layers = {}
+    for name, module in attention_modules(model, sparse).items():
+        flags = sparse[name].sparse_attention if name in sparse else None
+        method = flags.method if flags is not None and flags.enabled else None
+        layers[name] = AttentionLayer(original_class(module).__name__, method)
+    return layers
+
+
+def _saved(path: Any, config: dict[str, Any]) -> dict[str, Any]:
+    """Return the saved sparsity that a ``config.json`` holds, for ``sparsify`` or in Model-Optimizer's form."""
+    for key in (CONFIG_ATTRIBUTE, MODELOPT_KEY):
+        if config.get(key) is not None:
+            return _checked(path, f"config.json: {key}", config[key])
+    raise ConfigError(f"{path}: config.json holds no {CONFIG_ATTRIBUTE}; load the model and call sparsify")
+
+
+def _checked(path: Any, place: str, saved: Any) -> dict[str, Any]:
+    if is_modelopt(saved):
+        return dict(saved)
     if not isinstance(saved, dict) or saved.get("version") != CONFIG_VERSION:
         version = saved.get("version") if isinstance(saved, dict) else saved
-        raise ConfigError(f"{path}: {CONFIG_ATTRIBUTE}.version: {version!r} is not allowed; {CONFIG_VERSION}")
-    return dict(saved["sparse_cfg"])
+        raise ConfigError(f"{path}: {place}.version: {version!r} is not allowed; {CONFIG_VERSION}")
+    return {"sparse_cfg": dict(saved["sparse_cfg"])}
 
 
-def _entries_of_adapter(path: Any, base: str, config: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
-    """Return the patterns and methods of an adapter, given its base model's name and config."""
+def _saved_beside_adapter(path: Any, base: str, config: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """Return the saved sparsity of an adapter, given its base model's name and config."""
     missing_is_allowed: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False}
-    file = cached_file(str(path), ADAPTER_FILE, **options, **missing_is_allowed)
-    if file is not None:
-        return _entries(path, ADAPTER_FILE, json.loads(Path(file).read_text(encoding="utf-8")))
-    if CONFIG_ATTRIBUTE not in config:
+    for name in (ADAPTER_FILE, _OLD_ADAPTER_FILE):
+        file = cached_file(str(path), name, **options, **missing_is_allowed)
+        if file is not None:
+            return _checked(path, name, json.loads(Path(file).read_text(encoding="utf-8")))
+    if config.get(CONFIG_ATTRIBUTE) is None and config.get(MODELOPT_KEY) is None:
         raise ConfigError(
             f"{path}: this adapter of PEFT was saved without a sparsity: it has no {ADAPTER_FILE}, and config.json of "
             f"its base model {base} holds no {CONFIG_ATTRIBUTE}; load it with PEFT and call sparsify, and save it with "
             "modelopt_lite.save_pretrained(model, folder)"
         )
-    return _entries(base, "config.json", config[CONFIG_ATTRIBUTE])
+    return _saved(base, config)
 
 
 def _loader(path: Any, config: dict[str, Any], is_trusted: bool) -> Any:

@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias, cast
 
 import yaml
 from pydantic import (
@@ -27,6 +27,7 @@ from pydantic import (
 from pydantic_core import CoreSchema
 
 from .errors import ConfigError
+from .formats import from_modelopt, is_modelopt
 from .methods import CalibratedMethod, Combined, SparseAttentionMethod, SparseSoftmax
 from .registry import get_sparse_method, list_sparse_methods
 from .schema import ConfigModel, describe_errors, field_errors
@@ -121,7 +122,8 @@ class SparsityConfig(ConfigModel):
 
         Args:
             source: a :class:`SparsityConfig`, the same as a mapping, one of its short forms, or a path. A string is a
-                path if it ends in ``.yaml``, ``.yml``, ``.json`` or ``.toml``.
+                path if it ends in ``.yaml``, ``.yml``, ``.json`` or ``.toml``. Also NVIDIA Model-Optimizer's metadata,
+                or a ``config.json`` that holds it, see :func:`~modelopt_lite.formats.from_modelopt`.
 
         Raises:
             ConfigError: if the file or the configuration cannot be used; one line per problem.
@@ -132,6 +134,11 @@ class SparsityConfig(ConfigModel):
         if isinstance(source, os.PathLike) or (isinstance(source, str) and names_a_file(source)):
             where = f"{os.fspath(source)}: "
             source = read_config_file(source)
+        if is_modelopt(source):
+            try:
+                source = from_modelopt(cast("dict[str, Any]", source))
+            except ConfigError as error:
+                raise ConfigError(f"{where}{error}") from None
         try:
             return cls.model_validate(source)
         except ValidationError as error:

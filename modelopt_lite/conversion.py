@@ -56,7 +56,7 @@ from .stats import ModelStatistics
 ModelT = TypeVar("ModelT", bound=nn.Module)
 AttentionChoice: TypeAlias = "str | type[nn.Module] | tuple[type[nn.Module], ...]"
 
-CONFIG_ATTRIBUTE = "sparse_attention_config"
+CONFIG_ATTRIBUTE = "modelopt_lite_sparsity"
 CONFIG_VERSION = 1
 _BEFORE_ATTRIBUTE = "_before_sparsify"
 

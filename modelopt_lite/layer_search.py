@@ -204,10 +204,10 @@ def search(
     }
     work = _Work(model, entries, tokens, Journal(state, header))
     try:
-        with progress_bar(show_progress, work.steps()) as step:
+        with progress_bar(show_progress, work.steps(kind)) as step:
             everywhere = work.run_everywhere(step)
             losses = work.losses(step)
-            gains = work.gains(step) if kind != "speedup" else work.savings(step)
+            gains = work.gains() if kind != "speedup" else work.savings(step)
             step("trying proposals")
             frontier = _Frontier(gains, losses)
             goal = everywhere[wanted].sparsity if isinstance(wanted, str) else wanted
@@ -271,12 +271,12 @@ def _entries(candidates: Mapping[str, ConfigSource] | Sequence[str]) -> dict[str
 
 
 class _Found(NamedTuple):
-    """One run on one window: means over its predicted tokens, and counts over all layers."""
+    """One run on one window: means over its predicted tokens, and scores by sparse layer, visible ones and dropped."""
 
     kl: float
     cross_entropy: float
-    visible: int
-    kept: int
+    visible: dict[str, int]
+    dropped: dict[str, int]
 
 
 class _Work:
@@ -295,9 +295,10 @@ class _Work:
         self._device = next(model.parameters()).device
         self._dense: tuple[str, Tensor] | None = None
 
-    def steps(self) -> int:
+    def steps(self, kind: Budget) -> int:
         """Return how often a progress bar is moved."""
-        return len(self.entries) * (2 + len(self.windows) * len(self.layers)) + 1
+        whole = 2 if kind == "speedup" else 1  # runs with a candidate everywhere
+        return len(self.entries) * (whole + len(self.windows) * len(self.layers)) + 1
 
     def config(self, chosen: Mapping[str, str]) -> SparsityConfig:
         """Return the configuration of a choice for each layer; the most frequent one is its default."""
@@ -335,21 +336,25 @@ class _Work:
 
     def run(self, config: SparsityConfig) -> Run:
         """Run a configuration over all windows."""
-        name = digest(torch.tensor(list(config.model_dump_json().encode())))
-        found = [
-            _Found(*self.journal.get(f"run/{name}/{digest(window)}", partial(self._run, config, window)))
-            for window in self.windows
-        ]
+        found = [self._found(config, window) for window in self.windows]
         weights = [window.numel() - 1 for window in self.windows]
-        change = sum(
-            w * (x.cross_entropy - self.dense_loss(window))
-            for w, x, window in zip(weights, found, self.windows, strict=True)
-        )
+        losses = [x.cross_entropy - self.dense_loss(window) for x, window in zip(found, self.windows, strict=True)]
+        change = sum(w * loss for w, loss in zip(weights, losses, strict=True)) / sum(weights)
+        dropped = sum(sum(x.dropped.values()) for x in found)
         return Run(
             kl=sum(w * x.kl for w, x in zip(weights, found, strict=True)) / sum(weights),
-            perplexity_percent=100 * math.expm1(change / sum(weights)),
-            sparsity=1 - sum(x.kept for x in found) / max(1, sum(x.visible for x in found)),
+            perplexity_percent=100 * math.expm1(change),
+            sparsity=dropped / self.visible(),
         )
+
+    def visible(self) -> int:
+        """Return the visible scores of all layers in all windows."""
+        first = _everywhere(next(iter(self.entries.values())))
+        return sum(sum(self._found(first, window).visible.values()) for window in self.windows)
+
+    def _found(self, config: SparsityConfig, window: Tensor) -> _Found:
+        name = digest(torch.tensor(list(config.model_dump_json().encode())))
+        return _Found(*self.journal.get(f"run/{name}/{digest(window)}", partial(self._run, config, window)))
 
     def _run(self, config: SparsityConfig, window: Tensor) -> _Found:
         dense = self.dense_logits(window)
@@ -357,29 +362,16 @@ class _Work:
         with collect_statistics(self.model) as statistics:
             sparse = self.logits(window)
         found = compare_predictions(sparse, dense, window.to(self._device))
-        visible = self._visible(window)
-        # A layer that is dense drops nothing, and is not counted.
-        dropped = sum(layer.visible - layer.kept for layer in statistics.layers.values())
-        return _Found(found.divergence, found.cross_entropy, visible, visible - dropped)
-
-    def _visible(self, window: Tensor) -> int:
-        """Return the visible scores of all layers of the dense model."""
-
-        def measure() -> int:
-            sparsify(self.model, next(iter(self.entries.values())))
-            with collect_statistics(self.model) as statistics:
-                self.logits(window)
-            return statistics.total.visible
-
-        visible: int = self.journal.get(f"visible/{digest(window)}", measure)
-        return visible
+        visible = {name: layer.visible for name, layer in statistics.layers.items()}
+        dropped = {name: layer.visible - layer.kept for name, layer in statistics.layers.items()}
+        return _Found(found.divergence, found.cross_entropy, visible, dropped)
 
     def run_everywhere(self, step: Callable[[str], None]) -> dict[str, Run]:
         """Run each candidate in all layers."""
         runs = {}
         for name, entry in self.entries.items():
             step(f"{name} everywhere")
-            runs[name] = self.run(SparsityConfig(sparse_cfg={"*": entry}))
+            runs[name] = self.run(_everywhere(entry))
         return runs
 
     def losses(self, step: Callable[[str], None]) -> dict[str, dict[str, float]]:
@@ -408,23 +400,15 @@ class _Work:
                     losses[layer][name] += loss * (window.numel() - 1) / total
         return losses
 
-    def gains(self, step: Callable[[str], None]) -> dict[str, dict[str, float]]:
-        """Return by layer and candidate what the layer would add to the model's sparsity."""
-        visible = sum(self._visible(window) for window in self.windows)
+    def gains(self) -> dict[str, dict[str, float]]:
+        """Return by layer and candidate what the layer adds to the model's sparsity where it is in all layers."""
+        visible = self.visible()
         gains = {layer: dict.fromkeys([DENSE_LAYER, *self.entries], 0.0) for layer in self.layers}
         for name, entry in self.entries.items():
-            step(f"what {name} drops")
             for window in self.windows:
-                dropped = self.journal.get(f"drop/{name}/{digest(window)}", partial(self._dropped, entry, window))
-                for layer in self.layers:
-                    gains[layer][name] += dropped[layer] / visible
+                for layer, dropped in self._found(_everywhere(entry), window).dropped.items():
+                    gains[layer][name] += dropped / visible
         return gains
-
-    def _dropped(self, entry: SparseAttentionMethod, window: Tensor) -> dict[str, int]:
-        sparsify(self.model, entry)
-        with collect_statistics(self.model) as statistics:
-            self.logits(window)
-        return {name: layer.visible - layer.kept for name, layer in statistics.layers.items()}
 
     def savings(self, step: Callable[[str], None]) -> dict[str, dict[str, float]]:
         """Return by layer and candidate the share of all layers' attention time that the layer would save."""
@@ -449,6 +433,10 @@ class _Work:
         with count(timers):
             self.logits(window)
         return {module.sparse_attention.name: timer.seconds for module, timer in timers.items()}
+
+
+def _everywhere(entry: SparseAttentionMethod) -> SparsityConfig:
+    return SparsityConfig(sparse_cfg={"*": entry})
 
 
 class _Timer:

@@ -8,6 +8,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from .language import tl
+
+if tl is not None:
+    from . import block_launch
+
 if TYPE_CHECKING:
     from .request import AttentionRequest
 
@@ -55,8 +60,7 @@ class KeyBlocks(NamedTuple):
             block_size: keys in a key block.
             block_rows: positions in a query block.
         """
-        counts = mask.sum(-1, dtype=torch.int32)
-        indices = (~mask).to(torch.uint8).argsort(dim=-1, stable=True).to(torch.int32)
+        counts, indices = _listed(mask)
         return cls(counts, indices, starts.to(torch.int32), block_size, block_rows)
 
     @classmethod
@@ -82,7 +86,7 @@ class KeyBlocks(NamedTuple):
     def transposed(self) -> QueryBlocks:
         """Return for each key block the query blocks that list it, without waiting for the device."""
         mask = self.mask().transpose(1, 2)
-        indices = (~mask).to(torch.uint8).argsort(dim=-1, stable=True).to(torch.int32)
+        _, indices = _listed(mask)
         before = torch.nn.functional.pad(mask.cumsum(-1, dtype=torch.int32), (1, 0))
         ends = torch.nn.functional.pad(self.starts.long(), (0, 1), value=mask.shape[2])
         return QueryBlocks(before[..., ends], indices)
@@ -95,6 +99,14 @@ class KeyBlocks(NamedTuple):
         """Return all that a kernel's preparation may depend on: everything but addresses and contents."""
         tensors = ((x.dtype, x.shape, x.stride(), x.device) for x in (self.counts, self.indices, self.starts))
         return (*tensors, self.block_size, self.block_rows)
+
+
+def _listed(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Return how often a mask is set along its last dimension, and where: those numbers first, then all others."""
+    if mask.is_cuda and tl is not None:
+        return block_launch.listed(mask)
+    counts = mask.sum(-1, dtype=torch.int32)
+    return counts, (~mask).to(torch.uint8).argsort(dim=-1, stable=True).to(torch.int32)
 
 
 class QueryBlocks(NamedTuple):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, TypeAlias
 
-import torch
 from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 
@@ -113,24 +112,3 @@ class BlockMethod(GridMethod):
         return AttentionPlan(
             blocks=selector, num_sink_tokens=self.num_sink_tokens, dense_window_size=self.dense_window_size
         )
-
-
-def softmax_over(logits: Tensor, seen: Tensor) -> Tensor:
-    """Take the softmax over the last dimension where ``seen`` is true; 0 elsewhere, also in rows that see nothing."""
-    weights: Tensor = logits.masked_fill(~seen, -torch.inf).softmax(-1)
-    return weights.masked_fill(~seen, 0.0)
-
-
-def largest_first(scores: Tensor, seen: Tensor, forced: Tensor) -> Tensor:
-    """Order blocks: the forced ones, then the others by descending score, equal ones by number, then those not seen.
-
-    Returns:
-        Their numbers, of the shape of ``scores``.
-    """
-    ranked = scores.masked_fill(~seen, -torch.inf).masked_fill(forced, torch.inf)
-    return ranked.argsort(dim=-1, descending=True, stable=True)
-
-
-def in_order(values: Tensor, order: Tensor) -> Tensor:
-    """Undo :func:`largest_first`: return ``values``, which are in that order, by the blocks' numbers."""
-    return torch.empty_like(values).scatter_(-1, order, values)

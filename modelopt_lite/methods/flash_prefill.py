@@ -8,10 +8,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from ..kernels.block_scores import mean_keys, softmax_mass, softmax_over
 from ..kernels.blocks import BlockGrid
 from ..kernels.reference import SequenceBlocks
 from ..registry import register_sparse_method
-from .blocks import BlockMethod, softmax_over
+from .blocks import BlockMethod
 from .calibrated import CalibratedMethod, Knob
 
 
@@ -54,12 +55,8 @@ class FlashPrefill(BlockMethod, CalibratedMethod):
         return view.queries_in(self.block_rows) @ softmax_over(view.scores(view.q, means), seen)
 
     def scores(self, grid: BlockGrid) -> Tensor:
-        """Score the blocks of all sequences, a few query blocks at a time."""
-        means, found = grid.mean_keys(), []
-        for part in grid.parts(grid.request.q.shape[1] * grid.block_rows * (grid.shape[1] + grid.request.q.shape[2])):
-            logits = part.scores(part.queries(), part.of_keys(means))
-            found.append(softmax_over(logits, part.sees()[:, None, None]).sum(-2))
-        return torch.cat(found).flatten(1, 2).transpose(0, 1)
+        """Score the blocks of all sequences."""
+        return softmax_mass(grid, mean_keys(grid))
 
     def choose(self, scores: Tensor, seen: Tensor, forced: Tensor) -> Tensor:
         """Keep blocks with at least ``alpha`` times the largest score."""

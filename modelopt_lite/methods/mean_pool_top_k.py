@@ -8,10 +8,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from ..kernels.block_scores import largest_blocks, mean_scores
 from ..kernels.blocks import BlockGrid
 from ..kernels.reference import SequenceBlocks
 from ..registry import register_sparse_method
-from .blocks import BlockMethod, in_order, largest_first
+from .blocks import BlockMethod
 from .calibrated import CalibratedMethod, Knob
 
 
@@ -38,17 +39,9 @@ class MeanPoolTopK(BlockMethod, CalibratedMethod):
         return view.scores(mean_q, mean_k)
 
     def scores(self, grid: BlockGrid) -> Tensor:
-        """Score the blocks of all sequences, a few query blocks at a time."""
-        means, found = grid.mean_keys(), []
-        number = (grid.high_q - grid.low_q + 1).clamp(min=1)
-        for part in grid.parts(grid.request.q.shape[1] * (grid.shape[1] + grid.block_rows * grid.request.q.shape[2])):
-            mean_q = part.queries().sum(-2, keepdim=True) / number[part.rows, None, None, None, None]
-            found.append(part.scores(mean_q, part.of_keys(means)).squeeze(-2))
-        return torch.cat(found).flatten(1, 2).transpose(0, 1)
+        """Score the blocks of all sequences."""
+        return mean_scores(grid)
 
     def choose(self, scores: Tensor, seen: Tensor, forced: Tensor) -> Tensor:
         """Keep the share with the largest scores, the forced ones first."""
-        number = seen.sum(-1, keepdim=True, dtype=torch.float64) * self.knob_of(seen, torch.float64)
-        rank = torch.arange(scores.shape[-1], device=scores.device)
-        kept = rank < (number - 1e-9).ceil()  # 0.7 * 10 is a little more than 7
-        return in_order(kept.expand_as(scores), largest_first(scores, seen, forced))
+        return largest_blocks(scores, seen, forced, self.knob_of(seen, torch.float64))

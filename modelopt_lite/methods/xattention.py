@@ -8,10 +8,11 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
+from ..kernels.block_scores import antidiagonal_mass, heaviest_blocks, softmax_over
 from ..kernels.blocks import BlockGrid
 from ..kernels.reference import SequenceBlocks
 from ..registry import register_sparse_method
-from .blocks import BlockMethod, in_order, largest_first, softmax_over
+from .blocks import BlockMethod
 from .calibrated import CalibratedMethod, Knob
 
 
@@ -58,30 +59,9 @@ class XAttention(BlockMethod, CalibratedMethod):
         return query_blocks @ weights @ key_blocks.T
 
     def scores(self, grid: BlockGrid) -> Tensor:
-        """Return the masses for all sequences, a few query blocks at a time."""
-        request, stride, found = grid.request, self.stride, []
-        heads, kv_heads, dim = request.q.shape[1], request.k.shape[1], request.q.shape[2]
-        keys_held = grid.shape[1] * grid.block_size
-        groups_held = heads * (grid.block_rows // stride) * (keys_held // stride)
-        keys = None
-        is_one_sequence = grid.starts.shape[0] == 1
-        for part in grid.parts(
-            groups_held + heads * grid.block_rows * dim + (0 if is_one_sequence else keys_held * kv_heads * dim)
-        ):
-            if keys is None or not is_one_sequence:
-                keys = (
-                    part.keys().unflatten(1, (-1, stride)).transpose(2, 3).flatten(3)
-                )  # [.., groups, heads, stride * dim]
-            queries = part.queries().unflatten(3, (-1, stride)).flip(4).flatten(4)
-            logits = part.scores(queries, keys, 1 / stride)
-            weights = softmax_over(logits, part.sees(stride, stride)[:, None, None])
-            found.append(weights.sum(-2).unflatten(-1, (-1, grid.block_size // stride)).sum(-1))
-        return torch.cat(found).flatten(1, 2).transpose(0, 1)
+        """Return the masses for all sequences."""
+        return antidiagonal_mass(grid, self.stride)
 
     def choose(self, scores: Tensor, seen: Tensor, forced: Tensor) -> Tensor:
         """Keep the blocks with the largest mass, the forced ones first, until they hold enough of it."""
-        order = largest_first(scores, seen, forced)
-        mass = scores.masked_fill(~seen, 0.0).gather(-1, order)
-        before = mass.cumsum(-1) - mass
-        threshold = self.knob_of(seen, scores.dtype)
-        return in_order(before < threshold * mass.sum(-1, keepdim=True), order)
+        return heaviest_blocks(scores, seen, forced, self.knob_of(seen, scores.dtype))

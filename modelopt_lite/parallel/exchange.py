@@ -31,6 +31,14 @@ def _sparse_always(plan: AttentionPlan) -> AttentionPlan:
     return plan if plan.is_dense or plan.sparse_decode else dataclasses.replace(plan, sparse_decode=True)
 
 
+@functools.cache
+def _with_exemptions(plan: AttentionPlan, num_sink_tokens: int, dense_window_size: int) -> AttentionPlan:
+    """Return a plan with other exemptions."""
+    if (plan.num_sink_tokens, plan.dense_window_size) == (num_sink_tokens, dense_window_size):
+        return plan
+    return dataclasses.replace(plan, num_sink_tokens=num_sink_tokens, dense_window_size=dense_window_size)
+
+
 def _plan_for(plan: AttentionPlan, is_single: bool) -> AttentionPlan:
     """Return the plan of sequences that have, over all processes, a single query or more."""
     return DENSE if is_single and not plan.sparse_decode else _sparse_always(plan)
@@ -204,22 +212,53 @@ def _calls(request: AttentionRequest, shards: Shards, source: int) -> list[_Call
             pairs = [
                 Pair(queries, keys)
                 for queries in shards.queries[shards.rank]
-                for keys in _keys_for(queries, shards.keys[source], is_single and window is None)
+                for keys in _keys_for(queries, shards.keys[source], is_single, window is None)
                 if shards.is_single(queries) == is_single and reachable(Pair(queries, keys), is_causal, window)
             ]
             for call in calls_of(pairs):
                 found.append((is_single, call, packing(call, shards.slots_q, shards.slots_k, device)))
         return found
 
-    return [
-        _Call(is_single, request._replace(plan=_plan_for(request.plan, is_single), **packed), pairs)
-        for is_single, pairs, packed in shards.remembered(("calls", device, is_causal, window, source), fields)
-    ]
+    calls = []
+    for is_single, pairs, packed in shards.remembered(("calls", device, is_causal, window, source), fields):
+        part = request._replace(plan=_plan_for(request.plan, is_single), **packed)
+        calls.append(_Call(is_single, _without_positions(part, pairs), pairs))
+    return calls
 
 
-def _keys_for(queries: Run, keys: tuple[Run, ...], any_position: bool) -> list[Run]:
-    """Return the runs of keys of a sequence; one run of all that lie side by side, where positions do not matter."""
+def _without_positions(request: AttentionRequest, pairs: list[Pair]) -> AttentionRequest:
+    """Return the same computation without positions, which the fastest kernels do not know, where that is possible.
+
+    It is where queries are the last tokens of their keys, or see them all. Positions inside of groups and blocks stay
+    what they are, because runs of keys begin at the beginning of a block. Exemptions out of reach are left out.
+    """
+    plan = request.plan
+    knows_positions = plan.keep is not None and not plan.keeps_top  # a rule of a user's own may look at them
+    from_start = all(keys.first == 0 for _, keys in pairs)
+    no_sinks = all(keys.first >= plan.num_sink_tokens for _, keys in pairs)
+    if knows_positions or not request.is_causal or not (from_start or no_sinks):
+        return request
+    sinks = 0 if no_sinks else plan.num_sink_tokens
+    if all(queries.end == keys.end for queries, keys in pairs):
+        plan = _with_exemptions(plan, sinks, plan.dense_window_size)
+        return request._replace(plan=plan, first_q=None, first_k=None)
+    _, block_rows = request.grid
+    has_other_grid = plan.chooses_blocks and any((keys.length - q.length) % block_rows for q, keys in pairs)
+    nearest = min(queries.first - keys.end + 1 for queries, keys in pairs)
+    if request.sliding_window is not None or nearest < max(1, plan.dense_window_size) or has_other_grid:
+        return request
+    return request._replace(plan=_with_exemptions(plan, sinks, 0), is_causal=False, first_q=None, first_k=None)
+
+
+def _keys_for(queries: Run, keys: tuple[Run, ...], is_single: bool, any_position: bool) -> list[Run]:
+    """Return the runs of keys of a sequence.
+
+    For a single query, after which there are no keys, runs that lie side by side are one; if positions do not matter,
+    also where these do not follow each other.
+    """
     own = sorted((x for x in keys if x.sequence == queries.sequence), key=lambda x: x.slot)
+    if not is_single:
+        return own
     found: list[Run] = []
     for x in own:
         joins = found and found[-1].slot + found[-1].length == x.slot

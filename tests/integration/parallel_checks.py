@@ -5,18 +5,21 @@ and each group runs all its checks, because starting is what takes time.
 """
 
 import dataclasses
+import importlib.util
+import io
 import json
 import os
 import re
 import sys
 import tempfile
 import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal
 
+import pytest
 import torch
 from torch import distributed
 from transformers import (
@@ -89,6 +92,15 @@ def exact_loss(logits, labels, vocab_size, num_items_in_batch=None, shift_labels
         shift_labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), shift_labels.flatten(), reduction="sum")
     return loss / ((shift_labels != -100).sum() if num_items_in_batch is None else num_items_in_batch)
+
+
+def script(path):
+    """Import a script of the repository."""
+    file = Path(__file__).parents[2] / path
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def tokens(batch, length):
@@ -375,6 +387,66 @@ def ulysses(folder):
                 finally:
                     AttentionInterface.register("modelopt_lite", inner)
             close(found, expected.chunk(2, 1)[rank], (name, lengths))
+
+
+@check(4)
+def training_of_long_sequences(folder):
+    """examples/train_long.py, with two sequences at a time that are divided in two, against plain training."""
+    example = script("examples/train_long.py")
+    example.LOSS_TOKENS = 7
+    text = tokens(1, 4 * 50)[0]
+    settings = {"length": 50, "steps": 2, "learning_rate": 0.05, "dtype": torch.float64}
+    model, plain = (mtsa.sparsify(llama(), {"sparse_cfg": {"*": METHODS["blocks and 2:4"]}}) for _ in range(2))
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()):
+        # Adam and clipping would hide gradients of the wrong size.
+        patch.setattr(torch.optim, "AdamW", torch.optim.SGD)
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: None)
+        losses = example.train(model, text, context=2, **settings)
+    example.save(model, folder / "trained")
+    distributed.barrier()
+    trained = mtsa.from_pretrained(folder / "trained")
+
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.05)
+    expected = []
+    for batch in text.view(2, 2, 50):
+        optimizer.zero_grad()
+        loss = plain(batch, labels=batch).loss
+        loss.backward()
+        optimizer.step()
+        expected.append(loss.item())
+    close(losses, expected, "losses", rtol=1e-6, atol=0)  # that of the example is in FP32
+    with torch.no_grad():
+        ids = text[None, :50]
+        close(trained(ids).logits, plain(ids).logits, "trained", rtol=1e-4, atol=1e-4)
+
+
+@check(2)
+@torch.no_grad()
+def long_benchmark(folder):
+    """benchmarks/long.py: what it writes, and that it generates what one process does with the same chunks."""
+    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+    bench = script("benchmarks/long.py")
+    output = folder / "long.json"
+    options = ["--model", "tiny", "--prefill", "80", "--generate", "300", "--chunk", "128", "--new-tokens", "3"]
+    with redirect_stdout(io.StringIO()):
+        bench.main([*options, "--variants", "dense", "2:4", "--output", str(output)])
+    distributed.barrier()
+    rows = json.loads(output.read_text())["rows"]
+    assert len(rows) == 8
+    assert all(row["efficiency"] > 0 for row in rows if row["exchange"] == "ring")
+    assert all(row["time_to_first_token_s"] > 0 for row in rows if row["what"] == "generate")
+
+    mesh, ids = distributed.init_device_mesh("cpu", (2,)), tokens(1, 300)
+    for variant in ("2:4", "blocks"):
+        model = mtsa.sparsify(llama().eval(), {"sparse_cfg": {"*": bench.VARIANTS[variant]}})
+        cache, expected = DynamicCache(), []
+        for part in ids.split(128, 1):
+            logits = model(part, past_key_values=cache).logits
+        for _ in range(6):
+            expected.append(logits[:, -1].argmax(-1, keepdim=True))
+            logits = model(expected[-1], past_key_values=cache).logits
+        found = bench.generate(model, ids, mesh, 128, 6)[2]
+        assert torch.equal(found, torch.cat(expected, 1)), variant
 
 
 def run(rank, world, folder, results):

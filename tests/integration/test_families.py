@@ -1027,4 +1027,4 @@ def test_a_model_inside_another_module(target):
     assert mtsa.summary(mine)[0].name == "language.model.layers.0.self_attn"
     mtsa.unsparsify(mine)
     torch.testing.assert_close(logits(mine, ids), logits(dense_model("llama", target), ids), rtol=0, atol=0)
-    assert not hasattr(mine.language.config, "sparse_attention_config")
+    assert not hasattr(mine.language.config, "modelopt_lite_sparsity")

@@ -430,11 +430,11 @@ def test_order_of_patterns_survives_saving(model, tmp_path):
 
 def test_restoring_what_is_not_sparse_is_refused(model, tmp_path):
     model.save_pretrained(tmp_path)
-    with pytest.raises(mtsa.ConfigError, match=r"config.json holds no sparse_attention_config"):
+    with pytest.raises(mtsa.ConfigError, match=r"config.json holds no modelopt_lite_sparsity"):
         mtsa.from_pretrained(tmp_path)
-    model.config.sparse_attention_config = {"version": 99, "sparse_cfg": []}
+    model.config.modelopt_lite_sparsity = {"version": 99, "sparse_cfg": []}
     model.save_pretrained(tmp_path)
-    with pytest.raises(mtsa.ConfigError, match=r"sparse_attention_config.version: 99 is not allowed; 1"):
+    with pytest.raises(mtsa.ConfigError, match=r"modelopt_lite_sparsity.version: 99 is not allowed; 1"):
         mtsa.from_pretrained(tmp_path)
 
 
@@ -486,9 +486,9 @@ def test_trust_is_not_asked_for(sparse, tmp_path, monkeypatch):
 def test_a_dense_reload_made_sparse_and_back_keeps_its_saved_config(sparse, tmp_path):
     sparse.save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
-    saved = copy.deepcopy(model.config.sparse_attention_config)
+    saved = copy.deepcopy(model.config.modelopt_lite_sparsity)
     mtsa.unsparsify(mtsa.sparsify(model, mtsa.SPARSE_SOFTMAX_DEFAULT))
-    assert model.config.sparse_attention_config == saved
+    assert model.config.modelopt_lite_sparsity == saved
 
 
 def untouched(model):

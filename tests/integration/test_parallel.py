@@ -8,8 +8,12 @@ from collections import defaultdict
 
 import parallel_checks
 import pytest
+import torch
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("parallel")]
+from modelopt_lite.kernels import AttentionRequest
+from modelopt_lite.methods import MeanPoolTopK, SinkWindow, SparseSoftmax
+from modelopt_lite.parallel import exchange, shards
+from modelopt_lite.plan import DENSE
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +30,54 @@ def outcomes():
     return found
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("parallel")
 @pytest.mark.parametrize(("world", "name"), parallel_checks.CHECKS, ids=lambda value: str(value))
 def test_processes_agree_with_one(outcomes, world, name):
     errors = outcomes[world, name]
     assert len(errors) == world
     assert not any(errors), "\n".join(error for error in errors if error)
+
+
+PLANS = {
+    "dense": DENSE,
+    "2:4": SparseSoftmax(num_sink_tokens=4, dense_window_size=64).plan(),
+    "blocks": MeanPoolTopK(num_sink_tokens=4).plan(),
+    "window": SinkWindow().plan(),
+}
+
+
+def ring_of(processes, length, rank):
+    """Return how one sequence is divided, as the process ``rank`` sees it."""
+    segments = [[shards.Segment(0, 0, torch.arange(length))]]
+    sources, runs = shards.cut(segments, length, processes, 128)
+    slots, whole = sources.shape[2], {0: length}
+    return shards.Shards(None, rank, 1, length, sources, runs, runs, slots, whole, whole, False, "ring")
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_the_ring_needs_positions_only_for_sinks_windows_and_rules_that_know_them(plan):
+    """Without them the fastest kernels run."""
+    nothing = torch.empty(0, 1, 64)
+    nowhere = torch.empty(0, dtype=torch.int64)
+    packing = (nowhere, nowhere, 0, nowhere, nowhere, 0)
+    request = AttentionRequest(nothing, nothing, nothing, None, *packing, True, 1.0, None, None, PLANS[plan])
+    for rank in range(4):
+        seen = 0
+        for source in range(4):
+            for call in exchange._calls(request, ring_of(4, 8192, rank), source):
+                seen += sum(pair.queries.length * pair.keys.length for pair in call.pairs)
+                reaches = any(k.first == 0 or 0 < q.first - k.end + 1 < 64 for q, k in call.pairs)
+                expected = {"dense": False, "window": True, "2:4": reaches, "blocks": reaches}[plan]
+                if not expected:
+                    assert not call.request.has_positions, (rank, source, call.pairs)
+        assert seen == (2 * 4 + 1) * 1024**2  # nine chunks of keys for the two chunks of queries
+
+
+def test_chunks_are_balanced_and_whole_blocks():
+    for length in (1, 127, 1000, 5000):
+        whole = ring_of(3, length, 0)
+        covered = sorted((run.first, run.end) for runs in whole.queries for run in runs)
+        assert [begin for begin, _ in covered] == [0, *(end for _, end in covered[:-1])]
+        assert covered[-1][1] == length
+        assert all(run.first % 128 == 0 for runs in whole.queries for run in runs)

@@ -512,7 +512,7 @@ def test_any_order_of_switches(steps):
         assert model.config._attn_implementation == ("modelopt_lite" if is_sparse else wanted)
         sibling_is_sparse = any(row.enabled for row in mtsa.summary(sibling))
         assert sibling.config._attn_implementation == ("modelopt_lite" if sibling_is_sparse else config_of_sibling)
-        assert hasattr(sibling.config, "sparse_attention_config") == sibling_is_sparse
+        assert hasattr(sibling.config, "modelopt_lite_sparsity") == sibling_is_sparse
     mtsa.unsparsify(model)
     assert model.config._attn_implementation == wanted
 
@@ -527,7 +527,7 @@ def test_teacher_and_student_of_one_config(tmp_path):
     assert state_of(teacher) == before
     torch.testing.assert_close(logits(teacher, ids), dense, rtol=0, atol=0)
     teacher.save_pretrained(tmp_path)
-    with pytest.raises(mtsa.ConfigError, match="holds no sparse_attention_config"):
+    with pytest.raises(mtsa.ConfigError, match="holds no modelopt_lite_sparsity"):
         mtsa.from_pretrained(tmp_path)
     mtsa.sparsify(teacher, CONFIG)
     mtsa.unsparsify(student)
@@ -680,5 +680,5 @@ def test_saving_what_is_not_sparse_is_refused(tmp_path):
         mtsa.save_pretrained(dense_model("llama", CPU), tmp_path)
     model = sparse_model("llama", CPU)
     mtsa.save_pretrained(model, tmp_path)
-    assert not (tmp_path / "sparse_attention_config.json").exists()
+    assert not (tmp_path / "modelopt_lite_sparsity.json").exists()
     assert mtsa.summary(mtsa.from_pretrained(tmp_path)) == mtsa.summary(model)

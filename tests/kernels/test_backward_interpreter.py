@@ -70,7 +70,7 @@ def check(request, kernel_settings, tolerance=FP32, forward_settings=None):
             )
 
 
-@given(cases(longest=50, batch=2) | cases(longest=50, batch=2, placed=True), st.sampled_from([POINTERS, DESCRIPTORS]))
+@given(cases(longest=36, batch=2) | cases(longest=36, batch=2, placed=True), st.sampled_from([POINTERS, DESCRIPTORS]))
 @settings(max_examples=16, deadline=None)
 def test_gradients_equal_the_oracles(case, kernel_settings):
     check(case.request, kernel_settings, forward_settings=FORWARD)

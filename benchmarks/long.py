@@ -1,0 +1,210 @@
+"""Long prompts over several GPUs: prefill, and generation over a cache that is divided among them.
+
+    torchrun --nproc-per-node 2 benchmarks/long.py
+
+The model has the shape of Llama 3.1 8B and random weights. Two things are measured, in every variant:
+
+- *prefill*: a forward pass without a cache, on one GPU alone, and over all of them with each exchange of keys and
+  values. The efficiency is the time alone divided by the time together and by the number of GPUs.
+- *generate*: the time to the first token of a prompt that is computed in chunks, and the time of each further token.
+  Each GPU holds the keys and values of its own tokens, and logits are computed for the last token only.
+
+At a million tokens, keys and values of all layers are 128 GiB in BF16, and 64 GiB on each of two GPUs, beside 15 GiB of
+weights. Chunks of 65536 tokens keep activations below 4 GiB. Each layer's keys and values, 4 GiB, are gathered for the
+time that it is computed; with the copy in the order of positions that is 8 GiB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from model import MODELS, rope_parameters
+from recording import default_output, device_name, header, rows_before, write
+from torch import Tensor, distributed
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from transformers import Cache, LlamaConfig, LlamaForCausalLM
+from transformers.cache_utils import DynamicLayer
+
+import modelopt_lite as mtsa
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "dense": {"method": "sparse_softmax", "enable": False},
+    "2:4": {"method": "sparse_softmax"},
+    "blocks": {"method": "mean_pool_top_k", "keep": 0.1},
+}
+PROBLEM = ("what", "exchange", "variant", "length", "gpus")
+
+
+class ReservedLayer(DynamicLayer):
+    """Keys and values of one layer in memory that is reserved at once, so that no token copies those before it.
+
+    Attributes:
+        capacity: slots of each row.
+    """
+
+    capacity = 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Add keys and values ``[batch, heads, tokens, dim]``; return all, as Transformers asks for it."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.reserved = [x.new_empty(*x.shape[:2], self.capacity, x.shape[3]) for x in (key_states, value_states)]
+        begin = self.get_seq_length()
+        end = begin + key_states.shape[2]
+        for reserved, new in zip(self.reserved, (key_states, value_states), strict=True):
+            reserved[:, :, begin:end] = new
+        self.keys, self.values = (reserved[:, :, :end] for reserved in self.reserved)
+        return self.keys, self.values
+
+
+def seconds(call: Callable[[], object], device: str) -> float:
+    """Time a call that all processes make, from when the last begins to when the last ends."""
+    on_gpu = device == "cuda"
+    if on_gpu:
+        torch.cuda.synchronize()
+    distributed.barrier()
+    begin = time.perf_counter()
+    call()
+    if on_gpu:
+        torch.cuda.synchronize()
+    distributed.barrier()
+    return time.perf_counter() - begin
+
+
+def prefill(model: LlamaForCausalLM, ids: Tensor, mesh: DeviceMesh, exchange: str) -> float:
+    """Time a forward pass without a cache; ``exchange`` may be ``alone``, for the first process by itself."""
+    device = ids.device.type
+
+    def forward(**inputs: Any) -> None:
+        model.model(**inputs, use_cache=False)
+
+    def alone() -> None:
+        if distributed.get_rank() == 0:
+            forward(input_ids=ids)
+
+    if exchange == "alone":
+        return min(seconds(alone, device) for _ in range(2))
+    with mtsa.context_parallel(model, mesh, exchange=exchange) as parallel:  # type: ignore[arg-type]
+        return min(seconds(lambda: forward(**parallel.shard(ids)), device) for _ in range(2))
+
+
+def generate(
+    model: LlamaForCausalLM, ids: Tensor, mesh: DeviceMesh, chunk: int, new_tokens: int
+) -> tuple[float, list[float], Tensor]:
+    """Generate greedily over a divided cache.
+
+    Returns:
+        Seconds to the first token, seconds of each further one, and the tokens, ``[1, new_tokens]``.
+    """
+
+    class Layer(ReservedLayer):
+        # A process holds its part of each chunk, rounded up to whole blocks, and all new tokens.
+        capacity = (ids.shape[1] // chunk + 1) * (chunk // mesh.size() + 512) + new_tokens
+
+    found: list[Tensor] = []
+    times: list[float] = []
+    cache, past = Cache(layer_class_to_replicate=Layer), None
+    with mtsa.context_parallel(model, mesh) as parallel:
+
+        def step(tokens: Tensor) -> Tensor:
+            nonlocal past
+            past = parallel.shard(tokens, past=past)
+            hidden: Tensor = model.model(**past, past_key_values=cache, use_cache=True).last_hidden_state
+            return hidden
+
+        def first() -> None:
+            for part in ids.split(chunk, 1):
+                hidden = step(part)
+            found.append(model.lm_head(parallel.last(hidden, past or {})).argmax(-1, keepdim=True))
+
+        def further() -> None:
+            found.append(model.lm_head(step(found[-1])[:, -1]).argmax(-1, keepdim=True))
+
+        time_to_first = seconds(first, ids.device.type)
+        times.extend(seconds(further, ids.device.type) for _ in range(new_tokens - 1))
+    return time_to_first, times, torch.cat(found, 1)
+
+
+def measure(arguments: argparse.Namespace, mesh: DeviceMesh) -> list[dict[str, Any]]:
+    """Measure all variants; return one row for each measurement, alike in all processes."""
+    device = mesh.device_type
+    torch.manual_seed(0)
+    shape = MODELS[arguments.model] | ({"num_hidden_layers": arguments.layers} if arguments.layers else {})
+    config = LlamaConfig(**shape, rope_parameters=rope_parameters(arguments.model))
+    with torch.device(device):
+        model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
+    rows: list[dict[str, Any]] = []
+
+    def add(values: dict[str, Any], **problem: Any) -> None:
+        rows.append({**problem, "layers": config.num_hidden_layers, "gpus": mesh.size(), **values})
+        if distributed.get_rank() == 0:
+            print(rows[-1], flush=True)
+
+    for variant in arguments.variants:
+        mtsa.sparsify(model.eval(), {"sparse_cfg": {"*": VARIANTS[variant]}})
+        for length in arguments.prefill:
+            ids = torch.randint(config.vocab_size, (1, length), device=device)
+            alone = 0.0
+            for exchange in ("alone", "gather", "ring"):
+                spent = prefill(model, ids, mesh, exchange)
+                alone = alone or spent
+                values = {"s": round(spent, 4)}
+                if exchange != "alone":
+                    values["efficiency"] = round(alone / spent / mesh.size(), 3)
+                add(values, what="prefill", exchange=exchange, variant=variant, length=length)
+        for length in arguments.generate:
+            ids = torch.randint(config.vocab_size, (1, length), device=device)
+            if device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            first, times, _ = generate(model, ids, mesh, arguments.chunk, arguments.new_tokens)
+            values = {
+                "time_to_first_token_s": round(first, 3),
+                "decode_ms": round(1e3 * sorted(times)[len(times) // 2], 2),
+            }
+            if device == "cuda":
+                values["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 1)
+            add(values, what="generate", exchange="gather", variant=variant, length=length)
+    return rows
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="llama-3.1-8b", choices=MODELS, help="shape; weights are random")
+    parser.add_argument("--layers", type=int, help="fewer layers than the model has")
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument("--prefill", nargs="*", type=int, default=[131072], help="lengths without a cache")
+    parser.add_argument("--generate", nargs="*", type=int, default=[262144, 1048576], help="lengths of prompts")
+    parser.add_argument("--chunk", type=int, default=65536, help="tokens of a prompt that are computed together")
+    parser.add_argument("--new-tokens", type=int, default=16)
+    parser.add_argument("--output", type=Path, help="JSON file; by default by the device's name in results/")
+    return parser
+
+
+@torch.no_grad()
+def main(options: list[str] | None = None) -> None:
+    """Measure, and write the results."""
+    arguments = parser().parse_args(options)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if not distributed.is_initialized():
+        distributed.init_process_group("nccl" if device == "cuda" else "gloo")
+    mesh = init_device_mesh(device, (distributed.get_world_size(),))
+    rows = measure(arguments, mesh)
+    if distributed.get_rank() == 0:
+        results = header(device_name(device)) | {"model": arguments.model}
+        output = arguments.output or default_output("long", device_name(device))
+        new = {tuple(row[name] for name in PROBLEM) for row in rows}
+        kept = [row for row in rows_before(output, results) if tuple(row[name] for name in PROBLEM) not in new]
+        write(output, results, kept + rows)
+
+
+if __name__ == "__main__":
+    main()

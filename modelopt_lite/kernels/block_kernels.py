@@ -1,0 +1,390 @@
+"""Triton kernels that score key blocks, choose among them, and list what was chosen.
+
+Each program finds its blocks by the tables of a :class:`~modelopt_lite.kernels.blocks.BlockGrid`, so the host
+knows no lengths and never waits. Logarithms are those of base 2. Programs with the most keys start first.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .tiles import LOG2E
+
+
+@triton.jit
+def _tile_of_rows(pointer, rows, exists, stride, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Load rows of ``DIM`` numbers, 0 where none exists: ``[rows, BLOCK_D]``."""
+    columns = tl.arange(0, BLOCK_D)
+    mask = exists[:, None] & (columns < DIM)[None, :]
+    return tl.load(pointer + rows[:, None] * stride + columns[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def mean_rows(
+    x_ptr, mean_ptr, sequence_ptr, row_ptr, origin_ptr, low_ptr, high_ptr, stride, head_stride,
+    HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """Store the mean of the rows of one block and head, ``[blocks, HEADS, DIM]`` FP32; 0 without any row."""
+    block = tl.program_id(0) // HEADS
+    head = (tl.program_id(0) % HEADS).to(tl.int64)
+    row = tl.load(row_ptr + tl.load(sequence_ptr + block))
+    low, high = tl.load(low_ptr + block), tl.load(high_ptr + block)
+    position = tl.load(origin_ptr + block) + tl.arange(0, SIZE)
+    exists = (position >= low) & (position <= high)
+    x = _tile_of_rows(x_ptr + head * head_stride, row + position, exists, stride, DIM, BLOCK_D)
+    mean = tl.sum(x.to(tl.float32), 0) / tl.maximum(high - low + 1, 1).to(tl.float32)
+    columns = tl.arange(0, BLOCK_D)
+    tl.store(mean_ptr + tl.program_id(0).to(tl.int64) * DIM + columns, mean, mask=columns < DIM)
+
+
+@triton.jit
+def _capped(products, scale, softcap, HAS_SOFTCAP: tl.constexpr):
+    """Scale products as the model does, and bring them to base 2."""
+    scores = products * scale
+    if HAS_SOFTCAP:
+        # tanh(x) = 1 - 2 / (1 + e^2x), which neither overflows to NaN nor needs another library.
+        scores = softcap * (1.0 - 2.0 / (1.0 + tl.exp2(scores * (2.0 * LOG2E / softcap))))
+    return scores * LOG2E
+
+
+@triton.jit
+def _sees(low_q, high_q, low_k, high_k, window, CAUSAL: tl.constexpr, SLIDING: tl.constexpr):
+    """As :func:`modelopt_lite.kernels.blocks.any_visible`, for a column of queries and a row of keys."""
+    seen = (low_q <= high_q)[:, None] & (low_k <= high_k)[None, :]
+    if CAUSAL:
+        seen = seen & (low_k[None, :] <= high_q[:, None])
+    if SLIDING:
+        seen = seen & (low_q[:, None] - high_k[None, :] < window)
+        if not CAUSAL:
+            seen = seen & (low_k[None, :] - high_q[:, None] < window)
+    return seen
+
+
+@triton.jit
+def _span(low_q, high_q, first, end, window, SIZE: tl.constexpr, CAUSAL: tl.constexpr, SLIDING: tl.constexpr):
+    """Return the first key block that may be seen and the one behind the last, from positions of keys."""
+    origin = first // SIZE * SIZE
+    begin, behind = first, end
+    if SLIDING:
+        begin = tl.maximum(begin, low_q - window + 1)
+        if not CAUSAL:
+            behind = tl.minimum(behind, high_q + window)
+    if CAUSAL:
+        behind = tl.minimum(behind, high_q + 1)
+    behind = tl.maximum(behind, origin)
+    return (begin - origin) // SIZE, (behind - origin + SIZE - 1) // SIZE
+
+
+@triton.jit
+def _pooled_scores(
+    query, pooled_ptr, part_stride, stride, column, columns, low_q, low_k_ptr, high_k_ptr, scale, softcap, window,
+    PARTS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
+    SLIDING: tl.constexpr, HAS_SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Return the scores of queries with the pooled keys from number ``column`` on, ``-inf`` where not seen."""
+    number = column + tl.arange(0, BLOCK_N)
+    exists = number < columns
+    rows = number.to(tl.int64)
+    pooled = _tile_of_rows(pooled_ptr, rows, exists, stride, DIM, BLOCK_D)
+    scores = tl.dot(query, pooled.T, input_precision="ieee")
+    if PARTS == 2:
+        pooled = _tile_of_rows(pooled_ptr + part_stride, rows, exists, stride, DIM, BLOCK_D)
+        scores = tl.dot(query, pooled.T, scores, input_precision="ieee")
+    scores = _capped(scores, scale, softcap, HAS_SOFTCAP)
+    if MASKED:
+        low_k = tl.load(low_k_ptr + number, mask=exists, other=0).to(tl.int32)
+        high_k = tl.load(high_k_ptr + number, mask=exists, other=-1).to(tl.int32)
+        seen = _sees(low_q, low_q, low_k, high_k, window, CAUSAL, SLIDING)
+        scores = tl.where(seen, scores, float("-inf"))
+    return scores
+
+
+@triton.jit
+def sum_softmax(
+    query_ptr, pooled_ptr, mass_ptr, sequence_ptr, row_q_ptr, origin_q_ptr, low_q_ptr, high_q_ptr, low_k_ptr,
+    high_k_ptr, stride, head_stride, part_stride, query_blocks, columns, scale, softcap, window,
+    HEADS: tl.constexpr, REPEAT: tl.constexpr, PARTS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SIZE: tl.constexpr, CAUSAL: tl.constexpr, SLIDING: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """Sum the softmax weights of pooled keys over the queries of a block: ``[HEADS, query_blocks, columns]``.
+
+    The first pass finds the logarithm of each query's denominator, the second one adds up weights; the products are
+    cheaper to compute again than to keep.
+    """
+    KV_HEADS: tl.constexpr = HEADS // REPEAT
+    head = (tl.program_id(0) % HEADS).to(tl.int64)
+    block = query_blocks - 1 - tl.program_id(0) // HEADS
+    sequence = tl.load(sequence_ptr + block).to(tl.int64)
+    low = tl.load(low_q_ptr + block).to(tl.int32)
+    high = tl.load(high_q_ptr + block).to(tl.int32)
+    position = tl.load(origin_q_ptr + block).to(tl.int32) + tl.arange(0, BLOCK_M)
+    is_query = (position >= low) & (position <= high)
+    rows = tl.load(row_q_ptr + sequence) + position
+    query = _tile_of_rows(query_ptr + head * head_stride, rows, is_query, stride, DIM, BLOCK_D)
+
+    low_k_ptr += sequence * columns
+    high_k_ptr += sequence * columns
+    pooled_ptr += (sequence * columns * KV_HEADS + head // REPEAT) * DIM
+    first = tl.load(low_k_ptr).to(tl.int32)
+    end = tl.load(high_k_ptr + columns - 1).to(tl.int32) + 1
+    begin, behind = _span(low, high, first, end, window, SIZE, CAUSAL, SLIDING)
+    behind = tl.where(low <= high, tl.minimum(behind, columns), begin)
+    # Up to here all queries see all blocks.
+    hot = begin
+    if not SLIDING:
+        hot = behind
+        if CAUSAL:
+            hot = tl.maximum(tl.minimum((low - first // SIZE * SIZE) // SIZE + 1, behind), begin)
+        hot = begin + (hot - begin) // BLOCK_N * BLOCK_N
+
+    highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    for column in tl.range(begin, hot, BLOCK_N):
+        scores = _pooled_scores(
+            query, pooled_ptr, part_stride, KV_HEADS * DIM, column, columns, position, low_k_ptr, high_k_ptr, scale,
+            softcap, window, PARTS, DIM, BLOCK_D, BLOCK_N, CAUSAL, SLIDING, HAS_SOFTCAP, MASKED=False,
+        )  # fmt: skip
+        new = tl.maximum(highest, tl.max(scores, 1))
+        total = total * tl.exp2(highest - new) + tl.sum(tl.exp2(scores - new[:, None]), 1)
+        highest = new
+    for column in tl.range(hot, behind, BLOCK_N):
+        scores = _pooled_scores(
+            query, pooled_ptr, part_stride, KV_HEADS * DIM, column, columns, position, low_k_ptr, high_k_ptr, scale,
+            softcap, window, PARTS, DIM, BLOCK_D, BLOCK_N, CAUSAL, SLIDING, HAS_SOFTCAP, MASKED=True,
+        )  # fmt: skip
+        new = tl.maximum(highest, tl.max(scores, 1))
+        shift = tl.where(new == float("-inf"), 0.0, new)
+        total = total * tl.exp2(highest - shift) + tl.sum(tl.exp2(scores - shift[:, None]), 1)
+        highest = new
+    # Rows without a query, and queries that see nothing, weigh nothing.
+    lse = tl.where(is_query & (total > 0.0), highest + tl.log2(total), float("inf"))
+
+    mass_ptr += (head * query_blocks + block) * columns
+    for column in tl.range(begin, hot, BLOCK_N):
+        scores = _pooled_scores(
+            query, pooled_ptr, part_stride, KV_HEADS * DIM, column, columns, position, low_k_ptr, high_k_ptr, scale,
+            softcap, window, PARTS, DIM, BLOCK_D, BLOCK_N, CAUSAL, SLIDING, HAS_SOFTCAP, MASKED=False,
+        )  # fmt: skip
+        tl.store(mass_ptr + column + tl.arange(0, BLOCK_N), tl.sum(tl.exp2(scores - lse[:, None]), 0))
+    for column in tl.range(hot, behind, BLOCK_N):
+        scores = _pooled_scores(
+            query, pooled_ptr, part_stride, KV_HEADS * DIM, column, columns, position, low_k_ptr, high_k_ptr, scale,
+            softcap, window, PARTS, DIM, BLOCK_D, BLOCK_N, CAUSAL, SLIDING, HAS_SOFTCAP, MASKED=True,
+        )  # fmt: skip
+        number = column + tl.arange(0, BLOCK_N)
+        tl.store(mass_ptr + number, tl.sum(tl.exp2(scores - lse[:, None]), 0), mask=number < behind)
+
+
+@triton.jit
+def antidiagonal_tile(
+    query_ptr, key_ptr, partial_ptr, highest_ptr, sequence_ptr, row_q_ptr, origin_q_ptr, low_q_ptr, high_q_ptr,
+    row_k_ptr, low_k_ptr, high_k_ptr, stride_q, head_stride_q, stride_k, head_stride_k, first_block, blocks_here,
+    query_blocks, columns, tiles, scale, softcap, window,
+    HEADS: tl.constexpr, REPEAT: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, CAUSAL: tl.constexpr,
+    SLIDING: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """Multiply ``BLOCK_M`` query groups with ``BLOCK_N`` key groups along antidiagonals.
+
+    Stores, relative to each query group's largest logit in the tile, the weights summed over the groups of each key
+    block, ``[HEADS, groups, columns]``, and that largest logit, ``[HEADS, groups, tiles]``.
+    """
+    GROUPS: tl.constexpr = ROWS // STRIDE  # of a query block
+    BLOCKS: tl.constexpr = BLOCK_M // GROUPS  # query blocks of the tile
+    KEY_GROUPS: tl.constexpr = SIZE // STRIDE
+    JOINED: tl.constexpr = BLOCK_N // KEY_GROUPS  # key blocks of the tile
+    STEPS: tl.constexpr = (DIM + BLOCK_K - 1) // BLOCK_K
+    # Heads follow each other, so that those that share keys read them from the cache.
+    head = (tl.program_id(0) % HEADS).to(tl.int64)
+    rest = tl.program_id(0) // HEADS
+    tile = rest % tiles
+    block_tiles = (blocks_here + BLOCKS - 1) // BLOCKS
+    within = (block_tiles - 1 - rest // tiles) * BLOCKS
+    place = tl.arange(0, BLOCK_M)
+    local = within + place // GROUPS
+    block = tl.minimum(first_block + local, query_blocks - 1)
+    exists = local < blocks_here
+    of_row = tl.load(sequence_ptr + block).to(tl.int64)
+    begin_q = tl.load(origin_q_ptr + block).to(tl.int32) + place % GROUPS * STRIDE
+    low_q = tl.maximum(begin_q, tl.load(low_q_ptr + block).to(tl.int32))
+    high_q = tl.minimum(begin_q + STRIDE - 1, tl.load(high_q_ptr + block).to(tl.int32))
+    high_q = tl.where(exists, high_q, low_q - 1)
+    row_q = tl.load(row_q_ptr + of_row) + begin_q
+    first_sequence = tl.load(sequence_ptr + first_block + within)
+    last = tl.minimum(first_block + tl.minimum(within + BLOCKS, blocks_here), query_blocks) - 1
+    last_sequence = tl.load(sequence_ptr + last)
+    offsets = tl.arange(0, BLOCK_K)
+
+    for sequence in tl.range(first_sequence, last_sequence + 1, num_stages=1):
+        is_own = (of_row == sequence) & (low_q <= high_q)
+        first = tl.load(low_k_ptr + sequence * columns).to(tl.int32)
+        end = tl.load(high_k_ptr + sequence * columns + columns - 1).to(tl.int32) + 1
+        lowest = tl.min(tl.where(is_own, low_q, 1 << 30), 0)
+        farthest = tl.max(tl.where(is_own, high_q, -(1 << 30)), 0)
+        begin, behind = _span(lowest, farthest, first, end, window, SIZE, CAUSAL, SLIDING)
+        if (lowest <= farthest) & (tile * JOINED < behind) & ((tile + 1) * JOINED > begin):
+            begin_k = first // SIZE * SIZE + (tile * BLOCK_N + tl.arange(0, BLOCK_N)) * STRIDE
+            row_k = tl.load(row_k_ptr + sequence) + begin_k
+            query_pointers = query_ptr + head * head_stride_q + row_q[:, None] * stride_q + offsets[None, :]
+            key_pointers = key_ptr + head // REPEAT * head_stride_k + row_k[None, :] * stride_k + offsets[:, None]
+            products = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            for step in tl.range(0, STRIDE * STEPS):
+                member = step // STEPS
+                dims = step % STEPS * BLOCK_K
+                at_q = begin_q + (STRIDE - 1 - member)
+                at_k = begin_k + member
+                there_q = is_own & (at_q >= low_q) & (at_q <= high_q)
+                there_k = (at_k >= first) & (at_k < end)
+                fits = dims + offsets < DIM
+                query = tl.load(
+                    query_pointers + ((STRIDE - 1 - member) * stride_q + dims),
+                    mask=there_q[:, None] & fits[None, :], other=0.0,
+                )  # fmt: skip
+                key = tl.load(
+                    key_pointers + (member * stride_k + dims), mask=there_k[None, :] & fits[:, None], other=0.0
+                )
+                products = tl.dot(query, key, products, input_precision="ieee")
+            scores = _capped(products, scale, softcap, HAS_SOFTCAP)
+            low_k = tl.maximum(begin_k, first)
+            high_k = tl.minimum(begin_k + STRIDE, end) - 1
+            seen = _sees(low_q, high_q, low_k, high_k, window, CAUSAL, SLIDING)
+            scores = tl.where(seen, scores, float("-inf"))
+            highest = tl.max(scores, 1)
+            weights = tl.exp2(scores - tl.where(highest == float("-inf"), 0.0, highest)[:, None])
+            joined = tl.sum(tl.reshape(weights, [BLOCK_M, JOINED, KEY_GROUPS]), 2)
+            group = (head * blocks_here + local) * GROUPS + place % GROUPS
+            column = tile * JOINED + tl.arange(0, JOINED)
+            tl.store(
+                partial_ptr + group[:, None] * columns + column[None, :], joined,
+                mask=is_own[:, None] & (column < columns)[None, :],
+            )  # fmt: skip
+            tl.store(highest_ptr + group * tiles + tile, highest, mask=is_own)
+
+
+@triton.jit
+def join_antidiagonals(
+    partial_ptr, highest_ptr, mass_ptr, sequence_ptr, origin_q_ptr, low_q_ptr, high_q_ptr, low_k_ptr, high_k_ptr,
+    first_block, blocks_here, query_blocks, columns, tiles, window,
+    HEADS: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_J: tl.constexpr, JOINED: tl.constexpr, CAUSAL: tl.constexpr, SLIDING: tl.constexpr,
+):  # fmt: skip
+    """Normalise what :func:`antidiagonal_tile` stored, and sum it over the groups of one query block and head."""
+    GROUPS: tl.constexpr = ROWS // STRIDE
+    head = (tl.program_id(0) % HEADS).to(tl.int64)
+    local = tl.program_id(0) // HEADS
+    block = first_block + local
+    sequence = tl.load(sequence_ptr + block).to(tl.int64)
+    low = tl.load(low_q_ptr + block).to(tl.int32)
+    high = tl.load(high_q_ptr + block).to(tl.int32)
+    first = tl.load(low_k_ptr + sequence * columns).to(tl.int32)
+    end = tl.load(high_k_ptr + sequence * columns + columns - 1).to(tl.int32) + 1
+    begin, behind = _span(low, high, first, end, window, SIZE, CAUSAL, SLIDING)
+    behind = tl.where(low <= high, tl.minimum(behind, columns), begin)
+    number = tl.arange(0, GROUPS)
+    begin_q = tl.load(origin_q_ptr + block).to(tl.int32) + number * STRIDE
+    exists = (begin_q + STRIDE > low) & (begin_q <= high)
+    group = (head * blocks_here + local) * GROUPS + number
+
+    highest = tl.full([GROUPS], float("-inf"), tl.float32)
+    for tile in tl.range(begin // JOINED, (behind + JOINED - 1) // JOINED, BLOCK_T):
+        tile_number = tile + tl.arange(0, BLOCK_T)
+        mask = exists[:, None] & (tile_number * JOINED < behind)[None, :]
+        found = tl.load(highest_ptr + group[:, None] * tiles + tile_number[None, :], mask=mask, other=float("-inf"))
+        highest = tl.maximum(highest, tl.max(found, 1))
+    shift = tl.where(highest == float("-inf"), 0.0, highest)
+    total = tl.zeros([GROUPS], tl.float32)
+    for column in tl.range(begin, behind, BLOCK_J):
+        total += tl.sum(_weights(partial_ptr, highest_ptr, group, exists, column, behind, columns, tiles, shift,
+                                 BLOCK_J, JOINED), 1)  # fmt: skip
+    inverse = tl.where(total > 0.0, 1.0 / total, 0.0)
+    mass_ptr += (head * query_blocks + block) * columns
+    for column in tl.range(begin, behind, BLOCK_J):
+        weights = _weights(partial_ptr, highest_ptr, group, exists, column, behind, columns, tiles, shift, BLOCK_J,
+                           JOINED)  # fmt: skip
+        here = column + tl.arange(0, BLOCK_J)
+        tl.store(mass_ptr + here, tl.sum(weights * inverse[:, None], 0), mask=here < behind)
+
+
+@triton.jit
+def _weights(
+    partial_ptr, highest_ptr, group, exists, column, behind, columns, tiles, shift, BLOCK_J: tl.constexpr,
+    JOINED: tl.constexpr,
+):  # fmt: skip
+    """Load weights of query groups and key blocks, relative to ``shift``: ``[groups, BLOCK_J]``."""
+    number = column + tl.arange(0, BLOCK_J)
+    mask = exists[:, None] & (number < behind)[None, :]
+    partial = tl.load(partial_ptr + group[:, None] * columns + number[None, :], mask=mask, other=0.0)
+    of_tile = highest_ptr + group[:, None] * tiles + (number // JOINED)[None, :]
+    highest = tl.load(of_tile, mask=mask, other=float("-inf"))
+    return partial * tl.exp2(highest - shift[:, None])
+
+
+@triton.jit
+def choose_largest(
+    score_ptr, seen_ptr, forced_ptr, share_ptr, chosen_ptr, query_blocks, columns,
+    BY_MASS: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """Keep the blocks of one query block and head with the largest scores, the forced ones first, up to a share.
+
+    In that order, a block is kept as long as those before it are fewer, or have less mass, than the share. The smallest
+    score that is kept is found by bisection on the bits of FP32 numbers; sums are FP64, so that their order, and with
+    it the number of columns, does not matter.
+    """
+    block = tl.program_id(0) % query_blocks
+    number = tl.arange(0, BLOCK_T)
+    exists = number < columns
+    here = block.to(tl.int64) * columns + number
+    seen = tl.load(seen_ptr + here, mask=exists, other=0) != 0
+    forced = (tl.load(forced_ptr + here, mask=exists, other=0) != 0) & seen
+    place = tl.program_id(0).to(tl.int64) * columns + number
+    score = tl.load(score_ptr + place, mask=seen, other=0.0) + 0.0  # -0.0 becomes 0.0
+    bits = score.to(tl.int32, bitcast=True)
+    key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # integers in the order of the scores
+    free = seen & (forced == 0)
+    weight = tl.where(seen, 1.0, 0.0).to(tl.float64)
+    if BY_MASS:
+        weight = score.to(tl.float64)
+    share = tl.load(share_ptr + block)
+    target = tl.sum(weight, 0) * share
+    if not BY_MASS:
+        target = tl.ceil(target - 1e-9)  # 0.7 * 10 is a little more than 7
+    held = tl.sum(tl.where(forced, weight, 0.0), 0)
+    weight = tl.where(free, weight, 0.0)
+
+    # The least number above which the keys hold too little.
+    low = tl.min(tl.where(free, key, 0x7FFFFFFF), 0)
+    high = tl.max(tl.where(free, key, -0x80000000), 0)
+    while low < high:
+        middle = (low & high) + ((low ^ high) >> 1)
+        above = held + tl.sum(tl.where(key > middle, weight, 0.0), 0)
+        is_less = above < target
+        high = tl.where(is_less, middle, high)
+        low = tl.where(is_less, low, middle + 1)
+    above = held + tl.sum(tl.where(key > high, weight, 0.0), 0)
+    ties = free & (key == high)
+    before = tl.cumsum(ties.to(tl.int32), 0) - ties.to(tl.int32)
+    kept = ties & (above + before.to(tl.float64) * weight < target)
+    kept = kept | (free & (key > high))
+    tl.store(chosen_ptr + place, kept.to(tl.int8), mask=exists)
+
+
+@triton.jit
+def list_rows(mask_ptr, count_ptr, index_ptr, columns, BLOCK_T: tl.constexpr):
+    """List the places of one row where a mask is set, ascending, and behind them all others; and count them."""
+    row = tl.program_id(0).to(tl.int64)
+    offsets = tl.arange(0, BLOCK_T)
+    count = 0
+    for begin in tl.range(0, columns, BLOCK_T):
+        number = begin + offsets
+        count += tl.sum((tl.load(mask_ptr + row * columns + number, mask=number < columns, other=0) != 0).to(tl.int32))
+    tl.store(count_ptr + row, count)
+    before = 0
+    for begin in tl.range(0, columns, BLOCK_T):
+        number = begin + offsets
+        kept = (tl.load(mask_ptr + row * columns + number, mask=number < columns, other=0) != 0).to(tl.int32)
+        kept_before = before + tl.cumsum(kept, 0) - kept
+        place = tl.where(kept != 0, kept_before, count + number - kept_before)
+        tl.store(index_ptr + row * columns + place, number, mask=number < columns)
+        before += tl.sum(kept)

@@ -1,0 +1,202 @@
+"""What selectors of key blocks are made of: scores of pairs of blocks, and choices by these scores.
+
+Each function runs as Triton kernels for tensors on a CUDA GPU and as PyTorch operations elsewhere, with the same result
+up to FP32 rounding. None of them waits for the device. A method of one's own calls them in its ``scores`` and its
+``choose``; the methods ``flash_prefill``, ``xattention`` and ``mean_pool_top_k`` consist of little else.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+
+from .blocks import BlockGrid
+from .language import tl
+
+if tl is not None:
+    from . import block_launch
+
+logger = logging.getLogger(__name__)
+_reasons_told: set[str] = set()
+
+
+def mean_keys(grid: BlockGrid) -> Tensor:
+    """Return the mean of each block's keys in the call.
+
+    Returns:
+        ``[batch, key_blocks, kv_heads, head_dim]``, FP32 (FP64 for FP64 inputs); 0 for a block without keys.
+    """
+    return block_launch.mean_keys(grid) if _runs_kernels(grid) else grid.mean_keys()
+
+
+def mean_queries(grid: BlockGrid) -> Tensor:
+    """Return the mean of each query block's queries in the call.
+
+    Returns:
+        ``[query_blocks, query_heads, head_dim]``, FP32 (FP64 for FP64 inputs); 0 for a block without queries.
+    """
+    if _runs_kernels(grid):
+        return block_launch.mean_queries(grid)
+    number = (grid.high_q - grid.low_q + 1).clamp(min=1)
+    found = [grid.request.q.new_empty(0, *grid.request.q.shape[1:], dtype=grid.dtype)]
+    for part in grid.parts(grid.request.q.shape[1] * grid.block_rows * grid.request.q.shape[2]):
+        found.append(part.queries().sum(-2).flatten(1, 2) / number[part.rows, None, None])
+    return torch.cat(found)
+
+
+def mean_scores(grid: BlockGrid) -> Tensor:
+    """Return the scores of each query block's mean query with each key block's mean key, scaled and capped.
+
+    Returns:
+        ``[query_heads, query_blocks, key_blocks]``, FP32 (FP64 for FP64 inputs).
+    """
+    keys, queries, found = mean_keys(grid), mean_queries(grid), []
+    queries = queries.unflatten(1, (keys.shape[2], -1))[:, :, :, None]
+    for part in grid.parts(grid.request.q.shape[1] * grid.shape[1]):
+        found.append(part.scores(queries[part.rows], part.of_keys(keys)).squeeze(-2))
+    return torch.cat(found).flatten(1, 2).transpose(0, 1)
+
+
+def softmax_mass(grid: BlockGrid, pooled: Tensor) -> Tensor:
+    """Let each query attend to one pooled key of every key block, and sum the weights over the queries of a block.
+
+    A query's softmax is over the key blocks of which it sees at least one key. So the masses of a query block sum up to
+    the number of its queries that see any key.
+
+    Args:
+        grid: the query blocks of all sequences, and their key blocks.
+        pooled: what stands for the keys of each block, ``[batch, key_blocks, kv_heads, head_dim]``, such as
+            :func:`mean_keys`. The kernels take FP32 numbers as the sum of two of the inputs' type, of FP16 or BF16.
+
+    Returns:
+        ``[query_heads, query_blocks, key_blocks]``, FP32 (FP64 for FP64 inputs); anything where nothing is seen.
+    """
+    if _runs_kernels(grid):
+        return block_launch.softmax_mass(grid, pooled)
+    found = []
+    for part in grid.parts(grid.request.q.shape[1] * grid.block_rows * (grid.shape[1] + grid.request.q.shape[2])):
+        logits = part.scores(part.queries(), part.of_keys(pooled))
+        found.append(softmax_over(logits, part.sees()[:, None, None]).sum(-2))
+    return torch.cat(found).flatten(1, 2).transpose(0, 1)
+
+
+def antidiagonal_mass(grid: BlockGrid, stride: int) -> Tensor:
+    """Estimate the attention mass of key blocks by sums of scores along antidiagonals, as XAttention does.
+
+    Queries and keys are cut into groups of ``stride`` positions. The logit of two groups is the mean score on the
+    antidiagonal of their square; scores of tokens that are not in the call count as 0. A query group's softmax is over
+    the key groups of which it sees any key, and is summed over the groups of both blocks.
+
+    Args:
+        grid: the query blocks of all sequences, and their key blocks.
+        stride: tokens in a group, a divisor of ``grid.block_size``.
+
+    Returns:
+        ``[query_heads, query_blocks, key_blocks]``, FP32 (FP64 for FP64 inputs); anything where nothing is seen.
+
+    Raises:
+        ValueError: if ``stride`` does not divide the block size.
+    """
+    if stride < 1 or grid.block_size % stride:
+        raise ValueError(f"stride: {stride!r} is not allowed; a divisor of block_size = {grid.block_size}")
+    if _runs_kernels(grid):
+        return block_launch.antidiagonal_mass(grid, stride)
+    request, found = grid.request, []
+    heads, kv_heads, dim = request.q.shape[1], request.k.shape[1], request.q.shape[2]
+    keys_held = grid.shape[1] * grid.block_size
+    groups_held = heads * (grid.block_rows // stride) * (keys_held // stride)
+    keys = None
+    is_one_sequence = grid.starts.shape[0] == 1
+    for part in grid.parts(
+        groups_held + heads * grid.block_rows * dim + (0 if is_one_sequence else keys_held * kv_heads * dim)
+    ):
+        if keys is None or not is_one_sequence:
+            # [.., groups, heads, stride * dim]
+            keys = part.keys().unflatten(1, (-1, stride)).transpose(2, 3).flatten(3)
+        queries = part.queries().unflatten(3, (-1, stride)).flip(4).flatten(4)
+        logits = part.scores(queries, keys, 1 / stride)
+        weights = softmax_over(logits, part.sees(stride, stride)[:, None, None])
+        found.append(weights.sum(-2).unflatten(-1, (-1, grid.block_size // stride)).sum(-1))
+    return torch.cat(found).flatten(1, 2).transpose(0, 1)
+
+
+def heaviest_blocks(scores: Tensor, seen: Tensor, forced: Tensor, share: float | Tensor) -> Tensor:
+    """Choose the blocks with the largest mass, the forced ones before all others, until they hold enough of it.
+
+    Args:
+        scores: masses ``[heads, query_blocks, key_blocks]``, >= 0 where seen.
+        seen: where any query sees any key, ``[query_blocks, key_blocks]``.
+        forced: which of these are kept in any case.
+        share: how much of the mass they are to hold, from 0 to 1; a number, or one of each query block,
+            ``[query_blocks, 1]``.
+
+    Returns:
+        Booleans like ``scores``; of equal blocks the lower is chosen. What they say of forced blocks and of those not
+        seen does not matter.
+    """
+    if _chooses_by_kernel(scores):
+        return block_launch.largest(scores, seen, forced, share, by_mass=True)
+    order = _largest_first(scores, seen, forced)
+    mass = scores.masked_fill(~seen, 0.0).gather(-1, order)
+    before = mass.cumsum(-1) - mass
+    return _in_order(before < share * mass.sum(-1, keepdim=True), order)
+
+
+def largest_blocks(scores: Tensor, seen: Tensor, forced: Tensor, share: float | Tensor) -> Tensor:
+    """Choose a share of the blocks that are seen, rounded up: the forced ones, then those with the largest scores.
+
+    Args:
+        scores: ``[heads, query_blocks, key_blocks]``, not NaN where seen.
+        seen: where any query sees any key, ``[query_blocks, key_blocks]``.
+        forced: which of these are kept in any case.
+        share: from 0 to 1; a number, or one of each query block, FP64 ``[query_blocks, 1]``.
+
+    Returns:
+        Booleans like ``scores``, as :func:`heaviest_blocks` returns them.
+    """
+    if _chooses_by_kernel(scores):
+        return block_launch.largest(scores, seen, forced, share, by_mass=False)
+    number = seen.sum(-1, keepdim=True, dtype=torch.float64) * share
+    rank = torch.arange(scores.shape[-1], device=scores.device)
+    kept = rank < (number - 1e-9).ceil()  # 0.7 * 10 is a little more than 7
+    return _in_order(kept.expand_as(scores), _largest_first(scores, seen, forced))
+
+
+def softmax_over(logits: Tensor, seen: Tensor) -> Tensor:
+    """Take the softmax over the last dimension where ``seen`` is true; 0 elsewhere, also in rows that see nothing."""
+    weights: Tensor = logits.masked_fill(~seen, -torch.inf).softmax(-1)
+    return weights.masked_fill(~seen, 0.0)
+
+
+def _largest_first(scores: Tensor, seen: Tensor, forced: Tensor) -> Tensor:
+    """Order blocks: the forced ones, then the others by descending score, equal ones by number, then those not seen."""
+    ranked = scores.masked_fill(~seen, -torch.inf).masked_fill(forced, torch.inf)
+    return ranked.argsort(dim=-1, descending=True, stable=True)
+
+
+def _in_order(values: Tensor, order: Tensor) -> Tensor:
+    """Return ``values``, which are in the order of :func:`_largest_first`, by the blocks' numbers."""
+    return torch.empty_like(values).scatter_(-1, order, values)
+
+
+def _runs_kernels(grid: BlockGrid) -> bool:
+    """Whether the kernels score; says once why, if they do not on a GPU."""
+    if not grid.request.q.is_cuda:
+        return False
+    reason = "Triton is not installed" if tl is None else block_launch.refusal(grid)
+    if reason is not None and reason not in _reasons_told:
+        _reasons_told.add(reason)
+        logger.warning("key blocks are chosen with PyTorch operations, which are slow on a GPU: %s", reason)
+    return reason is None
+
+
+def _chooses_by_kernel(scores: Tensor) -> bool:
+    return (
+        tl is not None
+        and scores.is_cuda
+        and scores.dtype == torch.float32
+        and scores.shape[-1] <= block_launch.MAX_COLUMNS
+        and not scores.requires_grad
+    )

@@ -1,0 +1,107 @@
+"""The kernels that score and choose key blocks as machine code, without a GPU: registers and shared memory.
+
+Triton compiles for a GPU only where its interpreter is off, so this file runs itself as a program for that.
+"""
+
+import json
+import re
+import sys
+import tempfile
+
+import pytest
+import torch
+from machine_code import run_tool
+
+BF16, FP32 = torch.bfloat16, torch.float32
+SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024}
+"""Bytes that a GPU offers a program; 8.0 offers more, but 8.6, 8.9 and 12.0 run the same."""
+VARIANTS = [
+    # capability, dtype, head_dim, stride, options
+    (90, BF16, 128, 16, {}),
+    (90, BF16, 64, 8, {}),
+    (90, BF16, 80, 4, {"sliding_window": 1000, "softcap": 20.0}),
+    (90, BF16, 256, 8, {"is_causal": False}),
+    (90, FP32, 128, 16, {}),
+    (80, BF16, 128, 16, {}),
+    (80, FP32, 128, 16, {}),
+]
+
+
+def compile_variant(capability, dtype, head_dim, stride, options):
+    """Compile all kernels as they are launched for a request, and return what is worth knowing of each."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    from modelopt_lite.kernels import AttentionRequest, block_kernels, block_launch
+    from modelopt_lite.kernels.blocks import BlockGrid
+    from modelopt_lite.plan import DENSE
+
+    class AbsentGpu:
+        def get_current_device(self):
+            return 0
+
+        def get_current_stream(self, device):
+            return 0
+
+        def get_current_target(self):
+            return GPUTarget("cuda", capability, 32)
+
+    compiled = {}
+
+    class CompileOnly:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            def launch(*arguments, **constants):
+                compiled[self.kernel.__name__] = self.kernel.warmup(*arguments, grid=grid, **constants)
+
+            return launch
+
+    driver.set_active(AbsentGpu())
+    block_launch._is_large = lambda x: capability == 90
+    for name in vars(block_kernels):
+        if name in vars(block_launch):
+            setattr(block_launch, name, CompileOnly(getattr(block_kernels, name)))
+    length = 4096
+    q, k = (torch.zeros(length, heads, head_dim, dtype=dtype) for heads in (8, 2))
+    start, lengths = torch.zeros(1, dtype=torch.int64), torch.tensor([length])
+    packing = {"starts_q": start, "lengths_q": lengths, "max_q": length, "starts_k": start, "lengths_k": lengths}
+    masks = {"is_causal": True, "softmax_scale": 0.1, "sliding_window": None, "softcap": None, "s_aux": None, **options}
+    grid = BlockGrid(AttentionRequest(q=q, k=k, v=k, max_k=length, plan=DENSE, **packing, **masks), 128, 128)
+    block_launch.softmax_mass(grid, block_launch.mean_keys(grid))
+    scores = block_launch.antidiagonal_mass(grid, stride)
+    block_launch.largest(scores, grid.seen(), grid.diagonal(), 0.9, by_mass=True)
+    block_launch.listed(grid.seen())
+    return {name: inspect(kernel) for name, kernel in compiled.items()}
+
+
+def inspect(kernel):
+    """Return a kernel's bytes of shared memory, bytes a thread spills, and how many products of matrices it has."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = run_tool("cuobjdump", "-res-usage", file.name)
+    stack, local = map(int, re.search(r"STACK:(\d+) .*LOCAL:(\d+)", usage).groups())
+    return {"spilled": stack + local, "shared": kernel.metadata.shared, "products": kernel.asm["ptx"].count("mma")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("index", range(len(VARIANTS)), ids=lambda i: "-".join(map(str, VARIANTS[i][:4])))
+def test_kernels_fit_the_gpu(compiled, index):
+    capability, dtype, *_ = VARIANTS[index]
+    found = compiled[index]
+    assert set(found) == {
+        "mean_rows", "sum_softmax", "antidiagonal_tile", "join_antidiagonals", "choose_largest", "list_rows"
+    }  # fmt: skip
+    for kernel in found.values():
+        assert kernel["shared"] <= SHARED_LIMIT[capability]
+        assert kernel["spilled"] <= (256 if dtype == FP32 else 0)  # FP32 products are multiply-adds of registers
+    for name in ("sum_softmax", "antidiagonal_tile"):
+        assert (found[name]["products"] > 0) == (dtype != FP32)
+
+
+if __name__ == "__main__":
+    for variant in VARIANTS:
+        sys.stdout.write(json.dumps(compile_variant(*variant)) + "\n")
+        sys.stdout.flush()
