@@ -127,7 +127,7 @@ class Layer(NamedTuple):
 
 
 def check(layer: Layer, call: tuple[Tensor, Tensor, Tensor, float], tile: int, sinks: int, window: int) -> None:
-    """Compare the order-free rule with the package's own, but for near ties."""
+    """Compare the order-free rule with the package's own; only near ties may differ."""
     q, k, v, scaling = call
     plan = SkipSoftmax(
         threshold=0.1, block_size=tile, block_rows=ROWS, num_sink_tokens=sinks, dense_window_size=window

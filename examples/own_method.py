@@ -1,4 +1,4 @@
-"""Sparsity methods of one's own, one with a fused hook: defined, registered, and used on a small random model."""
+"""Two sparsity methods of a user, one with a fused hook: defined, registered, and used on a small random model."""
 
 from __future__ import annotations
 

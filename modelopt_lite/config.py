@@ -63,7 +63,7 @@ def _validate_entry(value: object) -> SparseAttentionMethod | Disabled:
         raise ValueError(f"Input should have a method, {_one_of_the_methods()}, or be just {{'enable': false}}")
     name = value["method"]
     try:
-        cls = get_sparse_method(name)
+        cls: type[SparseAttentionMethod] = get_sparse_method(name)
     except ConfigError:
         raise field_errors("entry", {"method": (name, f"Input should be {_one_of_the_methods()}")}) from None
     return cls.model_validate(value)
@@ -253,7 +253,7 @@ def named_method(name: str) -> SparseAttentionMethod:
         n, m = map(int, name.split(":"))
         return SparseSoftmax.model_validate({"sparsity_n": n, "sparsity_m": m})
     try:
-        cls = get_sparse_method(name)
+        cls: type[SparseAttentionMethod] = get_sparse_method(name)
     except ConfigError:
         raise ValueError(
             f"Input should be N:M such as '2:4', the path of a file ({', '.join(_READERS)}), or {_one_of_the_methods()}"

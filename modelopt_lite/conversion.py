@@ -161,7 +161,7 @@ def _inside(name: str, paths: Iterable[str]) -> dict[str, str]:
 
 
 def _undo(model: nn.Module) -> dict[nn.Module, SparseAttentionFlags]:
-    """Undo what :func:`sparsify` did, but for the configs of its own; return the flags of what was sparse."""
+    """Undo what :func:`sparsify` did, but keep the model's own configs; return the flags of what was sparse."""
     reverted: dict[nn.Module, SparseAttentionFlags] = {}
     for module in sparse_modules(model).values():
         reverted[module] = revert(module)

@@ -573,7 +573,7 @@ def set_implementation(configs: Iterable[PreTrainedConfig], name: str) -> list[t
 
 
 def restore_implementations(before: Iterable[tuple[PreTrainedConfig, str | None]]) -> None:
-    """Restore the attention implementations of configs, but for those that something else has changed since."""
+    """Restore the attention implementations of configs, unless something else has changed them since."""
     for config, name in before:
         if config._attn_implementation in (ATTENTION_NAME, PAGED_ATTENTION_NAME):
             config._attn_implementation = {"": name}

@@ -517,7 +517,7 @@ def whole_call(
         softcap=softcap,
         plan=plan,
     )
-    # Layouts of one size without padding are alike but for their tensors' addresses.
+    # Layouts of one size without padding differ in their tensors' addresses alone.
     signature = (
         query.shape, key.shape, value_dim, strides, query.dtype, key.dtype, value.dtype, query.device, key.device,
         value.device, request.softmax_scale, window, softcap, plan.name,
@@ -574,7 +574,7 @@ def attend(
     plan = decision.plan
     # Without groups and sinks only distances count, which need not know what a cache has dropped.
     is_dense = plan.is_dense or (layout.max_q == 1 and not plan.sparse_decode)
-    statistics = decision.statistics if layout.max_q > 1 else None
+    statistics = decision.statistics if layout.max_q > 1 or plan.sparse_decode else None
     if (
         is_dense
         and layout.whole

@@ -7,7 +7,7 @@ import json
 import math
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 from weakref import WeakValueDictionary
 
@@ -16,9 +16,6 @@ from .registry import get_sparse_method
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from .kernels.blocks import BlockGrid
-    from .kernels.reference import SequenceBlocks
 
 KeepRule: TypeAlias = "Callable[[Tensor, Tensor, Tensor], Tensor]"
 """``keep(scores, q_pos, k_pos) -> bool tensor``, see :class:`AttentionPlan`."""
@@ -65,9 +62,9 @@ class BlockSelector:
         ValueError: if a number is out of its range.
     """
 
-    reference: Callable[[SequenceBlocks], Tensor]
+    reference: Callable[[Any], Tensor]
     choose: Callable[[Tensor, Tensor, Tensor], Tensor]
-    scores: Callable[[BlockGrid], Tensor] | None = None
+    scores: Callable[[Any], Tensor] | None = None
     block_size: int = BLOCK_SIZE
     block_rows: int = BLOCK_SIZE
     first_blocks: int = 1
@@ -118,6 +115,7 @@ class SkipRule:
             block may hold a query's heaviest key. Or a curve that gives ``ln(threshold)`` by length.
         block_size: keys in a key block, a multiple of 16.
         block_rows: positions in a query block, a multiple of ``block_size``.
+        decode_threshold: the threshold of a sequence with a single query, where decode is sparse; None: ``threshold``.
 
     Raises:
         ValueError: if a number is out of its range.
@@ -126,9 +124,12 @@ class SkipRule:
     threshold: float | LengthCurve
     block_size: int = BLOCK_SIZE
     block_rows: int = BLOCK_SIZE
+    decode_threshold: float | None = None
 
     def __post_init__(self) -> None:
         _check_block_sizes("skip", self.block_size, self.block_rows)
+        if not (self.decode_threshold is None or 0 < self.decode_threshold < math.inf):
+            raise ValueError(f"skip.decode_threshold: {self.decode_threshold!r} is not allowed; a number > 0 or None")
         if not (isinstance(self.threshold, LengthCurve) or 0 < self.threshold < math.inf):
             raise ValueError(f"skip.threshold: {self.threshold!r} is not allowed; a number > 0")
 
@@ -137,6 +138,10 @@ class SkipRule:
         threshold = self.threshold
         curve = threshold if isinstance(threshold, LengthCurve) else LengthCurve(math.log(threshold), 0.0)
         return curve.at(length)
+
+    def of_decode(self) -> SkipRule:
+        """Return the rule of a sequence with a single query."""
+        return self if self.decode_threshold is None else replace(self, threshold=self.decode_threshold)
 
 
 def _check_block_sizes(name: str, block_size: int, block_rows: int) -> None:
@@ -330,12 +335,13 @@ def plan_by_name(name: str) -> AttentionPlan:
         )
     try:
         configuration = json.loads(name)
-        return get_sparse_method(configuration["method"]).model_validate(configuration).shared_plan()
+        plan: AttentionPlan = get_sparse_method(configuration["method"]).model_validate(configuration).shared_plan()
     except (ConfigError, ValueError, KeyError, TypeError) as error:  # ValueError: not JSON, or not valid
         raise UnsupportedError(
             f"this program uses the attention plan {name}, which this process cannot make ({error}); import the module "
             "that registers the method before the program runs"
         ) from None
+    return plan
 
 
 def _unpickled(name: str, _: type[Any] | None) -> AttentionPlan:

@@ -6,22 +6,20 @@ import functools
 import importlib
 import logging
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 from .errors import ConfigError
+from .schema import ConfigModel
 
-if TYPE_CHECKING:
-    from .methods.base import SparseAttentionMethod
-
-    MethodClass = TypeVar("MethodClass", bound=type[SparseAttentionMethod])
+MethodClass = TypeVar("MethodClass", bound=type[ConfigModel])
 
 ENTRY_POINT_GROUP = "modelopt_lite.methods"
 
 logger = logging.getLogger(__name__)
-_methods: dict[str, type[SparseAttentionMethod]] = {}  # by every name; the canonical one comes first
+_methods: dict[str, type[Any]] = {}  # by every name; the canonical one comes first
 
 
-def method_names(cls: type[SparseAttentionMethod]) -> tuple[str, ...]:
+def method_names(cls: type[ConfigModel]) -> tuple[str, ...]:
     """Return the names a method class answers to: the values of its ``method`` literal, canonical name first."""
     field = cls.model_fields.get("method")
     names = get_args(field.annotation) if field is not None else ()
@@ -81,14 +79,18 @@ def _load_installed_methods() -> None:
             )
 
 
-def list_sparse_methods() -> dict[str, type[SparseAttentionMethod]]:
-    """Return every available method class by canonical name, sorted by name."""
+def list_sparse_methods() -> dict[str, type[Any]]:
+    """Return every available method class by canonical name, sorted by name.
+
+    Each is a subclass of :class:`~modelopt_lite.methods.base.SparseAttentionMethod`, on which the registry must not
+    depend, because plans look methods up here.
+    """
     _load_installed_methods()
     return {name: cls for name, cls in sorted(_methods.items()) if name == method_names(cls)[0]}
 
 
-def get_sparse_method(name: str) -> type[SparseAttentionMethod]:
-    """Return the method class registered under a name or alias.
+def get_sparse_method(name: str) -> type[Any]:
+    """Return the method class registered under a name or alias, as :func:`list_sparse_methods` has them.
 
     Raises:
         ConfigError: if there is none; the message lists those installed.

@@ -17,29 +17,42 @@ class LayerStatistics:
     """Counts of one layer, or of several together, over all prefills seen.
 
     They are added up on the layer's device; reading one of the properties waits for it.
+
+    Attributes:
+        decode: the same over decode steps, if the method is sparse in them; None before any was counted.
     """
 
     def __init__(self) -> None:
         self._counts: tuple[int | float | Tensor, ...] = (0, 0, 0, 0.0, 0, 0, 0)
-        self._mass_by_head: float | Tensor = 0.0
+        self._by_head: tuple[float | Tensor, ...] = (0, 0.0, 0, 0)
+        self.decode: LayerStatistics | None = None
 
     def observe(self, request: AttentionRequest) -> AttentionRequest:
-        """Add what a call keeps in its prefills; the call itself stays as it is."""
-        prefill = request.lengths_q.masked_fill(request.lengths_q == 1, 0)
-        self.add(request_statistics(request._replace(v=request.k, s_aux=None, lengths_q=prefill)))
+        """Add what a call keeps; the call itself stays as it is. A sequence with a single query is a decode step."""
+        is_single, without_values = request.lengths_q == 1, request._replace(v=request.k, s_aux=None)
+        if request.max_q > 1:
+            prefill = request.lengths_q.masked_fill(is_single, 0)
+            self.add(request_statistics(without_values._replace(lengths_q=prefill)))
+        if request.plan.sparse_decode:
+            decode = request.lengths_q.masked_fill(~is_single, 0)
+            self.decode = self.decode or LayerStatistics()
+            self.decode.add(request_statistics(without_values._replace(lengths_q=decode, max_q=1)))
         return request
 
     def add(self, counts: AttentionStatistics) -> None:
         """Add the counts of another computation."""
-        *of_all_heads, mass_by_head = counts
-        self._counts = tuple(a + b for a, b in zip(self._counts, of_all_heads, strict=True))
-        self._mass_by_head = self._mass_by_head + mass_by_head
+        number = len(self._counts)
+        self._counts = tuple(a + b for a, b in zip(self._counts, counts[:number], strict=True))
+        self._by_head = tuple(a + b for a, b in zip(self._by_head, counts[number:], strict=True))
 
     def merge(self, other: LayerStatistics) -> None:
         """Add the counts of another layer, which may be on another device."""
         blocks = (other.blocks, other.blocks_visited, other.blocks_skipped)
         counts = (other.rows, other.visible, other.kept, other.mass, *blocks)
         self._counts = tuple(a + b for a, b in zip(self._counts, counts, strict=True))
+        if other.decode is not None:
+            self.decode = self.decode or LayerStatistics()
+            self.decode.merge(other.decode)
 
     @property
     def rows(self) -> int:
@@ -97,10 +110,28 @@ class LayerStatistics:
     @property
     def mass_kept_by_head(self) -> list[float]:
         """The same for each query head of one layer; empty for sums over layers, and before anything was counted."""
-        if not isinstance(self._mass_by_head, Tensor):
+        return self._shares_by_head(1, self.rows)
+
+    @property
+    def sparsity_by_head(self) -> list[float]:
+        """Share of the visible scores that each query head dropped; empty as :attr:`mass_kept_by_head` is."""
+        return [1 - share for share in self._shares_by_head(0, self.visible)]
+
+    @property
+    def block_sparsity_by_head(self) -> list[float]:
+        """Share of the blocks that each query head did not visit; also empty if the method knows no blocks."""
+        return [1 - share for share in self._shares_by_head(2, self.blocks)] if self.blocks else []
+
+    @property
+    def blocks_skipped_by_head(self) -> list[float]:
+        """Share of the blocks that skip-softmax skipped for each query head, or an empty list as above."""
+        return self._shares_by_head(3, self.blocks) if self.blocks else []
+
+    def _shares_by_head(self, which: int, of_all_heads: int) -> list[float]:
+        counts = self._by_head[which]
+        if not isinstance(counts, Tensor):
             return []
-        rows = max(1, self.rows) / len(self._mass_by_head)
-        shares: list[float] = (self._mass_by_head / rows).tolist()
+        shares: list[float] = (counts.double() / (max(1, of_all_heads) / len(counts))).tolist()
         return shares
 
 
@@ -117,9 +148,15 @@ class ModelStatistics:
     def __str__(self) -> str:
         """Say what was dropped and kept over all layers, or that nothing was counted."""
         total = self.total
-        if not total.rows:
+        phases = {"": total if total.rows else None, " in decode": total.decode}
+        found = [
+            f"{phase.sparsity:.1%} of scores dropped, {phase.mass_kept:.1%} of mass kept{where}"
+            for where, phase in phases.items()
+            if phase is not None
+        ]
+        if not found:
             return "no sparse prefill was counted: the model is dense, is switched off, or has only decoded"
-        return f"{len(self.layers)} layers: {total.sparsity:.1%} of scores dropped, {total.mass_kept:.1%} of mass kept"
+        return f"{len(self.layers)} layers: {'; '.join(found)}"
 
     def _repr_html_(self) -> str:
         rows = "".join(
@@ -139,21 +176,25 @@ class ModelStatistics:
         """Add what the other processes counted of the same model; every process then has the sum.
 
         Right where processes share the heads (tensor parallelism), the tokens (context parallelism) or the batch. Call
-        it once, after the last forward pass, in all processes of the group. The mass by head is lost, as processes may
+        it once, after the last forward pass, in all processes of the group. Numbers by head are lost, as processes may
         have different heads.
 
         Args:
             group: the processes; by default all.
         """
         on_gpu = distributed.get_backend(group) == "nccl"
+        # A process may have counted decode steps where others have not.
+        phases = [phase for x in self.layers.values() for phase in (x, x.decode or LayerStatistics())]
         counts = torch.tensor(
-            [[float(count) for count in layer._counts] for layer in self.layers.values()],
+            [[float(count) for count in phase._counts] for phase in phases],
             dtype=torch.float64,  # exact for integers up to 2^53
             device="cuda" if on_gpu else "cpu",
         )
         distributed.all_reduce(counts, group=group)
-        for layer, summed in zip(self.layers.values(), counts.tolist(), strict=True):
-            layer._counts, layer._mass_by_head = tuple(summed), 0.0
+        for phase, summed in zip(phases, counts.tolist(), strict=True):
+            phase._counts, phase._by_head = tuple(summed), (0, 0.0, 0, 0)
+        for layer, decode in zip(self.layers.values(), phases[1::2], strict=True):
+            layer.decode = decode if decode.rows else None
 
     @property
     def total(self) -> LayerStatistics:
@@ -166,10 +207,11 @@ class ModelStatistics:
 
 @contextmanager
 def collect_statistics(model: nn.Module) -> Iterator[ModelStatistics]:
-    """Count what the sparse layers of a model keep, over every prefill inside the ``with`` block.
+    """Count what the sparse layers of a model keep, over every call inside the ``with`` block.
 
-    Each prefill then computes its scores once more, about half the cost of its attention, on the torch backend.
-    Layers that are switched off, decode steps, and what gradient checkpointing computes again are not counted, and
+    Each call then computes its scores once more, about half the cost of its attention, on the torch backend. Prefills
+    and decode steps are counted apart; decode steps only where the method is sparse in them.
+    Layers that are switched off, and what gradient checkpointing computes again are not counted, and
     neither are calls in other threads. No prefill waits for its device to be counted. A CUDA graph, whose replays would
     not be counted, is refused.
 

@@ -86,8 +86,8 @@ IGNORES_PACKING = {
 }
 _BY_ITS_MASK = "the family calls `scaled_dot_product_attention` with a finished mask, which is intercepted: "
 INTERCEPTED = {
-    "position_ids": f"{_BY_ITS_MASK}its own code ignores packed sequences without a word, dense as well",
-    "cu_seq_lens": f"{_BY_ITS_MASK}its own code ignores packed sequences without a word, dense as well",
+    "position_ids": f"{_BY_ITS_MASK}its own code silently ignores packed sequences, dense as well",
+    "cu_seq_lens": f"{_BY_ITS_MASK}its own code silently ignores packed sequences, dense as well",
     "compile": f"{_BY_ITS_MASK}while a graph is traced it cannot be read, and is refused",
 }
 _VISION = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32}

@@ -131,7 +131,7 @@ class HarnessConfig(ConfigModel):
 
     tasks: Strings = Field(description="names of tasks or groups")
     include_path: Annotated[Path | None, Field(strict=False)] = Field(
-        default=None, description="folder with task files (YAML) of one's own"
+        default=None, description="folder with your own task files (YAML)"
     )
     limit: int | None = Field(default=None, ge=1, description="first documents of each task; null: all")
     num_fewshot: int | None = Field(default=None, ge=0, description="examples in the prompt; null: as the task says")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -115,31 +115,15 @@ def attention(
             the CPU and by the torch backend; on a GPU the caller vouches for them, as a check would stall it.
         UnsupportedError: if the backend asked for cannot run these arguments.
     """
-    if b_start_loc_k is None and b_seq_len_k is None and max_input_len_k is None:
-        if isinstance(q, Tensor) and isinstance(k, Tensor) and q.shape[:1] != k.shape[:1]:
-            raise ValueError(f"k: {k.shape[0]} rows, q has {q.shape[0]}; then b_start_loc_k is needed")
-        b_start_loc_k, b_seq_len_k, max_input_len_k = b_start_loc, b_seq_len, max_input_len
-    request = AttentionRequest(
-        q=q,
-        k=k,
-        v=v,
-        s_aux=s_aux,
-        starts_q=b_start_loc,
-        lengths_q=b_seq_len,
-        max_q=max_input_len,
-        starts_k=b_start_loc_k,  # type: ignore[arg-type] # checked later, as all are
-        lengths_k=b_seq_len_k,  # type: ignore[arg-type]
-        max_k=max_input_len_k,  # type: ignore[arg-type]
-        is_causal=is_causal,
-        softmax_scale=_scale(q, softmax_scale),
-        sliding_window=sliding_window,
-        softcap=softcap,
+    request = _request(
+        q, k, v, (b_start_loc, b_seq_len, max_input_len), (b_start_loc_k, b_seq_len_k, max_input_len_k), softmax_scale,
+        s_aux=s_aux, is_causal=is_causal, sliding_window=sliding_window, softcap=softcap,
         plan=_plan(plan, sparsity_n, sparsity_m, num_sink_tokens, dense_window_size),
-        first_q=b_first_q,
-        first_k=b_first_k,
-        with_lse=return_lse,
+        first_q=b_first_q, first_k=b_first_k, with_lse=return_lse,
         blocks=None if blocks is None else _blocks(blocks, plan),
-    )
+    )  # fmt: skip
+    starts_k: object = request.starts_k
+    lengths_k: object = request.lengths_k
     if not (
         isinstance(q, Tensor)
         and isinstance(k, Tensor)
@@ -147,8 +131,8 @@ def attention(
         and isinstance(b_start_loc, Tensor)
         and isinstance(b_seq_len, Tensor)
         and (blocks is None or isinstance(blocks, KeyBlocks))
-        and isinstance(b_start_loc_k, Tensor)
-        and isinstance(b_seq_len_k, Tensor)
+        and isinstance(starts_k, Tensor)
+        and isinstance(lengths_k, Tensor)
         and isinstance(request.plan, AttentionPlan)
         and isinstance(s_aux, Tensor | None)
         and isinstance(b_first_q, Tensor | None)
@@ -186,27 +170,11 @@ def attention_statistics(
         ValueError: if an argument is wrong; the message names it. Starts and lengths are checked value by value on the
             CPU alone.
     """
-    if b_start_loc_k is None and b_seq_len_k is None and max_input_len_k is None:
-        b_start_loc_k, b_seq_len_k, max_input_len_k = b_start_loc, b_seq_len, max_input_len
-    request = AttentionRequest(
-        q=q,
-        k=k,
-        v=k,
-        s_aux=None,
-        starts_q=b_start_loc,
-        lengths_q=b_seq_len,
-        max_q=max_input_len,
-        starts_k=b_start_loc_k,  # type: ignore[arg-type] # checked later, as all are
-        lengths_k=b_seq_len_k,  # type: ignore[arg-type]
-        max_k=max_input_len_k,  # type: ignore[arg-type]
-        is_causal=is_causal,
-        softmax_scale=_scale(q, softmax_scale),
-        sliding_window=sliding_window,
-        softcap=softcap,
-        plan=plan,
-        first_q=b_first_q,
-        first_k=b_first_k,
-    )
+    request = _request(
+        q, k, k, (b_start_loc, b_seq_len, max_input_len), (b_start_loc_k, b_seq_len_k, max_input_len_k), softmax_scale,
+        s_aux=None, is_causal=is_causal, sliding_window=sliding_window, softcap=softcap, plan=plan,
+        first_q=b_first_q, first_k=b_first_k,
+    )  # fmt: skip
     return cast(AttentionStatistics, request_statistics(request))
 
 
@@ -226,6 +194,37 @@ def visited_blocks(request: AttentionRequest, plans: Sequence[AttentionPlan]) ->
     check_request(request)
     with torch.autocast(request.q.device.type, enabled=False):
         return count_visited(request, plans)
+
+
+def _request(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    queries: tuple[Tensor, Tensor, int],
+    keys: tuple[Tensor | None, Tensor | None, int | None],
+    softmax_scale: float | None,
+    **fields: Any,
+) -> AttentionRequest:
+    """Make a request; starts, lengths and longest of the keys are by default those of the queries."""
+    if keys[0] is None and keys[1] is None and keys[2] is None:
+        if isinstance(q, Tensor) and isinstance(k, Tensor) and q.shape[:1] != k.shape[:1]:
+            raise ValueError(f"k: {k.shape[0]} rows, q has {q.shape[0]}; then b_start_loc_k is needed")
+        keys = queries
+    starts_q, lengths_q, max_q = queries
+    starts_k, lengths_k, max_k = keys
+    return AttentionRequest(
+        q=q,
+        k=k,
+        v=v,
+        starts_q=starts_q,
+        lengths_q=lengths_q,
+        max_q=max_q,
+        starts_k=starts_k,  # type: ignore[arg-type] # checked later, as all are
+        lengths_k=lengths_k,  # type: ignore[arg-type]
+        max_k=max_k,  # type: ignore[arg-type]
+        softmax_scale=_scale(q, softmax_scale),
+        **fields,
+    )
 
 
 def _scale(q: Tensor, softmax_scale: float | None) -> float:

@@ -55,7 +55,7 @@ def check_rule(plan: AttentionPlan, device: torch.device) -> None:
     """Check a plan's rule in PyTorch: that it returns what it has to, and decides each group of each query by itself.
 
     Kernels call the rule with one tile of scores at a time, so a rule that looks at more would keep what the tile size
-    decides. Here it sees random scores whole, and cut in two ways.
+    decides. Here it sees random scores whole, and cut in three ways.
 
     Args:
         plan: the plan; a dense one has no rule.
@@ -66,6 +66,7 @@ def check_rule(plan: AttentionPlan, device: torch.device) -> None:
     """
     if plan.keep is None or plan.name in _checked_rules:
         return
+    keep = plan.keep
     generator = torch.Generator().manual_seed(0)
     heads, queries, groups = 2, 3, 512
     scores = 3 * torch.randn(heads, queries, groups, plan.group, generator=generator)
@@ -79,22 +80,29 @@ def check_rule(plan: AttentionPlan, device: torch.device) -> None:
         last_visible.to(device),
     )
 
-    def kept(rows: slice, columns: slice) -> Tensor:
-        seen = scores[:, rows, columns].clone()
-        found: object = plan.keep(seen, q_pos[rows], k_pos[columns]) if plan.keep else None
+    def kept(head: slice = slice(None), row: slice = slice(None), column: slice = slice(None)) -> Tensor:
+        seen = scores[head, row, column].clone()
+        found: object = keep(seen, q_pos[row], k_pos[column])
         if not isinstance(found, Tensor) or found.dtype != torch.bool or found.shape != seen.shape:
             raise UnsupportedError(
-                f"the rule of the plan returns {_describe(found)} for scores {list(seen.shape)}; it must return "
+                f"the rule of the plan returns {describe(found)} for scores {list(seen.shape)}; it must return "
                 "booleans of the shape of the scores"
             )
-        return found
+        if not torch.equal(seen, scores[head, row, column]):
+            raise UnsupportedError("the rule of the plan changes the scores that it is given; it must work on a copy")
+        return found.logical_and(visible[head, row, column])
 
-    whole = kept(slice(None), slice(None))
-    by_query = torch.cat([kept(slice(i, i + 1), slice(None)) for i in range(queries)], 1)
-    cuts = (0, 1, 7, 8, 200, groups)
-    by_group = torch.cat([kept(slice(None), slice(*cut)) for cut in pairwise(cuts)], 2)
-    for cut, what in ((by_query, "queries"), (by_group, "groups")):
-        if not torch.equal(cut & visible, whole & visible):
+    whole = kept()
+    if not torch.equal(kept(), whole):
+        raise UnsupportedError("the rule of the plan keeps other keys when it is called again with the same scores")
+    cuts = pairwise((0, 1, 7, 8, 200, groups))
+    by_part = {
+        "heads": torch.cat([kept(head=slice(i, i + 1)) for i in range(heads)], 0),
+        "queries": torch.cat([kept(row=slice(i, i + 1)) for i in range(queries)], 1),
+        "groups": torch.cat([kept(column=slice(*cut)) for cut in cuts], 2),
+    }
+    for what, found in by_part.items():
+        if not torch.equal(found, whole):
             raise UnsupportedError(
                 f"the rule of the plan keeps other keys if it sees fewer {what} at a time, so that the tile size would "
                 f"decide; a rule may look only at the scores of one query in one group (group_size = {plan.group})"
@@ -106,15 +114,15 @@ def _check_tensors(r: AttentionRequest) -> None:
     q, k, v, s_aux = r.q, r.k, r.v, r.s_aux
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not (isinstance(x, Tensor) and x.dim() == 3 and x.dtype in DTYPES):
-            raise ValueError(f"{name}: {_describe(x)}; must be [tokens, heads, dim] in FP16, BF16, FP32 or FP64")
+            raise ValueError(f"{name}: {describe(x)}; must be [tokens, heads, dim] in FP16, BF16, FP32 or FP64")
         if x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(f"{name}: {_describe(x)}; must have the type and device of q, {_describe(q)}")
+            raise ValueError(f"{name}: {describe(x)}; must have the type and device of q, {describe(q)}")
         if 0 in x.shape[1:]:
-            raise ValueError(f"{name}: {_describe(x)}; needs at least one head and one dimension")
+            raise ValueError(f"{name}: {describe(x)}; needs at least one head and one dimension")
     if q.shape[2] != k.shape[2]:
         raise ValueError(f"k: head_dim is {k.shape[2]}; must be that of q, {q.shape[2]}")
     if k.shape[:2] != v.shape[:2]:
-        raise ValueError(f"v: {_describe(v)}; must have the tokens and heads of k, {_describe(k)}")
+        raise ValueError(f"v: {describe(v)}; must have the tokens and heads of k, {describe(k)}")
     if q.shape[1] % k.shape[1] != 0:
         raise ValueError(f"q: {q.shape[1]} query heads are not allowed; a multiple of the {k.shape[1]} key/value heads")
     if s_aux is not None and not (
@@ -123,9 +131,7 @@ def _check_tensors(r: AttentionRequest) -> None:
         and s_aux.is_floating_point()
         and s_aux.device == q.device
     ):
-        raise ValueError(
-            f"s_aux: {_describe(s_aux)}; must be floating-point [query_heads = {q.shape[1]}] on {q.device}"
-        )
+        raise ValueError(f"s_aux: {describe(s_aux)}; must be floating-point [query_heads = {q.shape[1]}] on {q.device}")
 
 
 def _check_packing(suffix: str, starts: object, lengths: object, longest: object, q: Tensor) -> None:
@@ -153,11 +159,11 @@ def _check_blocks(r: AttentionRequest, blocks: object) -> None:
         is_right = isinstance(x, Tensor) and x.dim() == dimensions and x.dtype == torch.int32
         if not (is_right and x.device == r.q.device):
             raise ValueError(
-                f"blocks.{name}: {_describe(x)}; must be int32 with {dimensions} dimensions on {r.q.device}"
+                f"blocks.{name}: {describe(x)}; must be int32 with {dimensions} dimensions on {r.q.device}"
             )
     if counts.shape[0] not in heads or indices.shape[:2] != counts.shape:
         raise ValueError(
-            f"blocks: counts are {_describe(counts)}, indices {_describe(indices)}; must be [heads, query_blocks] and "
+            f"blocks: counts are {describe(counts)}, indices {describe(indices)}; must be [heads, query_blocks] and "
             f"[heads, query_blocks, key_blocks] with {heads[0]} (query) or {heads[1]} (key/value) heads"
         )
     if starts.shape != r.starts_q.shape:
@@ -169,7 +175,7 @@ def _check_pages(r: AttentionRequest) -> None:
         return
     table = r.page_table
     if not (table.dim() == 2 and table.dtype == torch.int32 and table.device == r.q.device):
-        raise ValueError(f"page_table: {_describe(table)}; must be int32 [batch, pages] on {r.q.device}")
+        raise ValueError(f"page_table: {describe(table)}; must be int32 [batch, pages] on {r.q.device}")
     if table.shape[0] != r.starts_q.shape[0]:
         raise ValueError(f"page_table: {table.shape[0]} sequences; must be {r.starts_q.shape[0]}")
     if not is_count(r.page_size, 1) or r.k.shape[0] % r.page_size:
@@ -182,7 +188,7 @@ def _check_pages(r: AttentionRequest) -> None:
 
 def _check_integers(name: str, x: object, q: Tensor) -> Tensor:
     if not (isinstance(x, Tensor) and x.dim() == 1 and x.dtype in (torch.int32, torch.int64) and x.device == q.device):
-        raise ValueError(f"{name}: {_describe(x)}; must be int32 or int64 [batch] on {q.device}")
+        raise ValueError(f"{name}: {describe(x)}; must be int32 or int64 [batch] on {q.device}")
     return x
 
 
@@ -195,7 +201,8 @@ def _is_positive(x: object) -> bool:
     return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) and x > 0
 
 
-def _describe(x: object) -> str:
+def describe(x: object) -> str:
+    """Describe a value in an error message; a tensor by its type, shape and device."""
     if not isinstance(x, Tensor):
         return repr(x)
     return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)} on {x.device}"

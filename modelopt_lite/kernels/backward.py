@@ -201,7 +201,7 @@ def gradient_of_queries(
 ):
     """Compute the gradient of packed queries; rows of no sequence are left as they are.
 
-    Arguments are those of :func:`~modelopt_lite.kernels.forward.attention_forward`, but for:
+    Arguments are those of :func:`~modelopt_lite.kernels.forward.attention_forward`, except:
 
     Args:
         query_ptr: ``[tokens, heads, head_dim]``.
@@ -471,7 +471,7 @@ def gradient_of_keys(
 ):
     """Compute the gradients of packed keys and values; rows of no sequence are left as they are.
 
-    Arguments are those of :func:`gradient_of_queries`, but for:
+    Arguments are those of :func:`gradient_of_queries`, except:
 
     Args:
         query_ptr: ``[tokens, heads, head_dim]``.

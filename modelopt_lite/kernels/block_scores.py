@@ -1,7 +1,7 @@
 """What selectors of key blocks are made of: scores of pairs of blocks, and choices by these scores.
 
 Each function runs as Triton kernels for tensors on a CUDA GPU and as PyTorch operations elsewhere, with the same result
-up to FP32 rounding. None of them waits for the device. A method of one's own calls them in its ``scores`` and its
+up to FP32 rounding. None of them waits for the device. A user's own method calls them in its ``scores`` and its
 ``choose``; the methods ``flash_prefill``, ``xattention`` and ``mean_pool_top_k`` consist of little else.
 """
 

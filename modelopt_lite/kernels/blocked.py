@@ -36,8 +36,8 @@ def tile_scores(device: torch.device) -> int:
 class AttentionStatistics(NamedTuple):
     """What a plan keeps of one computation, counted over all query heads.
 
-    All but the last are tensors without dimensions. They are on the device of the computation; FP64 for the mass,
-    integers for all else.
+    All are on the device of the computation; FP64 for the mass, integers for all else. What is counted by head has the
+    shape ``[query_heads]``; all else are tensors without dimensions.
 
     Attributes:
         rows: rows (query and head) that see any key.
@@ -47,7 +47,10 @@ class AttentionStatistics(NamedTuple):
         blocks: pairs of a query block and a key block of which any query sees any key; 0 if the plan knows no blocks.
         blocks_visited: those of them that are listed.
         blocks_skipped: those that the plan's selector keeps and its skip rule skips.
-        mass_by_head: the mass of each query head, ``[query_heads]``.
+        kept_by_head: the kept scores of each query head.
+        mass_by_head: the mass of each query head.
+        blocks_visited_by_head: the listed blocks of each query head.
+        blocks_skipped_by_head: the skipped blocks of each query head.
     """
 
     rows: Tensor
@@ -57,7 +60,10 @@ class AttentionStatistics(NamedTuple):
     blocks: Tensor
     blocks_visited: Tensor
     blocks_skipped: Tensor
+    kept_by_head: Tensor
     mass_by_head: Tensor
+    blocks_visited_by_head: Tensor
+    blocks_skipped_by_head: Tensor
 
 
 @dataclass
@@ -138,7 +144,7 @@ class _Sequence:
         return heads.permute(1, 2, 0, 3)
 
     def heads_last(self, x: Tensor) -> Tensor:
-        """Undo :meth:`heads_first`, but for the type."""
+        """Undo :meth:`heads_first`, except the conversion of the type."""
         return x.permute(2, 0, 1, 3).flatten(1, 2)
 
     def deinterleave(self, x: Tensor) -> Tensor:
@@ -149,7 +155,7 @@ class _Sequence:
         return x.permute(0, 3, 2, 1, 4).flatten(2, 3)
 
     def interleave(self, x: Tensor) -> Tensor:
-        """Undo :meth:`deinterleave`, but for the type."""
+        """Undo :meth:`deinterleave`, except the conversion of the type."""
         x = x.unflatten(2, (self.group, -1)).permute(0, 3, 2, 1, 4)
         return x.flatten(0, 2)[self.first_k - self.origin :][: self.len_k]
 
@@ -574,13 +580,15 @@ def statistics_blocked(request: AttentionRequest, counts_of_blocks: Sequence[Ten
 
     Args:
         request: the computation, with its lists if the plan chooses blocks.
-        counts_of_blocks: the last three of the counts, if there are lists.
+        counts_of_blocks: the blocks that are seen, and of each query head those visited and those skipped, if there
+            are lists.
     """
     q, k, plan, window = request.q, request.k, request.plan, request.sliding_window
     dtype = torch.promote_types(q.dtype, torch.float32)
     heads, kv_heads, alignment = q.shape[1], k.shape[1], max(GROUP_SIZES)
     repeat = heads // kv_heads
-    rows, visible, kept = (torch.zeros((), dtype=torch.int64, device=q.device) for _ in range(3))
+    rows, visible = (torch.zeros((), dtype=torch.int64, device=q.device) for _ in range(2))
+    kept = torch.zeros(heads, dtype=torch.int64, device=q.device)
     mass = torch.zeros(heads, dtype=torch.float64, device=q.device)
     mask = None if request.blocks is None else request.blocks.mask()
     for block in _blocks(request):
@@ -616,11 +624,13 @@ def statistics_blocked(request: AttentionRequest, counts_of_blocks: Sequence[Ten
                     chosen = chosen & listed.repeat_interleave(heads // len(mask), 0).unflatten(0, (kv_heads, repeat))
                 chosen = chosen | (seen & exempt)
             chosen = chosen.expand_as(grouped).mT.flatten(3, 4).flatten(1, 2)
-            kept += chosen.sum()
+            kept += chosen.sum(-1).unflatten(1, (repeat, -1)).sum(-1).flatten()
             highest, total, shrink = _add_to_softmax(highest, total, scores)
             kept_total = kept_total * shrink + scores.mul_(chosen).sum(-1)
         rows += (total > 0).sum()
         share = (kept_total / total).where(total > 0, 0.0)  # [kv_heads, repeat * queries]
         mass += share.unflatten(1, (repeat, -1)).sum(-1, dtype=torch.float64).flatten()
-    blocks, visited, skipped = counts_of_blocks or [torch.zeros_like(rows)] * 3
-    return AttentionStatistics(rows, visible, kept, mass.sum(), blocks, visited, skipped, mass)
+    blocks, visited, skipped = counts_of_blocks or (torch.zeros_like(rows), *[torch.zeros_like(kept)] * 2)
+    return AttentionStatistics(
+        rows, visible, kept.sum(), mass.sum(), blocks, visited.sum(), skipped.sum(), kept, mass, visited, skipped
+    )

@@ -168,6 +168,7 @@ class BlockGrid:
         high_k: position of its last key.
         row_q: row of the packed queries where each sequence's position 0 would be, ``[batch]``.
         row_k: row of the packed keys where it would be.
+        is_single: whether the query block's sequence has a single query in the call, ``[query_blocks]``.
         dtype: type in which to compute: FP32, or FP64 for FP64 inputs.
     """
 
@@ -190,7 +191,7 @@ class BlockGrid:
         self.origin_q = (first_block - self.starts)[self.sequence] * block_rows + number * block_rows
         self.low_q = self.origin_q.maximum(first_q[self.sequence])
         self.high_q = (self.origin_q + block_rows).minimum((first_q + lengths_q)[self.sequence]) - 1
-        self._is_decode = (lengths_q == 1)[self.sequence]
+        self.is_single = (lengths_q == 1)[self.sequence]
 
         column = torch.arange(columns, device=device)
         self.origin_k = (first_k[:, None] // block_size + column) * block_size
@@ -217,7 +218,7 @@ class BlockGrid:
 
     def is_dense(self) -> Tensor:
         """Return which query blocks are decode that stays dense, ``[query_blocks]``."""
-        return torch.zeros_like(self._is_decode) if self.request.plan.sparse_decode else self._is_decode
+        return torch.zeros_like(self.is_single) if self.request.plan.sparse_decode else self.is_single
 
     def diagonal(self, blocks_before: int = 0) -> Tensor:
         """Return where a key block holds the positions of a query block, ``[query_blocks, key_blocks]``.

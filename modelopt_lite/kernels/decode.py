@@ -435,20 +435,20 @@ def merge_pieces(
     """Add up the pieces of one query token and head, and its sink logit; 0 and -inf where there are none.
 
     Args:
-        partial_ptr: what :func:`attend_pieces` wrote, as all arguments not named here are its own.
+        partial_ptr: what :func:`attend_pieces` wrote.
         out_ptr: ``[tokens, query heads, value_dim]``, contiguous.
         lse_ptr: ``[tokens, query heads]``, FP32, contiguous, or None.
         sink_logits_ptr: ``[query heads]``, logits that only join the denominator, or None.
-        sequences: see there.
-        batch: see there.
-        slots: see there.
-        target: see there.
-        least_tiles: see there.
-        num_sinks: see there.
-        window: see there.
-        sliding_window: see there.
-        OPTIONS: see there.
-        SPLIT: see there.
+        sequences: as for :func:`attend_pieces`.
+        batch: as for :func:`attend_pieces`.
+        slots: as for :func:`attend_pieces`.
+        target: as for :func:`attend_pieces`.
+        least_tiles: as for :func:`attend_pieces`.
+        num_sinks: as for :func:`attend_pieces`.
+        window: as for :func:`attend_pieces`.
+        sliding_window: as for :func:`attend_pieces`.
+        OPTIONS: as for :func:`attend_pieces`.
+        SPLIT: as for :func:`attend_pieces`.
     """
     AT_ONCE: tl.constexpr = SPLIT.merge_block
     BLOCK_DV: tl.constexpr = OPTIONS.block_dv

@@ -54,7 +54,7 @@ class Launch:
             kernel: a ``@triton.jit`` function whose last parameters are the constants.
             device: where its tensors are.
             constants: values of these parameters.
-            options: ``num_warps`` and the like.
+            options: ``num_warps`` and Triton's other options of a launch.
         """
         self.kernel, self.device, self.constants, self.options = kernel, device, constants, options
         self.compiled: Any = None

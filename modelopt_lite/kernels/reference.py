@@ -13,7 +13,7 @@ from torch.nn.functional import one_hot, pad
 
 from ..plan import BlockSelector, SkipRule
 from .blocks import visible_keys
-from .request import AttentionRequest
+from .request import AttentionRequest, PackedSequence
 
 
 def attention_reference(request: AttentionRequest) -> tuple[Tensor, Tensor]:
@@ -89,7 +89,8 @@ def kept_scores(
     exempt = visible & (sink | recent)
     kept = kept | exempt
     if plan.skip is not None and request.blocks is None and has_blocks:
-        kept = kept & ~_skipped(scores.detach(), visible, kept, exempt, q_pos, k_pos, plan.skip)
+        skip = plan.skip.of_decode() if len_q == 1 else plan.skip
+        kept = kept & ~_skipped(scores.detach(), visible, kept, exempt, q_pos, k_pos, skip)
     return scores.masked_fill(~kept, -torch.inf)[..., padding[0] :][..., : k.shape[0]]
 
 
@@ -124,6 +125,14 @@ class SequenceBlocks(NamedTuple):
     k_pos: Tensor
     visible: Tensor
     request: AttentionRequest
+
+    @classmethod
+    def of(cls, request: AttentionRequest, sequence: PackedSequence) -> SequenceBlocks:
+        """Return the view of one sequence of a request."""
+        q, k = request.q[sequence.queries].double(), request.k[sequence.keys].double()
+        q_pos = sequence.first_q + torch.arange(q.shape[0], device=q.device)
+        k_pos = sequence.first_k + torch.arange(k.shape[0], device=k.device)
+        return cls(q, k, q_pos, k_pos, visible_keys(request, q_pos[:, None], k_pos), request)
 
     def queries_in(self, size: int) -> Tensor:
         """Return which queries are in each block of ``size`` positions, FP64 zeros and ones ``[blocks, len_q]``."""

@@ -102,8 +102,8 @@ def statistics_of_blocks(request: AttentionRequest) -> AttentionStatistics:
         request = request._replace(blocks=KeyBlocks.from_mask(visited, grid.starts, *request.grid))
     counts = (
         heads * grid.seen().sum(),
-        heads // visited.shape[0] * visited.sum(),
-        torch.zeros_like(visited.sum()) if skipped is None else skipped.sum(),
+        visited.sum((1, 2)).repeat_interleave(heads // visited.shape[0], output_size=heads),
+        grid.starts.new_zeros(heads) if skipped is None else skipped.sum((1, 2)),
     )
     return statistics_blocked(request, counts)
 
@@ -152,7 +152,9 @@ def _skipped(
     if request.q.device.type == "cpu":  # where it costs nothing to know what there is
         needed = seen & (selected.any(0) | diagonal | _may_be_exempt(grid, request.plan))
     lengths = grid.lengths(seen)
-    margins = torch.stack([rule.log_threshold(lengths) for rule in rules]).to(grid.dtype)
+    margins = torch.stack(
+        [rule.log_threshold(lengths).where(~grid.is_single, rule.of_decode().log_threshold(lengths)) for rule in rules]
+    ).to(grid.dtype)
     for number in range(grid.shape[0]):
         if needed is None:
             columns = torch.arange(grid.shape[1], device=request.q.device)

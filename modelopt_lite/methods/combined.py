@@ -30,7 +30,7 @@ def _method(value: object) -> SparseAttentionMethod:
     if not isinstance(value, dict) or "method" not in value:
         raise ValueError("Input should be a mapping with 'method'")
     try:
-        cls = get_sparse_method(value["method"])
+        cls: type[SparseAttentionMethod] = get_sparse_method(value["method"])
     except ConfigError:
         allowed = f"Input should be one of those installed: {', '.join(list_sparse_methods())}"
         raise field_errors("method", {"method": (value["method"], allowed)}) from None

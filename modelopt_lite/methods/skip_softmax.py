@@ -34,6 +34,9 @@ class SkipSoftmax(CalibratedMethod):
     ``triton_skip_softmax``) compares with the maximum of the tiles computed so far, so that its result depends on the
     order and the size of tiles. Here it depends on neither, and sinks and dense window stay exact. Sinks matter as
     references: without any, many queries see their heaviest key too late, and fewer blocks are skipped.
+
+    With ``decode_threshold`` decode steps skip as well, against the sinks, the dense window and the keys of their own
+    query block.
     """
 
     knob: ClassVar[Knob] = Knob("threshold", "log", tuple(10 ** (0.25 * i - 5) for i in range(25)))
@@ -44,12 +47,18 @@ class SkipSoftmax(CalibratedMethod):
     num_sink_tokens: SinkTokens = 4
     dense_window_size: WindowSize = 0
     threshold: Threshold = 0.03
+    decode_threshold: float | None = Field(
+        default=None, gt=0, lt=1, description="the threshold of decode steps, which are dense without one"
+    )
 
     def plan(self) -> AttentionPlan:
         """Return the plan of the skip rule."""
         curve = self.knob_curve()
         return AttentionPlan(
-            skip=SkipRule(self.threshold if curve is None else curve, self.block_size, self.block_rows),
+            skip=SkipRule(
+                self.threshold if curve is None else curve, self.block_size, self.block_rows, self.decode_threshold
+            ),
             num_sink_tokens=self.num_sink_tokens,
             dense_window_size=self.dense_window_size,
+            sparse_decode=self.decode_threshold is not None,
         )

@@ -1012,7 +1012,7 @@ def test_padding_between_real_tokens_over_a_sliding_cache(is_compiled, cut, targ
 
 
 def test_a_model_inside_another_module(target):
-    """A Transformers model may be a part of one's own, beside attention of one's own."""
+    """A Transformers model may be a part of a user's model, beside the user's own attention."""
 
     class Mine(torch.nn.Module):
         def __init__(self):

@@ -159,7 +159,10 @@ def kept_by_brute_force(
             chosen = {j for j in chosen if listed[block, j // size - first_k // size]}
         kept.append(chosen | exempt[i])
     if plan.skip is not None and not is_dense:
-        _skip(kept, exempt, scores, first_q, grid, math.log(plan.skip.threshold))
+        threshold = plan.skip.threshold
+        if len_q == 1 and plan.skip.decode_threshold is not None:
+            threshold = plan.skip.decode_threshold
+        _skip(kept, exempt, scores, first_q, grid, math.log(threshold))
     return [sorted(x) for x in kept]
 
 

@@ -51,7 +51,7 @@ class Case:
 
 
 def arguments(request: AttentionRequest) -> dict[str, Any]:
-    """Return the keyword arguments of ``attention`` that make a request, but for ``return_lse``."""
+    """Return the keyword arguments of ``attention`` that make a request, without ``return_lse``."""
     names = {
         "q": "q",
         "k": "k",

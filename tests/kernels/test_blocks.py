@@ -56,7 +56,8 @@ def selectors(draw):
 def skipping(draw, selector=None):
     """A plan with a skip rule, whose threshold no exact score meets."""
     grid = draw(st.sampled_from(GRIDS)) if selector is None else (selector.block_size, selector.block_rows)
-    rule = SkipRule(draw(st.sampled_from([0.01, 0.2, 0.7, 0.95])), *grid)
+    thresholds = st.sampled_from([0.01, 0.2, 0.7, 0.95])
+    rule = SkipRule(draw(thresholds), *grid, draw(st.none() | thresholds))
     return draw(plans(skip=rule, blocks=selector))
 
 
@@ -164,6 +165,16 @@ def check_counts(request):
     assert found.blocks_skipped == selected - visited
     assert found.blocks >= selected
     assert found.blocks == heads * BlockGrid(request, *request.grid).seen().sum()
+    by_head = blocks.counts.sum(1).repeat_interleave(heads // len(blocks.counts))
+    assert torch.equal(found.blocks_visited_by_head, by_head)
+    for name in ("kept", "mass", "blocks_visited", "blocks_skipped"):
+        torch.testing.assert_close(getattr(found, f"{name}_by_head").sum(), getattr(found, name))
+    expected = torch.zeros(heads, dtype=torch.int64)
+    for number, x in enumerate(request.sequences()):
+        listed = listed_blocks(request._replace(blocks=blocks), number)
+        q, k = request.q[x.queries].double(), request.k[x.keys].double()
+        expected += (kept_scores(q, k, request, x.first_q, x.first_k, listed) > -torch.inf).sum((1, 2))
+    assert torch.equal(found.kept_by_head, expected)
 
 
 @given(selectors().flatmap(lambda selector: plans(blocks=selector)).flatmap(lambda plan: requests(plan=plan)))

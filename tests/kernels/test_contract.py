@@ -37,7 +37,7 @@ def run(case: Case, **overrides):
 
 
 def statistics_of(case: Case, slack: int = 0, **overrides):
-    given = {name: x for name, x in arguments(case.request).items() if name not in ("v", "s_aux")}
+    given = {name: x for name, x in arguments(case.request).items() if name not in ("v", "s_aux", "blocks")}
     given["max_input_len"] += slack
     given["max_input_len_k"] += slack
     return attention_statistics(**{**given, **overrides})

@@ -153,7 +153,7 @@ def test_all_keys_alike(dtype):
 @pytest.mark.parametrize("alike", [0, 40])
 @pytest.mark.parametrize(("n", "m"), [(n, m) for m in (8, 16) for n in range(1, m)])
 def test_without_ties_and_with_few(dtype, n, m, alike):
-    """Scores are exact, and differ inside every group but for those of ``alike`` keys."""
+    """Scores are exact, and differ inside every group, except those of ``alike`` keys."""
     plan = top_n_plan(n, m, 0, 3)
     request = make(lengths=((700, 700), (300, 500)), dims=(128, 128), dtype=dtype, plan=plan)
     q, k = request.q, request.k

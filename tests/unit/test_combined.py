@@ -118,6 +118,36 @@ def test_a_model_goes_through_save_and_load(folder, tmp_path):
     assert total.block_sparsity == 1 - total.blocks_visited / total.blocks
 
 
+def test_decode_skips_with_a_threshold_of_its_own(folder):
+    """A step skips by its own threshold, and is counted apart from the prefill."""
+    ids = torch.arange(150)[None] % 97
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    method = {"method": "skip_softmax", "threshold": 1e-9, "block_size": 16, "block_rows": 16}
+    logits = []
+    for decode_threshold in (None, 1e-9, 0.9):
+        mtsa.sparsify(model, {"sparse_cfg": {"*": {**method, "decode_threshold": decode_threshold}}})
+        with torch.no_grad(), mtsa.collect_statistics(model) as statistics:
+            cache = model(ids[:, :-1], use_cache=True).past_key_values
+            logits.append(model(ids[:, -1:], past_key_values=cache).logits)
+        mtsa.unsparsify(model)
+        total, decode = statistics.total, statistics.total.decode
+        assert total.sparsity == 0
+        if decode_threshold is None:
+            assert decode is None
+            continue
+        assert decode.rows == total.rows // 149
+        assert decode.blocks == decode.rows * 10  # 150 keys in blocks of 16
+        assert (decode.blocks_skipped > 0) == (decode_threshold == 0.9)
+        assert decode.blocks_skipped == decode.blocks - decode.blocks_visited
+        layer = next(iter(statistics.layers.values())).decode
+        shares = layer.blocks_skipped_by_head
+        assert sum(shares) / len(shares) * layer.blocks == pytest.approx(layer.blocks_skipped)
+        assert shares == pytest.approx(layer.block_sparsity_by_head)
+        assert "in decode" in str(statistics)
+    torch.testing.assert_close(logits[1], logits[0])
+    assert not torch.allclose(logits[2], logits[0], atol=1e-4)
+
+
 def test_padding_and_generation(folder):
     """A left-padded batch gives each row what it gives alone, and decode is dense."""
     model = mtsa.sparsify(AutoModelForCausalLM.from_pretrained(folder).eval(), {"sparse_cfg": {"*": [FLASH, SKIP]}})
