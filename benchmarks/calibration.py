@@ -11,6 +11,8 @@ For a machine without the texts, ``--write-tokens FILE`` writes their tokens, an
 from __future__ import annotations
 
 import argparse
+import functools
+import json
 import tempfile
 import time
 from pathlib import Path
@@ -45,15 +47,14 @@ CODE = ("argparse", "tarfile")
 
 
 class Achieved:
-    """Counts the blocks that a layer visits, and lets it attend to their keys alone.
+    """Counts the blocks that layers visit, and lets them attend to their keys alone.
 
-    What is kept is what the layer's method keeps. It is computed by a rule that masks the other blocks, as PyTorch
+    What is kept is what their method keeps. It is computed by a rule that masks the other blocks, as PyTorch
     operations on a GPU take masks faster than lists.
     """
 
-    def __init__(self, plan: AttentionPlan) -> None:
-        exemptions = {"num_sink_tokens": plan.num_sink_tokens, "dense_window_size": plan.dense_window_size}
-        self._plan = AttentionPlan(keep=self._keep, **exemptions)
+    def __init__(self, sinks: int, window: int) -> None:
+        self._plan = AttentionPlan(keep=self._keep, num_sink_tokens=sinks, dense_window_size=window)
         self.counts: list[Tensor] = []
 
     def observe(self, request: AttentionRequest) -> AttentionRequest:
@@ -73,13 +74,22 @@ class Achieved:
         return self._mask[:, :, q_pos.flatten() // self._rows][..., columns]
 
 
+@functools.cache
+def observer_of(exemptions: tuple[int, int]) -> Achieved:
+    """Return the observer of all layers; a new one costs time, as its rule is tried out."""
+    return Achieved(*exemptions)
+
+
 @torch.no_grad()
 def achieved(model: torch.nn.Module, window: torch.Tensor) -> float:
     """Return the share of blocks that all layers skip in a real run."""
-    counters = {module: Achieved(module.sparse_attention.sparse_plan) for module in sparse_modules(model).values()}
-    with count(counters):
+    modules = list(sparse_modules(model).values())
+    plan = modules[0].sparse_attention.sparse_plan
+    observer = observer_of((plan.num_sink_tokens, plan.dense_window_size))
+    observer.counts.clear()
+    with count(dict.fromkeys(modules, observer)):
         model(window[None].to(model.device), use_cache=False, logits_to_keep=1)
-    seen, visited = sum(x.counts[0] for x in counters.values()).tolist()
+    seen, visited = torch.stack(observer.counts).sum(0).tolist()
     return 1 - visited / seen
 
 
@@ -167,6 +177,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--calibrate-on", type=int, default=len(CALIBRATED_ON), help="number of speeches")
     parser.add_argument("--achieve-on", type=int, default=len(ACHIEVED_ON), help="number of speeches")
+    parser.add_argument("--fits", type=Path, help="earlier results, whose fits are taken")
     options = parser.parse_args()
     model, texts = prepare(options)
     clock = Clock()
@@ -181,7 +192,13 @@ def main() -> None:
         "fits": {},
     }
     configs, rows = {}, []
+    before = json.loads(options.fits.read_text())["fits"] if options.fits else {}
     for name in options.methods:
+        if name in before:
+            results["fits"][name] = before[name]
+            content = METHODS[name] | {"target_sparsity": 0.5, "calibration": {"prefill": before[name]["fit"]}}
+            configs[name] = mtsa.SparsityConfig.load(content)
+            continue
         configs[name], results["fits"][name] = calibrate(model, METHODS[name], windows)
         clock.say(f"{name}: {results['fits'][name]['fit']}")
         recording.write(options.output, results, rows)
@@ -199,6 +216,7 @@ def main() -> None:
                     row[f"{kind}_each"] = found
                 mtsa.unsparsify(model)
                 rows.append(row)
+                recording.write(options.output, results, rows)
             clock.say(f"{name} at {length}: {[(row['target'], row['speeches'], row['code']) for row in rows[-3:]]}")
             recording.write(options.output, results, rows)
 

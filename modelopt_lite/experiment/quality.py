@@ -13,7 +13,7 @@ from torch import Tensor
 from .config import DENSE
 from .records import Answer, Attention, Failure, Record, Window, ordered
 
-CHUNK = 256  # positions whose distributions are held in FP32 at a time
+CHUNK = 64  # positions whose distributions are held in FP32 at a time; more are slower on a CPU
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
 

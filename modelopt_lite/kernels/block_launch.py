@@ -135,11 +135,12 @@ def largest(scores: Tensor, seen: Tensor, forced: Tensor, share: float | Tensor,
     heads, blocks, columns = scores.shape
     chosen = torch.empty(heads, blocks, columns, dtype=torch.bool, device=scores.device)
     if chosen.numel():
-        share = torch.as_tensor(share, dtype=torch.float64, device=scores.device)
+        if not isinstance(share, Tensor):  # filled on the device, as a copy to it would wait
+            share = torch.full((blocks, 1), share, dtype=torch.float64, device=scores.device)
         width = _power(columns)
         choose_largest[(heads * blocks,)](
             scores.contiguous(), *(x.contiguous().view(torch.uint8) for x in (seen, forced)),
-            share.expand(blocks, 1).contiguous(), chosen.view(torch.int8), blocks, columns,
+            share.double().expand(blocks, 1).contiguous(), chosen.view(torch.int8), blocks, columns,
             BY_MASS=by_mass, BLOCK_T=width, num_warps=min(16, max(1, width // 256)),
         )  # fmt: skip
     return chosen

@@ -31,7 +31,9 @@ class XAttention(BlockMethod, CalibratedMethod):
     those of keys behind their query count as well.
     """
 
-    knob: ClassVar[Knob] = Knob("threshold", "loglog", (0.02, *(0.05 * i for i in range(1, 20)), 0.98, 0.99))
+    knob: ClassVar[Knob] = Knob(
+        "threshold", "loglog", (0.02, *(0.05 * i for i in range(1, 20)), 0.98, 0.99, 0.995, 0.998, 0.999)
+    )
 
     method: Literal["xattention"] = Field(default="xattention", description="the method's name")
     stride: Literal[4, 8, 16] = Field(default=8, description="tokens in a group; time falls with it")

@@ -16,6 +16,7 @@ from ..errors import UnsupportedError
 from ..kernels import AttentionRequest
 from ..layout import layer_name, packed
 from ..module import SparseAttentionModule, decide, original_class, sparse_modules
+from ..plan import AttentionPlan
 from ..recomputation import Decision
 from .exchange import attend_gathered, attend_in_ring, attend_replicated, gather_rows
 from .shards import Exchange, Segment, Shards, cut, sequences_of
@@ -298,29 +299,38 @@ def attend_sharded(
     if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x.to(dtype) for x in (query, key, value))
+    request = _request(query, key, value, decision.plan)._replace(
+        s_aux=s_aux, is_causal=is_causal, sliding_window=sliding_window, softcap=softcap
+    )
+    if scaling is not None:
+        request = request._replace(softmax_scale=float(scaling))
+    try:
+        output = _computed(request, shards, decision)
+    except UnsupportedError as error:
+        raise UnsupportedError(f"{layer_name(module)}: {error}") from None
+    return output.view(shards.batch, shards.slots_q, *output.shape[1:])
+
+
+def _request(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan) -> AttentionRequest:
+    """Return a causal request of this process' tokens, which does not say yet where sequences are."""
     nowhere = torch.empty(0, dtype=torch.int64, device=query.device)
-    request = AttentionRequest(
+    return AttentionRequest(
         q=packed(query),
         k=packed(key),
         v=packed(value),
-        s_aux=s_aux,
+        s_aux=None,
         starts_q=nowhere,
         lengths_q=nowhere,
         max_q=0,
         starts_k=nowhere,
         lengths_k=nowhere,
         max_k=0,
-        is_causal=is_causal,
-        softmax_scale=query.shape[3] ** -0.5 if scaling is None else float(scaling),
-        sliding_window=sliding_window,
-        softcap=softcap,
-        plan=decision.plan,
+        is_causal=True,
+        softmax_scale=query.shape[3] ** -0.5,
+        sliding_window=None,
+        softcap=None,
+        plan=plan,
     )
-    try:
-        output = _computed(request, shards, decision)
-    except UnsupportedError as error:
-        raise UnsupportedError(f"{layer_name(module)}: {error}") from None
-    return output.view(shards.batch, shards.slots_q, *output.shape[1:])
 
 
 def _computed(request: AttentionRequest, shards: Shards, decision: Decision) -> Tensor:

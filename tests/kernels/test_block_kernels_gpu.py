@@ -1,0 +1,63 @@
+"""The kernels that score and choose key blocks on a GPU, in every precision, against PyTorch operations in FP64."""
+
+import pytest
+import torch
+from cases import packed_request
+
+from modelopt_lite.kernels import block_launch, block_scores
+from modelopt_lite.kernels.blocks import BlockGrid, KeyBlocks
+from modelopt_lite.kernels.selection import select_blocks
+from modelopt_lite.methods import FlashPrefill, XAttention
+
+pytestmark = pytest.mark.gpu
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 130}, {"softcap": 5.0}, {"is_causal": False}], ids=str)
+@pytest.mark.parametrize("grid_size", [(128, 128), (16, 64)])
+def test_scores(dtype, options, grid_size):
+    request = packed_request(heads=(4, 2), dims=(64, 64), dtype=dtype, exact=False, **options)
+    grid = BlockGrid(request, *grid_size)
+    exact = BlockGrid(request._replace(q=request.q.double(), k=request.k.double()), *grid_size)
+    assert block_launch.refusal(grid) is None
+    seen = grid.seen()
+    # Pooled keys have 16 bits in the products with BF16.
+    tolerance = {"rtol": 2e-4, "atol": 1e-4} if dtype == torch.bfloat16 else {"rtol": 2e-5, "atol": 2e-5}
+    mass = block_scores.softmax_mass(grid, block_scores.mean_keys(grid))
+    expected = block_scores.softmax_mass(exact, exact.mean_keys())
+    torch.testing.assert_close(mass[:, seen].double(), expected[:, seen], **tolerance)
+    for stride in (4, 16):
+        mass = block_scores.antidiagonal_mass(grid, stride)
+        expected = block_scores.antidiagonal_mass(exact, stride)
+        torch.testing.assert_close(mass[:, seen].double(), expected[:, seen], rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("columns", [1, 70, 1000, 9000])
+def test_choices_and_lists(columns):
+    """Masses are eighths, so that every decision is exact, and many of them equal."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    scores = torch.randint(0, 9, (3, 5, columns), device="cuda", generator=generator) / 8
+    seen = torch.rand(5, columns, device="cuda", generator=generator) < 0.8
+    forced = (torch.rand(5, columns, device="cuda", generator=generator) < 0.1) & seen
+    for choose in (block_scores.heaviest_blocks, block_scores.largest_blocks):
+        for share in (0.0, 0.25, 0.9, torch.rand(5, 1, device="cuda", generator=generator, dtype=torch.float64)):
+            found, expected = (choose(x, seen, forced, share) for x in (scores, scores.double()))
+            assert torch.equal((found | forced) & seen, (expected | forced) & seen)
+    starts = torch.zeros(1, device="cuda", dtype=torch.int64)
+    found, expected = (KeyBlocks.from_mask(x, starts, 16, 16) for x in (seen[None], seen[None].cpu()))
+    assert torch.equal(found.counts.cpu(), expected.counts)
+    assert torch.equal(found.indices.cpu(), expected.indices)
+
+
+@pytest.mark.parametrize("method", [FlashPrefill(), XAttention()], ids=lambda method: method.method)
+def test_selection_does_not_wait_for_the_gpu(method):
+    request = packed_request(heads=(4, 2), dims=(64, 64), dtype=torch.bfloat16, exact=False, plan=method.shared_plan())
+    expected = select_blocks(request)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = select_blocks(request)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(a, b) for a, b in zip(found[:3], expected[:3], strict=True))
