@@ -82,9 +82,10 @@ def draw_quality(rows: Sequence[QualityRow]) -> Figure:
         rows: of one model and length.
     """
     rows = [row for row in rows if row.variant != DENSE] or list(rows)
+    is_measured = any(row.sparsity is not None for row in rows)
     figure = _figure(11, 1.5 + 0.32 * len(rows))
     with mpl.rc_context(STYLE):
-        change, divergence, share = figure.subplots(1, 3, sharey=True)
+        change, divergence, *others = figure.subplots(1, 3 if is_measured else 2, sharey=True)
         places = list(range(len(rows)))
         for axes, estimates, title in (
             (change, [row.change_percent for row in rows], "perplexity against dense, %"),
@@ -95,24 +96,24 @@ def draw_quality(rows: Sequence[QualityRow]) -> Figure:
             axes.axvline(0, color="black", linewidth=0.8)
             axes.set_title(title)
             _spread(axes, values)
-        for offset, color, label, values in (
-            (-0.19, GREY, "scores", [100 * row.sparsity if row.sparsity is not None else math.nan for row in rows]),
-            (
-                0.19,
-                COLORS[1],
-                "attention mass",
-                [100 * (1 - row.mass_kept) if row.mass_kept is not None else math.nan for row in rows],
-            ),
-        ):
-            bars = share.barh([place + offset for place in places], values, height=0.36, color=color, label=label)
-            share.bar_label(bars, ["" if math.isnan(x) else f"{x:.1f}" for x in values], padding=3, fontsize=8)
-        share.set_title("left out, %")
-        share.margins(x=0.18)
-        share.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        for share in others:
+            _draw_what_is_left_out(share, rows)
         change.set_yticks(places, [row.variant for row in rows])
         change.set_ylim(len(rows) - 0.4, -0.6)
-        _tidy(change, divergence, share)
+        _tidy(change, divergence, *others)
     return figure
+
+
+def _draw_what_is_left_out(axes: Axes, rows: Sequence[QualityRow]) -> None:
+    """Draw the shares of scores and of attention mass that variants leave out, where they were measured."""
+    dropped = [math.nan if row.sparsity is None else 100 * row.sparsity for row in rows]
+    lost = [math.nan if row.mass_kept is None else 100 * (1 - row.mass_kept) for row in rows]
+    for offset, color, label, values in ((-0.19, GREY, "scores", dropped), (0.19, COLORS[1], "attention mass", lost)):
+        bars = axes.barh([i + offset for i in range(len(rows))], values, height=0.36, color=color, label=label)
+        axes.bar_label(bars, ["" if math.isnan(x) else f"{x:.1f}" for x in values], padding=3, fontsize=8)
+    axes.set_title("left out, %")
+    axes.margins(x=0.18)
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
 def _spread(axes: Axes, values: Sequence[float]) -> None:

@@ -222,7 +222,7 @@ class BadThreshold(SkipSoftmax):
     method: Literal["bad_threshold"] = "bad_threshold"
 
     def plan(self):
-        return AttentionPlan(skip=SkipRule(2 * self.threshold + 1))
+        return AttentionPlan(skip=SkipRule(-self.threshold))
 
 
 class SinksOfAnother(SkipSoftmax):
@@ -261,7 +261,7 @@ class Numbered(Rule):
 
 CLASSES = {
     "no plan": (NoPlan, "plan", "NoPlan.plan() returns None; it must return an AttentionPlan"),
-    "threshold": (BadThreshold, "plan", "raises ValueError: skip.threshold: 1.06 is not allowed"),
+    "threshold": (BadThreshold, "plan", "raises ValueError: skip.threshold: -0.03 is not allowed"),
     "sinks": (SinksOfAnother, "plan", "has num_sink_tokens = 0, and the configuration 4; hand it on with"),
     "doubled": (Doubled, "configuration", "written to JSON and loaded again, it is another configuration: Doubled("),
     "infinite": (Infinite, "configuration", "cannot be written as JSON: Out of range float values"),
