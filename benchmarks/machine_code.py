@@ -21,11 +21,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from modelopt_lite.kernels import AttentionRequest, backward, forward
+from modelopt_lite.kernels import AttentionRequest, KeyBlocks, backward, forward, portable
 from modelopt_lite.kernels.portable import KEY_SETTINGS, QUERY_SETTINGS, SETTINGS
-from modelopt_lite.kernels.settings import Settings, block_dim, default_settings, options_of
+from modelopt_lite.kernels.settings import Settings, block_dim, default_settings
 from modelopt_lite.kernels.top_n import top_n_plan
-from modelopt_lite.plan import AttentionPlan
+from modelopt_lite.plan import BLOCK_SIZE, AttentionPlan
 
 KERNELS = {
     # function, its table of settings, number of tensors with strides
@@ -54,6 +54,7 @@ def compile_kernel(
     n_of_m: tuple[int, int] | None,
     causal: bool,
     settings: Settings | None = None,
+    listed: bool = False,
 ) -> CompiledKernel:
     """Compile one of ``KERNELS`` as :mod:`modelopt_lite.kernels.portable` would, by default with its settings.
 
@@ -65,12 +66,15 @@ def compile_kernel(
         n_of_m: kept of how many, or None for dense.
         causal: whether a query sees only keys at its own position and before.
         settings: tiles and warps, instead of the table's.
+        listed: whether there are lists of key blocks, of the default size.
     """
     function, _, strided = KERNELS[kernel]
     plan = top_n_plan(*(n_of_m or (0, 4)), 0, 64)
     group = 1 if plan.is_dense else plan.group
     block_d, block_dv = map(block_dim, dims)
+    request = empty_request(dtype, dims, plan, causal, listed)
     settings = settings or table_settings(kernel, capability, dtype, dims, n_of_m, causal)
+    settings = portable.fitted(settings, request.blocks)
     keys_box, queries_box = [group, settings.block_n // group, 1], [1, settings.block_m]
     boxes = {
         "key_descriptor": [*keys_box, block_d],
@@ -82,7 +86,11 @@ def compile_kernel(
     signature: dict[str, Any] = {}
     constants: dict[tuple[int, ...], Any] = {}
     for name, place in places.items():
-        if name == "sink_logits_ptr" or (name in boxes and not settings.descriptors):
+        if (
+            name == "sink_logits_ptr"
+            or (name in boxes and not settings.descriptors)
+            or (name, listed) == ("lists", False)
+        ):
             signature[name], constants[place,] = "constexpr", None
         elif name in boxes:
             signature[name] = f"tensordesc<{TYPES[dtype]}{boxes[name]}>"
@@ -99,10 +107,12 @@ def compile_kernel(
         "SCORE_HOOK": "constexpr",
         "OPTIONS": "constexpr",
     }
+    if listed:
+        signature["lists"] = ("*i32",) * 3 + ("i32",) * (4 if kernel == "keys" else 3)
     constants |= {(places["sequences"], index): None for index in (4, 5)}
     constants |= {(places["hook_args"], index): number for index, number in enumerate(plan.hook_constants)}
     constants[places["SCORE_HOOK"],] = plan.score_hook
-    constants[places["OPTIONS"],] = options_of(empty_request(dtype, dims, plan, causal), settings)
+    constants[places["OPTIONS"],] = portable.options_for(request, settings)
     aligned = [(place,) for name, place in places.items() if name.endswith("_ptr") and signature[name] != "constexpr"]
     aligned += [(places["strides"], *pair) for pair in itertools.product(range(strided), range(2))]
     return triton.compile(
@@ -125,13 +135,17 @@ def table_settings(
     return default_settings(capability, dtype, block_d, group, causal, KERNELS[kernel][1], kernel != "forward")
 
 
-def empty_request(dtype: torch.dtype, dims: tuple[int, int], plan: AttentionPlan, causal: bool) -> AttentionRequest:
+def empty_request(
+    dtype: torch.dtype, dims: tuple[int, int], plan: AttentionPlan, causal: bool, listed: bool = False
+) -> AttentionRequest:
     """Return a request without tokens, as options are made from."""
     q, v = (torch.empty(0, 1, dim, dtype=dtype) for dim in dims)
     none = torch.empty(0, dtype=torch.int64)
+    lists = KeyBlocks.from_mask(torch.empty(1, 0, 0, dtype=torch.bool), none, BLOCK_SIZE, BLOCK_SIZE)
     return AttentionRequest(
         q=q, k=q, v=v, s_aux=None, starts_q=none, lengths_q=none, max_q=0, starts_k=none, lengths_k=none, max_k=0,
         is_causal=causal, softmax_scale=1.0, sliding_window=None, softcap=None, plan=plan,
+        blocks=lists if listed else None,
     )  # fmt: skip
 
 

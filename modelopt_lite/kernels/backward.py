@@ -16,6 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .lists import floor_mod, list_of_keys, list_of_queries, look_up, places_of, position_at, rows_exist
 from .tiles import (
     BOUNDED_N,
     LOG2E,
@@ -25,6 +26,7 @@ from .tiles import (
     key_spans,
     load_tile,
     place,
+    position_of_first,
     scale_scores,
     select_scores,
     weigh,
@@ -93,6 +95,7 @@ def differentiate_softmax(
     SCORE_HOOK: tl.constexpr,
     OPTIONS: tl.constexpr,
     MASKED: tl.constexpr,
+    unlisted,
 ):
     """Compute one tile's softmax weights again, and the gradient of its scores before the scale.
 
@@ -109,13 +112,14 @@ def differentiate_softmax(
         SCORE_HOOK: which scores to keep, or None.
         OPTIONS: :class:`modelopt_lite.kernels.settings.Options`.
         MASKED: whether visibility and exemptions are checked for each key.
+        unlisted: whether the tile is not listed.
 
     Returns:
         Weights and gradients.
     """
     GROUP: tl.constexpr = OPTIONS.group
     scores, to_log2 = scale_scores(products, numbers, OPTIONS)
-    parts, keep, _ = select_scores(scores, q_pos, groups, rules, hook_args, SCORE_HOOK, OPTIONS, MASKED)
+    parts, keep, _ = select_scores(scores, q_pos, groups, rules, hook_args, SCORE_HOOK, OPTIONS, MASKED, unlisted)
     weights = ()
     for r in tl.static_range(GROUP):
         weight = tl.math.exp2(parts[r] * to_log2 - shift)
@@ -150,6 +154,7 @@ def add_key_tile(
     BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr,
     BOUNDED: tl.constexpr,
+    unlisted=0,
 ):
     """Add to the gradient of a tile of queries what the key tile that begins at position ``first`` gives."""
     GROUP: tl.constexpr = OPTIONS.group
@@ -164,14 +169,15 @@ def add_key_tile(
     groups = first + GROUP * tl.arange(0, BLOCK_N // GROUP)[None, :]
     _, grad_scores = differentiate_softmax(
         products, grad_weights, rules[0][:, None], groups, shift[:, None], delta[:, None], rules, numbers, hook_args,
-        SCORE_HOOK, OPTIONS, MASKED,
+        SCORE_HOOK, OPTIONS, MASKED, unlisted,
     )  # fmt: skip
     return tl.dot(grad_scores.to(key_tile.dtype), key_tile, accumulator, input_precision="ieee")
 
 
 @triton.jit(
     do_not_specialize=[
-        "batch", "total", "tiles_per_head", "heads_per_wave", "num_sinks", "window", "sliding_window", "hook_args"
+        "batch", "total", "tiles_per_head", "heads_per_wave", "num_sinks", "window", "sliding_window", "lists",
+        "hook_args",
     ]
 )  # fmt: skip
 def gradient_of_queries(
@@ -195,6 +201,7 @@ def gradient_of_queries(
     num_sinks,
     window,
     sliding_window,
+    lists,
     hook_args,
     SCORE_HOOK: tl.constexpr,
     OPTIONS: tl.constexpr,
@@ -225,6 +232,7 @@ def gradient_of_queries(
         num_sinks: leading keys that are always kept.
         window: most recent keys that are always kept.
         sliding_window: most recent keys that are visible, if ``OPTIONS.sliding``.
+        lists: as in the forward.
         hook_args: constants, then numbers, for the hook.
         SCORE_HOOK: which scores to keep, or None.
         OPTIONS: :class:`modelopt_lite.kernels.settings.Options`.
@@ -232,6 +240,8 @@ def gradient_of_queries(
     BLOCK_M: tl.constexpr = OPTIONS.block_m
     BLOCK_N: tl.constexpr = OPTIONS.block_n
     BLOCK_D: tl.constexpr = OPTIONS.block_d
+    BOUNDED: tl.constexpr = OPTIONS.block_n if OPTIONS.block_n < BOUNDED_N else BOUNDED_N
+    SIZE: tl.constexpr = OPTIONS.block_size
     # Where registers are full, what does not change is worth computing again.
     AGAIN: tl.constexpr = BLOCK_D > 128 or not OPTIONS.hopper
     starts_q, lengths_q, starts_k, lengths_k, firsts_q, firsts_k = sequences
@@ -247,17 +257,25 @@ def gradient_of_queries(
     sequence = (wave * heads_per_wave + program % heads_in_wave) // heads
     head = (wave * heads_per_wave + program % heads_in_wave) % heads
     query_length = tl.load(lengths_q + sequence).to(tl.int32)
-    if row_start >= query_length:
-        return
+    if lists is None:
+        if row_start >= query_length:
+            return
     length = tl.load(lengths_k + sequence).to(tl.int32)
     start_q = tl.load(starts_q + sequence).to(tl.int64)
     start_k = tl.load(starts_k + sequence).to(tl.int64)
+    if lists is not None:
+        # Tiles begin where query blocks do.
+        row_start -= floor_mod(position_of_first(firsts_q, sequence, length - query_length, OPTIONS), BLOCK_M)
+        if tl.maximum(row_start, 0) >= query_length:
+            return
     kv_head = head // heads_per_kv
     head = head.to(tl.int64)
 
-    # [BLOCK_M]; rows past the end repeat the last one and are not stored.
+    # [BLOCK_M]; rows before the first one repeat it, rows past the end the last one, and none of these is stored.
     offsets_m = row_start + tl.arange(0, BLOCK_M)
     query_rows = tl.minimum(offsets_m, query_length - 1)
+    if lists is not None:
+        query_rows = tl.maximum(query_rows, 0)
     rows = start_q + query_rows
     shift = tl.load(shift_ptr + head * total + rows)
     delta = tl.load(delta_ptr + head * total + rows)
@@ -279,26 +297,40 @@ def gradient_of_queries(
         rules = rules + (first_key,)
         spans = bounded_span(first_position, last_position, rules, OPTIONS)
     else:
-        spans = key_spans(first_position, last_position, rules, SCORE_HOOK is not None, OPTIONS)
+        spans = key_spans(first_position, last_position, rules, SCORE_HOOK is not None or lists is not None, OPTIONS)
     keys_begin, hot_begin, band_begin, band_end, full_end, bounded_begin, keys_end = spans
+    if lists is not None:
+        blocks = list_of_queries(lists, head, sequence, first_query, first_key, last_position, OPTIONS)
     for offset in tl.range(0, hot_begin - keys_begin + band_end - band_begin, BLOCK_N, disable_licm=AGAIN):
         first = keys_begin + offset
         first += tl.where(first >= hot_begin, band_begin - hot_begin, 0)
-        accumulator = add_key_tile(
-            query, grad, shift, delta, first, accumulator, key, value, rules, numbers, hook_args,
-            SCORE_HOOK, OPTIONS, BLOCK_N, MASKED=True, BOUNDED=False,
-        )  # fmt: skip
-    for first in tl.range(bounded_begin, keys_end, BOUNDED_N, num_stages=1, disable_licm=AGAIN):
-        accumulator = add_key_tile(
-            query, grad, shift, delta, first, accumulator, key, value, rules, numbers, hook_args,
-            SCORE_HOOK, OPTIONS, BOUNDED_N, MASKED=True, BOUNDED=True,
-        )  # fmt: skip
+        unlisted, visited = 0, True
+        if lists is not None:
+            unlisted, visited = look_up(blocks, first, first, first_position, rules, SIZE, BLOCK_M, BLOCK_N)
+        if visited:
+            accumulator = add_key_tile(
+                query, grad, shift, delta, first, accumulator, key, value, rules, numbers, hook_args,
+                SCORE_HOOK, OPTIONS, BLOCK_N, MASKED=True, BOUNDED=False, unlisted=unlisted,
+            )  # fmt: skip
+    for first in tl.range(bounded_begin, keys_end, BOUNDED, num_stages=1, disable_licm=AGAIN):
+        unlisted, visited = 0, True
+        if lists is not None:
+            unlisted, visited = look_up(blocks, first, first, first_position, rules, SIZE, BLOCK_M, BOUNDED)
+        if visited:
+            accumulator = add_key_tile(
+                query, grad, shift, delta, first, accumulator, key, value, rules, numbers, hook_args,
+                SCORE_HOOK, OPTIONS, BOUNDED, MASKED=True, BOUNDED=True, unlisted=unlisted,
+            )  # fmt: skip
+    if lists is not None:
+        hot_begin, band_begin, band_end, full_end = places_of(blocks, (hot_begin, band_begin, band_end, full_end), SIZE)
     # Without sinks and recent keys, hot tiles are empty to a rule that keeps nothing.
     hot_end = hot_begin if OPTIONS.keeps_nothing else full_end - (band_end - band_begin)
     for begin in tl.range(hot_begin, hot_end, BLOCK_N, disable_licm=AGAIN):
         first = begin
         if not OPTIONS.causal:
             first += tl.where(first >= band_begin, band_end - band_begin, 0)
+        if lists is not None:
+            first = position_at(blocks, first, SIZE)
         accumulator = add_key_tile(
             query, grad, shift, delta, first, accumulator, key, value, rules, numbers, hook_args,
             SCORE_HOOK, OPTIONS, BLOCK_N, MASKED=False, BOUNDED=False,
@@ -306,7 +338,7 @@ def gradient_of_queries(
 
     store_rows(
         grad_query_ptr + head * grad_query_strides[1], grad_query_strides[0], start_q + offsets_m,
-        offsets_m < query_length, accumulator * numbers[0], OPTIONS.head_dim,
+        rows_exist(offsets_m, query_length, OPTIONS), accumulator * numbers[0], OPTIONS.head_dim,
     )  # fmt: skip
 
 
@@ -330,10 +362,11 @@ def add_query_tile(
     OPTIONS: tl.constexpr,
     MASKED: tl.constexpr,
     BOUNDED: tl.constexpr,
+    unlisted=0,
 ):
     """Add to the gradients of the key tile at position ``first`` what the queries from row ``row`` on give.
 
-    ``BOUNDED``: the queries may reach past the sequence's end.
+    ``BOUNDED``: the queries may reach past the sequence's end, or begin before it.
     """
     BLOCK_M: tl.constexpr = OPTIONS.block_m
     BLOCK_N: tl.constexpr = OPTIONS.block_n
@@ -344,8 +377,9 @@ def add_query_tile(
     offsets_m = row + tl.arange(0, BLOCK_M)
     shift_ptr, delta_ptr = numbers_of_rows
     if BOUNDED:
-        shift = tl.load(shift_ptr + offsets_m, mask=offsets_m < query_length, other=float("inf"))
-        delta = tl.load(delta_ptr + offsets_m, mask=offsets_m < query_length, other=0.0)
+        exist = rows_exist(offsets_m, query_length, OPTIONS)
+        shift = tl.load(shift_ptr + offsets_m, mask=exist, other=float("inf"))
+        delta = tl.load(delta_ptr + offsets_m, mask=exist, other=0.0)
     else:
         shift = tl.load(shift_ptr + offsets_m)
         delta = tl.load(delta_ptr + offsets_m)
@@ -356,7 +390,7 @@ def add_query_tile(
     q_pos = (first_query + offsets_m)[:, None]
     weights, grad_scores = differentiate_softmax(
         products, grad_weights, q_pos, groups, shift[:, None], delta[:, None], rules, numbers, hook_args,
-        SCORE_HOOK, OPTIONS, MASKED,
+        SCORE_HOOK, OPTIONS, MASKED, unlisted,
     )  # fmt: skip
     weights = weights.to(grad_tile.dtype).T
     grad_scores = grad_scores.to(query_tile.dtype).T
@@ -440,7 +474,8 @@ def query_spans(first, query_length, first_query, rules, SPARSE: tl.constexpr, O
 
 @triton.jit(
     do_not_specialize=[
-        "batch", "total", "tiles_per_head", "heads_per_wave", "num_sinks", "window", "sliding_window", "hook_args"
+        "batch", "total", "tiles_per_head", "heads_per_wave", "num_sinks", "window", "sliding_window", "lists",
+        "hook_args",
     ]
 )  # fmt: skip
 def gradient_of_keys(
@@ -465,6 +500,7 @@ def gradient_of_keys(
     num_sinks,
     window,
     sliding_window,
+    lists,
     hook_args,
     SCORE_HOOK: tl.constexpr,
     OPTIONS: tl.constexpr,
@@ -495,6 +531,9 @@ def gradient_of_keys(
         num_sinks: leading keys that are always kept.
         window: most recent keys that are always kept.
         sliding_window: most recent keys that are visible, if ``OPTIONS.sliding``.
+        lists: which query blocks look at each key block, or None: pointers ``begins`` and ``indices`` of
+            :class:`~modelopt_lite.kernels.blocks.QueryBlocks`, ``starts``, query heads a list, query blocks and key
+            blocks of a head, and sequences.
         hook_args: constants, then numbers, for the hook.
         SCORE_HOOK: which scores to keep, or None.
         OPTIONS: :class:`modelopt_lite.kernels.settings.Options`.
@@ -504,6 +543,7 @@ def gradient_of_keys(
     BLOCK_D: tl.constexpr = OPTIONS.block_d
     BLOCK_DV: tl.constexpr = OPTIONS.block_dv
     GROUP: tl.constexpr = OPTIONS.group
+    ROWS: tl.constexpr = OPTIONS.block_rows
     starts_q, lengths_q, starts_k, lengths_k, firsts_q, firsts_k = sequences
     query_strides, key_strides, value_strides, grad_strides, grad_key_strides, grad_value_strides = strides
     kv_heads, heads_per_kv = heads_of
@@ -524,7 +564,8 @@ def gradient_of_keys(
         firsts_q, firsts_k, sequence, query_length, length, start_k, num_sinks, window, OPTIONS
     )
     if OPTIONS.positions:
-        first += first_key // GROUP * GROUP
+        STEP: tl.constexpr = GROUP if lists is None else BLOCK_N
+        first += first_key // STEP * STEP
     if first >= length:
         return
     rules = (None, length, num_sinks, window, sliding_window)
@@ -535,15 +576,25 @@ def gradient_of_keys(
     key_tile = load_tile(key, first, length, OPTIONS.head_dim, BLOCK_N, BLOCK_D, GROUP, True, first_key)
     value_tile = load_tile(value, first, length, OPTIONS.value_dim, BLOCK_N, BLOCK_DV, GROUP, True, first_key)
 
+    # Rows are counted from where tiles begin: from the first query, or with lists from so many rows before it.
+    before = query_length * 0
+    if lists is not None:
+        before = floor_mod(first_query, BLOCK_M)
     rows_begin, hot_begin, band_begin, band_end, full_end, rows_end = query_spans(
-        first, query_length, first_query, rules, SCORE_HOOK is not None, OPTIONS
+        first, query_length + before, first_query - before, rules, SCORE_HOOK is not None or lists is not None, OPTIONS
     )
+    # The first tile is bounded too if some of its rows do not exist.
+    lead = query_length * 0
+    if lists is not None:
+        lead = tl.where((before > 0) & (rows_begin == 0) & (full_end > 0), BLOCK_M, 0)
+        rows_begin += lead
+        hot_begin = tl.maximum(hot_begin, rows_begin)
+        band_begin = tl.maximum(band_begin, rows_begin)
+        band_end = tl.maximum(band_end, rows_begin)
     if OPTIONS.positions:
         rules = rules + (first_key,)
     grad_key = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     grad_value = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-    # A rule that keeps nothing leaves hot tiles empty.
-    hot_end = hot_begin if OPTIONS.keeps_nothing else full_end - (band_end - band_begin)
     # What does not change is worth computing again: registers are full.
     for member in range(heads_per_kv):
         head = kv_head * heads_per_kv + member
@@ -551,22 +602,50 @@ def gradient_of_keys(
         query = (query_ptr + far_head * query_strides[1], query_strides[0], query_descriptor, start_q, head)
         grad = (grad_ptr + far_head * grad_strides[1], grad_strides[0], grad_descriptor, start_q, head)
         numbers_of_rows = (shift_ptr + (far_head * total + start_q), delta_ptr + (far_head * total + start_q))
+        hot_bounds = (hot_begin, band_begin, band_end, full_end)
+        if lists is not None:
+            blocks = list_of_keys(lists, head, sequence, first_query, first_key, first, OPTIONS)
+            origin = first_query - before
+            hot_bounds = places_of(
+                blocks, (hot_begin + origin, band_begin + origin, band_end + origin, full_end + origin), ROWS
+            )
         for offset in tl.range(0, hot_begin - rows_begin + band_end - band_begin, BLOCK_M, disable_licm=True):
             row = rows_begin + offset
             row += tl.where(row >= hot_begin, band_begin - hot_begin, 0)
-            grad_key, grad_value = add_query_tile(
-                key_tile, value_tile, first, row, grad_key, grad_value, query, grad, numbers_of_rows, query_length,
-                first_query, rules, numbers, hook_args, SCORE_HOOK, OPTIONS, MASKED=True, BOUNDED=False,
-            )  # fmt: skip
-        for row in tl.range(full_end, rows_end, BLOCK_M, num_stages=1, disable_licm=True):
-            grad_key, grad_value = add_query_tile(
-                key_tile, value_tile, first, row, grad_key, grad_value, query, grad, numbers_of_rows, query_length,
-                first_query, rules, numbers, hook_args, SCORE_HOOK, OPTIONS, MASKED=True, BOUNDED=True,
-            )  # fmt: skip
-        for begin in tl.range(hot_begin, hot_end, BLOCK_M, disable_licm=True):
+            row -= before
+            unlisted, visited = 0, True
+            if lists is not None:
+                position = first_query + row
+                unlisted, visited = look_up(blocks, position, first, position, rules, ROWS, BLOCK_M, BLOCK_N)
+            if visited:
+                grad_key, grad_value = add_query_tile(
+                    key_tile, value_tile, first, row, grad_key, grad_value, query, grad, numbers_of_rows, query_length,
+                    first_query, rules, numbers, hook_args, SCORE_HOOK, OPTIONS, MASKED=True, BOUNDED=False,
+                    unlisted=unlisted,
+                )  # fmt: skip
+        for begin in tl.range(full_end - lead, rows_end, BLOCK_M, num_stages=1, disable_licm=True):
+            row = begin
+            if lists is not None:
+                row = tl.where(begin < full_end, 0, begin) - before
+            unlisted, visited = 0, True
+            if lists is not None:
+                position = first_query + row
+                unlisted, visited = look_up(blocks, position, first, position, rules, ROWS, BLOCK_M, BLOCK_N)
+            if visited:
+                grad_key, grad_value = add_query_tile(
+                    key_tile, value_tile, first, row, grad_key, grad_value, query, grad, numbers_of_rows, query_length,
+                    first_query, rules, numbers, hook_args, SCORE_HOOK, OPTIONS, MASKED=True, BOUNDED=True,
+                    unlisted=unlisted,
+                )  # fmt: skip
+        hot_first, gap_begin, gap_end, hot_last = hot_bounds
+        # A rule that keeps nothing leaves hot tiles empty.
+        hot_end = hot_first if OPTIONS.keeps_nothing else hot_last - (gap_end - gap_begin)
+        for begin in tl.range(hot_first, hot_end, BLOCK_M, disable_licm=True):
             row = begin
             if not OPTIONS.causal:
-                row += tl.where(row >= band_begin, band_end - band_begin, 0)
+                row += tl.where(row >= gap_begin, gap_end - gap_begin, 0)
+            if lists is not None:
+                row = position_at(blocks, row, ROWS) - first_query
             grad_key, grad_value = add_query_tile(
                 key_tile, value_tile, first, row, grad_key, grad_value, query, grad, numbers_of_rows, query_length,
                 first_query, rules, numbers, hook_args, SCORE_HOOK, OPTIONS, MASKED=False, BOUNDED=False,

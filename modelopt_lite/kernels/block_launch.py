@@ -5,6 +5,7 @@ The functions return what those of the same name in :mod:`modelopt_lite.kernels.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,6 +26,20 @@ MAX_COLUMNS = 16384
 """Key blocks up to which a program holds all scores of a query block to choose the largest."""
 PARTIAL_BYTES = 1 << 29
 """About how many bytes :func:`antidiagonal_mass` keeps beside its result."""
+
+
+def is_wanted(x: Tensor) -> bool:
+    """Whether kernels are to run on a tensor: on a GPU, where ``MODELOPT_LITE_SELECTION`` is ``triton``.
+
+    Without it PyTorch operations choose blocks, as the kernels have run in Triton's interpreter alone so far.
+
+    Raises:
+        ValueError: if the variable has another value than ``triton``, ``torch`` or none.
+    """
+    value = os.environ.get("MODELOPT_LITE_SELECTION", "")
+    if value not in ("", "torch", "triton"):
+        raise ValueError(f"MODELOPT_LITE_SELECTION: {value!r} is not allowed; triton, torch or nothing")
+    return x.is_cuda and value == "triton"
 
 
 def refusal(grid: BlockGrid) -> str | None:

@@ -1,8 +1,9 @@
 """What selectors of key blocks are made of: scores of pairs of blocks, and choices by these scores.
 
-Each function runs as Triton kernels for tensors on a CUDA GPU and as PyTorch operations elsewhere, with the same result
-up to FP32 rounding. None of them waits for the device. A user's own method calls them in its ``scores`` and its
-``choose``; the methods ``flash_prefill``, ``xattention`` and ``mean_pool_top_k`` consist of little else.
+Each function runs as PyTorch operations, or on a CUDA GPU as Triton kernels if the environment variable
+``MODELOPT_LITE_SELECTION`` is ``triton``, with the same result up to FP32 rounding. None of them waits for the device.
+A user's own method calls them in its ``scores`` and its ``choose``; the methods ``flash_prefill``, ``xattention`` and
+``mean_pool_top_k`` consist of little else.
 """
 
 from __future__ import annotations
@@ -183,9 +184,9 @@ def _in_order(values: Tensor, order: Tensor) -> Tensor:
 
 def _runs_kernels(grid: BlockGrid) -> bool:
     """Whether the kernels score; says once why, if they do not on a GPU."""
-    if not grid.request.q.is_cuda:
+    if tl is None or not block_launch.is_wanted(grid.request.q):
         return False
-    reason = "Triton is not installed" if tl is None else block_launch.refusal(grid)
+    reason = block_launch.refusal(grid)
     if reason is not None and reason not in _reasons_told:
         _reasons_told.add(reason)
         logger.warning("key blocks are chosen with PyTorch operations, which are slow on a GPU: %s", reason)
@@ -195,7 +196,7 @@ def _runs_kernels(grid: BlockGrid) -> bool:
 def _chooses_by_kernel(scores: Tensor) -> bool:
     return (
         tl is not None
-        and scores.is_cuda
+        and block_launch.is_wanted(scores)
         and scores.dtype == torch.float32
         and scores.shape[-1] <= block_launch.MAX_COLUMNS
         and not scores.requires_grad

@@ -103,7 +103,7 @@ class KeyBlocks(NamedTuple):
 
 def _listed(mask: Tensor) -> tuple[Tensor, Tensor]:
     """Return how often a mask is set along its last dimension, and where: those numbers first, then all others."""
-    if mask.is_cuda and tl is not None:
+    if tl is not None and block_launch.is_wanted(mask):
         return block_launch.listed(mask)
     counts = mask.sum(-1, dtype=torch.int32)
     return counts, (~mask).to(torch.uint8).argsort(dim=-1, stable=True).to(torch.int32)

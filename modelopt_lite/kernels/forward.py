@@ -17,6 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .lists import floor_mod, list_of_queries, look_up, places_of, position_at, rows_exist
 from .tiles import (
     BOUNDED_N,
     LOG2E,
@@ -26,6 +27,7 @@ from .tiles import (
     key_spans,
     load_tile,
     place,
+    position_of_first,
     scale_scores,
     select_scores,
     weigh,
@@ -54,11 +56,13 @@ def attend_tile(
     MASKED: tl.constexpr,
     BOUNDED: tl.constexpr,
     FROZEN: tl.constexpr,
+    unlisted=0,
 ):
     """Take the key tile that begins at position ``first`` into the softmax.
 
     ``MASKED``: visibility and exemptions are checked for each key. ``BOUNDED``: the tile may reach past the sequence's
-    end (and is masked). ``FROZEN``: ``running_max`` stays as it is.
+    end (and is masked). ``FROZEN``: ``running_max`` stays as it is. ``unlisted``: see
+    :func:`~modelopt_lite.kernels.tiles.select_scores`.
     """
     BLOCK_M: tl.constexpr = OPTIONS.block_m
     GROUP: tl.constexpr = OPTIONS.group
@@ -73,7 +77,7 @@ def attend_tile(
     # GROUP tiles [BLOCK_M, BLOCK_N // GROUP]
     groups = first + GROUP * tl.arange(0, BLOCK_N // GROUP)[None, :]
     parts, keep, largest = select_scores(
-        scores, rules[0][:, None], groups, rules, hook_args, SCORE_HOOK, OPTIONS, MASKED
+        scores, rules[0][:, None], groups, rules, hook_args, SCORE_HOOK, OPTIONS, MASKED, unlisted
     )
 
     # [BLOCK_M]
@@ -116,6 +120,8 @@ def attend_tiles(
     running_max,
     partial_sum,
     spans,
+    lists,
+    where,
     key,
     value,
     rules,
@@ -124,31 +130,53 @@ def attend_tiles(
     SCORE_HOOK: tl.constexpr,
     OPTIONS: tl.constexpr,
 ):
-    """Take all key tiles of ``spans`` into the softmax: masked, bounded, then hot ones."""
+    """Take all key tiles of ``spans`` into the softmax, as far as they are listed: masked, bounded, then hot ones.
+
+    ``where`` is the query head, the sequence, and the positions of its first query, its first key, and of the first and
+    the last query of the tile.
+    """
+    BLOCK_M: tl.constexpr = OPTIONS.block_m
     BLOCK_N: tl.constexpr = OPTIONS.block_n
+    BOUNDED: tl.constexpr = OPTIONS.block_n if OPTIONS.block_n < BOUNDED_N else BOUNDED_N
+    SIZE: tl.constexpr = OPTIONS.block_size
     # Registers are full where every tile has a maximum: what does not change is worth computing again.
     AGAIN: tl.constexpr = not OPTIONS.frozen
     keys_begin, hot_begin, band_begin, band_end, full_end, bounded_begin, keys_end = spans
+    head, sequence, first_query, first_key, first_position, last_position = where
+    if lists is not None:
+        blocks = list_of_queries(lists, head, sequence, first_query, first_key, last_position, OPTIONS)
 
     # Before the hot tiles and between them (or, when causal, after them).
     for offset in tl.range(0, hot_begin - keys_begin + band_end - band_begin, BLOCK_N, disable_licm=AGAIN):
         first = keys_begin + offset
         first += tl.where(first >= hot_begin, band_begin - hot_begin, 0)
-        accumulator, running_max, partial_sum = attend_tile(
-            query, first, accumulator, running_max, partial_sum, key, value, rules, numbers, hook_args,
-            SCORE_HOOK, OPTIONS, BLOCK_N, MASKED=True, BOUNDED=False, FROZEN=False,
-        )  # fmt: skip
-    for first in tl.range(bounded_begin, keys_end, BOUNDED_N, num_stages=1, disable_licm=AGAIN):
-        accumulator, running_max, partial_sum = attend_tile(
-            query, first, accumulator, running_max, partial_sum, key, value, rules, numbers, hook_args,
-            SCORE_HOOK, OPTIONS, BOUNDED_N, MASKED=True, BOUNDED=True, FROZEN=False,
-        )  # fmt: skip
+        unlisted, visited = 0, True
+        if lists is not None:
+            unlisted, visited = look_up(blocks, first, first, first_position, rules, SIZE, BLOCK_M, BLOCK_N)
+        if visited:
+            accumulator, running_max, partial_sum = attend_tile(
+                query, first, accumulator, running_max, partial_sum, key, value, rules, numbers, hook_args,
+                SCORE_HOOK, OPTIONS, BLOCK_N, MASKED=True, BOUNDED=False, FROZEN=False, unlisted=unlisted,
+            )  # fmt: skip
+    for first in tl.range(bounded_begin, keys_end, BOUNDED, num_stages=1, disable_licm=AGAIN):
+        unlisted, visited = 0, True
+        if lists is not None:
+            unlisted, visited = look_up(blocks, first, first, first_position, rules, SIZE, BLOCK_M, BOUNDED)
+        if visited:
+            accumulator, running_max, partial_sum = attend_tile(
+                query, first, accumulator, running_max, partial_sum, key, value, rules, numbers, hook_args,
+                SCORE_HOOK, OPTIONS, BOUNDED, MASKED=True, BOUNDED=True, FROZEN=False, unlisted=unlisted,
+            )  # fmt: skip
+    if lists is not None:
+        hot_begin, band_begin, band_end, full_end = places_of(blocks, (hot_begin, band_begin, band_end, full_end), SIZE)
     # Without sinks and recent keys, hot tiles are empty to a rule that keeps nothing.
     hot_end = hot_begin if OPTIONS.keeps_nothing else full_end - (band_end - band_begin)
     for begin in tl.range(hot_begin, hot_end, BLOCK_N, disable_licm=AGAIN):
         first = begin
         if not OPTIONS.causal:
             first += tl.where(first >= band_begin, band_end - band_begin, 0)
+        if lists is not None:
+            first = position_at(blocks, first, SIZE)
         accumulator, running_max, partial_sum = attend_tile(
             query, first, accumulator, running_max, partial_sum, key, value, rules, numbers, hook_args,
             SCORE_HOOK, OPTIONS, BLOCK_N, MASKED=False, BOUNDED=False, FROZEN=OPTIONS.frozen,
@@ -184,7 +212,8 @@ def fill_gap(
 
 @triton.jit(
     do_not_specialize=[
-        "batch", "total", "tiles_per_head", "heads_per_wave", "num_sinks", "window", "sliding_window", "hook_args"
+        "batch", "total", "tiles_per_head", "heads_per_wave", "num_sinks", "window", "sliding_window", "lists",
+        "hook_args",
     ]
 )  # fmt: skip
 def attention_forward(
@@ -207,6 +236,7 @@ def attention_forward(
     num_sinks,
     window,
     sliding_window,
+    lists,
     hook_args,
     SCORE_HOOK: tl.constexpr,
     OPTIONS: tl.constexpr,
@@ -234,6 +264,8 @@ def attention_forward(
         num_sinks: leading keys that are always kept.
         window: most recent keys that are always kept.
         sliding_window: most recent keys that are visible, if ``OPTIONS.sliding``.
+        lists: which key blocks to visit, or None: pointers ``counts``, ``indices`` and ``starts`` of
+            :class:`~modelopt_lite.kernels.blocks.KeyBlocks`, query heads a list, query blocks and key blocks of a head.
         hook_args: constants, then numbers, for the hook.
         SCORE_HOOK: which scores to keep, or None.
         OPTIONS: :class:`modelopt_lite.kernels.settings.Options`.
@@ -260,15 +292,23 @@ def attention_forward(
     sequence = (wave * heads_per_wave + program % heads_in_wave) // heads
     head = (wave * heads_per_wave + program % heads_in_wave) % heads
     query_length = tl.load(lengths_q + sequence).to(tl.int32)
-    if row_start >= query_length:
-        return
+    if lists is None:
+        if row_start >= query_length:
+            return
     length = tl.load(lengths_k + sequence).to(tl.int32)
     start_q = tl.load(starts_q + sequence).to(tl.int64)
     start_k = tl.load(starts_k + sequence).to(tl.int64)
+    if lists is not None:
+        # Tiles begin where query blocks do.
+        row_start -= floor_mod(position_of_first(firsts_q, sequence, length - query_length, OPTIONS), BLOCK_M)
+        if tl.maximum(row_start, 0) >= query_length:
+            return
 
-    # [BLOCK_M]; rows past the end repeat the last one and are not stored.
+    # [BLOCK_M]; rows before the first one repeat it, rows past the end the last one, and none of these is stored.
     offsets_m = row_start + tl.arange(0, BLOCK_M)
     query_rows = tl.minimum(offsets_m, query_length - 1)
+    if lists is not None:
+        query_rows = tl.maximum(query_rows, 0)
     first_query, first_key, length, start_k, num_sinks, window = place(
         firsts_q, firsts_k, sequence, query_length, length, start_k, num_sinks, window, OPTIONS
     )
@@ -299,7 +339,8 @@ def attention_forward(
         rules = rules + (first_key,)
         spans = bounded_span(first_position, last_position, rules, OPTIONS)
     else:
-        spans = key_spans(first_position, last_position, rules, SCORE_HOOK is not None, OPTIONS)
+        spans = key_spans(first_position, last_position, rules, SCORE_HOOK is not None or lists is not None, OPTIONS)
+    where = (head, sequence, first_query, first_key, first_position, last_position)
 
     # [BLOCK_M, BLOCK_DV], [BLOCK_M], [BLOCK_M, LANES]
     zeros = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
@@ -314,8 +355,8 @@ def attention_forward(
         pending = True
         while pending:
             accumulator, running_max, partial_sum = attend_tiles(
-                query, zeros, initial_max, initial_sum, spans, key, value, rules, numbers, hook_args,
-                SCORE_HOOK, OPTIONS,
+                query, zeros, initial_max, initial_sum, spans, lists, where, key, value, rules, numbers,
+                hook_args, SCORE_HOOK, OPTIONS,
             )  # fmt: skip
             # Zero times a finite number is zero.
             suspicious = tl.sum(accumulator * 0.0, 1) + tl.sum(partial_sum * 0.0, 1) != 0.0
@@ -324,13 +365,14 @@ def attention_forward(
             spans = (keys_begin, keys_begin, keys_begin, keys_begin, keys_begin, keys_begin, keys_end)
     else:
         accumulator, running_max, partial_sum = attend_tiles(
-            query, zeros, initial_max, initial_sum, spans, key, value, rules, numbers, hook_args, SCORE_HOOK, OPTIONS
-        )
+            query, zeros, initial_max, initial_sum, spans, lists, where, key, value, rules, numbers,
+            hook_args, SCORE_HOOK, OPTIONS,
+        )  # fmt: skip
 
     # [BLOCK_M]
     total_weight = tl.sum(partial_sum, 1)
     inverse = tl.where(total_weight == 0.0, 0.0, 1.0 / total_weight)
-    stored = offsets_m < query_length
+    stored = rows_exist(offsets_m, query_length, OPTIONS)
     out_rows = start_q + offsets_m
     if lse_ptr is not None:
         lse = (running_max + tl.math.log2(total_weight)) * LN2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -10,11 +12,13 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .backward import gradient_of_keys, gradient_of_queries, gradient_rows
+from .blocks import KeyBlocks
 from .device import Launch, cdiv, heads_per_wave, is_aligned, rebased
 from .forward import attention_forward
 from .request import AttentionRequest
 from .settings import (
     SMALL,
+    Options,
     Settings,
     SettingsRow,
     block_dim,
@@ -25,7 +29,6 @@ from .settings import (
     hook_arguments,
     is_short,
     options_of,
-    refuses_blocks,
 )
 from .tiles import LOG2E
 
@@ -84,8 +87,12 @@ BLOCK_ROWS = 64
 def refusal(request: AttentionRequest) -> str | None:
     """Say why the kernels cannot run a request, or None if they can."""
     r = request
-    if (reason := gpu_refusal(r) or refuses_blocks(r)) is not None:
+    if (reason := gpu_refusal(r)) is not None:
         return reason
+    if r.blocks is None and r.plan.chooses_blocks:
+        return "the plan chooses blocks of keys, which are not listed"
+    if r.blocks is not None and r.q.is_cuda and os.environ.get("MODELOPT_LITE_KERNEL") != "portable":
+        return "the portable kernels take lists of key blocks only if MODELOPT_LITE_KERNEL=portable asks for it"
     for name, x in (("q", r.q), ("k", r.k), ("v", r.v)):
         if x.shape[2] > MAX_HEAD_DIM:
             return f"{name} has a head_dim of {x.shape[2]}, above {MAX_HEAD_DIM}"
@@ -115,18 +122,19 @@ def prepare(
         )
         if is_short(r):
             settings = settings._replace(descriptors=False)  # which cost the host more than they save the GPU
-    tiles = cdiv(r.max_q, settings.block_m)
+    settings = fitted(settings, r.blocks)
+    tiles = _query_tiles(r, settings)
     programs = batch * query_heads * tiles + cdiv(total, settings.block_m)
     heads = (query_heads, query_heads // kv_heads)
     wave = min(heads_per_wave(r.max_k, r.k, r.v) * heads[1], batch * query_heads)
     numbers = (r.softmax_scale, r.softcap or 0.0)
-    rest = (heads, numbers, batch, total, tiles, wave, *distances(r), hook_arguments(plan))
+    rest = (heads, numbers, batch, total, tiles, wave, *distances(r))
     # Tensors are described by their shapes and strides; each call puts its own addresses in.
     keys = rebased(_key_descriptor(r.k, r.group, block_d, settings), None)
     values = rebased(_key_descriptor(r.v, r.group, block_dv, settings), None)
     strides = (*(x.stride()[:2] for x in (r.q, r.k, r.v)), (query_heads * value_dim, value_dim))
     launch = Launch(
-        attention_forward, r.q.device, plan.score_hook, options_of(r, settings),
+        attention_forward, r.q.device, plan.score_hook, options_for(r, settings),
         num_warps=settings.num_warps, num_stages=settings.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
 
@@ -138,7 +146,7 @@ def prepare(
             sequences = (r.starts_q, r.lengths_q, r.starts_k, r.lengths_k, *r.first_positions())
             launch(
                 programs, r.q, r.k, r.v, out, lse, r.s_aux, rebased(keys, r.k), rebased(values, r.v), strides,
-                sequences, *rest,
+                sequences, *rest, _lists(r), hook_arguments(plan),
             )  # fmt: skip
         return out, lse
 
@@ -189,14 +197,14 @@ def backward(
     if settings is None:
         place = (capability_of(r.q.device), r.q.dtype, max(block_d, block_dv), r.group, r.is_causal)
         settings = default_settings(*place, QUERY_SETTINGS, True), default_settings(*place, KEY_SETTINGS, True)
-    for_queries, for_keys = settings
-    query_options, key_options = (options_of(r, x) for x in settings)
+    for_queries, for_keys = (fitted(x, r.blocks) for x in settings)
+    query_options, key_options = (options_for(r, x) for x in (for_queries, for_keys))
     # Apart, so that both are aligned alike whatever the lengths.
     shift = torch.empty(query_heads, total, dtype=torch.float32, device=r.q.device)
     delta = torch.empty_like(shift)
     sequences = (r.starts_q, r.lengths_q, r.starts_k, r.lengths_k, *r.first_positions())
     numbers = (r.softmax_scale, r.softcap or 0.0)
-    rules = (*distances(r), hook_arguments(plan))
+    rules, hook_args = distances(r), hook_arguments(plan)
     with torch.cuda.device_of(r.q):
         gradient_rows[(cdiv(total, BLOCK_ROWS) * query_heads,)](
             grad,
@@ -211,8 +219,9 @@ def backward(
             BLOCK_M=BLOCK_ROWS,
             BLOCK_DV=block_dv,
         )
-        # Where keys begin inside a group, the first tile has fewer.
-        tiles = cdiv(r.max_k + (r.group - 1 if r.has_positions else 0), for_keys.block_n)
+        # Where keys begin inside a group, or a tile that a list names, the first tile has fewer.
+        step = r.group if r.blocks is None else for_keys.block_n
+        tiles = cdiv(r.max_k + (step - 1 if r.has_positions else 0), for_keys.block_n)
         # Few programs of such different lengths would leave multiprocessors idle at the end.
         wave = max(heads_per_wave(r.max_q, r.q, grad) // heads_per_kv, cdiv(WAVE, max(tiles, 1)))
         gradient_of_keys[(batch * kv_heads * tiles,)](
@@ -234,13 +243,15 @@ def backward(
             tiles,
             min(wave, batch * kv_heads),
             *rules,
+            _transposed_lists(r),
+            hook_args,
             SCORE_HOOK=plan.score_hook,
             OPTIONS=key_options,
             num_warps=for_keys.num_warps,
             num_stages=for_keys.num_stages,
             enable_fp_fusion=True,
         )
-        tiles = cdiv(r.max_q, for_queries.block_m)
+        tiles = _query_tiles(r, for_queries)
         wave = heads_per_wave(r.max_k, r.k, r.v) * heads_per_kv
         gradient_of_queries[(batch * query_heads * tiles,)](
             r.q,
@@ -260,6 +271,8 @@ def backward(
             tiles,
             min(wave, batch * query_heads),
             *rules,
+            _lists(r),
+            hook_args,
             SCORE_HOOK=plan.score_hook,
             OPTIONS=query_options,
             num_warps=for_queries.num_warps,
@@ -271,6 +284,51 @@ def backward(
         weights = torch.exp2(r.s_aux.float()[:, None] * LOG2E.value - shift)
         grad_s_aux = -(weights * delta).sum(1).to(r.s_aux.dtype)
     return grad_q, grad_k, grad_v, grad_s_aux
+
+
+def fitted(settings: Settings, blocks: KeyBlocks | None) -> Settings:
+    """Make tiles so small that they divide the blocks that are listed, if any are."""
+    if blocks is None:
+        return settings
+    block_m, block_n = math.gcd(settings.block_m, blocks.block_rows), math.gcd(settings.block_n, blocks.block_size)
+    # What is masked, and so gives a reference, may not be listed. Hopper's matrix instructions take 64 rows.
+    descriptors = settings.descriptors and block_m >= 64
+    return settings._replace(block_m=block_m, block_n=block_n, descriptors=descriptors, frozen=False)
+
+
+def options_for(request: AttentionRequest, settings: Settings) -> Options:
+    """Return what the kernels have to know at compile time, which here includes the size of listed blocks."""
+    options, blocks = options_of(request, settings), request.blocks
+    if blocks is None:
+        return options
+    return options._replace(unlisted=True, block_size=blocks.block_size, block_rows=blocks.block_rows)
+
+
+def _query_tiles(request: AttentionRequest, settings: Settings) -> int:
+    """Return how many tiles of queries a sequence may have; with lists, the first one may have fewer queries."""
+    rows = request.max_q if request.blocks is None else request.max_q + settings.block_m - 1
+    return cdiv(rows, settings.block_m)
+
+
+def _lists(request: AttentionRequest) -> tuple[Any, ...] | None:
+    """Return the lists of key blocks as the kernels take them."""
+    blocks = request.blocks
+    if blocks is None:
+        return None
+    heads, rows, columns = blocks.indices.shape
+    tensors = (blocks.counts.contiguous(), blocks.indices.contiguous(), blocks.starts.contiguous())
+    return (*tensors, request.q.shape[1] // heads, rows, columns)
+
+
+def _transposed_lists(request: AttentionRequest) -> tuple[Any, ...] | None:
+    """Return the lists of query blocks as the kernels take them."""
+    blocks = request.blocks
+    if blocks is None:
+        return None
+    heads, rows, columns = blocks.indices.shape
+    begins, indices = blocks.transposed()
+    tensors = (begins.contiguous(), indices.contiguous(), blocks.starts.contiguous())
+    return (*tensors, request.q.shape[1] // heads, rows, columns, blocks.starts.shape[0])
 
 
 def _key_descriptor(x: Tensor, group: int, block_d: int, settings: Settings) -> Any:

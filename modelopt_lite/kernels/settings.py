@@ -47,7 +47,11 @@ class Options(NamedTuple):
     positions: bool = False
     pair: int = 1
     unlisted: bool = False
-    """Whether tiles that are not listed are visited for their sinks and recent keys."""
+    """Whether masked tiles may be unlisted, so that only their sinks and recent keys take part."""
+    block_size: int = 0
+    """Keys of a listed key block, where a kernel walks the lists itself; else 0."""
+    block_rows: int = 0
+    """Positions of its query block."""
 
 
 class Settings(NamedTuple):

@@ -16,7 +16,7 @@ from .language import INTERPRETED, less_share
 LOG2E = tl.constexpr(1.4426950408889634)
 MAX_HALVINGS = tl.constexpr(4)
 BOUNDED_N = tl.constexpr(32)
-"""Keys of a tile that may reach past the sequence; few, as its pointers and masks take registers."""
+"""Keys of a tile that may reach past the sequence, at most; few, as its pointers and masks take registers."""
 
 
 @triton.jit
@@ -331,7 +331,10 @@ def select_scores(
         for r in tl.static_range(GROUP):
             k_pos = k_pos + (groups + r,)
         keep = SCORE_HOOK(parts, q_pos, k_pos, hook_args)
-    if GATED and SCORE_HOOK is None:
+    if GATED and SCORE_HOOK is None and INTERPRETED:
+        # The interpreter takes the comparison of one number with another for a number where it spreads it.
+        keep = (unlisted + 0 * groups,)
+    elif GATED and SCORE_HOOK is None:
         keep = (tl.where(unlisted == 0, 1.0, 0.0),) * GROUP
     elif GATED:
         gated = ()
@@ -351,6 +354,15 @@ def select_scores(
     # Of visible ones, if that promise makes it the same: known before the hook has run.
     largest = maximum_of(visible if OPTIONS.keeps_group_max and not GATED else parts)
     return parts, keep, largest
+
+
+@triton.jit
+def position_of_first(firsts_q, sequence, usual, OPTIONS: tl.constexpr):
+    """Return the position of a sequence's first query, ``usual`` unless positions are given."""
+    position = usual
+    if OPTIONS.positions:
+        position = tl.load(firsts_q + sequence).to(tl.int32)
+    return position
 
 
 @triton.jit
@@ -379,6 +391,8 @@ def place(firsts_q, firsts_k, sequence, query_length, length, start_k, num_sinks
 @triton.jit
 def key_spans(first_position, last_position, rules, SPARSE: tl.constexpr, OPTIONS: tl.constexpr):
     """Sort the keys of one program into phases; every bound is a multiple of ``BLOCK_N``, or the end of the keys.
+
+    ``SPARSE``: a rule or a list may drop keys, so that it matters which ones are exempt.
 
     Returns:
         ``(keys_begin, hot_begin, band_begin, band_end, full_end, bounded_begin, keys_end)``: hot tiles lie in
@@ -426,6 +440,7 @@ def bounded_span(first_position, last_position, rules, OPTIONS: tl.constexpr):
 
     Slow, and rarely needed: after a sliding cache has dropped keys, in padded bidirectional and in cross-attention.
     """
+    BLOCK_N: tl.constexpr = OPTIONS.block_n if OPTIONS.block_n < BOUNDED_N else BOUNDED_N
     _, length, _, _, sliding_window, first_key = rules
     keys_begin = first_key
     keys_end = length
@@ -435,5 +450,5 @@ def bounded_span(first_position, last_position, rules, OPTIONS: tl.constexpr):
         keys_begin = tl.maximum(keys_begin, first_position - sliding_window + 1)
         if not OPTIONS.causal:
             keys_end = tl.minimum(keys_end, last_position + sliding_window)
-    keys_begin = keys_begin // BOUNDED_N * BOUNDED_N
+    keys_begin = keys_begin // BLOCK_N * BLOCK_N
     return keys_begin, keys_begin, keys_begin, keys_begin, keys_begin, keys_begin, keys_end

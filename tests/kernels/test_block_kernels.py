@@ -112,6 +112,12 @@ def test_largest_blocks(case):
     assert torch.equal((found | forced) & seen, (expected | forced) & seen)
 
 
+def test_unknown_selection_is_refused(monkeypatch):
+    monkeypatch.setenv("MODELOPT_LITE_SELECTION", "cuda")
+    with pytest.raises(ValueError, match="MODELOPT_LITE_SELECTION: 'cuda' is not allowed; triton, torch or nothing"):
+        block_launch.is_wanted(torch.zeros(1))
+
+
 @given(st.integers(0, 3), st.integers(0, 3), st.integers(0, 1100), st.sampled_from([0.0, 0.3, 1.0]))
 @settings(max_examples=20, deadline=None)
 def test_lists(heads, rows, columns, share):

@@ -9,7 +9,6 @@ from block_cases import GRIDS, kept_by_brute_force, plans, requests, with_lists
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modelopt_lite import UnsupportedError
 from modelopt_lite.kernels import KeyBlocks, attention, blocked, compute, operator, request_statistics
 from modelopt_lite.kernels.blocks import BlockGrid
 from modelopt_lite.kernels.reference import attention_reference, kept_scores, listed_blocks
@@ -346,14 +345,6 @@ def test_lists_and_a_plan_that_chooses():
     packing = (torch.tensor([0]), torch.tensor([48]), 48)
     with pytest.raises(ValueError, match="blocks: not allowed together with a plan that chooses blocks itself"):
         attention(q, q, q, *packing, blocks=lists(), plan=AttentionPlan(skip=SkipRule(0.1)))
-
-
-@pytest.mark.parametrize("changes", [{"blocks": lists()}, {"plan": AttentionPlan(skip=SkipRule(0.1))}])
-def test_gpu_kernels_refuse(changes):
-    q = torch.randn(48, 2, 16)
-    packing = (torch.tensor([0]), torch.tensor([48]), 48)
-    with pytest.raises(UnsupportedError, match=r"backend: 'triton' cannot run this: .* chooses blocks of keys"):
-        attention(q, q, q, *packing, backend="triton", **changes)
 
 
 def test_decode_alone_chooses_nothing(monkeypatch):

@@ -100,7 +100,7 @@ def compile_all():
     for lengths, window in zip(several, (0, 1, 16, 64, 100, 2**40), strict=True):
         run(lengths, *VARIANTS[1], window=window)
     for lengths, window in zip(several, (2, 1, 16, 64, 100, 2**40), strict=True):
-        run(lengths, *LISTED[1][:5], sinks=window // 2, window=window, listed=True)
+        run(lengths, *LISTED[1][:5], sinks=window // 2 + 1, window=window, listed=True)
     return found, number() - before
 
 

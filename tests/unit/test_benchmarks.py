@@ -1,10 +1,14 @@
-"""The benchmark of whole models, with a tiny one on the CPU: what is compared, and what is written."""
+"""Benchmarks on the CPU: what is compared, and what is written."""
 
 import json
 
 import model as benchmark
 import pytest
+import skip
 import torch
+
+from modelopt_lite.kernels import KeyBlocks
+from modelopt_lite.plan import BLOCK_SIZE
 
 TINY = ["--model", "tiny", "--device", "cpu"]
 LONG = 96
@@ -95,3 +99,29 @@ def test_a_variant_that_fails_is_reported_and_left_out(bench, capsys):
     times, peaks = bench.measure(benchmark.Problem({"sdpa": lambda: None, "2:4": fail}))
     assert times.keys() == peaks.keys() == {"sdpa"}
     assert "2:4: RuntimeError: out of memory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.9])
+def test_random_lists_skip_what_they_say(share):
+    q, k = (torch.zeros(1, 32 * BLOCK_SIZE, heads, 8) for heads in (16, 2))
+    problem = skip.Problem(q, k, k, "forward", [share])
+    mask = problem.random_mask(share)
+    assert mask.shape == (16, 32, 32)
+    assert mask.diagonal(dim1=1, dim2=2).all()
+    assert not mask.triu(1).any()
+    assert skip.skipped(mask) == pytest.approx(share, abs=0.01)
+    (entry,) = skip.METHODS["lists"](problem)
+    assert (entry.method, entry.share_skipped, entry.selection_included) == ("lists", skip.skipped(mask), False)
+    assert torch.equal(entry.call.args[0].blocks.mask(), mask)
+
+
+def test_peers_get_the_same_lists():
+    mask = torch.rand(3, 5, 5) < 0.5
+    mask = mask.tril(-1) | torch.eye(5, dtype=torch.bool)
+    found = torch.zeros_like(mask)
+    for part in skip._split(mask):
+        counts, indices = skip._lists(part)
+        blocks = KeyBlocks(counts[0], indices[0], torch.zeros(1, dtype=torch.int32), BLOCK_SIZE, BLOCK_SIZE)
+        assert not (found & blocks.mask()).any()
+        found |= blocks.mask()
+    assert torch.equal(found, mask)
