@@ -60,9 +60,9 @@ def compile_variant(capability, dtype, head_dim, stride, options):
 
     driver.set_active(AbsentGpu())
     block_launch._is_large = lambda x: capability == 90
-    for name in vars(block_kernels):
-        if name in vars(block_launch):
-            setattr(block_launch, name, CompileOnly(getattr(block_kernels, name)))
+    for name, kernel in vars(block_kernels).items():
+        if name in vars(block_launch) and hasattr(kernel, "warmup"):
+            setattr(block_launch, name, CompileOnly(kernel))
     length = 4096
     q, k = (torch.zeros(length, heads, head_dim, dtype=dtype) for heads in (8, 2))
     start, lengths = torch.zeros(1, dtype=torch.int64), torch.tensor([length])
