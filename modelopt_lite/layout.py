@@ -471,7 +471,7 @@ def whole_call(
     Returns:
         The output, or None if :func:`attend` has to be called.
     """
-    (batch, heads, len_q, dim), (_, kv_heads, slots, _), value_dim = query.shape, key.shape, value.shape[3]
+    (batch, heads, len_q, dim), slots = query.shape, key.shape[2]
     if (batch, len_q, key.shape[0], slots) != (layout.batch, layout.len_q, layout.batch, layout.slots):
         return None
     if is_traced(query) or may_be_checkpointed() or torch.is_autocast_enabled(query.device.type):
@@ -487,7 +487,6 @@ def whole_call(
         if not suits_sdpa(query, key, value, is_causal=is_causal, sliding_window=window, softcap=softcap):
             return None
         return sdpa(query, key, value, is_causal=is_causal, scale=scaling).transpose(1, 2)
-    strides = (query.stride(), key.stride(), value.stride())
     if (
         decision.statistics is not None
         or plan.chooses_blocks
@@ -499,11 +498,10 @@ def whole_call(
         or (query.data_ptr() | key.data_ptr() | value.data_ptr()) & 15
     ):
         return None
-    at_q, at_k, at_v = strides
     request = AttentionRequest(
-        q=query.as_strided((batch * len_q, heads, dim), (at_q[2], at_q[1], at_q[3])),
-        k=key.as_strided((batch * slots, kv_heads, dim), (at_k[2], at_k[1], at_k[3])),
-        v=value.as_strided((batch * slots, kv_heads, value_dim), (at_v[2], at_v[1], at_v[3])),
+        q=_as_rows(query),
+        k=_as_rows(key),
+        v=_as_rows(value),
         s_aux=None,
         starts_q=layout.starts_q,
         lengths_q=layout.lengths_q,
@@ -518,15 +516,14 @@ def whole_call(
         plan=plan,
     )
     # Layouts of one size without padding differ in their tensors' addresses alone.
-    signature = (
-        query.shape, key.shape, value_dim, strides, query.dtype, key.dtype, value.dtype, query.device, key.device,
-        value.device, request.softmax_scale, window, softcap, plan.name,
-    )  # fmt: skip
+    shapes = (query.shape, key.shape, value.shape, query.stride(), key.stride(), value.stride())
+    types = (query.dtype, key.dtype, value.dtype, query.device, key.device, value.device)
+    signature = (shapes, types, request.softmax_scale, window, softcap, plan.name)
     try:
         output, _ = run(request, decision.backend, signature)
     except UnsupportedError as error:
         raise UnsupportedError(f"{layer_name(module)}: {error}") from None
-    return output.view(batch, len_q, heads, value_dim)
+    return output.view(batch, len_q, heads, value.shape[3])
 
 
 def attend(
@@ -610,6 +607,12 @@ def _is_one_block(x: Tensor) -> bool:
     return x.stride(0) == x.shape[2] * x.stride(2)
 
 
+def _as_rows(x: Tensor) -> Tensor:
+    """View ``[batch, heads, tokens, dim]`` as ``[batch * tokens, heads, dim]``, by one operation instead of two."""
+    (batch, heads, tokens, dim), (_, head, token, one) = x.shape, x.stride()
+    return x.as_strided((batch * tokens, heads, dim), (token, head, one))
+
+
 def _request(
     query: Tensor,
     key: Tensor,
@@ -655,10 +658,9 @@ def packed(x: Tensor, order: Tensor | None = None) -> Tensor:
         return x.transpose(1, 2)[torch.arange(x.shape[0], device=x.device)[:, None], order].flatten(0, 1)
     if _is_recorded(x):
         return x.transpose(1, 2).flatten(0, 1)
-    (batch, heads, tokens, dim), (apart, head, token, _) = x.shape, x.stride()
-    if batch > 1 and apart != tokens * token:
+    if x.shape[0] > 1 and not _is_one_block(x):
         return x.transpose(1, 2).flatten(0, 1)
-    return x.as_strided((batch * tokens, heads, dim), (token, head, x.stride(3)))  # one operation instead of two
+    return _as_rows(x)
 
 
 def _packed_keys(key: Tensor, value: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:

@@ -38,6 +38,32 @@ def seen(monkeypatch):
     return found
 
 
+@pytest.mark.parametrize("len_q", [1, LEN_Q, SLOTS])
+@pytest.mark.parametrize("batch", [1, BATCH])
+@pytest.mark.parametrize("heads_first", [False, True])
+@pytest.mark.parametrize("window", [None, 6])
+@torch.no_grad()
+def test_the_short_way_does_what_the_long_one_does(len_q, batch, heads_first, window, target):
+    """Bit for bit, and it is taken wherever the rows of a batch follow each other."""
+    module = sparse_attention(target)
+
+    def tensor(heads, tokens):
+        sizes = (batch, heads, tokens, HEAD_DIM) if heads_first else (batch, tokens, heads, HEAD_DIM)
+        x = torch.randn(sizes, device=target[1])
+        return x if heads_first else x.transpose(1, 2)
+
+    query, key, value = tensor(4, len_q), tensor(2, SLOTS), tensor(2, SLOTS)
+    rows = layout.whole_layout(batch, len_q, SLOTS, target[1], is_causal=True, sliding_window=window)
+    for scaling, softcap in ((None, None), (0.5, 3.0)):
+        found = layout.whole_call(module, query, key, value, rows, scaling, softcap)
+        expected = layout.attend(module, query, key, value, rows, scaling=scaling, softcap=softcap)
+        if found is None:  # decode steps that PyTorch's attention cannot do, and rows that are copied
+            assert len_q == 1 or (heads_first and batch > 1)
+        else:
+            assert torch.equal(found, expected)
+    assert module.sparse_attention.last_call is not None
+
+
 @pytest.mark.parametrize("len_q", [1, LEN_Q])
 @pytest.mark.parametrize("spare", [0, 7])
 def test_a_cache_is_not_copied(len_q, spare, target, seen):
