@@ -8,6 +8,7 @@ A user's own method calls them in its ``scores`` and its ``choose``; the methods
 
 from __future__ import annotations
 
+import functools
 import logging
 
 import torch
@@ -20,7 +21,6 @@ if tl is not None:
     from . import block_launch
 
 logger = logging.getLogger(__name__)
-_reasons_told: set[str] = set()
 
 
 def mean_keys(grid: BlockGrid) -> Tensor:
@@ -183,21 +183,28 @@ def _in_order(values: Tensor, order: Tensor) -> Tensor:
 
 
 def _runs_kernels(grid: BlockGrid) -> bool:
-    """Whether the kernels score; says once why, if they do not on a GPU."""
-    if tl is None or not block_launch.is_wanted(grid.request.q):
-        return False
-    reason = block_launch.refusal(grid)
-    if reason is not None and reason not in _reasons_told:
-        _reasons_told.add(reason)
-        logger.warning("key blocks are chosen with PyTorch operations, which are slow on a GPU: %s", reason)
-    return reason is None
+    """Whether the kernels score; says once why, if they were asked for and do not."""
+    return tl is not None and block_launch.is_wanted(grid.request.q) and _can_run(block_launch.refusal(grid))
 
 
 def _chooses_by_kernel(scores: Tensor) -> bool:
-    return (
-        tl is not None
-        and block_launch.is_wanted(scores)
-        and scores.dtype == torch.float32
-        and scores.shape[-1] <= block_launch.MAX_COLUMNS
-        and not scores.requires_grad
-    )
+    """Whether the kernel chooses; says once why, if it was asked for and does not."""
+    if tl is None or not block_launch.is_wanted(scores):
+        return False
+    reason = None
+    if scores.dtype != torch.float32:
+        reason = f"scores are {scores.dtype}, not torch.float32"
+    elif scores.shape[-1] > block_launch.MAX_COLUMNS:
+        reason = f"there are {scores.shape[-1]} key blocks, more than {block_launch.MAX_COLUMNS}"
+    return _can_run(reason)
+
+
+def _can_run(reason: str | None) -> bool:
+    if reason is not None:
+        _warn_once(reason)
+    return reason is None
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    logger.warning("key blocks are chosen with PyTorch operations, which are slow on a GPU: %s", reason)
