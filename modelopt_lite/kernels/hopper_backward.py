@@ -56,6 +56,12 @@ def find_tile(item, phase, problem):
 
 
 @gluon.jit
+def tile_in_order(index, phase, begin, end):
+    """Return the tile of queries that comes at a place in the order of a phase: ascending, then descending."""
+    return gl.where(phase == 0, begin + index, end - 1 - index)
+
+
+@gluon.jit
 def load_part(work, OPTIONS: gl.constexpr, STAGES: gl.constexpr):
     descriptors, buffers, barriers, problem = work
     query_descriptor, grad_descriptor, keys, values = descriptors
@@ -82,24 +88,66 @@ def load_part(work, OPTIONS: gl.constexpr, STAGES: gl.constexpr):
                 turn += 1
                 for member in range(heads_of[1]):
                     head = kv_head * heads_of[1] + member
-                    for tile in range(begin, end):
+                    for index in range(0, end - begin):
+                        row = first_query + tile_in_order(index, phase, begin, end) * ROWS
                         stage = step % STAGES
                         mbarrier.wait(freed.index(stage), (step // STAGES & 1) ^ 1)
                         mbarrier.expect(query_loaded.index(stage), BYTES)
                         tma.async_copy_global_to_shared(
-                            query_descriptor, [first_query + tile * ROWS, head, 0], query_loaded.index(stage),
-                            query_memory.index(stage),
-                        )  # fmt: skip
+                            query_descriptor, [row, head, 0], query_loaded.index(stage), query_memory.index(stage)
+                        )
                         mbarrier.expect(grad_loaded.index(stage), BYTES)
                         tma.async_copy_global_to_shared(
-                            grad_descriptor, [first_query + tile * ROWS, head, 0], grad_loaded.index(stage),
-                            grad_memory.index(stage),
-                        )  # fmt: skip
+                            grad_descriptor, [row, head, 0], grad_loaded.index(stage), grad_memory.index(stage)
+                        )
                         step += 1
 
 
 @gluon.jit
-def write_part(descriptor, memory, barriers, problem, semaphore_ptr, ORDER: gl.constexpr):
+def tiles_that_see(tile, length, query_length):
+    """Return the first tile of queries that sees some of a tile of keys, and how many see it."""
+    first = tile * (ROWS * WARPGROUPS)
+    end = (query_length + ROWS - 1) // ROWS
+    begin = gl.maximum(first - (length - query_length), 0) // ROWS
+    return begin, gl.where(first < length, gl.maximum(end - begin, 0), 0)
+
+
+@gluon.jit
+def time_of(tile, member, query_tile, length, query_length, tiles_per_head, heads_per_kv):
+    """Return when a tile of keys would meet a tile of queries if all steps took the same time, and its item."""
+    pair = gl.minimum(tile, tiles_per_head - 1 - tile)
+    begin, count = tiles_that_see(tile, length, query_length)
+    _, count_before = tiles_that_see(tiles_per_head - 1 - pair, length, query_length)
+    is_first = tile == tiles_per_head - 1 - pair
+    index = gl.where(is_first, query_tile - begin, begin + count - 1 - query_tile)
+    time = member * count + index + gl.where(is_first, 0, heads_per_kv * count_before)
+    return time, pair, (index >= 0) & (index < count)
+
+
+@gluon.jit
+def rank_of(tile, item, member, query_tile, problem, length, query_length):
+    """Return how many tiles of keys come before one in adding to the gradient of a tile of queries."""
+    _, heads_of, _, tiles_per_head, _ = problem
+    LANES: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    programs = gl.num_programs(0)
+    pairs = (tiles_per_head + 1) // 2
+    time, pair, _ = time_of(tile, member, query_tile, length, query_length, tiles_per_head, heads_of[1])
+    round_ = item // programs
+    before = gl.full([32], 0, gl.int32, LANES)
+    for chunk in range(0, tiles_per_head, 32):
+        others = chunk + gl.arange(0, 32, LANES)
+        times, other_pairs, meet = time_of(
+            others, member, query_tile, length, query_length, tiles_per_head, heads_of[1]
+        )
+        rounds = (item - pair + other_pairs) // programs
+        earlier = (times < time) | ((times == time) & (others < tile))
+        earlier = (rounds < round_) | ((rounds == round_) & earlier)
+        before += (earlier & meet & (others < tiles_per_head)).to(gl.int32)
+    return gl.sum(before, 0)
+
+
+@gluon.jit
+def write_part(descriptor, memory, barriers, problem, semaphore_ptr, tiles_of_queries, ORDER: gl.constexpr):
     full, empty = barriers
     sequences, heads_of, batch, tiles_per_head, _ = problem
     items = batch * heads_of[0] * ((tiles_per_head + 1) // 2)
@@ -108,16 +156,34 @@ def write_part(descriptor, memory, barriers, problem, semaphore_ptr, ORDER: gl.c
         for phase in range(2):
             kv_head, sequence, first, exists, begin, masked, end = find_tile(item, phase, problem)
             first_query = gl.load(sequences[0] + sequence).to(gl.int32)
+            query_length = gl.load(sequences[1] + sequence).to(gl.int32)
+            length = gl.load(sequences[3] + sequence).to(gl.int32)
             for member in range(heads_of[1]):
                 head = kv_head * heads_of[1] + member
-                for tile in range(begin, end):
+                for index in range(0, end - begin):
+                    tile = tile_in_order(index, phase, begin, end)
+                    if ORDER:
+                        rank = rank_of(first // (ROWS * WARPGROUPS), item, member, tile, problem, length, query_length)
+                        turn_ptr = semaphore_ptr + (sequence * heads_of[0] * heads_of[1] + head) * tiles_of_queries + tile
                     mbarrier.wait(full, step & 1)
+                    if ORDER:
+                        while gl.load(turn_ptr, volatile=True) != rank:
+                            pass
+                        gl.inline_asm_elementwise(
+                            "fence.acq_rel.gpu; fence.proxy.async; mov.b32 $0, 0;", "=r,r", [rank], dtype=gl.int32, is_pure=False, pack=1
+                        )
                     for w in gl.static_range(WARPGROUPS):
                         add_to_global(
                             descriptor, [head, first_query + tile * ROWS, w * ROWS], memory.index(w)
                         )
                     tma.store_wait(0)
                     mbarrier.arrive(empty, count=1)
+                    if ORDER:
+                        gl.inline_asm_elementwise(
+                            "cp.async.bulk.wait_group 0; bar.warp.sync 0xffffffff; fence.proxy.async; fence.acq_rel.gpu; mov.b32 $0, 0;", "=r,r", [rank], dtype=gl.int32,
+                            is_pure=False, pack=1,
+                        )
+                        gl.atomic_add(turn_ptr, 1, sem="release")
                     step += 1
 
 
@@ -236,16 +302,21 @@ def compute_part(
                 mbarrier.wait(keys_loaded, turn & 1)
                 turn += 1
                 own = first + WARPGROUP * ROWS
-                for member in range(heads_of[1]):
+                # Ascending, masked tiles come first; descending, they come last.
+                for turn_of in range(2 * heads_of[1]):
+                    member = turn_of // 2
+                    half = turn_of % 2
                     offset = (kv_head * heads_of[1] + member).to(gl.int64) * total + first_query
-                    for tile in range(begin, masked):
+                    for index in range(0, gl.where(half == phase, masked - begin, 0)):
+                        tile = tile_in_order(index, phase, begin, masked)
                         dk, dv = differentiate(
                             step, tile * ROWS, own, length - query_length, dk, dv, shift_ptr + offset, delta_ptr + offset, length,
                             query_length, rules, numbers, hook_args, buffers, barriers, WARPGROUP, SCORE_HOOK, OPTIONS,
                             STAGES, True, VARIANT,
                         )  # fmt: skip
                         step += 1
-                    for tile in range(masked, end):
+                    for index in range(0, gl.where(half == 0, end - masked, 0)):
+                        tile = tile_in_order(index, phase, masked, end)
                         dk, dv = differentiate(
                             step, tile * ROWS, own, length - query_length, dk, dv, shift_ptr + offset, delta_ptr + offset, length,
                             query_length, rules, numbers, hook_args, buffers, barriers, WARPGROUP, SCORE_HOOK, OPTIONS,
@@ -267,7 +338,7 @@ def compute_part(
 @gluon.jit(do_not_specialize=["tail_start", "batch", "tiles_per_head", "num_sinks", "window", "sliding_window", "hook_args"])
 def attention_backward_hopper(
     query_descriptor, grad_descriptor, key_descriptor, value_descriptor, key_tail_descriptor, value_tail_descriptor,
-    tail_start, grad_query_descriptor, shift_ptr, delta_ptr, grad_key_ptr, grad_value_ptr, semaphore_ptr, total, strides,
+    tail_start, grad_query_descriptor, shift_ptr, delta_ptr, grad_key_ptr, grad_value_ptr, semaphore_ptr, tiles_of_queries, total, strides,
     sequences, heads_of, numbers, batch, tiles_per_head, num_sinks, window, sliding_window, hook_args,
     SCORE_HOOK: gl.constexpr, OPTIONS: gl.constexpr, STAGES: gl.constexpr, VARIANT: gl.constexpr, ORDER: gl.constexpr,
 ):  # fmt: skip
@@ -321,7 +392,7 @@ def attention_backward_hopper(
             (compute_part, (work, hook_args, 0, SCORE_HOOK, OPTIONS, STAGES, VARIANT)),
             (compute_part, (work, hook_args, 1, SCORE_HOOK, OPTIONS, STAGES, VARIANT)),
             (load_part, (to_load, OPTIONS, STAGES)),
-            (write_part, (grad_query_descriptor, out_memory, (out_full, out_empty), problem, semaphore_ptr, ORDER)),
+            (write_part, (grad_query_descriptor, out_memory, (out_full, out_empty), problem, semaphore_ptr, tiles_of_queries, ORDER)),
         ],
         [4, 1, 1],
         [240, 24, 24],
