@@ -16,12 +16,21 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper import load_rows, spread, synchronize
+from .hopper import PIECE, load_rows, spread, synchronize
+from .backward import query_spans
 from .tiles import join_groups, key_of_row, scale_scores, select_scores, split_groups, weigh
 
 ROWS = tl.constexpr(64)
 """Queries of a tile, and keys of a warpgroup."""
 WARPGROUPS = tl.constexpr(2)
+KEYS = tl.constexpr(128)
+"""Keys of a tile: ``ROWS`` of each warpgroup."""
+
+# Everything that other programs have added is there; everything that this warp has added is there for others.
+ACQUIRE = tl.constexpr("fence.acq_rel.gpu; fence.proxy.async; mov.b32 $0, 0;")
+RELEASE = tl.constexpr(
+    "cp.async.bulk.wait_group 0; bar.warp.sync 0xffffffff; fence.proxy.async; fence.acq_rel.gpu; mov.b32 $0, 0;"
+)
 
 
 @builtin
@@ -35,24 +44,35 @@ def add_to_global(descriptor, coordinates, memory, _semantic=None):
 
 @gluon.jit
 def find_tile(item, phase, problem):
-    """Return head, sequence, first key, whether it exists, and the tiles of queries (begin, end)."""
-    sequences, heads_of, batch, tiles_per_head, _ = problem
-    kv_heads = heads_of[0]
+    """Return the kv head, the sequence and the number of an item's tile of keys, and whether it is one.
+
+    An item is two tiles of keys of one head, the n-th from the end and then the n-th, which under causal attention have
+    as much to do together as any other two.
+    """
+    _, heads_of, _, tiles_per_head, _ = problem
     pairs = (tiles_per_head + 1) // 2
-    head = item // pairs
-    pair = item % pairs
+    head, pair = item // pairs, item % pairs
     tile = gl.where(phase == 0, tiles_per_head - 1 - pair, pair)
-    sequence = head // kv_heads
-    length = gl.load(sequences[3] + sequence).to(gl.int32)
-    query_length = gl.load(sequences[1] + sequence).to(gl.int32)
-    first = tile * (ROWS * WARPGROUPS)
-    exists = (first < length) & ((phase == 0) | (tile != tiles_per_head - 1 - pair))
-    begin = gl.maximum(first - (length - query_length), 0) // ROWS
-    masked = gl.maximum(first + ROWS * WARPGROUPS - 1 - (length - query_length), 0)
-    masked = gl.minimum((masked + ROWS - 1) // ROWS, (query_length + ROWS - 1) // ROWS)
-    end = (query_length + ROWS - 1) // ROWS
-    begin = gl.where(exists, begin, end)
-    return head % kv_heads, sequence, first, exists, begin, gl.maximum(masked, begin), end
+    is_one = (phase == 0) | (tile != tiles_per_head - 1 - pair)
+    return head % heads_of[0], head // heads_of[0], tile, is_one
+
+
+@gluon.jit
+def tiles_that_see(tile, lengths, problem, OPTIONS: gl.constexpr):
+    """Return the first tile of queries that sees some of a tile of keys, or of tiles, and how many see it."""
+    query_length, length = lengths
+    sliding_window = problem[4][2]
+    own = tile * KEYS - (length - query_length)  # the row of the query at the position of the first key
+    begin = tile * 0
+    rows_end = query_length
+    if OPTIONS.causal:
+        begin = gl.maximum(own, 0) // ROWS
+    elif OPTIONS.sliding:
+        begin = gl.maximum(own - sliding_window + 1, 0) // ROWS
+    if OPTIONS.sliding:
+        rows_end = gl.minimum(query_length, gl.maximum(own + KEYS - 1 + sliding_window, 0))
+    end = (rows_end + ROWS - 1) // ROWS
+    return begin, gl.where(tile * KEYS < length, gl.maximum(end - begin, 0), 0)
 
 
 @gluon.jit
@@ -62,7 +82,15 @@ def tile_in_order(index, phase, begin, end):
 
 
 @gluon.jit
+def lengths_of(sequence, problem):
+    """Return how many queries and keys a sequence has."""
+    sequences = problem[0]
+    return gl.load(sequences[1] + sequence).to(gl.int32), gl.load(sequences[3] + sequence).to(gl.int32)
+
+
+@gluon.jit
 def load_part(work, OPTIONS: gl.constexpr, STAGES: gl.constexpr):
+    """Load keys and values of each item, then queries and gradients of the output, tile by tile: the part of one warp."""
     descriptors, buffers, barriers, problem = work
     query_descriptor, grad_descriptor, keys, values = descriptors
     query_memory, grad_memory, key_memory, value_memory = buffers
@@ -74,22 +102,22 @@ def load_part(work, OPTIONS: gl.constexpr, STAGES: gl.constexpr):
     turn = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         for phase in range(2):
-            kv_head, sequence, first, exists, begin, masked, end = find_tile(item, phase, problem)
-            if exists:
+            kv_head, sequence, tile, is_one = find_tile(item, phase, problem)
+            lengths = lengths_of(sequence, problem)
+            if is_one & (tile * KEYS < lengths[1]):
+                begin, count = tiles_that_see(tile, lengths, problem, OPTIONS)
                 first_query = gl.load(sequences[0] + sequence).to(gl.int32)
-                first_key = gl.load(sequences[2] + sequence).to(gl.int32)
+                first_key = gl.load(sequences[2] + sequence).to(gl.int32) + tile * KEYS
                 mbarrier.wait(keys_freed, (turn & 1) ^ 1)
                 mbarrier.expect(keys_loaded, 2 * WARPGROUPS * BYTES)
                 for w in gl.static_range(WARPGROUPS):
-                    load_rows(keys, first_key + first + w * ROWS, kv_head, keys_loaded, key_memory.index(w), OPTIONS)
-                    load_rows(
-                        values, first_key + first + w * ROWS, kv_head, keys_loaded, value_memory.index(w), OPTIONS
-                    )
+                    load_rows(keys, first_key + w * ROWS, kv_head, keys_loaded, key_memory.index(w), OPTIONS)
+                    load_rows(values, first_key + w * ROWS, kv_head, keys_loaded, value_memory.index(w), OPTIONS)
                 turn += 1
                 for member in range(heads_of[1]):
                     head = kv_head * heads_of[1] + member
-                    for index in range(0, end - begin):
-                        row = first_query + tile_in_order(index, phase, begin, end) * ROWS
+                    for index in range(count):
+                        row = first_query + tile_in_order(index, phase, begin, begin + count) * ROWS
                         stage = step % STAGES
                         mbarrier.wait(freed.index(stage), (step // STAGES & 1) ^ 1)
                         mbarrier.expect(query_loaded.index(stage), BYTES)
@@ -104,99 +132,112 @@ def load_part(work, OPTIONS: gl.constexpr, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def tiles_that_see(tile, length, query_length):
-    """Return the first tile of queries that sees some of a tile of keys, and how many see it."""
-    first = tile * (ROWS * WARPGROUPS)
-    end = (query_length + ROWS - 1) // ROWS
-    begin = gl.maximum(first - (length - query_length), 0) // ROWS
-    return begin, gl.where(first < length, gl.maximum(end - begin, 0), 0)
+def time_of(tile, member, query_tile, lengths, problem, OPTIONS: gl.constexpr):
+    """Return when a tile of keys, or each of several, meets a tile of queries if all steps took the same time.
 
-
-@gluon.jit
-def time_of(tile, member, query_tile, length, query_length, tiles_per_head, heads_per_kv):
-    """Return when a tile of keys would meet a tile of queries if all steps took the same time, and its item."""
-    pair = gl.minimum(tile, tiles_per_head - 1 - tile)
-    begin, count = tiles_that_see(tile, length, query_length)
-    _, count_before = tiles_that_see(tiles_per_head - 1 - pair, length, query_length)
-    is_first = tile == tiles_per_head - 1 - pair
+    Returns:
+        The step of its program in its item; the item's number among those of the head; and whether the two meet at all.
+    """
+    _, heads_of, _, tiles_per_head, _ = problem
+    last = tiles_per_head - 1
+    pair = gl.minimum(tile, last - tile)
+    is_first = tile == last - pair
+    begin, count = tiles_that_see(tile, lengths, problem, OPTIONS)
+    _, count_before = tiles_that_see(last - pair, lengths, problem, OPTIONS)
     index = gl.where(is_first, query_tile - begin, begin + count - 1 - query_tile)
-    time = member * count + index + gl.where(is_first, 0, heads_per_kv * count_before)
+    time = member * count + index + gl.where(is_first, 0, heads_of[1] * count_before)
     return time, pair, (index >= 0) & (index < count)
 
 
 @gluon.jit
-def rank_of(tile, item, member, query_tile, problem, length, query_length):
-    """Return how many tiles of keys come before one in adding to the gradient of a tile of queries."""
-    _, heads_of, _, tiles_per_head, _ = problem
+def rank_of(tile, item, member, query_tile, lengths, problem, OPTIONS: gl.constexpr):
+    """Return how many tiles of keys come before one in adding to the gradient of a tile of queries.
+
+    Any order would do that follows from numbers alone; this one makes nobody wait as long as programs keep step.
+    """
+    tiles_per_head = problem[3]
     LANES: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     programs = gl.num_programs(0)
-    pairs = (tiles_per_head + 1) // 2
-    time, pair, _ = time_of(tile, member, query_tile, length, query_length, tiles_per_head, heads_of[1])
-    round_ = item // programs
+    time, pair, _ = time_of(tile, member, query_tile, lengths, problem, OPTIONS)
     before = gl.full([32], 0, gl.int32, LANES)
     for chunk in range(0, tiles_per_head, 32):
         others = chunk + gl.arange(0, 32, LANES)
-        times, other_pairs, meet = time_of(
-            others, member, query_tile, length, query_length, tiles_per_head, heads_of[1]
-        )
-        rounds = (item - pair + other_pairs) // programs
+        times, pairs, meet = time_of(others, member, query_tile, lengths, problem, OPTIONS)
+        rounds = (item - pair + pairs) // programs - item // programs
         earlier = (times < time) | ((times == time) & (others < tile))
-        earlier = (rounds < round_) | ((rounds == round_) & earlier)
+        earlier = (rounds < 0) | ((rounds == 0) & earlier)
         before += (earlier & meet & (others < tiles_per_head)).to(gl.int32)
     return gl.sum(before, 0)
 
 
 @gluon.jit
-def write_part(descriptor, memory, barriers, problem, semaphore_ptr, tiles_of_queries, ORDER: gl.constexpr):
-    full, empty = barriers
+def write_part(work, OPTIONS: gl.constexpr, ORDER: gl.constexpr):
+    """Add gradients of queries to what other programs have added, in an order: the part of one warp."""
+    descriptor, memory, full, empty, turns_ptr, tiles_of_queries, problem = work
     sequences, heads_of, batch, tiles_per_head, _ = problem
     items = batch * heads_of[0] * ((tiles_per_head + 1) // 2)
     step = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         for phase in range(2):
-            kv_head, sequence, first, exists, begin, masked, end = find_tile(item, phase, problem)
+            kv_head, sequence, tile, is_one = find_tile(item, phase, problem)
+            lengths = lengths_of(sequence, problem)
             first_query = gl.load(sequences[0] + sequence).to(gl.int32)
-            query_length = gl.load(sequences[1] + sequence).to(gl.int32)
-            length = gl.load(sequences[3] + sequence).to(gl.int32)
+            begin, count = tiles_that_see(tile, lengths, problem, OPTIONS)
+            count = gl.where(is_one, count, 0)
             for member in range(heads_of[1]):
                 head = kv_head * heads_of[1] + member
-                for index in range(0, end - begin):
-                    tile = tile_in_order(index, phase, begin, end)
-                    if ORDER:
-                        rank = rank_of(first // (ROWS * WARPGROUPS), item, member, tile, problem, length, query_length)
-                        turn_ptr = semaphore_ptr + (sequence * heads_of[0] * heads_of[1] + head) * tiles_of_queries + tile
+                for index in range(count):
+                    query_tile = tile_in_order(index, phase, begin, begin + count)
+                    rank = rank_of(tile, item, member, query_tile, lengths, problem, OPTIONS)
+                    turn_ptr = turns_ptr + (sequence * heads_of[0] * heads_of[1] + head) * tiles_of_queries + query_tile
                     mbarrier.wait(full, step & 1)
                     if ORDER:
                         while gl.load(turn_ptr, volatile=True) != rank:
                             pass
-                        gl.inline_asm_elementwise(
-                            "fence.acq_rel.gpu; fence.proxy.async; mov.b32 $0, 0;", "=r,r", [rank], dtype=gl.int32, is_pure=False, pack=1
-                        )
+                        gl.inline_asm_elementwise(ACQUIRE, "=r,r", [rank], dtype=gl.int32, is_pure=False, pack=1)
+                    row = query_tile * ROWS
+                    is_new = (rank == 0) & (row + ROWS <= lengths[0])
                     for w in gl.static_range(WARPGROUPS):
-                        add_to_global(
-                            descriptor, [head, first_query + tile * ROWS, w * ROWS], memory.index(w)
-                        )
+                        coordinates = [head, first_query + row, w * (OPTIONS.block_d // 2)]
+                        if is_new & (ORDER != 0):
+                            tma.async_copy_shared_to_global(descriptor, coordinates, memory.index(w))
+                        else:
+                            add_to_global(descriptor, coordinates, memory.index(w))
                     tma.store_wait(0)
                     mbarrier.arrive(empty, count=1)
                     if ORDER:
-                        gl.inline_asm_elementwise(
-                            "cp.async.bulk.wait_group 0; bar.warp.sync 0xffffffff; fence.proxy.async; fence.acq_rel.gpu; mov.b32 $0, 0;", "=r,r", [rank], dtype=gl.int32,
-                            is_pure=False, pack=1,
-                        )
+                        gl.inline_asm_elementwise(RELEASE, "=r,r", [rank], dtype=gl.int32, is_pure=False, pack=1)
                         gl.atomic_add(turn_ptr, 1, sem="release")
                     step += 1
 
 
 @gluon.jit
+def clear_beyond(memory, first, limit, GROUP: gl.constexpr, PAIR: gl.constexpr, WARPS_OF: gl.constexpr, SHARE: gl.constexpr):
+    """Clear rows of a tile at positions from ``limit`` on: what lies there may be anything, and 0 * NaN is not 0.
+
+    The tile is cleared by ``WARPS_OF`` warpgroups, of which this one is number ``SHARE``.
+    """
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    for piece in gl.static_range(SHARE, ROWS // PIECE, WARPS_OF):
+        rows = piece * PIECE + gl.arange(0, PIECE, gl.SliceLayout(1, LAYOUT))
+        exist = first + key_of_row(rows, ROWS, GROUP, PAIR) < limit
+        part = memory.slice(piece * PIECE, PIECE, 0)
+        found = part.load(LAYOUT)
+        part.store(gl.where(exist[:, None], found, gl.zeros_like(found)))
+    fence_async_shared()
+    synchronize()
+
+
+@gluon.jit
 def differentiate(
-    step, row, first, q_offset, dk, dv, shift_ptr, delta_ptr, length, query_length, rules, numbers, hook_args, buffers, barriers,
+    step, row, first, clearings, dk, dv, shift_ptr, delta_ptr, query_length, rules, numbers, hook_args, buffers, barriers,
     WARPGROUP: gl.constexpr, SCORE_HOOK: gl.constexpr, OPTIONS: gl.constexpr, STAGES: gl.constexpr,
     MASKED: gl.constexpr, VARIANT: gl.constexpr,
 ):  # fmt: skip
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, SCORES)
     query_memory, grad_memory, key_memory, value_memory, weight_memory, score_memory, out_memory = buffers
-    query_loaded, grad_loaded, freed, scores_full, out_full, out_empty = barriers
+    query_loaded, grad_loaded, freed, scores_full, out_full, out_empty, cleared = barriers
     ELEMENT: gl.constexpr = query_memory.dtype
     D: gl.constexpr = OPTIONS.block_d
     stage = step % STAGES
@@ -210,6 +251,14 @@ def differentiate(
     values = value_memory.index(WARPGROUP).reshape([ROWS, D])
     zeros = gl.full([ROWS, ROWS], 0, gl.float32, SCORES)
     mbarrier.wait(query_loaded.index(stage), step // STAGES & 1)
+    if MASKED:  # noqa: SIM102 - conditions at compile time and at run time do not mix
+        if row + ROWS > query_length:
+            mbarrier.wait(grad_loaded.index(stage), step // STAGES & 1)
+            clear_beyond(query, row, query_length, 1, 1, WARPGROUPS, WARPGROUP)
+            clear_beyond(grad, row, query_length, 1, 1, WARPGROUPS, WARPGROUP)
+            mbarrier.arrive(cleared, count=1)
+            mbarrier.wait(cleared, clearings & 1)
+            clearings += 1
     products = warpgroup_mma(query, keys.permute([1, 0]), zeros, use_acc=False, is_async=True)
     mbarrier.wait(grad_loaded.index(stage), step // STAGES & 1)
     grad_weights = warpgroup_mma(grad, values.permute([1, 0]), zeros, use_acc=False, is_async=True)
@@ -219,7 +268,7 @@ def differentiate(
     part = split_groups(scores, OPTIONS)[0]
     PART: gl.constexpr = part.type.layout
     groups = first + OPTIONS.group * gl.arange(0, part.shape[1], gl.SliceLayout(0, PART))[None, :]
-    q_pos = spread(q_offset + rows, part)
+    q_pos = spread(rules[0] + rows, part)
     parts, keep, _ = select_scores(scores, q_pos, groups, rules, hook_args, SCORE_HOOK, OPTIONS, MASKED, 0)
     weights = ()
     for r in gl.static_range(len(parts)):
@@ -238,6 +287,9 @@ def differentiate(
     else:
         grad_weights = warpgroup_mma_wait(0, deps=[grad_weights])
     grad_scores = weights * (grad_weights - delta[:, None])
+    if OPTIONS.softcap:
+        tanh_of_scores = scores / numbers[1]
+        grad_scores *= 1.0 - tanh_of_scores * tanh_of_scores
     buffer = step % 2
     own = score_memory.index(2 * buffer + WARPGROUP)
     own.store(grad_scores.to(ELEMENT))
@@ -270,7 +322,24 @@ def differentiate(
         dk, dv = warpgroup_mma_wait(0, deps=[dk, dv])
         synchronize()
         mbarrier.arrive(freed.index(stage), count=1)
-    return dk, dv
+    return clearings, dk, dv
+
+
+@gluon.jit
+def runs_of(number, phase, bounds):
+    """Return the tiles of one of three runs, each of masked tiles and then of hot ones, in the order of a phase.
+
+    Bounds are those of masked, hot, masked, hot and masked tiles, ascending.
+    """
+    begin, hot_begin, band_begin, band_end, full_end, end = bounds
+    from_end = gl.where(phase == 0, number, 2 - number)
+    masked_begin = gl.where(from_end == 0, begin, gl.where(from_end == 1, band_begin, full_end))
+    masked_end = gl.where(from_end == 0, hot_begin, gl.where(from_end == 1, band_end, end))
+    hot_number = gl.where(phase == 0, number, 1 - number)  # 0 or 1, or there are none
+    hot_first = gl.where(hot_number == 0, hot_begin, band_end)
+    hot_last = gl.where(hot_number == 0, band_begin, full_end)
+    exists = (hot_number == 0) | (hot_number == 1)
+    return masked_begin, masked_end, hot_first, gl.where(exists, hot_last, hot_first)
 
 
 @gluon.jit
@@ -279,6 +348,7 @@ def compute_part(
     VARIANT: gl.constexpr,
 ):  # fmt: skip
     buffers, barriers, key_barriers, pointers, strides, problem, numbers = work
+    key_memory, value_memory = buffers[2], buffers[3]
     keys_loaded, keys_freed = key_barriers
     shift_ptr, delta_ptr, grad_key_ptr, grad_value_ptr, total = pointers
     sequences, heads_of, batch, tiles_per_head, distances = problem
@@ -288,39 +358,48 @@ def compute_part(
     OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     step = 0
     turn = 0
+    clearings = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         for phase in range(2):
-            kv_head, sequence, first, exists, begin, masked, end = find_tile(item, phase, problem)
-            if exists:
-                length = gl.load(sequences[3] + sequence).to(gl.int32)
-                query_length = gl.load(sequences[1] + sequence).to(gl.int32)
+            kv_head, sequence, tile, is_one = find_tile(item, phase, problem)
+            query_length, length = lengths_of(sequence, problem)
+            first = tile * KEYS
+            if is_one & (first < length):
                 first_query = gl.load(sequences[0] + sequence).to(gl.int64)
                 first_key = gl.load(sequences[2] + sequence).to(gl.int64)
-                rules = (length - query_length, length, num_sinks, window, sliding_window)
+                window_of = window
+                if not OPTIONS.sparse_decode:
+                    window_of = gl.where(query_length == 1, length, window)
+                rules = (length - query_length, length, num_sinks, window_of, sliding_window)
+                begin, count = tiles_that_see(tile, (query_length, length), problem, OPTIONS)
+                spans = query_spans(
+                    first, query_length, length - query_length, rules, SCORE_HOOK is not None, OPTIONS
+                )
+                hot_begin, band_begin, band_end, full_end = spans[1] // ROWS, spans[2] // ROWS, spans[3] // ROWS, spans[4] // ROWS
+                bounds = (begin, hot_begin, band_begin, band_end, full_end, begin + count)
                 dk = gl.full([ROWS, D], 0, gl.float32, OUTPUT)
                 dv = gl.full([ROWS, D], 0, gl.float32, OUTPUT)
                 mbarrier.wait(keys_loaded, turn & 1)
                 turn += 1
                 own = first + WARPGROUP * ROWS
-                # Ascending, masked tiles come first; descending, they come last.
-                for turn_of in range(2 * heads_of[1]):
-                    member = turn_of // 2
-                    half = turn_of % 2
-                    offset = (kv_head * heads_of[1] + member).to(gl.int64) * total + first_query
-                    for index in range(0, gl.where(half == phase, masked - begin, 0)):
-                        tile = tile_in_order(index, phase, begin, masked)
-                        dk, dv = differentiate(
-                            step, tile * ROWS, own, length - query_length, dk, dv, shift_ptr + offset, delta_ptr + offset, length,
-                            query_length, rules, numbers, hook_args, buffers, barriers, WARPGROUP, SCORE_HOOK, OPTIONS,
-                            STAGES, True, VARIANT,
+                if own + ROWS > length:
+                    clear_beyond(key_memory.index(WARPGROUP).reshape([ROWS, D]), own, length, OPTIONS.group, OPTIONS.pair, 1, 0)
+                    clear_beyond(value_memory.index(WARPGROUP).reshape([ROWS, D]), own, length, OPTIONS.group, OPTIONS.pair, 1, 0)
+                for turn_of in range(3 * heads_of[1]):
+                    offset = (kv_head * heads_of[1] + turn_of // 3).to(gl.int64) * total + first_query
+                    masked_begin, masked_end, hot_first, hot_end = runs_of(turn_of % 3, phase, bounds)
+                    for index in range(masked_end - masked_begin):
+                        row = tile_in_order(index, phase, masked_begin, masked_end) * ROWS
+                        clearings, dk, dv = differentiate(
+                            step, row, own, clearings, dk, dv, shift_ptr + offset, delta_ptr + offset, query_length, rules,
+                            numbers, hook_args, buffers, barriers, WARPGROUP, SCORE_HOOK, OPTIONS, STAGES, True, VARIANT,
                         )  # fmt: skip
                         step += 1
-                    for index in range(0, gl.where(half == 0, end - masked, 0)):
-                        tile = tile_in_order(index, phase, masked, end)
-                        dk, dv = differentiate(
-                            step, tile * ROWS, own, length - query_length, dk, dv, shift_ptr + offset, delta_ptr + offset, length,
-                            query_length, rules, numbers, hook_args, buffers, barriers, WARPGROUP, SCORE_HOOK, OPTIONS,
-                            STAGES, False, VARIANT,
+                    for index in range(hot_end - hot_first):
+                        row = tile_in_order(index, phase, hot_first, hot_end) * ROWS
+                        clearings, dk, dv = differentiate(
+                            step, row, own, clearings, dk, dv, shift_ptr + offset, delta_ptr + offset, query_length, rules,
+                            numbers, hook_args, buffers, barriers, WARPGROUP, SCORE_HOOK, OPTIONS, STAGES, False, VARIANT,
                         )  # fmt: skip
                         step += 1
                 synchronize()
@@ -363,6 +442,7 @@ def attention_backward_hopper(
     keys_freed = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     out_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     out_empty = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    cleared = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     for stage in gl.static_range(STAGES):
         mbarrier.init(query_loaded.index(stage), count=1)
         mbarrier.init(grad_loaded.index(stage), count=1)
@@ -373,6 +453,7 @@ def attention_backward_hopper(
     mbarrier.init(keys_freed, count=WARPGROUPS)
     mbarrier.init(out_full, count=WARPGROUPS)
     mbarrier.init(out_empty, count=1)
+    mbarrier.init(cleared, count=WARPGROUPS)
     fence_async_shared()
     synchronize()
 
@@ -382,17 +463,18 @@ def attention_backward_hopper(
     tiles = (query_memory, grad_memory, key_memory, value_memory)
     to_load = ((query_descriptor, grad_descriptor, keys, values), tiles,
                (query_loaded, grad_loaded, freed, keys_loaded, keys_freed), problem)  # fmt: skip
-    barriers = (query_loaded, grad_loaded, freed, scores_full, out_full, out_empty)
+    barriers = (query_loaded, grad_loaded, freed, scores_full, out_full, out_empty, cleared)
     buffers = tiles + (weight_memory, score_memory, out_memory)
     pointers = (shift_ptr, delta_ptr, grad_key_ptr, grad_value_ptr, total)
     key_barriers = (keys_loaded, keys_freed)
     work = (buffers, barriers, key_barriers, pointers, strides, problem, numbers)
+    to_write = (grad_query_descriptor, out_memory, out_full, out_empty, semaphore_ptr, tiles_of_queries, problem)
     gl.warp_specialize(
         [
             (compute_part, (work, hook_args, 0, SCORE_HOOK, OPTIONS, STAGES, VARIANT)),
             (compute_part, (work, hook_args, 1, SCORE_HOOK, OPTIONS, STAGES, VARIANT)),
             (load_part, (to_load, OPTIONS, STAGES)),
-            (write_part, (grad_query_descriptor, out_memory, (out_full, out_empty), problem, semaphore_ptr, tiles_of_queries, ORDER)),
+            (write_part, (to_write, OPTIONS, ORDER)),
         ],
         [4, 1, 1],
         [240, 24, 24],
