@@ -260,9 +260,13 @@ def differentiate(
             mbarrier.wait(cleared, clearings & 1)
             clearings += 1
     products = warpgroup_mma(query, keys.permute([1, 0]), zeros, use_acc=False, is_async=True)
-    mbarrier.wait(grad_loaded.index(stage), step // STAGES & 1)
-    grad_weights = warpgroup_mma(grad, values.permute([1, 0]), zeros, use_acc=False, is_async=True)
-    products = warpgroup_mma_wait(1, deps=[products])
+    if VARIANT & 4:
+        products = warpgroup_mma_wait(0, deps=[products])
+        mbarrier.wait(grad_loaded.index(stage), step // STAGES & 1)
+    else:
+        mbarrier.wait(grad_loaded.index(stage), step // STAGES & 1)
+        grad_weights = warpgroup_mma(grad, values.permute([1, 0]), zeros, use_acc=False, is_async=True)
+        products = warpgroup_mma_wait(1, deps=[products])
 
     scores, to_log2 = scale_scores(products, numbers, OPTIONS)
     part = split_groups(scores, OPTIONS)[0]
@@ -279,6 +283,8 @@ def differentiate(
     weights = gl.convert_layout(join_groups(weights, OPTIONS), SCORES, assert_trivial=True)
 
     weight_memory.index(WARPGROUP).store(weights.to(ELEMENT))
+    if VARIANT & 4:
+        grad_weights = warpgroup_mma(grad, values.permute([1, 0]), zeros, use_acc=False, is_async=True)
     if VARIANT & 1:
         fence_async_shared()
         synchronize()
