@@ -18,7 +18,7 @@ from .language import tl
 from .request import AttentionRequest, HookRefusedError
 
 if tl is not None:
-    from . import decode_launch, hopper_launch, portable, sparse_cores
+    from . import decode_launch, hopper_backward_launch, hopper_launch, portable, sparse_cores
 
 Backend: TypeAlias = Literal["auto", "triton", "torch"]
 Result: TypeAlias = "tuple[Tensor, Tensor | None]"
@@ -191,6 +191,24 @@ def differentiates_on_gpu(request: AttentionRequest, backend: Backend) -> bool:
     if tl is None or backend == "torch" or (backend == "auto" and not request.q.is_cuda):
         return False
     return portable.refusal(request) is None
+
+
+def differentiate(
+    grad: Tensor, output: Tensor, lse: Tensor, request: AttentionRequest
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Compute gradients with the GPU kernel that suits a request, if :func:`differentiates_on_gpu`.
+
+    Arguments and results are those of :func:`modelopt_lite.kernels.portable.backward`.
+    """
+    pinned = os.environ.get("MODELOPT_LITE_KERNEL", "")
+    request = request.readable()
+    wanted = pinned == "hopper" or (pinned != "portable" and hopper_backward_launch.pays(request))
+    if wanted and hopper_backward_launch.refusal(request) is None:
+        try:
+            return hopper_backward_launch.backward(grad, output, lse, request)
+        except HookRefusedError as error:
+            logger.warning("the backward kernel for Hopper is left out: %s", error)
+    return portable.backward(grad, output, lse, request)
 
 
 def check_backend(request: AttentionRequest, backend: Backend) -> None:

@@ -33,6 +33,34 @@ RELEASE = tl.constexpr(
 )
 
 
+@triton.jit(do_not_specialize=["total"])
+def clear_partial_tiles(sums_ptr, starts_ptr, lengths_ptr, total, heads, DIM: tl.constexpr):
+    """Set to 0 what gradients of queries are added up in, where a sequence's last tile has fewer queries than others.
+
+    Others need not be cleared, as what comes first is stored and not added. A program clears it for one sequence and
+    head.
+    """
+    sequence, head = tl.program_id(0) // heads, tl.program_id(0) % heads
+    start, length = tl.load(starts_ptr + sequence), tl.load(lengths_ptr + sequence)
+    rows = length // ROWS * ROWS + tl.arange(0, ROWS)
+    exist = (rows < length)[:, None]
+    places = (head.to(tl.int64) * total + start + rows)[:, None] * DIM + tl.arange(0, DIM)[None, :]
+    tl.store(sums_ptr + places, tl.zeros([ROWS, DIM], tl.float32), mask=exist)
+
+
+@triton.jit(do_not_specialize=["total"])
+def round_gradients(sums_ptr, shift_ptr, grad_ptr, scale, total, heads, strides, DIM: tl.constexpr):
+    """Scale and round gradients of queries; those of rows without a key are 0. A program takes ``ROWS`` of one head."""
+    head = (tl.program_id(0) % heads).to(tl.int64)
+    rows = tl.program_id(0).to(tl.int64) // heads * ROWS + tl.arange(0, ROWS)
+    exist = rows < total
+    has_keys = tl.load(shift_ptr + head * total + rows, mask=exist, other=float("inf")) != float("inf")
+    columns = tl.arange(0, DIM)[None, :]
+    sums = tl.load(sums_ptr + (head * total + rows)[:, None] * DIM + columns, mask=has_keys[:, None], other=0.0)
+    pointers = grad_ptr + head * strides[1] + (rows[:, None] * strides[0] + columns)
+    tl.store(pointers, (sums * scale).to(grad_ptr.dtype.element_ty), mask=exist[:, None])
+
+
 @builtin
 def add_to_global(descriptor, coordinates, memory, _semantic=None):
     """Have a tile in shared memory added to one in global memory."""
@@ -190,11 +218,11 @@ def write_part(work, OPTIONS: gl.constexpr, ORDER: gl.constexpr):
                     query_tile = tile_in_order(index, phase, begin, begin + count)
                     rank = rank_of(tile, item, member, query_tile, lengths, problem, OPTIONS)
                     turn_ptr = turns_ptr + (sequence * heads_of[0] * heads_of[1] + head) * tiles_of_queries + query_tile
-                    mbarrier.wait(full, step & 1)
                     if ORDER:
                         while gl.load(turn_ptr, volatile=True) != rank:
                             pass
                         gl.inline_asm_elementwise(ACQUIRE, "=r,r", [rank], dtype=gl.int32, is_pure=False, pack=1)
+                    mbarrier.wait(full, step & 1)
                     row = query_tile * ROWS
                     is_new = (rank == 0) & (row + ROWS <= lengths[0])
                     for w in gl.static_range(WARPGROUPS):

@@ -20,12 +20,8 @@ from .arguments import check_request
 from .blocked import backward_blocked
 from .blocks import KeyBlocks, grid_shape
 from .choice import Backend
-from .language import tl
 from .request import SCHEMA, AttentionRequest
 from .selection import select_blocks
-
-if tl is not None:
-    from . import portable
 
 _NAMES = (*SCHEMA, "backend")
 _ARGUMENTS = ", ".join(f"{kind} {name}" for name, kind in {**SCHEMA, "backend": "str"}.items())
@@ -196,7 +192,7 @@ def _no_lse(q: Tensor) -> Tensor:
 def _backward(grad: Tensor, output: Tensor, lse: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     request, backend = AttentionRequest.unflatten(inputs[:-1]).present(), inputs[-1]
     if choice.differentiates_on_gpu(request, backend):
-        grad_q, grad_k, grad_v, grad_s_aux = portable.backward(grad, output, lse, request.readable())
+        grad_q, grad_k, grad_v, grad_s_aux = choice.differentiate(grad, output, lse, request)
     else:
         with torch.autocast(request.q.device.type, enabled=False):
             grad_q, grad_k, grad_v, grad_s_aux = backward_blocked(grad, output, lse, request)
