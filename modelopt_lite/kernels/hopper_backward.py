@@ -448,7 +448,7 @@ def compute_part(
                 gl.store(grad_value_ptr + at, dv.to(grad_value_ptr.dtype.element_ty), mask=mask)
 
 
-@gluon.jit(do_not_specialize=["tail_start", "batch", "tiles_per_head", "num_sinks", "window", "sliding_window", "hook_args"])
+@gluon.jit(do_not_specialize=["tail_start", "tiles_of_queries", "total", "batch", "tiles_per_head", "num_sinks", "window", "sliding_window", "hook_args"])
 def attention_backward_hopper(
     query_descriptor, grad_descriptor, key_descriptor, value_descriptor, key_tail_descriptor, value_tail_descriptor,
     tail_start, grad_query_descriptor, shift_ptr, delta_ptr, grad_key_ptr, grad_value_ptr, semaphore_ptr, tiles_of_queries, total, strides,

@@ -11,7 +11,7 @@ from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from . import hopper_launch
-from .device import cdiv, is_aligned, processors
+from .device import cdiv, is_aligned, processors, rebased
 from .hopper_backward import KEYS, ROWS, attention_backward_hopper, clear_partial_tiles, round_gradients
 from .hopper_launch import key_descriptor, shared_descriptor, tail_of
 from .portable import gradient_of_sink_logits, prepare_rows
@@ -65,15 +65,16 @@ def backward(
     options = options_of(r, SETTINGS)._replace(pair=min(r.group, 2))
     boxes = options._replace(block_n=ROWS.value)
     queries, grads = (
-        shared_descriptor(x, list(x.shape), list(x.stride()), [ROWS.value, 1, head_dim]) for x in (r.q, grad)
+        rebased(shared_descriptor(x, [*x.shape], [*x.stride()], [ROWS.value, 1, head_dim]), x) for x in (r.q, grad)
     )
+    keys, values = (rebased(key_descriptor(x, boxes), x) for x in (r.k, r.v))
     tail_rows, tail_start = tail_of(r.k.shape[0], r.group, ROWS.value)
     tails: list[Any] = [None, None]
     if tail_rows:
         for index, x in enumerate((r.k, r.v)):
             copy = x.new_empty(tail_rows, *x.shape[1:])
             copy[: x.shape[0] - tail_start] = x[tail_start:]
-            tails[index] = key_descriptor(copy, boxes)
+            tails[index] = rebased(key_descriptor(copy, boxes), copy)
 
     tiles, query_tiles = cdiv(r.max_k, KEYS.value), cdiv(r.max_q, ROWS.value)
     programs = min(batch * kv_heads * cdiv(tiles, 2), processors(r.q.device))
@@ -88,10 +89,10 @@ def backward(
         clear_partial_tiles[(batch * query_heads,)](sums, r.starts_q, r.lengths_q, total, query_heads, head_dim)
         try:
             attention_backward_hopper[(programs,)](
-                queries, grads, key_descriptor(r.k, boxes), key_descriptor(r.v, boxes), *tails, tail_start,
+                queries, grads, keys, values, *tails, tail_start,
                 sums_descriptor, shift, delta, grad_k, grad_v, turns, query_tiles, total, grad_k.stride()[:2], sequences,
                 heads, (r.softmax_scale, r.softcap or 0.0), batch, tiles, *distances(r), hook_arguments(plan),
-                SCORE_HOOK=plan.score_hook, OPTIONS=options, STAGES=SETTINGS.num_stages, num_warps=SETTINGS.num_warps,
+                SCORE_HOOK=plan.score_hook, OPTIONS=options, STAGES=SETTINGS.num_stages, VARIANT=5 if r.group > 4 else 1, ORDER=1, num_warps=SETTINGS.num_warps,
                 enable_fp_fusion=True, launch_cooperative_grid=True,
             )  # fmt: skip
         except CompilationError as error:
