@@ -17,12 +17,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .hopper import PIECE, load_rows, spread, synchronize
-from .backward import query_spans
+from .backward import gradient_rows, query_spans
 from .tiles import join_groups, key_of_row, scale_scores, select_scores, split_groups, weigh
 
 ROWS = tl.constexpr(64)
 """Queries of a tile, and keys of a warpgroup."""
 WARPGROUPS = tl.constexpr(2)
+CLEARED = tl.constexpr(8192)
+"""Numbers that a program clears."""
 KEYS = tl.constexpr(128)
 """Keys of a tile: ``ROWS`` of each warpgroup."""
 
@@ -33,19 +35,39 @@ RELEASE = tl.constexpr(
 )
 
 
-@triton.jit(do_not_specialize=["total"])
-def clear_partial_tiles(sums_ptr, starts_ptr, lengths_ptr, total, heads, DIM: tl.constexpr):
-    """Set to 0 what gradients of queries are added up in, where a sequence's last tile has fewer queries than others.
+@triton.jit(do_not_specialize=["batch", "total", "tiles_of_queries"])
+def prepare_gradients(
+    grad_ptr, out_ptr, lse_ptr, shift_ptr, delta_ptr, sums_ptr, turns_ptr, grad_key_ptr, grad_value_ptr, strides,
+    starts_ptr, lengths_ptr, heads, batch, total, tiles_of_queries, size, DIM: tl.constexpr,
+):  # fmt: skip
+    """Prepare rows as :func:`~modelopt_lite.kernels.backward.gradient_rows` does, and clear what is added up.
 
-    Others need not be cleared, as what comes first is stored and not added. A program clears it for one sequence and
-    head.
+    First come its programs. Then come those of a sequence and a head: they clear the turns, and the sums of the last
+    tile of queries if it has fewer than others; what comes first in another is stored and not added. The others clear
+    ``CLEARED`` of the ``size`` numbers of the gradients of keys and values each, as rows may belong to no sequence.
     """
-    sequence, head = tl.program_id(0) // heads, tl.program_id(0) % heads
-    start, length = tl.load(starts_ptr + sequence), tl.load(lengths_ptr + sequence)
-    rows = length // ROWS * ROWS + tl.arange(0, ROWS)
-    exist = (rows < length)[:, None]
-    places = (head.to(tl.int64) * total + start + rows)[:, None] * DIM + tl.arange(0, DIM)[None, :]
-    tl.store(sums_ptr + places, tl.zeros([ROWS, DIM], tl.float32), mask=exist)
+    program = tl.program_id(0)
+    row_programs = tl.cdiv(total, ROWS) * heads
+    if program < row_programs:
+        gradient_rows(
+            grad_ptr, out_ptr, lse_ptr, shift_ptr, delta_ptr, strides, heads, total, VALUE_DIM=DIM, BLOCK_M=ROWS,
+            BLOCK_DV=DIM,
+        )  # fmt: skip
+    elif program < row_programs + batch * heads:
+        program -= row_programs
+        start, length = tl.load(starts_ptr + program // heads), tl.load(lengths_ptr + program // heads)
+        for first in range(0, tiles_of_queries, 128):
+            tiles = first + tl.arange(0, 128)
+            tl.store(turns_ptr + program * tiles_of_queries + tiles, 0, mask=tiles < tiles_of_queries)
+        rows = length // ROWS * ROWS + tl.arange(0, ROWS)
+        places = (program % heads).to(tl.int64) * total + start + rows
+        sums_pointers = sums_ptr + places[:, None] * DIM + tl.arange(0, DIM)[None, :]
+        tl.store(sums_pointers, tl.zeros([ROWS, DIM], tl.float32), mask=(rows < length)[:, None])
+    else:
+        places = (program - row_programs - batch * heads).to(tl.int64) * CLEARED + tl.arange(0, CLEARED)
+        zeros = tl.zeros([CLEARED], grad_key_ptr.dtype.element_ty)
+        tl.store(grad_key_ptr + places, zeros, mask=places < size)
+        tl.store(grad_value_ptr + places, zeros, mask=places < size)
 
 
 @triton.jit(do_not_specialize=["total"])
@@ -257,9 +279,42 @@ def clear_beyond(memory, first, limit, GROUP: gl.constexpr, PAIR: gl.constexpr, 
 
 
 @gluon.jit
+def load_numbers(row, query_length, shift_ptr, delta_ptr):
+    """Load the shift and delta of a tile's rows; see :func:`modelopt_lite.kernels.backward.gradient_rows`."""
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
+    rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
+    exist = (rows >= 0) & (rows < query_length)
+    shift = gl.load(shift_ptr + rows, mask=exist, other=float("inf"))
+    delta = gl.load(delta_ptr + rows, mask=exist, other=0.0)
+    return shift, delta
+
+
+@gluon.jit
+def multiply_keys(score_memory, key_memory, buffer, WARPGROUP: gl.constexpr, OPTIONS: gl.constexpr):
+    """Issue the product of gradients of scores, of both warpgroups, and half of the columns of keys."""
+    HALF: gl.constexpr = OPTIONS.block_d // 2
+    DQ: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
+    dq = gl.full([ROWS, HALF], 0, gl.float32, DQ)
+    for w in gl.static_range(WARPGROUPS):
+        half = key_memory.index(w).reshape([ROWS, OPTIONS.block_d]).slice(WARPGROUP * HALF, HALF, 1)
+        dq = warpgroup_mma(score_memory.index(2 * buffer + w), half, dq, use_acc=w > 0, is_async=True)
+    return dq
+
+
+@gluon.jit
+def hand_over(dq, step, memory, full, empty, WARPGROUP: gl.constexpr):
+    """Hand half of the columns of a step's gradient of queries to the warp that adds them up."""
+    mbarrier.wait(empty, (step & 1) ^ 1)
+    memory.index(WARPGROUP).reshape([dq.shape[0], dq.shape[1]]).store(dq)
+    fence_async_shared()
+    synchronize()
+    mbarrier.arrive(full, count=1)
+
+
+@gluon.jit
 def differentiate(
-    step, row, first, clearings, dk, dv, shift_ptr, delta_ptr, query_length, rules, numbers, hook_args, buffers, barriers,
-    WARPGROUP: gl.constexpr, SCORE_HOOK: gl.constexpr, OPTIONS: gl.constexpr, STAGES: gl.constexpr,
+    step, row, first, clearings, dk, dv, shift, delta, next_row, has_before, shift_ptr, delta_ptr, query_length, rules,
+    numbers, hook_args, buffers, barriers, WARPGROUP: gl.constexpr, SCORE_HOOK: gl.constexpr, OPTIONS: gl.constexpr, STAGES: gl.constexpr,
     MASKED: gl.constexpr, VARIANT: gl.constexpr,
 ):  # fmt: skip
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
@@ -270,9 +325,11 @@ def differentiate(
     D: gl.constexpr = OPTIONS.block_d
     stage = step % STAGES
     rows = row + gl.arange(0, ROWS, ROW)
-    exist = rows < query_length
-    shift = gl.load(shift_ptr + rows, mask=exist, other=float("inf"))
-    delta = gl.load(delta_ptr + rows, mask=exist, other=0.0)
+    if VARIANT & 16:
+        next_shift, next_delta = load_numbers(next_row, query_length, shift_ptr, delta_ptr)
+    else:
+        shift, delta = load_numbers(row, query_length, shift_ptr, delta_ptr)
+        next_shift, next_delta = shift, delta
     query = query_memory.index(stage).reshape([ROWS, D])
     grad = grad_memory.index(stage).reshape([ROWS, D])
     keys = key_memory.index(WARPGROUP).reshape([ROWS, D])
@@ -324,7 +381,14 @@ def differentiate(
     if OPTIONS.softcap:
         tanh_of_scores = scores / numbers[1]
         grad_scores *= 1.0 - tanh_of_scores * tanh_of_scores
-    buffer = step % 2
+    if VARIANT & 8:
+        # Of the step before: so neither warpgroup has to wait for the other one's scores of this step.
+        buffer = step % 3
+        before = (step + 2) % 3
+        mbarrier.wait(scores_full.index(before), (step + 2) // 3 - 1 & 1)
+    else:
+        buffer = step % 2
+        before = buffer
     own = score_memory.index(2 * buffer + WARPGROUP)
     own.store(grad_scores.to(ELEMENT))
     fence_async_shared()
@@ -332,31 +396,20 @@ def differentiate(
     mbarrier.arrive(scores_full.index(buffer), count=1)
     if not (VARIANT & 1):
         dv = warpgroup_mma(weight_memory.index(WARPGROUP).permute([1, 0]), grad, dv, is_async=True)
-    DQ: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D // 2, 16])
-    dq = gl.full([ROWS, D // 2], 0, gl.float32, DQ)
-    if VARIANT & 2:
-        dk = warpgroup_mma(own.permute([1, 0]), query, dk, is_async=True)
-    mbarrier.wait(scores_full.index(buffer), step // 2 & 1)
-    for w in gl.static_range(WARPGROUPS):
-        half = key_memory.index(w).reshape([ROWS, D]).slice(WARPGROUP * (D // 2), D // 2, 1)
-        dq = warpgroup_mma(score_memory.index(2 * buffer + w), half, dq, use_acc=w > 0, is_async=True)
-    if not (VARIANT & 2):
-        dk = warpgroup_mma(own.permute([1, 0]), query, dk, is_async=True)
-        dq = warpgroup_mma_wait(1, deps=[dq])
+    if not (VARIANT & 8):
+        mbarrier.wait(scores_full.index(buffer), step // 2 & 1)
+    dq = multiply_keys(score_memory, key_memory, before, WARPGROUP, OPTIONS)
+    dk = warpgroup_mma(own.permute([1, 0]), query, dk, is_async=True)
+    dq = warpgroup_mma_wait(1, deps=[dq])
+    if VARIANT & 8:
+        if has_before:
+            hand_over(dq, step - 1, out_memory, out_full, out_empty, WARPGROUP)
     else:
-        dq, dk, dv = warpgroup_mma_wait(0, deps=[dq, dk, dv])
-        synchronize()
-        mbarrier.arrive(freed.index(stage), count=1)
-    mbarrier.wait(out_empty, (step & 1) ^ 1)
-    out_memory.index(WARPGROUP).reshape([ROWS, D // 2]).store(dq)
-    fence_async_shared()
+        hand_over(dq, step, out_memory, out_full, out_empty, WARPGROUP)
+    dk, dv = warpgroup_mma_wait(0, deps=[dk, dv])
     synchronize()
-    mbarrier.arrive(out_full, count=1)
-    if not (VARIANT & 2):
-        dk, dv = warpgroup_mma_wait(0, deps=[dk, dv])
-        synchronize()
-        mbarrier.arrive(freed.index(stage), count=1)
-    return clearings, dk, dv
+    mbarrier.arrive(freed.index(stage), count=1)
+    return clearings, dk, dv, next_shift, next_delta
 
 
 @gluon.jit
@@ -419,23 +472,39 @@ def compute_part(
                 if own + ROWS > length:
                     clear_beyond(key_memory.index(WARPGROUP).reshape([ROWS, D]), own, length, OPTIONS.group, OPTIONS.pair, 1, 0)
                     clear_beyond(value_memory.index(WARPGROUP).reshape([ROWS, D]), own, length, OPTIONS.group, OPTIONS.pair, 1, 0)
+                first_step = step
+                direction = gl.where(phase == 0, ROWS, -ROWS)
+                shift, delta = load_numbers(query_length, query_length, shift_ptr, delta_ptr)
                 for turn_of in range(3 * heads_of[1]):
                     offset = (kv_head * heads_of[1] + turn_of // 3).to(gl.int64) * total + first_query
                     masked_begin, masked_end, hot_first, hot_end = runs_of(turn_of % 3, phase, bounds)
+                    if VARIANT & 16:
+                        if turn_of % 3 == 0:
+                            row = tile_in_order(0, phase, begin, begin + count) * ROWS
+                            shift, delta = load_numbers(row, query_length, shift_ptr + offset, delta_ptr + offset)
                     for index in range(masked_end - masked_begin):
                         row = tile_in_order(index, phase, masked_begin, masked_end) * ROWS
-                        clearings, dk, dv = differentiate(
-                            step, row, own, clearings, dk, dv, shift_ptr + offset, delta_ptr + offset, query_length, rules,
-                            numbers, hook_args, buffers, barriers, WARPGROUP, SCORE_HOOK, OPTIONS, STAGES, True, VARIANT,
+                        clearings, dk, dv, shift, delta = differentiate(
+                            step, row, own, clearings, dk, dv, shift, delta, row + direction, step > first_step,
+                            shift_ptr + offset, delta_ptr + offset, query_length, rules, numbers, hook_args, buffers, barriers,
+                            WARPGROUP, SCORE_HOOK, OPTIONS, STAGES, True, VARIANT,
                         )  # fmt: skip
                         step += 1
                     for index in range(hot_end - hot_first):
                         row = tile_in_order(index, phase, hot_first, hot_end) * ROWS
-                        clearings, dk, dv = differentiate(
-                            step, row, own, clearings, dk, dv, shift_ptr + offset, delta_ptr + offset, query_length, rules,
-                            numbers, hook_args, buffers, barriers, WARPGROUP, SCORE_HOOK, OPTIONS, STAGES, False, VARIANT,
+                        clearings, dk, dv, shift, delta = differentiate(
+                            step, row, own, clearings, dk, dv, shift, delta, row + direction, step > first_step,
+                            shift_ptr + offset, delta_ptr + offset, query_length, rules, numbers, hook_args, buffers, barriers,
+                            WARPGROUP, SCORE_HOOK, OPTIONS, STAGES, False, VARIANT,
                         )  # fmt: skip
                         step += 1
+                if VARIANT & 8:
+                    if step > first_step:
+                        last = (step + 2) % 3
+                        mbarrier.wait(barriers[3].index(last), (step + 2) // 3 - 1 & 1)
+                        dq = multiply_keys(buffers[5], key_memory, last, WARPGROUP, OPTIONS)
+                        dq = warpgroup_mma_wait(0, deps=[dq])
+                        hand_over(dq, step - 1, buffers[6], barriers[4], barriers[5], WARPGROUP)
                 synchronize()
                 mbarrier.arrive(keys_freed, count=1)
                 places = gl.arange(0, ROWS, gl.SliceLayout(1, OUTPUT))
@@ -465,13 +534,14 @@ def attention_backward_hopper(
     value_memory = gl.allocate_shared_memory(ELEMENT, TILE, value_descriptor.layout)
     SQUARE: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     weight_memory = gl.allocate_shared_memory(ELEMENT, [WARPGROUPS, ROWS, ROWS], SQUARE)
-    score_memory = gl.allocate_shared_memory(ELEMENT, [2 * WARPGROUPS, ROWS, ROWS], SQUARE)
+    BUFFERS: gl.constexpr = 3 if VARIANT & 8 else 2
+    score_memory = gl.allocate_shared_memory(ELEMENT, [BUFFERS * WARPGROUPS, ROWS, ROWS], SQUARE)
     out_memory = gl.allocate_shared_memory(gl.float32, [WARPGROUPS, 1, ROWS, D // 2], grad_query_descriptor.layout)
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     query_loaded = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     grad_loaded = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     freed = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    scores_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    scores_full = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], BARRIER)
     keys_loaded = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     keys_freed = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     out_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
@@ -481,7 +551,7 @@ def attention_backward_hopper(
         mbarrier.init(query_loaded.index(stage), count=1)
         mbarrier.init(grad_loaded.index(stage), count=1)
         mbarrier.init(freed.index(stage), count=WARPGROUPS)
-    for buffer in gl.static_range(2):
+    for buffer in gl.static_range(BUFFERS):
         mbarrier.init(scores_full.index(buffer), count=WARPGROUPS)
     mbarrier.init(keys_loaded, count=1)
     mbarrier.init(keys_freed, count=WARPGROUPS)

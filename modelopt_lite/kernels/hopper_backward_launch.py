@@ -12,14 +12,15 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from . import hopper_launch
 from .device import cdiv, is_aligned, processors, rebased
-from .hopper_backward import KEYS, ROWS, attention_backward_hopper, clear_partial_tiles, round_gradients
+from .hopper_backward import CLEARED, KEYS, ROWS, attention_backward_hopper, prepare_gradients, round_gradients
 from .hopper_launch import key_descriptor, shared_descriptor, tail_of
-from .portable import gradient_of_sink_logits, prepare_rows
+from .portable import gradient_of_sink_logits
 from .request import AttentionRequest, HookRefusedError
 from .settings import Settings, distances, hook_arguments, options_of
 
 SETTINGS = Settings(ROWS.value, KEYS.value, 4, 2, True, False)
 HEAD_DIM = 128
+VARIANT = 13
 MAX_GROUP = 8
 FASTER_FROM = 1024
 """Queries of a sequence, on average, from which on this kernel is faster than the portable ones."""
@@ -79,20 +80,23 @@ def backward(
     tiles, query_tiles = cdiv(r.max_k, KEYS.value), cdiv(r.max_q, ROWS.value)
     programs = min(batch * kv_heads * cdiv(tiles, 2), processors(r.q.device))
     sequences = (r.starts_q, r.lengths_q, r.starts_k, r.lengths_k)
-    turns = torch.zeros(batch * query_heads * query_tiles, dtype=torch.int32, device=r.q.device)
-    sums = torch.empty(query_heads, total, head_dim, dtype=torch.float32, device=r.q.device)
+    shift, delta, sums = (r.q.new_empty(query_heads, total, *dims, dtype=torch.float32) for dims in ((), (), (head_dim,)))
+    turns = torch.empty(batch * query_heads * query_tiles, dtype=torch.int32, device=r.q.device)
     layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=3)
     sums_descriptor = TensorDescriptor(sums, [*sums.shape], [*sums.stride()], [1, ROWS.value, head_dim // 2], layout)
-    grad_q, grad_k, grad_v = torch.empty_like(r.q), *(torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (r.k, r.v))
+    grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in (r.q, r.k, r.v))
+    tiles_of_rows = cdiv(total, ROWS.value) * query_heads
     with torch.cuda.device_of(r.q):
-        shift, delta = prepare_rows(grad, out, lse)
-        clear_partial_tiles[(batch * query_heads,)](sums, r.starts_q, r.lengths_q, total, query_heads, head_dim)
+        prepare_gradients[(tiles_of_rows + batch * query_heads + cdiv(grad_k.numel(), CLEARED.value),)](
+            grad, out, lse, shift, delta, sums, turns, grad_k, grad_v, (grad.stride()[:2], out.stride()[:2]),
+            r.starts_q, r.lengths_q, query_heads, batch, total, query_tiles, grad_k.numel(), head_dim,
+        )  # fmt: skip
         try:
             attention_backward_hopper[(programs,)](
                 queries, grads, keys, values, *tails, tail_start,
                 sums_descriptor, shift, delta, grad_k, grad_v, turns, query_tiles, total, grad_k.stride()[:2], sequences,
                 heads, (r.softmax_scale, r.softcap or 0.0), batch, tiles, *distances(r), hook_arguments(plan),
-                SCORE_HOOK=plan.score_hook, OPTIONS=options, STAGES=SETTINGS.num_stages, VARIANT=5 if r.group > 4 else 1, ORDER=1, num_warps=SETTINGS.num_warps,
+                SCORE_HOOK=plan.score_hook, OPTIONS=options, STAGES=SETTINGS.num_stages, VARIANT=VARIANT, ORDER=1, num_warps=SETTINGS.num_warps,
                 enable_fp_fusion=True, launch_cooperative_grid=True,
             )  # fmt: skip
         except CompilationError as error:
@@ -100,7 +104,7 @@ def backward(
                 raise
             _UNCOMPILABLE[plan.score_hook] = f"Gluon cannot compile the hook {plan.score_hook.__name__}: {error}"
             raise HookRefusedError(_UNCOMPILABLE[plan.score_hook]) from None
-        round_gradients[(cdiv(total, ROWS.value) * query_heads,)](
+        round_gradients[(tiles_of_rows,)](
             sums, shift, grad_q, r.softmax_scale, total, query_heads, grad_q.stride()[:2], head_dim
         )
     return grad_q, grad_k, grad_v, gradient_of_sink_logits(r, shift, delta)

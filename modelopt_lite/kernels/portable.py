@@ -199,11 +199,26 @@ def backward(
         settings = default_settings(*place, QUERY_SETTINGS, True), default_settings(*place, KEY_SETTINGS, True)
     for_queries, for_keys = (fitted(x, r.blocks) for x in settings)
     query_options, key_options = (options_for(r, x) for x in (for_queries, for_keys))
+    # Apart, so that both are aligned alike whatever the lengths.
+    shift = torch.empty(query_heads, total, dtype=torch.float32, device=r.q.device)
+    delta = torch.empty_like(shift)
     sequences = (r.starts_q, r.lengths_q, r.starts_k, r.lengths_k, *r.first_positions())
     numbers = (r.softmax_scale, r.softcap or 0.0)
     rules, hook_args = distances(r), hook_arguments(plan)
     with torch.cuda.device_of(r.q):
-        shift, delta = prepare_rows(grad, out, lse)
+        gradient_rows[(cdiv(total, BLOCK_ROWS) * query_heads,)](
+            grad,
+            out,
+            lse,
+            shift,
+            delta,
+            tuple(x.stride()[:2] for x in (grad, out)),
+            query_heads,
+            total,
+            VALUE_DIM=value_dim,
+            BLOCK_M=BLOCK_ROWS,
+            BLOCK_DV=block_dv,
+        )
         # Where keys begin inside a group, or a tile that a list names, the first tile has fewer.
         step = r.group if r.blocks is None else for_keys.block_n
         tiles = cdiv(r.max_k + (step - 1 if r.has_positions else 0), for_keys.block_n)
@@ -267,30 +282,8 @@ def backward(
     return grad_q, grad_k, grad_v, gradient_of_sink_logits(r, shift, delta)
 
 
-def prepare_rows(grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what every backward kernel needs to know of each row; see :func:`.backward.gradient_rows`.
-
-    Args:
-        grad: gradient of the output, whose last stride is 1.
-        out: the output, ``[tokens, query_heads, value_dim]``.
-        lse: the logarithms of the softmax denominators, ``[tokens, query_heads]``.
-
-    Returns:
-        ``shift`` and ``delta``, ``[query_heads, tokens]`` each.
-    """
-    total, heads, value_dim = out.shape
-    # Apart, so that both are aligned alike whatever the lengths.
-    shift = torch.empty(heads, total, dtype=torch.float32, device=out.device)
-    delta = torch.empty_like(shift)
-    gradient_rows[(cdiv(total, BLOCK_ROWS) * heads,)](
-        grad, out, lse, shift, delta, tuple(x.stride()[:2] for x in (grad, out)), heads, total,
-        VALUE_DIM=value_dim, BLOCK_M=BLOCK_ROWS, BLOCK_DV=block_dim(value_dim),
-    )  # fmt: skip
-    return shift, delta
-
-
 def gradient_of_sink_logits(request: AttentionRequest, shift: Tensor, delta: Tensor) -> Tensor | None:
-    """Return the gradient of ``s_aux``, None if there is none, from what :func:`prepare_rows` returns."""
+    """Return the gradient of ``s_aux``, None if there is none, from what :func:`.backward.gradient_rows` writes."""
     s_aux = request.s_aux
     if s_aux is None:
         return None

@@ -12,9 +12,8 @@ import torch
 from machine_code import classify, inspect
 from test_forward_compile import BF16, FP16, pretend_gpu, zeros
 
-from modelopt_lite.kernels import hopper_backward_launch, portable
-from modelopt_lite.kernels.backward import gradient_rows
-from modelopt_lite.kernels.hopper_backward import attention_backward_hopper, clear_partial_tiles, round_gradients
+from modelopt_lite.kernels import hopper_backward_launch
+from modelopt_lite.kernels.hopper_backward import attention_backward_hopper, prepare_gradients, round_gradients
 from modelopt_lite.kernels.top_n import top_n_plan
 
 SHARED_LIMIT = 227 * 1024
@@ -40,9 +39,8 @@ def compile_all():
         request = zeros(lengths, plan, head_dim=128, dtype=dtype, is_causal=causal, softmax_scale=1.0, **options)
         hopper_backward_launch.backward(request.q, request.q, torch.zeros(request.q.shape[:2]), request)
 
-    kernels = (attention_backward_hopper, clear_partial_tiles, round_gradients)
+    kernels = (attention_backward_hopper, prepare_gradients, round_gradients)
     found = []
-    pretend_gpu(portable, gradient_rows)
     pretend_gpu(hopper_backward_launch, *kernels, compiled=found)
     hopper_backward_launch.processors = lambda device: 132
     for variant in VARIANTS:
