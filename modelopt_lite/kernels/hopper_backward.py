@@ -64,10 +64,10 @@ def prepare_gradients(
         sums_pointers = sums_ptr + places[:, None] * DIM + tl.arange(0, DIM)[None, :]
         tl.store(sums_pointers, tl.zeros([ROWS, DIM], tl.float32), mask=(rows < length)[:, None])
     else:
-        places = (program - row_programs - batch * heads).to(tl.int64) * CLEARED + tl.arange(0, CLEARED)
+        numbers = (program - row_programs - batch * heads).to(tl.int64) * CLEARED + tl.arange(0, CLEARED)
         zeros = tl.zeros([CLEARED], grad_key_ptr.dtype.element_ty)
-        tl.store(grad_key_ptr + places, zeros, mask=places < size)
-        tl.store(grad_value_ptr + places, zeros, mask=places < size)
+        tl.store(grad_key_ptr + numbers, zeros, mask=numbers < size)
+        tl.store(grad_value_ptr + numbers, zeros, mask=numbers < size)
 
 
 @triton.jit(do_not_specialize=["total"])
