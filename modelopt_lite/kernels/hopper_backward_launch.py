@@ -16,11 +16,10 @@ from .hopper_backward import CLEARED, KEYS, ROWS, attention_backward_hopper, pre
 from .hopper_launch import key_descriptor, shared_descriptor, tail_of
 from .portable import gradient_of_sink_logits
 from .request import AttentionRequest, HookRefusedError
-from .settings import Settings, distances, hook_arguments, options_of
+from .settings import Options, Settings, distances, hook_arguments, options_of
 
 SETTINGS = Settings(ROWS.value, KEYS.value, 4, 2, True, False)
 HEAD_DIM = 128
-VARIANT = 13
 MAX_GROUP = 8
 FASTER_FROM = 1024
 """Queries of a sequence, on average, from which on this kernel is faster than the portable ones."""
@@ -64,23 +63,12 @@ def backward(
     if not is_aligned(grad) or grad.stride(2) != 1:
         grad = grad.contiguous()
     options = options_of(r, SETTINGS)._replace(pair=min(r.group, 2))
-    boxes = options._replace(block_n=ROWS.value)
-    queries, grads = (
-        rebased(shared_descriptor(x, [*x.shape], [*x.stride()], [ROWS.value, 1, head_dim]), x) for x in (r.q, grad)
-    )
-    keys, values = (rebased(key_descriptor(x, boxes), x) for x in (r.k, r.v))
-    tail_rows, tail_start = tail_of(r.k.shape[0], r.group, ROWS.value)
-    tails: list[Any] = [None, None]
-    if tail_rows:
-        for index, x in enumerate((r.k, r.v)):
-            copy = x.new_empty(tail_rows, *x.shape[1:])
-            copy[: x.shape[0] - tail_start] = x[tail_start:]
-            tails[index] = rebased(key_descriptor(copy, boxes), copy)
-
-    tiles, query_tiles = cdiv(r.max_k, KEYS.value), cdiv(r.max_q, ROWS.value)
+    tiles, query_tiles = max(1, cdiv(r.max_k, KEYS.value)), max(1, cdiv(r.max_q, ROWS.value))
     programs = min(batch * kv_heads * cdiv(tiles, 2), processors(r.q.device))
     sequences = (r.starts_q, r.lengths_q, r.starts_k, r.lengths_k)
-    shift, delta, sums = (r.q.new_empty(query_heads, total, *dims, dtype=torch.float32) for dims in ((), (), (head_dim,)))
+    shift, delta, sums = (
+        r.q.new_empty(query_heads, total, *dims, dtype=torch.float32) for dims in ((), (), (head_dim,))
+    )
     turns = torch.empty(batch * query_heads * query_tiles, dtype=torch.int32, device=r.q.device)
     layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=3)
     sums_descriptor = TensorDescriptor(sums, [*sums.shape], [*sums.stride()], [1, ROWS.value, head_dim // 2], layout)
@@ -93,11 +81,10 @@ def backward(
         )  # fmt: skip
         try:
             attention_backward_hopper[(programs,)](
-                queries, grads, keys, values, *tails, tail_start,
-                sums_descriptor, shift, delta, grad_k, grad_v, turns, query_tiles, total, grad_k.stride()[:2], sequences,
-                heads, (r.softmax_scale, r.softcap or 0.0), batch, tiles, *distances(r), hook_arguments(plan),
-                SCORE_HOOK=plan.score_hook, OPTIONS=options, STAGES=SETTINGS.num_stages, VARIANT=VARIANT, ORDER=1, num_warps=SETTINGS.num_warps,
-                enable_fp_fusion=True, launch_cooperative_grid=True,
+                *_descriptors(r, grad, options), sums_descriptor, shift, delta, grad_k, grad_v, turns, query_tiles,
+                total, grad_k.stride()[:2], sequences, heads, (r.softmax_scale, r.softcap or 0.0), batch,
+                tiles, *distances(r), hook_arguments(plan), SCORE_HOOK=plan.score_hook, OPTIONS=options,
+                num_warps=SETTINGS.num_warps, enable_fp_fusion=True, launch_cooperative_grid=True,
             )  # fmt: skip
         except CompilationError as error:
             if plan.score_hook is None:
@@ -108,3 +95,19 @@ def backward(
             sums, shift, grad_q, r.softmax_scale, total, query_heads, grad_q.stride()[:2], head_dim
         )
     return grad_q, grad_k, grad_v, gradient_of_sink_logits(r, shift, delta)
+
+
+def _descriptors(request: AttentionRequest, grad: Tensor, options: Options) -> tuple[Any, ...]:
+    """Return how to load tiles of queries, gradients, keys, values and their tails, and where tails begin."""
+    r = request
+    boxes = options._replace(block_n=ROWS.value)
+    rows = (shared_descriptor(x, [*x.shape], [*x.stride()], [ROWS.value, 1, x.shape[2]]) for x in (r.q, grad))
+    tail_rows, tail_start = tail_of(r.k.shape[0], r.group, ROWS.value)
+    tails: list[Any] = [None, None]
+    if tail_rows:
+        for index, x in enumerate((r.k, r.v)):
+            copy = x.new_empty(tail_rows, *x.shape[1:])
+            copy[: x.shape[0] - tail_start] = x[tail_start:]
+            tails[index] = rebased(key_descriptor(copy, boxes), copy)
+    keys = (rebased(key_descriptor(x, boxes), x) for x in (r.k, r.v))
+    return (*map(rebased, rows, (r.q, grad)), *keys, *tails, tail_start)

@@ -4,17 +4,32 @@ Like the portable kernel's test, this file runs itself as a program to compile.
 """
 
 import dataclasses
+import itertools
 import json
+import os
 import sys
+from typing import NamedTuple
 
 import pytest
 import torch
+import triton
+import triton.language as tl
+from cases import OnGpu, one_sequence
 from machine_code import classify, inspect
 from test_forward_compile import BF16, FP16, pretend_gpu, zeros
 
-from modelopt_lite.kernels import hopper_backward_launch
-from modelopt_lite.kernels.hopper_backward import attention_backward_hopper, prepare_gradients, round_gradients
+from modelopt_lite.kernels import choice, hopper_backward_launch, portable
+from modelopt_lite.kernels.hopper_backward import (
+    attention_backward_hopper,
+    prepare_gradients,
+    rank_of,
+    round_gradients,
+    tiles_that_see,
+)
+from modelopt_lite.kernels.request import HookRefusedError
 from modelopt_lite.kernels.top_n import top_n_plan
+from modelopt_lite.methods import SinkWindow
+from modelopt_lite.plan import DENSE
 
 SHARED_LIMIT = 227 * 1024
 VARIANTS = [
@@ -55,6 +70,125 @@ def compile_all():
     for lengths, window in zip(several, (0, 1, 16, 64, 100, 2**40), strict=True):
         run(lengths, *VARIANTS[1], window=window)
     return found, number() - before
+
+
+def request_on_gpu(plan=DENSE, tokens=2048, dim=128, dtype=BF16, **options):
+    q = torch.empty(tokens, 4, dim, dtype=dtype).as_subclass(OnGpu)
+    return one_sequence(q, q, q, plan, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({}, None),
+        ({"plan": top_n_plan(2, 4, 4, 64), "dtype": FP16, "softcap": 30.0, "sliding_window": 100}, None),
+        ({"plan": top_n_plan(8, 16, 0, 0)}, "groups have 16 keys, more than 8"),
+        ({"plan": SinkWindow().plan()}, "the plan keeps sinks and recent keys alone"),
+        ({"dim": 64}, "head dimensions are 64, not 128"),
+        ({"dtype": torch.float32}, "the tensors are torch.float32, not torch.float16 or torch.bfloat16"),
+        ({"first_q": torch.tensor([0])}, "first positions are given, or there is a sliding window without causality"),
+    ],
+    ids=str,
+)
+def test_refusal(absent_gpu, options, reason):
+    assert hopper_backward_launch.refusal(request_on_gpu(**options)) == reason
+    absent_gpu(100)
+    assert hopper_backward_launch.refusal(request_on_gpu(**options)) is not None
+
+
+@pytest.fixture
+def chosen(absent_gpu, monkeypatch):
+    """Return which kernel differentiates a request."""
+    monkeypatch.setattr(portable, "backward", lambda *arguments: "portable")
+    monkeypatch.setattr(hopper_backward_launch, "backward", lambda *arguments: "hopper")
+    return lambda request: choice.differentiate(request.q, request.q, request.q, request)
+
+
+def test_choice(chosen, monkeypatch):
+    long, short, refused = request_on_gpu(), request_on_gpu(tokens=512), request_on_gpu(dim=64)
+    assert [chosen(x) for x in (long, short, refused)] == ["hopper", "portable", "portable"]
+    monkeypatch.setenv("MODELOPT_LITE_KERNEL", "hopper")
+    assert [chosen(x) for x in (long, short, refused)] == ["hopper", "hopper", "portable"]
+    monkeypatch.setenv("MODELOPT_LITE_KERNEL", "portable")
+    assert [chosen(x) for x in (long, short, refused)] == ["portable"] * 3
+
+
+def test_a_hook_that_cannot_be_compiled(chosen, monkeypatch, caplog):
+    def refuse(*arguments):
+        raise HookRefusedError("Gluon cannot compile the hook")
+
+    monkeypatch.setattr(hopper_backward_launch, "backward", refuse)
+    assert chosen(request_on_gpu()) == "portable"
+    assert "the backward kernel for Hopper is left out: Gluon cannot compile the hook" in caplog.text
+
+
+class Rules(NamedTuple):
+    """Those of the kernel's options that say which queries see a key."""
+
+    causal: bool
+    sliding: bool
+
+
+@triton.jit
+def write_ranks(
+    ranks_ptr, query_length, length, sliding_window, tiles_per_head, columns, programs, OPTIONS: tl.constexpr
+):
+    """Store the ranks of one item's tiles of keys, ``[heads, tiles_per_head, columns]``."""
+    item = tl.program_id(0)
+    query_length, length = tl.load(numbers_ptr), tl.load(numbers_ptr + 1)
+    sliding_window, tiles_per_head = tl.load(numbers_ptr + 2), tl.load(numbers_ptr + 3)
+    columns, programs = tl.load(numbers_ptr + 4), tl.load(numbers_ptr + 5)
+    pairs = (tiles_per_head + 1) // 2
+    pair = item % pairs
+    lengths = (query_length, length)
+    for phase in range(2):
+        tile = tl.where(phase == 0, tiles_per_head - 1 - pair, pair)
+        if (tile * 128 < length) & ((phase == 0) | (tile != tiles_per_head - 1 - pair)):
+            begin, end = tiles_that_see(tile, lengths, sliding_window, OPTIONS)
+            for column in range(begin, end):
+                rank = rank_of(tile, item, phase, column, lengths, sliding_window, tiles_per_head, programs, OPTIONS)
+                tl.store(ranks_ptr + (item // pairs * tiles_per_head + tile) * columns + column, rank)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
+@pytest.mark.parametrize("programs", [1, 3, 4, 132])
+@pytest.mark.parametrize(
+    ("query_length", "length", "longest", "rules", "sliding_window"),
+    [
+        (700, 700, 700, Rules(True, False), 0),
+        (64, 64, 64, Rules(True, False), 0),
+        (300, 900, 1300, Rules(True, False), 0),
+        (500, 300, 300, Rules(False, False), 0),
+        (900, 900, 900, Rules(True, True), 1),
+        (333, 900, 1000, Rules(True, True), 130),
+        (900, 900, 900, Rules(True, True), 2**30),
+    ],
+)
+def test_all_take_turns(query_length, length, longest, rules, sliding_window, programs):
+    """Those that add to a tile of queries have different ranks, without a gap, and wait for none that comes later."""
+    heads, tiles, columns = 3, -(-longest // 128), -(-query_length // 64)
+    pairs = (tiles + 1) // 2
+    ranks = torch.full((heads, tiles, columns), -1, dtype=torch.int32)
+    numbers = torch.tensor([query_length, length, sliding_window, tiles, columns, programs], dtype=torch.int32)
+    write_ranks[(heads * pairs,)](ranks, numbers, rules)
+    for head, column in itertools.product(range(heads), range(columns)):
+        found = ranks[head, :, column]
+        who = (found >= 0).nonzero().flatten().tolist()
+        assert sorted(found[who].tolist()) == list(range(len(who)))
+        # (round, phase) of each, in the order of their ranks
+        who.sort(key=lambda tile: found[tile])
+        pair = [min(tile, tiles - 1 - tile) for tile in who]
+        places = [((head * pairs + p) // programs, int(p == tile)) for p, tile in zip(pair, who, strict=True)]
+        middle = tiles // 2 if tiles % 2 else None
+        places = [(r, 0) if tile == middle else (r, phase) for (r, phase), tile in zip(places, who, strict=True)]
+        assert places == sorted(places)
+    seen = torch.arange(query_length)[:, None] + length - query_length - torch.arange(length)
+    visible = seen >= 0 if rules.causal else torch.ones_like(seen, dtype=torch.bool)
+    if rules.sliding:
+        visible &= seen < sliding_window
+    padded = torch.nn.functional.pad(visible, (0, -length % 128, 0, -query_length % 64))
+    needed = padded.unflatten(1, (-1, 128)).unflatten(0, (-1, 64)).any(3).any(1).T
+    assert (ranks[:, : needed.shape[0]] >= 0)[:, needed].all()
 
 
 @pytest.mark.slow
