@@ -130,9 +130,7 @@ class Rules(NamedTuple):
 
 
 @triton.jit
-def write_ranks(
-    ranks_ptr, query_length, length, sliding_window, tiles_per_head, columns, programs, OPTIONS: tl.constexpr
-):
+def write_ranks(ranks_ptr, numbers_ptr, OPTIONS: tl.constexpr):
     """Store the ranks of one item's tiles of keys, ``[heads, tiles_per_head, columns]``."""
     item = tl.program_id(0)
     query_length, length = tl.load(numbers_ptr), tl.load(numbers_ptr + 1)

@@ -6,7 +6,7 @@ from test_backward_gpu import PLANS, check, full_precision, make  # noqa: F401
 from test_backward_gpu import test_the_same_keys_as_in_the_forward as compare_keys
 from test_forward_interpreter import HOOKS
 
-from modelopt_lite.kernels import AttentionRequest, hopper_backward_launch, portable
+from modelopt_lite.kernels import AttentionRequest, hopper_backward_launch, hopper_launch, portable
 from modelopt_lite.kernels.top_n import top_n_plan
 
 pytestmark = pytest.mark.gpu
@@ -104,7 +104,7 @@ def test_the_same_bits_every_time(plan):
     """With so many items that programs take several, and wait for each other."""
     request = make(lengths=((9000, 9000), (3000, 5000)), heads=(16, 4), dims=DIMS, plan=plan, exact=False)
     assert hopper_backward_launch.refusal(request) is None
-    out, lse = portable.prepare(request)(request)
+    out, lse = hopper_launch.prepare(request)(request)
     grad = torch.randn(out.shape, device="cuda").to(out.dtype)
     first = hopper_backward_launch.backward(grad, out, lse, request)[:3]
     for _ in range(3):
