@@ -287,17 +287,21 @@ def join_antidiagonals(
     exists = (begin_q + STRIDE > low) & (begin_q <= high)
     group = (head * blocks_here + local) * GROUPS + number
 
-    highest = tl.full([GROUPS], float("-inf"), tl.float32)
+    # Reduced behind the loops: Triton 3.6 fails to compile a sum in a loop that is used twice behind it.
+    largest = tl.full([GROUPS, BLOCK_T], float("-inf"), tl.float32)
     for tile in tl.range(begin // JOINED, (behind + JOINED - 1) // JOINED, BLOCK_T):
         tile_number = tile + tl.arange(0, BLOCK_T)
         mask = exists[:, None] & (tile_number * JOINED < behind)[None, :]
         found = tl.load(highest_ptr + group[:, None] * tiles + tile_number[None, :], mask=mask, other=float("-inf"))
-        highest = tl.maximum(highest, tl.max(found, 1))
+        largest = tl.maximum(largest, found)
+    highest = tl.max(largest, 1)
     shift = tl.where(highest == float("-inf"), 0.0, highest)
-    total = tl.zeros([GROUPS], tl.float32)
+    sums = tl.zeros([GROUPS, BLOCK_J], tl.float32)
     for column in tl.range(begin, behind, BLOCK_J):
-        total += tl.sum(_weights(partial_ptr, highest_ptr, group, exists, column, behind, columns, tiles, shift,
-                                 BLOCK_J, JOINED), 1)  # fmt: skip
+        sums += _weights(
+            partial_ptr, highest_ptr, group, exists, column, behind, columns, tiles, shift, BLOCK_J, JOINED
+        )
+    total = tl.sum(sums, 1)
     inverse = tl.where(total > 0.0, 1.0 / total, 0.0)
     mass_ptr += (head * query_blocks + block) * columns
     for column in tl.range(begin, behind, BLOCK_J):
