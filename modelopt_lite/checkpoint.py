@@ -41,7 +41,7 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike[str], **kwargs: An
         kwargs: passed on to the model's ``save_pretrained``.
 
     Raises:
-        UnsupportedError: if the model is not sparse, or if it neither is, holds nor wraps exactly one Transformers model.
+        UnsupportedError: if the model is not sparse, or if it is not one Transformers model or a wrapper around one.
     """
     found = list(pretrained_models(model).values())
     layers = sparse_modules(found[0]) if len(found) == 1 else {}

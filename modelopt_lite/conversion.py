@@ -238,7 +238,9 @@ def disabled(model: ModelT) -> Iterator[ModelT]:
 
 @contextmanager
 def continuous_batching(model: ModelT) -> Iterator[ModelT]:
-    """Let Transformers' continuous batching run a sparse model inside the ``with`` block; other calls are refused there.
+    """Let Transformers' continuous batching run a sparse model inside the ``with`` block.
+
+    Other forward passes of the model are refused there.
 
     Transformers decides by the name of a model's attention implementation whether and how ``generate_batch`` and
     related functions run it. So the model gets a name that Transformers recognises while the block is open. Pieces of
