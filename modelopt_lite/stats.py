@@ -111,7 +111,8 @@ class LayerStatistics:
     def mass_kept_by_head(self) -> list[float]:
         """Mean share of the dense attention on kept keys, for each query head of one layer.
 
-        Empty for sums over layers, and before anything was counted."""
+        Empty for sums over layers, and before anything was counted.
+        """
         return self._shares_by_head(1, self.rows)
 
     @property
