@@ -200,7 +200,7 @@ class AttentionPlan:
             hook is used where all keys are visible. A tile with any group that may be wrong is computed again with
             ``score_hook``.
 
-        name: what PyTorch's operators take in the place of the plan; :func:`plan_by_name` leads back. The canonical
+        name: what PyTorch's operators take instead of the plan, which :func:`plan_by_name` finds again. The canonical
             configuration of the method that made it, in JSON; of a plan made by hand, a name that only this process
             knows. Not an argument.
         made_by: the class of that method, if the plan was made by a registered one. Not an argument.
