@@ -8,8 +8,8 @@ choose on the first 2048 tokens of some speeches. What they cost is then measure
 
 from __future__ import annotations
 
-import dataclasses
 import math
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -89,16 +89,15 @@ def main() -> None:
             candidates: dict[str, Any] = {name: _n_of_m(name) for name in N_OF_M[what]}
             wanted = "2:4"
         else:
-            fitted, _ = calibrate(model, BLOCKS, reading)
+            with tempfile.TemporaryDirectory() as folder:
+                fitted, _ = calibrate(model, BLOCKS, reading, Path(folder) / "state.jsonl")
             candidates = {f"xattention {target}": fitted.with_target(target) for target in TARGETS}
             wanted = "xattention 0.5"
             clock.say("calibrated")
         state = None if options.states is None else options.states / f"search-{what}.jsonl"
         found = mtsa.search(model, candidates, reading, sparsity=wanted, state=state, show_progress=False)
         clock.say(f"searched\n{found}")
-        on_any = {pattern: _on_any_backend(entry) for pattern, entry in found.config.sparse_cfg.items()}
-        kept = dataclasses.replace(found, config=mtsa.SparsityConfig(sparse_cfg=on_any))
-        kept.save(options.configs / f"searched-{what}.yaml")
+        found.save(options.configs / f"searched-{what}.yaml")
         configs = {wanted: mtsa.SparsityConfig.load(candidates[wanted]), "searched": found.config}
         figures = evaluate(model, configs, others)
         for name, values in figures.items():
@@ -119,12 +118,7 @@ def main() -> None:
 
 def _n_of_m(name: str) -> dict[str, Any]:
     n, m = map(int, name.split(":"))
-    # On PyTorch operations, so that no kernel has to be compiled for each N and M; the results are the same.
-    return {"method": "sparse_softmax", "sparsity_n": n, "sparsity_m": m, "backend": "torch"}
-
-
-def _on_any_backend(entry: Any) -> Any:
-    return entry.model_copy(update={"backend": "auto"}) if isinstance(entry, mtsa.SparseAttentionMethod) else entry
+    return {"method": "sparse_softmax", "sparsity_n": n, "sparsity_m": m}
 
 
 if __name__ == "__main__":
