@@ -54,7 +54,7 @@ def evaluate(model: Any, configs: dict[str, mtsa.SparsityConfig], windows: list[
         )
         rows[name] = {
             "perplexity_percent": [round(x, 4) for x in (change.value, change.low, change.high) if x is not None],
-            "kl": [round(x, 6) for x in (divergence.value, divergence.low, divergence.high) if x is not None],
+            "kl": [round(x, 7) for x in (divergence.value, divergence.low, divergence.high) if x is not None],
             "sparsity": round(sum(shares) / len(shares), 4),
         }
     return rows
@@ -97,16 +97,19 @@ def main() -> None:
         state = None if options.states is None else options.states / f"search-{what}.jsonl"
         found = mtsa.search(model, candidates, reading, sparsity=wanted, state=state, show_progress=False)
         clock.say(f"searched\n{found}")
-        found.save(options.configs / f"searched-{what}.yaml")
+        saved = options.configs / f"searched-{what}.yaml"
+        found.save(saved)
         configs = {wanted: mtsa.SparsityConfig.load(candidates[wanted]), "searched": found.config}
         figures = evaluate(model, configs, others)
-        for name, values in figures.items():
+        again = evaluate(model, {"searched": mtsa.SparsityConfig.load(saved)}, reading)["searched"]
+        for name, values in (figures | {"searched, again on what was read": again}).items():
             clock.say(f"{name}: {values}")
         rows.append(
             {
                 "what": what,
                 "budget": found.budget,
                 "in_search": {"kl": found.run.kl, "perplexity_percent": found.run.perplexity_percent},
+                "in_search_again": {key: again[key][0] for key in ("kl", "perplexity_percent")},
                 "predicted_kl": found.predicted_kl,
                 "everywhere_in_search": {name: vars(run) for name, run in found.everywhere.items()},
                 "layers": {layer.layer: layer.candidate for layer in found.layers},
