@@ -104,25 +104,27 @@ def _pooled_scores(
 def sum_softmax(
     query_ptr, pooled_ptr, mass_ptr, sequence_ptr, row_q_ptr, origin_q_ptr, low_q_ptr, high_q_ptr, low_k_ptr,
     high_k_ptr, stride, head_stride, part_stride, query_blocks, columns, scale, softcap, window,
-    HEADS: tl.constexpr, REPEAT: tl.constexpr, PARTS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SIZE: tl.constexpr, CAUSAL: tl.constexpr, SLIDING: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
+    HEADS: tl.constexpr, REPEAT: tl.constexpr, TOGETHER: tl.constexpr, PARTS: tl.constexpr, DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, SIZE: tl.constexpr, CAUSAL: tl.constexpr,
+    SLIDING: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """Sum the softmax weights of pooled keys over the queries of a block: ``[HEADS, query_blocks, columns]``.
 
-    The first pass finds the logarithm of each query's denominator, the second one adds up weights; the products are
-    cheaper to compute again than to keep.
+    A program takes ``TOGETHER`` heads, which share keys. The first pass finds the logarithm of each query's
+    denominator, the second one adds up weights; the products are cheaper to compute again than to keep.
     """
     KV_HEADS: tl.constexpr = HEADS // REPEAT
-    head = (tl.program_id(0) % HEADS).to(tl.int64)
-    block = query_blocks - 1 - tl.program_id(0) // HEADS
+    BLOCK_M: tl.constexpr = TOGETHER * ROWS
+    head = (tl.program_id(0) % (HEADS // TOGETHER) * TOGETHER).to(tl.int64)
+    block = query_blocks - 1 - tl.program_id(0) // (HEADS // TOGETHER)
     sequence = tl.load(sequence_ptr + block).to(tl.int64)
     low = tl.load(low_q_ptr + block).to(tl.int32)
     high = tl.load(high_q_ptr + block).to(tl.int32)
-    position = tl.load(origin_q_ptr + block).to(tl.int32) + tl.arange(0, BLOCK_M)
+    place = tl.arange(0, BLOCK_M)
+    position = tl.load(origin_q_ptr + block).to(tl.int32) + place % ROWS
     is_query = (position >= low) & (position <= high)
-    rows = tl.load(row_q_ptr + sequence) + position
-    query = _tile_of_rows(query_ptr + head * head_stride, rows, is_query, stride, DIM, BLOCK_D)
+    begins = (tl.load(row_q_ptr + sequence) + position) * stride + (head + place // ROWS) * head_stride
+    query = _tile_of_rows(query_ptr, begins, is_query, 1, DIM, BLOCK_D)
 
     low_k_ptr += sequence * columns
     high_k_ptr += sequence * columns
@@ -161,20 +163,22 @@ def sum_softmax(
     # Rows without a query, and queries that see nothing, weigh nothing.
     lse = tl.where(is_query & (total > 0.0), highest + tl.log2(total), float("inf"))
 
-    mass_ptr += (head * query_blocks + block) * columns
+    heads_here = head + tl.arange(0, TOGETHER)
+    mass_ptrs = mass_ptr + ((heads_here * query_blocks + block) * columns)[:, None] + tl.arange(0, BLOCK_N)[None, :]
     for column in tl.range(begin, hot, BLOCK_N):
         scores = _pooled_scores(
             query, pooled_ptr, part_stride, KV_HEADS * DIM, column, columns, position, low_k_ptr, high_k_ptr, scale,
             softcap, window, PARTS, DIM, BLOCK_D, BLOCK_N, CAUSAL, SLIDING, HAS_SOFTCAP, MASKED=False,
         )  # fmt: skip
-        tl.store(mass_ptr + column + tl.arange(0, BLOCK_N), tl.sum(tl.exp2(scores - lse[:, None]), 0))
+        weights = tl.reshape(tl.exp2(scores - lse[:, None]), [TOGETHER, ROWS, BLOCK_N])
+        tl.store(mass_ptrs + column, tl.sum(weights, 1))
     for column in tl.range(hot, behind, BLOCK_N):
         scores = _pooled_scores(
             query, pooled_ptr, part_stride, KV_HEADS * DIM, column, columns, position, low_k_ptr, high_k_ptr, scale,
             softcap, window, PARTS, DIM, BLOCK_D, BLOCK_N, CAUSAL, SLIDING, HAS_SOFTCAP, MASKED=True,
         )  # fmt: skip
-        number = column + tl.arange(0, BLOCK_N)
-        tl.store(mass_ptr + number, tl.sum(tl.exp2(scores - lse[:, None]), 0), mask=number < behind)
+        weights = tl.reshape(tl.exp2(scores - lse[:, None]), [TOGETHER, ROWS, BLOCK_N])
+        tl.store(mass_ptrs + column, tl.sum(weights, 1), mask=(column + tl.arange(0, BLOCK_N) < behind)[None, :])
 
 
 @triton.jit
@@ -287,17 +291,21 @@ def join_antidiagonals(
     exists = (begin_q + STRIDE > low) & (begin_q <= high)
     group = (head * blocks_here + local) * GROUPS + number
 
-    highest = tl.full([GROUPS], float("-inf"), tl.float32)
+    # Reduced behind the loops: Triton 3.6 fails to compile a sum in a loop that is used twice behind it.
+    largest = tl.full([GROUPS, BLOCK_T], float("-inf"), tl.float32)
     for tile in tl.range(begin // JOINED, (behind + JOINED - 1) // JOINED, BLOCK_T):
         tile_number = tile + tl.arange(0, BLOCK_T)
         mask = exists[:, None] & (tile_number * JOINED < behind)[None, :]
         found = tl.load(highest_ptr + group[:, None] * tiles + tile_number[None, :], mask=mask, other=float("-inf"))
-        highest = tl.maximum(highest, tl.max(found, 1))
+        largest = tl.maximum(largest, found)
+    highest = tl.max(largest, 1)
     shift = tl.where(highest == float("-inf"), 0.0, highest)
-    total = tl.zeros([GROUPS], tl.float32)
+    sums = tl.zeros([GROUPS, BLOCK_J], tl.float32)
     for column in tl.range(begin, behind, BLOCK_J):
-        total += tl.sum(_weights(partial_ptr, highest_ptr, group, exists, column, behind, columns, tiles, shift,
-                                 BLOCK_J, JOINED), 1)  # fmt: skip
+        sums += _weights(
+            partial_ptr, highest_ptr, group, exists, column, behind, columns, tiles, shift, BLOCK_J, JOINED
+        )
+    total = tl.sum(sums, 1)
     inverse = tl.where(total > 0.0, 1.0 / total, 0.0)
     mass_ptr += (head * query_blocks + block) * columns
     for column in tl.range(begin, behind, BLOCK_J):

@@ -96,16 +96,26 @@ def softmax_mass(grid: BlockGrid, pooled: Tensor) -> Tensor:
     if itemsize == 2:  # two numbers of 16 bits hold what one of them rounds away
         first = pooled.to(q.dtype)
         parts = torch.stack([first, (pooled - first.float()).to(q.dtype)])
-    sum_softmax[(heads * blocks,)](
+    repeat = heads // pooled.shape[2]
+    settings = mass_settings(q, repeat, grid.block_rows)
+    sum_softmax[(heads // settings["TOGETHER"] * blocks,)](
         q, parts.contiguous(), mass, grid.sequence, grid.row_q, grid.origin_q, grid.low_q, grid.high_q, grid.low_k,
         grid.high_k, q.stride(0), q.stride(1), pooled.numel(), blocks, columns, request.softmax_scale,
         request.softcap or 1.0, request.sliding_window or 0,
-        HEADS=heads, REPEAT=heads // pooled.shape[2], PARTS=len(parts), DIM=dim, BLOCK_D=_block_d(dim),
-        BLOCK_M=grid.block_rows, BLOCK_N=64 if itemsize == 2 else 16, SIZE=grid.block_size,
-        CAUSAL=request.is_causal, SLIDING=request.sliding_window is not None, HAS_SOFTCAP=request.softcap is not None,
-        num_warps=8 if grid.block_rows == MAX_BLOCK else 4, num_stages=2 if itemsize == 2 else 1,
+        HEADS=heads, REPEAT=repeat, PARTS=len(parts), DIM=dim, BLOCK_D=_block_d(dim), ROWS=grid.block_rows,
+        SIZE=grid.block_size, CAUSAL=request.is_causal, SLIDING=request.sliding_window is not None,
+        HAS_SOFTCAP=request.softcap is not None, **settings,
     )  # fmt: skip
     return mass
+
+
+def mass_settings(q: Tensor, repeat: int, rows: int) -> dict[str, int]:
+    """Return how :func:`sum_softmax` is launched for queries of which ``repeat`` heads share keys."""
+    is_half = q.element_size() == 2
+    return {
+        "TOGETHER": 1, "BLOCK_N": 64 if is_half else 16, "num_warps": 8 if rows == MAX_BLOCK else 4,
+        "num_stages": 2 if is_half else 1,
+    }  # fmt: skip
 
 
 def antidiagonal_mass(grid: BlockGrid, stride: int) -> Tensor:

@@ -18,7 +18,7 @@ SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024}
 VARIANTS = [
     # capability, dtype, head_dim, stride, options
     (90, BF16, 128, 16, {}),
-    (90, BF16, 64, 8, {}),
+    (90, BF16, 64, 4, {}),
     (90, BF16, 80, 4, {"sliding_window": 1000, "softcap": 20.0}),
     (90, BF16, 256, 8, {"is_causal": False}),
     (90, FP32, 128, 16, {}),

@@ -9,7 +9,7 @@ from modelopt_lite.kernels.blocks import BlockGrid, KeyBlocks
 from modelopt_lite.kernels.selection import select_blocks
 from modelopt_lite.methods import FlashPrefill, XAttention
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")]
 
 
 @pytest.fixture(autouse=True)
