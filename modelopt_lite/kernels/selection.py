@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..plan import AttentionPlan, BlockSelector, SkipRule
+from .block_scores import skip_excess
 from .blocked import AttentionStatistics, statistics_blocked, tile_scores
 from .blocks import BlockGrid, GridPart, KeyBlocks, scaled, visible_keys
 from .reference import SequenceBlocks, selected_blocks
@@ -147,14 +148,18 @@ def _skipped(
     Returns:
         ``[rules, query_heads, query_blocks, key_blocks]``.
     """
-    skipped = torch.zeros(len(rules), *selected.shape, dtype=torch.bool, device=selected.device)
-    diagonal, needed = grid.diagonal(), None
-    if request.q.device.type == "cpu":  # where it costs nothing to know what there is
-        needed = seen & (selected.any(0) | diagonal | _may_be_exempt(grid, request.plan))
     lengths = grid.lengths(seen)
     margins = torch.stack(
         [rule.log_threshold(lengths).where(~grid.is_single, rule.of_decode().log_threshold(lengths)) for rule in rules]
     ).to(grid.dtype)
+    excess = skip_excess(grid, None if request.plan.blocks is None else selected)
+    if excess is not None:
+        skipped = (excess < margins[:, None, :, None]) & (excess > -torch.inf)
+        return skipped & selected & ~grid.is_dense()[:, None]
+    skipped = torch.zeros(len(rules), *selected.shape, dtype=torch.bool, device=selected.device)
+    diagonal, needed = grid.diagonal(), None
+    if request.q.device.type == "cpu":  # where it costs nothing to know what there is
+        needed = seen & (selected.any(0) | diagonal | _may_be_exempt(grid, request.plan))
     for number in range(grid.shape[0]):
         if needed is None:
             columns = torch.arange(grid.shape[1], device=request.q.device)
@@ -166,8 +171,8 @@ def _skipped(
             highest, others = row.maxima(columns)
             is_other = others > -torch.inf
             # Without a reference key every other key matters.
-            excess = (others - highest[..., None]).masked_fill(~is_other, -torch.inf).amax(-2).flatten(0, 1)
-            is_below = excess < margins[:, number, None, None]
+            highest_other = (others - highest[..., None]).masked_fill(~is_other, -torch.inf).amax(-2).flatten(0, 1)
+            is_below = highest_other < margins[:, number, None, None]
             skipped[:, :, number, columns] = is_below & is_other.any(-2).flatten(0, 1)
     return skipped & selected & ~grid.is_dense()[:, None]
 
