@@ -599,7 +599,7 @@ def test_weights_spread_by_a_device_map_give_the_same_figures(settings, tmp_path
     only_quality = only(settings, "quality")
     expected = run_experiment(only_quality)
     last = "model.layers.1"
-    spread = {name: "cpu" for name in ("model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.norm", last)}
+    spread = dict.fromkeys(("model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.norm", last), "cpu")
     result = run_experiment(only_quality | {"device_map": {**spread, "lm_head": "cpu", last: "disk"}})
     assert result.config.device_map[last] == "disk"
     assert [(r.cell, r.cross_entropy) for r in of(result, Window)] == [
