@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
 import typer
 from rich.console import Console, Group
@@ -690,12 +690,22 @@ def methods(
     for name, cls in found.items():
         typer.echo(f"{name}: {inspect.getdoc(cls)}\n")
         for field, info in cls.model_fields.items():
-            kind = ", ".join([inspect.formatannotation(info.annotation), *map(str, info.metadata)])
+            bounds = [bound for bound in map(str, info.metadata) if "(" in bound and "JsonSchema" not in bound]
+            kind = ", ".join([inspect.formatannotation(_plain(info.annotation)), *bounds])
             default = "" if info.is_required() else f" = {info.get_default(call_default_factory=True)!r}"
             typer.echo(f"  {field}: {kind}{default}")
             if info.description:
                 typer.echo(f"      {info.description}")
         typer.echo()
+
+
+def _plain(annotation: Any) -> Any:
+    """Return a type without what Pydantic is told about it."""
+    if get_origin(annotation) is Annotated:
+        return _plain(get_args(annotation)[0])
+    if get_origin(annotation) is tuple:
+        return tuple[tuple(map(_plain, get_args(annotation)))]  # type: ignore[misc] # as many as there are
+    return annotation
 
 
 @app.command()
