@@ -8,7 +8,7 @@ before, on the same device with the same versions, stay unless they are measured
     python benchmarks/attention.py                                              # everything forward, about an hour
     python benchmarks/attention.py --seq-lens 16384 --head-dims 128 --heads 32/8 --causal yes --names dense 2:4
     python benchmarks/attention.py --passes forward_backward --seq-lens 8192 --head-dims 128 --names dense 2:4
-    python benchmarks/attention.py --show benchmarks/results/attention-nvidia-h200.json    # the table in the docs
+    python benchmarks/attention.py --show benchmarks/results/attention-nvidia-h200.json    # all rows as a table
 """
 
 from __future__ import annotations

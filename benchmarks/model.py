@@ -21,7 +21,7 @@ unless they are measured again; rows of one problem always come from one run.
     python benchmarks/model.py --parts ttft --seq-lens 131072 --variants sdpa dense 2:4
     python benchmarks/model.py --parts ttft decode batch generate --modes compiled --layers 8
     python benchmarks/model.py --profile                                         # where Python's time goes
-    python benchmarks/model.py --show benchmarks/results/model-nvidia-h200.json  # the table in the docs
+    python benchmarks/model.py --show benchmarks/results/model-nvidia-h200.json  # all rows as a table
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ same versions, stay unless they are measured again.
 
     python benchmarks/skip.py                                                  # everything, some minutes
     python benchmarks/skip.py --seq-lens 32768 --methods lists --peers
-    python benchmarks/skip.py --show benchmarks/results/skip-nvidia-h200.json  # the table in the docs
+    python benchmarks/skip.py --show benchmarks/results/skip-nvidia-h200.json  # all rows as a table
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ copyright = f"2026, {author}"
 release = version = __version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-exclude_patterns = ["_build", "_generated"]
+exclude_patterns = ["_build"]
 
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
@@ -25,6 +25,7 @@ napoleon_numpy_docstring = False
 html_theme = "furo"
 html_title = "modelopt-lite"
 html_static_path = ["_static"]
+html_css_files = ["custom.css"]
 
 
 def is_config(obj: object) -> bool:

@@ -8,6 +8,7 @@ import math
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeAlias
 from weakref import WeakValueDictionary
 
@@ -80,27 +81,27 @@ class BlockSelector:
 
 @dataclass(frozen=True)
 class LengthCurve:
-    """A number that follows the length: ``start + slope * ln(length)``, with the length kept between two bounds.
+    """A number that follows the length: linear in ``ln(length)`` between some lengths, constant outside of them.
 
     The length of a query block is the number of key blocks of which any of its queries sees a key, times the size of a
     key block. In causal attention it is about the position of the query block, so that it depends on neither the end of
     the sequence nor on how a prefill is cut into chunks.
 
     Attributes:
-        start: the number at length 1, were it not for the bounds.
-        slope: what it gains when the length grows by a factor of e.
-        shortest: lengths below count as this one, >= 1.
-        longest: lengths above count as this one.
+        lengths: ascending, >= 1.
+        values: the number at each of them.
     """
 
-    start: float
-    slope: float
-    shortest: float = 1.0
-    longest: float = math.inf
+    lengths: tuple[float, ...]
+    values: tuple[float, ...]
 
     def at(self, length: Tensor) -> Tensor:
         """Return the numbers at lengths in tokens, FP64, of the shape of ``length``."""
-        return self.start + self.slope * length.double().clamp(self.shortest, self.longest).log()
+        x = length.double().clamp(min=self.lengths[0]).log()
+        value = 0.0 * x + self.values[0]
+        for (low, high), (start, end) in zip(pairwise(map(math.log, self.lengths)), pairwise(self.values), strict=True):
+            value += (x.clamp(low, high) - low) * ((end - start) / (high - low))
+        return value
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ class SkipRule:
     def log_threshold(self, length: Tensor) -> Tensor:
         """Return ``ln(threshold)`` of query blocks with these lengths in tokens, FP64, of the shape of ``length``."""
         threshold = self.threshold
-        curve = threshold if isinstance(threshold, LengthCurve) else LengthCurve(math.log(threshold), 0.0)
+        curve = threshold if isinstance(threshold, LengthCurve) else LengthCurve((1.0,), (math.log(threshold),))
         return curve.at(length)
 
     def of_decode(self) -> SkipRule:
@@ -190,16 +191,17 @@ class AttentionPlan:
             saves the fused kernels a multiplication.
         keeps_nothing: a promise that the rule itself keeps no key at all, which saves computing those that are neither
             sinks nor recent.
-        keeps_top: a promise that the rule keeps exactly so many keys of every group, those of the largest scores and of
-            equal ones the lower, for GPUs that have hardware for two of four; 0 promises nothing.
+        keeps_top: a promise that the rule keeps exactly this many keys of every group: those with the largest scores,
+            and among equal scores the lower keys. GPUs that have hardware for two of four use it; 0 promises nothing.
         quick_hook: a faster rule that may be wrong, for the Hopper kernel, or None; only with ``keeps_group_max``. It
-            is called with weights instead of scores: not negative, maybe infinite or NaN, in the order of the scores,
-            but that different scores may have the same weight. It returns these with 0 for those not kept, and one tile
-            more, FP32 and of the shape of the others, 0.0 where it is right about a group and above 0 where it may not
-            be, never below and never NaN, as these are added up. It is used where all keys are visible, and a tile with
-            any such group is computed again with ``score_hook``.
+            is called with weights instead of scores. They are not negative, may be infinite or NaN, and have the order
+            of the scores, except that different scores may have the same weight. It returns the weights, 0 where a key
+            is not kept, and one more tile of their shape in FP32. That tile is 0.0 where the rule is right about a
+            group and above 0 where it may be wrong, never below and never NaN, because its values are added up. The
+            hook is used where all keys are visible. A tile with any group that may be wrong is computed again with
+            ``score_hook``.
 
-        name: what PyTorch's operators take in the place of the plan; :func:`plan_by_name` leads back. The canonical
+        name: what PyTorch's operators take instead of the plan, which :func:`plan_by_name` finds again. The canonical
             configuration of the method that made it, in JSON; of a plan made by hand, a name that only this process
             knows. Not an argument.
         made_by: the class of that method, if the plan was made by a registered one. Not an argument.

@@ -24,6 +24,7 @@ import transformers
 from huggingface_hub import HfApi, constants
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..cache import cache_folder
 from ..errors import ConfigError
 from .config import BUILT_IN_MODEL, RANDOM_PREFIX, TextSource
 
@@ -45,11 +46,6 @@ HUB_TIMEOUT = 5  # seconds
 
 class AssetError(RuntimeError):
     """A built-in model or text cannot be fetched or prepared; the message says why and what to do."""
-
-
-def cache_folder() -> Path:
-    """Return the folder where prepared models are kept: ``modelopt-lite`` in the user's cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "modelopt-lite"
 
 
 def prepare_built_in_model(progress: Progress) -> Path:
@@ -178,7 +174,11 @@ def load_model(
     progress(f"loading {name}", 0, 0)
     try:
         placement = {} if device_map is None else {"device_map": device_map}
-        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **placement, **options)
+        # Where a model's name is looked up as an adapter's, Transformers heeds these options alone.
+        adapter = {"adapter_kwargs": {"local_files_only": True}} if options["local_files_only"] else {}
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, **placement, **adapter, **options
+        )
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]

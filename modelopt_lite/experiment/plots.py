@@ -185,7 +185,7 @@ _COSTS: dict[str, Callable[[QualityRow], Estimate]] = {
 }
 
 
-def _line_styles() -> Iterator[dict[str, Any]]:
+def line_styles() -> Iterator[dict[str, Any]]:
     """Yield ways to draw lines that differ from each other: 28 of them, then again."""
     marks = itertools.cycle(MARKERS)
     return (
@@ -202,7 +202,7 @@ def draw_speed(rows: Sequence[SpeedRow]) -> Figure:
     """
     measures = list(dict.fromkeys(row.measure for row in rows))
     names = ordered([row.variant for row in rows], [DENSE, OURS])
-    styles = dict(zip(names, _line_styles(), strict=False))
+    styles = dict(zip(names, line_styles(), strict=False))
     figure = _figure(11, max(3.6, 0.22 * len(names) + 0.6))
     with mpl.rc_context(STYLE):
         panels = figure.subplots(1, len(measures), squeeze=False)[0]
@@ -254,7 +254,7 @@ def draw_tasks(rows: Sequence[TaskRow], variants: Sequence[str]) -> Figure:
     """
     tasks = list(dict.fromkeys(row.task for row in rows))
     names = ordered([row.variant for row in rows], variants)
-    styles = dict(zip(names, _line_styles(), strict=False))
+    styles = dict(zip(names, line_styles(), strict=False))
     lines = math.ceil(len(tasks) / COLUMNS)
     figure = _figure(11, max(0.4 + 2.1 * lines, 0.22 * len(names) + 0.6))
     with mpl.rc_context(STYLE):

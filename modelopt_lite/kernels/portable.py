@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -91,8 +90,6 @@ def refusal(request: AttentionRequest) -> str | None:
         return reason
     if r.blocks is None and r.plan.chooses_blocks:
         return "the plan chooses blocks of keys, which are not listed"
-    if r.blocks is not None and r.q.is_cuda and os.environ.get("MODELOPT_LITE_KERNEL") != "portable":
-        return "the portable kernels take lists of key blocks only if MODELOPT_LITE_KERNEL=portable asks for it"
     for name, x in (("q", r.q), ("k", r.k), ("v", r.v)):
         if x.shape[2] > MAX_HEAD_DIM:
             return f"{name} has a head_dim of {x.shape[2]}, above {MAX_HEAD_DIM}"

@@ -6,6 +6,7 @@ import model as benchmark
 import pytest
 import skip
 import torch
+import write_docs
 
 from modelopt_lite.kernels import KeyBlocks
 from modelopt_lite.plan import BLOCK_SIZE
@@ -125,3 +126,27 @@ def test_peers_get_the_same_lists():
         assert not (found & blocks.mask()).any()
         found |= blocks.mask()
     assert torch.equal(found, mask)
+
+
+@pytest.mark.parametrize("path", write_docs.PAGES, ids=lambda path: path.name)
+def test_tables_of_pages_are_current(path):
+    page = path.read_text(encoding="utf-8")
+    assert write_docs.filled(page) == page, "run python benchmarks/write_docs.py"
+
+
+def test_the_picture_is_current():
+    assert write_docs.data_of_picture() in write_docs.PICTURE.read_text(encoding="utf-8"), (
+        "run python benchmarks/write_docs.py"
+    )
+
+
+def test_tables_are_on_a_page():
+    pages = "".join(path.read_text(encoding="utf-8") for path in write_docs.PAGES)
+    assert [name for name in write_docs.TABLES if f"<!-- begin {name} -->" not in pages] == []
+
+
+@pytest.mark.parametrize(
+    ("ms", "text"), [(12279.0, "12.3 s"), (276.09, "276 ms"), (1.5, "1.50 ms"), (0.0146, "14.6 µs")]
+)
+def test_times_have_three_digits(ms, text):
+    assert write_docs.milliseconds(ms) == text
