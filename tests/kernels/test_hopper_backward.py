@@ -143,9 +143,11 @@ def write_ranks(ranks_ptr, numbers_ptr, OPTIONS: tl.constexpr):
         tile = tl.where(phase == 0, tiles_per_head - 1 - pair, pair)
         if (tile * 128 < length) & ((phase == 0) | (tile != tiles_per_head - 1 - pair)):
             begin, end = tiles_that_see(tile, lengths, sliding_window, OPTIONS)
-            for column in range(begin, end):
+            column = begin
+            while column < end:
                 rank = rank_of(tile, item, phase, column, lengths, sliding_window, tiles_per_head, programs, OPTIONS)
                 tl.store(ranks_ptr + (item // pairs * tiles_per_head + tile) * columns + column, rank)
+                column += 1
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
