@@ -195,6 +195,20 @@ def rank_of(tile, item, phase, query_tile, lengths, sliding_window, tiles_per_he
     return rank + tl.where(phase == 0, 0, count_within(first, last, pairs_begin, tile))
 
 
+@triton.jit
+def runs_of(number, begin, spans, end):
+    """Return one of three runs of tiles of queries, each of masked tiles and then of hot ones.
+
+    Returns:
+        Where the masked tiles begin, where they end and the hot ones begin, and where these end.
+    """
+    hot_begin, band_begin, band_end, full_end = spans
+    masked_begin = tl.where(number == 0, begin, tl.where(number == 1, band_begin, full_end))
+    masked_end = tl.where(number == 0, hot_begin, tl.where(number == 1, band_end, end))
+    hot_end = tl.where(number == 0, band_begin, tl.where(number == 1, full_end, end))
+    return masked_begin, masked_end, hot_end
+
+
 @gluon.jit
 def load_items(work, OPTIONS: gl.constexpr):
     """Load the keys and values of each tile, then queries and gradients of the output: the part of one warp."""
@@ -441,20 +455,6 @@ def differentiate(
     synchronize()
     mbarrier.arrive(freed.index(stage), count=1)
     return grad_key, grad_value, clearings
-
-
-@gluon.jit
-def runs_of(number, begin, spans, end):
-    """Return one of three runs of tiles of queries, each of masked tiles and then of hot ones.
-
-    Returns:
-        Where the masked tiles begin, where they end and the hot ones begin, and where these end.
-    """
-    hot_begin, band_begin, band_end, full_end = spans
-    masked_begin = gl.where(number == 0, begin, gl.where(number == 1, band_begin, full_end))
-    masked_end = gl.where(number == 0, hot_begin, gl.where(number == 1, band_end, end))
-    hot_end = gl.where(number == 0, band_begin, gl.where(number == 1, full_end, end))
-    return masked_begin, masked_end, hot_end
 
 
 @gluon.jit

@@ -6,6 +6,7 @@ Like the portable kernel's test, this file runs itself as a program to compile.
 import dataclasses
 import itertools
 import json
+import math
 import os
 import sys
 from typing import NamedTuple
@@ -19,11 +20,13 @@ from machine_code import classify, inspect
 from test_forward_compile import BF16, FP16, pretend_gpu, zeros
 
 from modelopt_lite.kernels import choice, hopper_backward_launch, portable
+from modelopt_lite.kernels.backward import query_spans
 from modelopt_lite.kernels.hopper_backward import (
     attention_backward_hopper,
     prepare_gradients,
     rank_of,
     round_gradients,
+    runs_of,
     tiles_that_see,
 )
 from modelopt_lite.kernels.request import HookRefusedError
@@ -192,6 +195,91 @@ def test_all_take_turns(query_length, length, longest, rules, sliding_window, pr
     padded = torch.nn.functional.pad(visible, (0, -length % 128, 0, -query_length % 64))
     needed = padded.unflatten(1, (-1, 128)).unflatten(0, (-1, 64)).any(3).any(1).T
     assert (ranks[:, : needed.shape[0]] >= 0)[:, needed].all()
+
+
+class Spans(NamedTuple):
+    """Those of the kernel's options that say which queries need a mask."""
+
+    block_m: int
+    block_n: int
+    causal: bool
+    sliding: bool
+    positions: bool = False
+
+
+@triton.jit
+def write_runs(visits_ptr, numbers_ptr, SPARSE: tl.constexpr, OPTIONS: tl.constexpr):
+    """Store the tiles of queries that a tile of keys meets, plus 1000 if they are masked, in their order."""
+    tile = tl.program_id(0)
+    query_length, length, columns = tl.load(numbers_ptr), tl.load(numbers_ptr + 1), tl.load(numbers_ptr + 2)
+    sinks, window, sliding_window = tl.load(numbers_ptr + 3), tl.load(numbers_ptr + 4), tl.load(numbers_ptr + 5)
+    begin, end = tiles_that_see(tile, (query_length, length), sliding_window, OPTIONS)
+    rules = (length - query_length, length, sinks, window, sliding_window)
+    spans = query_spans(tile * 128, query_length, length - query_length, rules, SPARSE, OPTIONS)
+    spans = (spans[1] // 64, spans[2] // 64, spans[3] // 64, spans[4] // 64)
+    number = 0
+    for run in range(3):
+        column, masked_end, hot_end = runs_of(run, begin, spans, end)
+        while column < hot_end:
+            tl.store(visits_ptr + tile * columns + number, column + tl.where(column < masked_end, 1000, 0))
+            number += 1
+            column += 1
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
+@pytest.mark.parametrize(("query_length", "length"), [(700, 700), (64, 64), (300, 900), (65, 130)])
+@pytest.mark.parametrize(("sinks", "window"), [(0, 0), (130, 100)])
+@pytest.mark.parametrize("rules", [(True, 0), (False, 0), (True, 1), (True, 200)])
+def test_every_tile_is_met_once_and_masked_where_needed(query_length, length, sinks, window, rules):
+    causal, sliding_window = rules
+    tiles, columns = -(-length // 128), -(-query_length // 64)
+    visits = torch.full((tiles, columns + 1), -1, dtype=torch.int32)
+    numbers = torch.tensor([query_length, length, columns + 1, sinks, window, sliding_window], dtype=torch.int32)
+    write_runs[(tiles,)](visits, numbers, window > 0, Spans(64, 128, causal, sliding_window > 0))
+    distance = torch.arange(query_length)[:, None] + length - query_length - torch.arange(length)
+    visible = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
+    if sliding_window:
+        visible &= distance < sliding_window
+    exempt = ((distance >= 0) & (distance < window)) | (torch.arange(length) < sinks)
+    shape = (0, -length % 128, 0, -query_length % 64)
+    whole = torch.nn.functional.pad(visible & ~exempt, shape).unflatten(1, (-1, 128)).unflatten(0, (-1, 64))
+    needed = torch.nn.functional.pad(visible, shape).unflatten(1, (-1, 128)).unflatten(0, (-1, 64)).any(3).any(1)
+    for tile in range(tiles):
+        met = visits[tile][visits[tile] >= 0].tolist()
+        places = [x % 1000 for x in met]
+        assert places == list(range(places[0], places[0] + len(places))) if places else not needed[:, tile].any()
+        assert set(needed[:, tile].nonzero().flatten().tolist()) <= set(places)
+        assert all(whole[x, :, tile].all() for x in met if x < 1000)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
+def test_before_and_after():
+    """What is prepared for the kernel, and what becomes of its sums."""
+    total, heads, kv_heads, dim = 200, 4, 2, 128
+    starts, lengths = torch.tensor([3, 70]), torch.tensor([64, 100])
+    grad, out = torch.randn(2, total, heads, dim).half()
+    lse = torch.randn(total, heads)
+    lse[:3] = lse[67:70] = lse[170:] = -torch.inf
+    shift, delta = torch.full((2, heads, total), torch.nan)
+    sums, turns = torch.full((heads, total, dim), torch.nan), torch.full((2, heads, 2), -1, dtype=torch.int32)
+    grad_k, grad_v = torch.full((2, 90, kv_heads, dim), torch.nan).half()
+    programs = 4 * heads + 2 * heads + -(-grad_k.numel() // 8192)
+    prepare_gradients[(programs,)](
+        grad, out, lse, shift, delta, sums, turns, grad_k, grad_v, (grad.stride()[:2], out.stride()[:2]), starts,
+        lengths, heads, 2, total, 2, grad_k.numel(), dim,
+    )  # fmt: skip
+    alive = lse > -torch.inf
+    torch.testing.assert_close(shift, torch.where(alive, lse / math.log(2), torch.inf).T)
+    torch.testing.assert_close(delta, (grad.float() * out.float()).sum(2).masked_fill(~alive, 0.0).T)
+    assert not any(x.any() for x in (turns, grad_k, grad_v))
+    assert not sums[:, 134:170].any()  # the second sequence's second tile
+    assert sums[:, :134].isnan().all()
+    assert sums[:, 170:].isnan().all()
+    found = torch.full((total, heads, dim), torch.nan).half()
+    sums = torch.randn(heads, total, dim).masked_fill(~alive.T[..., None], torch.nan)
+    round_gradients[(4 * heads,)](sums, shift, found, 0.5, total, heads, found.stride()[:2], dim)
+    expected = (sums.transpose(0, 1) * 0.5).masked_fill(~alive[..., None], 0.0)
+    torch.testing.assert_close(found, expected.half())
 
 
 @pytest.mark.slow
