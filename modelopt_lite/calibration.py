@@ -157,7 +157,7 @@ def calibrate(
             0.3, 0.5 and 0.7, and to fit again near these. Sparse layers change the scores of the layers above, which
             matters for skip_softmax at high targets.
         seed: of the choice of documents, and of the generated samples.
-        state: a file that keeps what was measured, a line for each window; the same call goes on there after an
+        state: a file that keeps what was measured, a line for each window; the same call continues after an
             interruption.
         show_progress: whether to draw a bar on the terminal.
 

@@ -529,7 +529,8 @@ Texts = Annotated[
 ]
 Windows = Annotated[int, typer.Option(min=1, help="Windows of each text at each length.")]
 State = Annotated[
-    Path | None, typer.Option(help="File that keeps what was measured; the same command goes on there if interrupted.")
+    Path | None,
+    typer.Option(help="File that keeps what was measured; if interrupted, the same command continues."),
 ]
 NewFile = Annotated[Path, typer.Argument(help="YAML file to write; must not exist.")]
 

@@ -4,6 +4,7 @@ The Python blocks of a page run one after the other in one namespace, in a folde
 A block that cannot run here is preceded by a line that says why: ``*Not run by the tests: it needs a GPU.*``
 """
 
+import importlib
 import json
 import re
 import shlex
@@ -157,3 +158,9 @@ def test_inline_commands_exist(name):
     for command, rest in INLINE.findall((ROOT / name).read_text(encoding="utf-8")):
         options = {option for parameter in known[command].params for option in parameter.opts}
         assert {word for word in rest.split() if word.startswith("--")} <= options, (command, rest)
+
+
+@pytest.mark.parametrize("module", ["modelopt_lite", "modelopt_lite.experiment", "modelopt_lite.methods"])
+def test_every_public_name_is_in_the_api_reference(module):
+    pages = "".join((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("api.md", "experiments.md"))
+    assert {name for name in importlib.import_module(module).__all__ if not re.search(rf"\b{name}\b", pages)} == set()
