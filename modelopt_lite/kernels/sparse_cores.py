@@ -36,6 +36,8 @@ except ImportError:  # an optional extra; newer CUDA builds of PyTorch bring it 
 
 ROWS, TILE = 64, 128
 """Queries of a warpgroup, and keys of a tile."""
+LONG = 2048
+"""Queries of a sequence, on average, above which three warpgroups are faster than two."""
 # Of CUDA's driver interface, cuda.h
 FLOAT16, BFLOAT16, NO_INTERLEAVE, SWIZZLE_128_BYTES, L2_256_BYTES, FILL_WITH_ZEROS = 6, 9, 0, 3, 3, 0
 MAX_DYNAMIC_SHARED_SIZE_BYTES, CAPTURE_MODE_RELAXED = 8, 2
@@ -77,12 +79,14 @@ class Variant(NamedTuple):
 
 
 def variant_of(request: AttentionRequest) -> Variant:
-    """Return the variant that runs a request: three warpgroups have the registers that a head dimension of 64 needs.
+    """Return the variant that runs a request.
 
-    Lists of visits are for items of 128 queries.
+    A head dimension of 64 leaves registers for a third warpgroup. It pays for long sequences: more of its larger items is
+    masked. Lists of visits are for items of 128 queries.
     """
-    head_dim = request.q.shape[2]
-    return Variant(request.q.dtype, head_dim, 3 if head_dim == 64 and request.blocks is None else 2)
+    r, head_dim = request, request.q.shape[2]
+    long = r.q.shape[0] > LONG * r.starts_q.shape[0]
+    return Variant(r.q.dtype, head_dim, 3 if head_dim == 64 and long and r.blocks is None else 2)
 
 
 _kernels: dict[tuple[torch.device, Variant], ctypes.c_void_p | None] = {}

@@ -19,12 +19,18 @@ from test_gpu import check, poison, run
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import modelopt_lite as mtsa
-from modelopt_lite.kernels import choice, hopper_launch, sparse_cores
+from modelopt_lite.kernels import KeyBlocks, choice, hopper_launch, sparse_cores
 from modelopt_lite.kernels.choice import choose
 from modelopt_lite.kernels.top_n import top_n_plan
 
 __all__ = ["poison"]
 LONG = ((1000, 1000), (129, 1500), (1, 700), (0, 0), (300, 900), (128, 128), (257, 1153))
+
+VARIANTS = [
+    sparse_cores.Variant(dtype, head_dim, warpgroups)
+    for dtype in (torch.bfloat16, torch.float16)
+    for head_dim, warpgroups in ((128, 2), (64, 2), (64, 3))
+]
 
 
 @pytest.fixture
@@ -40,15 +46,15 @@ def on_sparse_cores(monkeypatch):
     assert calls
 
 
-@pytest.fixture(
-    params=[(torch.bfloat16, 128), (torch.bfloat16, 64), (torch.float16, 128), (torch.float16, 64)],
-    ids=["bf16-128", "bf16-64", "fp16-128", "fp16-64"],
-)
+@pytest.fixture(params=VARIANTS, ids=lambda variant: "-".join(map(str, variant)))
 def each_variant(request, monkeypatch):
-    """Have requests of every type and head dimension."""
-    dtype, head_dim = request.param
-    monkeypatch.setitem(shape, "dtype", dtype)
-    monkeypatch.setitem(shape, "dims", (head_dim, head_dim))
+    """Have requests of every type and head dimension, and every variant run."""
+    variant = request.param
+    monkeypatch.setitem(shape, "dtype", variant.dtype)
+    monkeypatch.setitem(shape, "dims", (variant.head_dim, variant.head_dim))
+    monkeypatch.setattr(sparse_cores, "LONG", 0 if variant.warpgroups == 3 else 2**31)
+    monkeypatch.setattr(choice, "_prepared", {})
+    return variant
 
 
 @pytest.fixture
@@ -70,11 +76,6 @@ def few_programs(monkeypatch):
     return set_number
 
 
-VARIANTS = [
-    sparse_cores.Variant(dtype, head_dim, warpgroups)
-    for dtype in (torch.bfloat16, torch.float16)
-    for head_dim, warpgroups in ((128, 2), (64, 2), (64, 3))
-]
 BF16_128 = VARIANTS[0]
 shape = {"dims": (128, 128), "dtype": torch.bfloat16}
 
@@ -125,8 +126,6 @@ def test_when_it_is_chosen(absent_gpu, monkeypatch, changes, refused):
     dim, dtype = changes.get("head_dim", 128), changes.get("dtype", torch.bfloat16)
     plan = top_n_plan(*changes.get("n_of_m", (2, 4)), 0, 64)
 
-    rows = sparse_cores.ROWS * (3 if dim == 64 else 2)
-
     def request_of(length, tokens=64 * 100, **options):
         q = torch.empty(tokens, 4, dim, dtype=dtype).as_subclass(OnGpu)
         starts = torch.arange(0, tokens // length * length, length)
@@ -140,8 +139,8 @@ def test_when_it_is_chosen(absent_gpu, monkeypatch, changes, refused):
     can, extras = refused is None, ({"sliding_window": 9}, {"softcap": 2.0}, {"s_aux": torch.zeros(4)})
     assert sparse_cores.refusal(request_of(65)) == refused
     assert chosen(64) == "portable"
-    enough = rows * 50
-    assert chosen(65, tokens=rows * 49) != "sparse_cores"  # fewer than 198 items
+    enough = 192 * 50
+    assert chosen(65, tokens=128 * 49) != "sparse_cores"  # fewer than 198 items
     assert [chosen(length, tokens=enough) == "sparse_cores" for length in (65, enough)] == [can, can]
     assert chosen(64 * 100, "hopper") == "hopper"
     assert chosen(64 * 100, "portable") == "portable"
@@ -153,6 +152,22 @@ def test_when_it_is_chosen(absent_gpu, monkeypatch, changes, refused):
         assert chosen(64 * 100, "sparse_cores", **extra) == "hopper"
     positions = {"first_k": torch.zeros_like(request_of(64 * 100).starts_k)}
     assert chosen(64 * 100, "sparse_cores", **positions) == "portable"
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "tokens", "lists", "warpgroups"),
+    [(64, 4098, False, 3), (64, 4096, False, 2), (64, 4098, True, 2), (128, 4098, False, 2)],
+)
+def test_which_variant_runs(head_dim, tokens, lists, warpgroups):
+    """Two sequences; lists are for items of 128 queries."""
+    starts = torch.tensor([0, tokens // 2])
+    lengths = torch.full_like(starts, tokens // 2)
+    q = torch.empty(tokens, 1, head_dim, dtype=torch.float16)
+    both = {f"{name}_{side}": x for name, x in (("starts", starts), ("lengths", lengths)) for side in "qk"}
+    request = one_sequence(q, q, q, top_n_plan(2, 4, 0, 64), **both)
+    blocks = KeyBlocks.from_mask(torch.ones(1, 1, 1, dtype=torch.bool), starts, 128, 128) if lists else None
+    expected = sparse_cores.Variant(torch.float16, head_dim, warpgroups)
+    assert sparse_cores.variant_of(request._replace(blocks=blocks)) == expected
 
 
 @pytest.mark.parametrize(
