@@ -81,8 +81,8 @@ class Variant(NamedTuple):
 def variant_of(request: AttentionRequest) -> Variant:
     """Return the variant that runs a request.
 
-    A head dimension of 64 leaves registers for a third warpgroup. It pays for long sequences: more of its larger items is
-    masked. Lists of visits are for items of 128 queries.
+    A head dimension of 64 leaves registers for a third warpgroup. It pays for long sequences, as more of its larger
+    items is masked. Lists of visits are for items of 128 queries.
     """
     r, head_dim = request, request.q.shape[2]
     long = r.q.shape[0] > LONG * r.starts_q.shape[0]
