@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .block_kernels import antidiagonal_tile, choose_largest, join_antidiagonals, list_rows, mean_rows, sum_softmax
+from .block_kernels import (
+    antidiagonal_tile,
+    choose_largest,
+    excess_of_blocks,
+    join_antidiagonals,
+    list_rows,
+    mean_rows,
+    sum_softmax,
+)
 from .device import cdiv, compute_capability
 
 if TYPE_CHECKING:
@@ -24,6 +32,8 @@ MAX_BLOCK = 128
 MAX_HEAD_DIM = 256
 MAX_COLUMNS = 16384
 """Key blocks up to which a program holds all scores of a query block to choose the largest."""
+MAX_POSITION = 1 << 30
+"""What distances and numbers of keys above it are taken for, so that they fit into 32 bits."""
 PARTIAL_BYTES = 1 << 29
 """About how many bytes :func:`antidiagonal_mass` keeps beside its result."""
 
@@ -187,6 +197,54 @@ def listed(mask: Tensor) -> tuple[Tensor, Tensor]:
         num_warps=max(1, width // 256),
     )  # fmt: skip
     return counts, indices
+
+
+def excess_refusal(grid: BlockGrid) -> str | None:
+    """Say why :func:`excess` cannot run, or None if it can."""
+    if grid.request.plan.keep is not None:
+        return "the plan has a rule beside its skip rule"
+    if not grid.request.softmax_scale > 0:
+        return f"softmax_scale is {grid.request.softmax_scale}, not above 0"
+    return refusal(grid)
+
+
+def excess(grid: BlockGrid, selected: Tensor | None = None) -> Tensor:
+    """Return by how much scores of key blocks exceed the references of skip-softmax, at most, for all its thresholds.
+
+    A query's reference is its largest score among the keys that are exempt or in a diagonal block that is selected. The
+    others count if they are not exempt and in no diagonal block.
+
+    Args:
+        grid: the query blocks of all sequences, and their key blocks; :func:`excess_refusal` has been asked.
+        selected: which key blocks are selected, booleans ``[query_heads, query_blocks, key_blocks]``; None: all.
+
+    Returns:
+        FP32 ``[query_heads, query_blocks, key_blocks]``: the largest difference of any other visible score in the block
+        from its query's reference; ``inf`` if a query has no reference, and ``-inf`` if there are no others. Anything
+        where nothing is seen or selected.
+    """
+    request, q, k = grid.request, _readable(grid.request.q), _readable(grid.request.k)
+    plan, (heads, dim), (blocks, columns) = request.plan, q.shape[1:], grid.shape
+    found = torch.empty(heads, blocks, columns, dtype=torch.float32, device=q.device)
+    if found.numel():
+        excess_of_blocks[(heads * blocks,)](
+            q, k, None if selected is None else selected.contiguous().view(torch.uint8), found, grid.sequence,
+            grid.row_q, grid.origin_q, grid.low_q, grid.high_q, grid.row_k, grid.low_k, grid.high_k, q.stride(0),
+            q.stride(1), k.stride(0), k.stride(1), blocks, columns, request.softmax_scale, request.softcap or 1.0,
+            min(plan.num_sink_tokens, MAX_POSITION), min(plan.dense_window_size, MAX_POSITION),
+            min(request.sliding_window or 0, MAX_POSITION), REPEAT=heads // k.shape[1], DIM=dim, BLOCK_D=_block_d(dim),
+            ROWS=grid.block_rows, SIZE=grid.block_size, CAUSAL=request.is_causal,
+            SLIDING=request.sliding_window is not None, HAS_SOFTCAP=request.softcap is not None,
+            **excess_settings(q, grid.block_rows, grid.block_size),
+        )  # fmt: skip
+    return found
+
+
+def excess_settings(q: Tensor, rows: int, size: int) -> dict[str, int]:
+    """Return how :func:`excess_of_blocks` is launched for these queries and blocks."""
+    if q.element_size() == 2:
+        return {"BLOCK_N": size, "num_warps": 4, "num_stages": 2}
+    return {"BLOCK_N": 16, "num_warps": 8 if rows == MAX_BLOCK else 4, "num_stages": 1}
 
 
 def _is_large(x: Tensor) -> bool:

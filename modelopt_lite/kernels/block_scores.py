@@ -182,6 +182,16 @@ def _in_order(values: Tensor, order: Tensor) -> Tensor:
     return torch.empty_like(values).scatter_(-1, order, values)
 
 
+def skip_excess(grid: BlockGrid, selected: Tensor | None = None) -> Tensor | None:
+    """Return what :func:`~modelopt_lite.kernels.block_launch.excess` finds, or None where its kernel does not run.
+
+    If kernels were asked for and this one cannot run, it says once why.
+    """
+    if tl is None or not block_launch.is_wanted(grid.request.q) or not _can_run(block_launch.excess_refusal(grid)):
+        return None
+    return block_launch.excess(grid, selected)
+
+
 def _runs_kernels(grid: BlockGrid) -> bool:
     """Whether the kernels score; says once why, if they were asked for and do not."""
     return tl is not None and block_launch.is_wanted(grid.request.q) and _can_run(block_launch.refusal(grid))

@@ -72,6 +72,7 @@ def compile_variant(capability, dtype, head_dim, stride, options):
     block_launch.softmax_mass(grid, block_launch.mean_keys(grid))
     scores = block_launch.antidiagonal_mass(grid, stride)
     block_launch.largest(scores, grid.seen(), grid.diagonal(), 0.9, by_mass=True)
+    block_launch.excess(grid)
     block_launch.listed(grid.seen())
     return {name: inspect(kernel) for name, kernel in compiled.items()}
 
@@ -92,12 +93,13 @@ def test_kernels_fit_the_gpu(compiled, index):
     capability, dtype, *_ = VARIANTS[index]
     found = compiled[index]
     assert set(found) == {
-        "mean_rows", "sum_softmax", "antidiagonal_tile", "join_antidiagonals", "choose_largest", "list_rows"
+        "mean_rows", "sum_softmax", "antidiagonal_tile", "join_antidiagonals", "choose_largest", "list_rows",
+        "excess_of_blocks",
     }  # fmt: skip
     for kernel in found.values():
         assert kernel["shared"] <= SHARED_LIMIT[capability]
         assert kernel["spilled"] <= (256 if dtype == FP32 else 0)  # FP32 products are multiply-adds of registers
-    for name in ("sum_softmax", "antidiagonal_tile"):
+    for name in ("sum_softmax", "antidiagonal_tile", "excess_of_blocks"):
         assert (found[name]["products"] > 0) == (dtype != FP32)
 
 

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 from block_cases import GRIDS, kept_by_brute_force, plans, requests, with_lists
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from modelopt_lite.kernels import KeyBlocks, attention, blocked, compute, operator, request_statistics
@@ -367,3 +367,13 @@ def test_plans_that_are_wrong():
     selector = BlockSelector(sums, at_least_the_mean, block_size=64)
     with pytest.raises(ValueError, match=r"plan.skip: \(block_size, block_rows\) = \(128, 128\) is not allowed"):
         AttentionPlan(blocks=selector, skip=SkipRule(0.1))
+
+
+@given(selectors().flatmap(skipping).flatmap(lambda plan: requests(plan=plan)), st.integers(2, 5))
+@few_cases
+def test_several_query_blocks_at_a_time_skip_alike(request, step):
+    assume(request.first_k is None and request.plan.keep is None)
+    expected = select_blocks(request).mask()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("modelopt_lite.kernels.selection._rows_at_a_time", lambda *_: step)
+        assert torch.equal(select_blocks(request).mask(), expected)
