@@ -376,9 +376,6 @@ class TestOnAGpu:
             assert not q.is_contiguous()
             check(one_sequence(q, k, v, top_n_plan(2, 4, 1, 20)))
 
-    def test_offsets_beyond_two_to_the_31(self):
-        test_gpu.test_offsets_beyond_two_to_the_31()
-
     def test_the_same_bits_every_time_and_in_a_graph(self):
         request = packed(plan=top_n_plan(2, 4, 4, 64), exact=False)
         first = run(request)
@@ -400,10 +397,6 @@ class TestOnAGpu:
         for in_q, in_k, *_ in request.sequences():
             for cut in (0, (in_q.stop - in_q.start) // 2 + 1):
                 check(one_sequence(request.q[in_q][cut:], request.k[in_k], request.v[in_k], plan))
-
-    @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-    def test_the_tensors_device_and_not_the_current_one(self):
-        test_gpu.test_the_tensors_device_and_not_the_current_one()
 
     @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
     def test_named_for_another_device_than_the_current_one(self, fresh):
@@ -472,14 +465,15 @@ class TestOnAGpu:
 
     def test_chosen_by_itself(self, monkeypatch):
         monkeypatch.delenv("MODELOPT_LITE_KERNEL")
-        check(packed(lengths=((1500, 1500), (700, 900)), heads=(16, 4), plan=top_n_plan(2, 4, 4, 64)))
+        check(packed(lengths=((1500, 1500), (700, 900)), heads=(32, 8), plan=top_n_plan(2, 4, 4, 64)))
 
     def test_in_a_model(self, monkeypatch):
         """Left-padded prompts: logits err no more than twice what they do with the portable kernel."""
         torch.manual_seed(0)
         sizes = {"hidden_size": 512, "intermediate_size": 512, "vocab_size": 1000, "max_position_embeddings": 1024}
-        heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 128}
-        model = LlamaForCausalLM(LlamaConfig(**sizes, **heads)).to("cuda", torch.bfloat16).eval()
+        heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+        config = LlamaConfig(**sizes, **heads, head_dim=shape["dims"][0])
+        model = LlamaForCausalLM(config).to("cuda", shape["dtype"]).eval()
         mtsa.sparsify(model, mtsa.SPARSE_SOFTMAX_DEFAULT)
         ids = torch.randint(1000, (3, 700), device="cuda")
         mask = torch.arange(700, device="cuda") >= torch.tensor([[0], [301], [690]], device="cuda")
@@ -500,3 +494,16 @@ class TestOnAGpu:
         assert sparse_cores.refusal(request) is None
         assert sparse_cores.refusal(request._replace(sliding_window=9)) == "there is a sliding_window"
         check(request._replace(sliding_window=9))
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("on_sparse_cores")
+class TestOnAGpuAsOtherKernels:
+    """What is tested of every kernel, with sizes of its own."""
+
+    def test_offsets_beyond_two_to_the_31(self):
+        test_gpu.test_offsets_beyond_two_to_the_31()
+
+    @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+    def test_the_tensors_device_and_not_the_current_one(self):
+        test_gpu.test_the_tensors_device_and_not_the_current_one()
