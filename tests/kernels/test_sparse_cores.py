@@ -102,6 +102,7 @@ def test_machine_code(variant):
     assert loop["shuffles"] == 2 * 3  # that bring metadata together
     assert loop["shared memory"] == 2 * 5  # stores that pin the order and never happen
     assert loop["exponentials"] == 2 * 32
+    assert loop["FMA pipe"] <= 2 * 205  # so no number that all threads share is moved to a register for each group
 
 
 def test_both_languages_lay_out_the_problem_alike():
