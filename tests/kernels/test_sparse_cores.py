@@ -21,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import modelopt_lite as mtsa
 from modelopt_lite.kernels import KeyBlocks, choice, hopper_launch, sparse_cores
 from modelopt_lite.kernels.choice import choose
+from modelopt_lite.kernels.reference import kept_scores
 from modelopt_lite.kernels.top_n import top_n_plan
 
 __all__ = ["poison"]
@@ -289,6 +290,23 @@ class TestOnAGpu:
     def test_contract(self, lengths, is_causal, heads, sinks, window):
         plan = top_n_plan(2, 4, sinks, window)
         check(packed(lengths=lengths, is_causal=is_causal, heads=heads, plan=plan))
+
+    @pytest.mark.parametrize("is_causal", [True, False])
+    @pytest.mark.parametrize(("sinks", "window"), [(0, 64), (5, 1)])
+    def test_exactly_the_kept_keys_have_weights(self, is_causal, sinks, window):
+        """Many scores tie. Values that are 1 in one place make the output show the weights, so many keys at a time."""
+        dim, plan = shape["dims"][0], top_n_plan(2, 4, sinks, window)
+        request = packed(lengths=((900, 900),), plan=plan, is_causal=is_causal)
+        ((rows, keys, _, _),) = request.sequences()
+        kept = kept_scores(request.q[rows].double(), request.k[keys].double(), request) > -torch.inf
+        for first in range(0, 900, dim):
+            shown = min(dim, 900 - first)
+            values = torch.zeros_like(request.v)
+            values[keys.start + first : keys.start + first + shown, :, :shown] = torch.eye(
+                shown, device="cuda", dtype=values.dtype
+            )[:, None]
+            weights = run(request._replace(v=values))[0][rows, :, :shown]
+            assert torch.equal(weights.transpose(0, 1) > 0, kept[..., first : first + shown])
 
     @pytest.mark.parametrize("programs", [1, 3])
     def test_few_programs(self, few_programs, programs):
