@@ -15,8 +15,8 @@ if tl is not None:
 MAX_HEAD_DIM = 256
 _FUSED_DTYPES = (torch.float16, torch.bfloat16)
 OURS_FROM = {64: 1.2e9, 128: 1.3e8}
-"""Pairs of queries and keys, over all heads and sequences, from which on the Hopper kernel pays, by head_dim. By itself it
-is faster from about 1e8 on. But a launch of it keeps Python busy for longer than PyTorch's, and that is what the layers
+"""Pairs of queries and keys, over all heads and sequences, from which on the Hopper kernel pays, by head_dim. By itself
+it is faster from about 1e8 on. But a launch of it keeps Python busy for longer than PyTorch's, and that is what layers
 of a small model wait for: those of SmolLM2-135M up to 8192 tokens, those of Llama-3.1-8B below 2048; see
 benchmarks/results/model-nvidia-h200.json."""
 
