@@ -304,9 +304,9 @@ def blocks_table() -> str:
 
 
 def ruler_table() -> str:
-    """Return the mean score over all RULER-like tasks of the committed run, by length."""
+    """Return the mean score over the RULER-like tasks that block methods were run on, by length."""
     found: dict[str, dict[int, list[float]]] = {}
-    for row in ExperimentResult.load(RUNS / "ruler").tasks:
+    for row in ExperimentResult.load(RUNS / "ruler-blocks").tasks:
         found.setdefault(row.variant, {}).setdefault(row.length, []).append(100 * row.score.value)
     lines = []
     for variant, scores in found.items():
@@ -332,7 +332,11 @@ def search_table() -> str:
         for name, found in row["evaluated"].items():
             everywhere = f"{name} everywhere" if name != "searched" else f"searched, {' '.join(row['candidates'])}"
             value, low, high = found["perplexity_percent"]
-            cells = [f"{value:+.2f} % [{low:+.2f}, {high:+.2f}]", f"{found['kl'][0]:.4f}", f"{found['sparsity']:.1%}"]
+            cells = [
+                f"{value:+.2f} % [{low:+.2f}, {high:+.2f}]",
+                f"{found['kl'][0]:.4f}",
+                f"{100 * found['sparsity']:.1f} %",
+            ]
             lines.append([everywhere, *cells])
     return markdown(["configuration", "perplexity", "KL", "scores dropped"], lines, left=1)
 
