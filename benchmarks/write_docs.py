@@ -287,7 +287,7 @@ def perplexity_table() -> str:
 
 
 def blocks_table() -> str:
-    """Return what methods that skip blocks cost by length, by the committed run, and what they keep at the longest."""
+    """Return what methods that skip blocks cost by length, by the committed run, and what they keep at the shortest."""
     rows = [row for row in ExperimentResult.load(RUNS / "blocks").quality if row.variant != "dense"]
     lengths = sorted({row.length for row in rows})
     lines = []
@@ -296,9 +296,9 @@ def blocks_table() -> str:
         method, knob = variant.rsplit(" ", 1)
         method = {"mean_pool": "mean_pool_top_k"}.get(method, method)
         changes = [f"{found[n].change_percent.value:+.2f} %" if n in found else MISSING for n in lengths]
-        longest = found[max(found)]
-        shares = [MISSING if x is None else f"{100 * x:.1f} %" for x in (longest.mass_kept, longest.sparsity)]
-        lines.append([f"`{method}`", knob, *changes, f"{longest.divergence.value:.4f}", *shares])
+        shortest = found[lengths[0]]
+        shares = [MISSING if x is None else f"{100 * x:.1f} %" for x in (shortest.mass_kept, shortest.sparsity)]
+        lines.append([f"`{method}`", knob, *changes, f"{shortest.divergence.value:.4f}", *shares])
     names = [f"at {length}" for length in lengths]
     return markdown(["method", "knob", *names, "KL", "mass kept", "scores dropped"], lines, left=1)
 
