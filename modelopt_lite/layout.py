@@ -481,13 +481,13 @@ def whole_call(
     module.sparse_attention.last_call = object()
     decision, window = present_decision(module), layout.sliding_window
     plan, statistics = decision.plan, decision.statistics
-    if plan.is_dense or (len_q == 1 and not plan.sparse_decode):
-        if decision.backend != "auto" or (statistics is not None and len_q > 1):
-            return None
+    is_dense = plan.is_dense or (len_q == 1 and not plan.sparse_decode)
+    if is_dense and decision.backend == "auto" and (statistics is None or len_q == 1):
         output = sdpa(
             query, key, value, is_causal=layout.is_causal, scale=scaling, sliding_window=window, softcap=softcap
         )
-        return None if output is None else output.transpose(1, 2)
+        if output is not None:
+            return output.transpose(1, 2)
     strides = stride, key_stride, value_stride = query.stride(), key.stride(), value.stride()
     value_dim = value.shape[3]
     if (

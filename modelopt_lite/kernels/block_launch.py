@@ -243,7 +243,7 @@ def excess(grid: BlockGrid, selected: Tensor | None = None) -> Tensor:
 def excess_settings(q: Tensor, rows: int, size: int) -> dict[str, int]:
     """Return how :func:`excess_of_blocks` is launched for these queries and blocks."""
     if q.element_size() == 2:
-        return {"BLOCK_N": size, "num_warps": 4, "num_stages": 2}
+        return {"BLOCK_N": size, "num_warps": 4 if q.shape[2] <= 128 else 8, "num_stages": 2}
     return {"BLOCK_N": 16, "num_warps": 8 if rows == MAX_BLOCK else 4, "num_stages": 1}
 
 
