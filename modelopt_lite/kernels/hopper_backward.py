@@ -35,7 +35,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .backward import gradient_rows, query_spans
 from .hopper import PIECE, load_rows, spread, synchronize
+from .lists import floor_mod
 from .tiles import join_groups, key_of_row, scale_scores, select_scores, split_groups, weigh
+from .visits import TILES_FROM
 
 ROWS = tl.constexpr(64)
 """Queries of a step, and keys of a warpgroup."""
@@ -61,13 +63,15 @@ RELEASE = tl.constexpr(
 @triton.jit(do_not_specialize=["batch", "total", "tiles_of_queries"])
 def prepare_gradients(
     grad_ptr, out_ptr, lse_ptr, shift_ptr, delta_ptr, sums_ptr, turns_ptr, grad_key_ptr, grad_value_ptr, strides,
-    starts_ptr, lengths_ptr, heads, batch, total, tiles_of_queries, size, DIM: tl.constexpr,
+    starts_ptr, lengths_ptr, heads, batch, total, tiles_of_queries, size, lengths_k_ptr, DIM: tl.constexpr,
 ):  # fmt: skip
     """Prepare rows as :func:`~modelopt_lite.kernels.backward.gradient_rows` does, and clear what is added up.
 
     First come its programs. Then come those of a sequence and a head: they clear the turns, and the sums of the last
-    tile of queries if it has fewer than others; what comes first in another is stored and not added. The others clear
-    ``CLEARED`` of the ``size`` numbers of the gradients of keys and values each, as rows may belong to no sequence.
+    tile of queries if it has fewer than others; what comes first in another is stored and not added. Where lengths of
+    keys are given, there are lists, and tiles begin at multiples of ``ROWS``, so that the first one may have fewer too.
+    The others clear ``CLEARED`` of the ``size`` numbers of the gradients of keys and values each, as rows may belong to
+    no sequence.
     """
     program = tl.program_id(0)
     row_programs = tl.cdiv(total, ROWS) * heads
@@ -82,10 +86,17 @@ def prepare_gradients(
         for first in range(0, tiles_of_queries, 128):
             tiles = first + tl.arange(0, 128)
             tl.store(turns_ptr + program * tiles_of_queries + tiles, 0, mask=tiles < tiles_of_queries)
-        rows = length // ROWS * ROWS + tl.arange(0, ROWS)
-        places = (program % heads).to(tl.int64) * total + start + rows
-        sums_pointers = sums_ptr + places[:, None] * DIM + tl.arange(0, DIM)[None, :]
-        tl.store(sums_pointers, tl.zeros([ROWS, DIM], tl.float32), mask=(rows < length)[:, None])
+        before = 0
+        if lengths_k_ptr is not None:
+            before = floor_mod(tl.load(lengths_k_ptr + program // heads) - length, ROWS)
+        for last in tl.static_range(1 if lengths_k_ptr is None else 2):
+            rows = tl.arange(0, ROWS) - before
+            if last == 1 or lengths_k_ptr is None:
+                rows += (length + before) // ROWS * ROWS
+            places = (program % heads).to(tl.int64) * total + start + rows
+            sums_pointers = sums_ptr + places[:, None] * DIM + tl.arange(0, DIM)[None, :]
+            exist = (rows >= 0) & (rows < length)
+            tl.store(sums_pointers, tl.zeros([ROWS, DIM], tl.float32), mask=exist[:, None])
     else:
         numbers = (program - row_programs - batch * heads).to(tl.int64) * CLEARED + tl.arange(0, CLEARED)
         zeros = tl.zeros([CLEARED], grad_key_ptr.dtype.element_ty)
@@ -118,8 +129,11 @@ def add_to_global(descriptor, coordinates, memory, _semantic=None):
 @gluon.jit
 def count_items(problem):
     """Return how many items there are."""
-    _, heads_of, batch, tiles_per_head, _ = problem
-    return batch * heads_of[0] * ((tiles_per_head + 1) // 2)
+    _, heads_of, batch, tiles_per_head, _, lists = problem
+    items_per_head = tiles_per_head
+    if lists is None:
+        items_per_head = (tiles_per_head + 1) // 2
+    return batch * heads_of[0] * items_per_head
 
 
 @gluon.jit
@@ -127,21 +141,48 @@ def find_tile(item, phase, problem):
     """Return what one of an item's two tiles of keys is.
 
     An item is the n-th tile from the end of a head, and then the n-th: under causal attention, they have together as
-    much to do as any other two.
+    much to do as any other two. With lists it is a single tile, the first ones of all heads first.
 
     Returns:
         ``(kv_head, sequence, tile, exists, lengths)``: the tile's number in its head; whether there is any, with keys;
         and how many queries and keys the sequence has.
     """
-    sequences, heads_of, _, tiles_per_head, _ = problem
-    pairs = (tiles_per_head + 1) // 2
-    head, pair = item // pairs, item % pairs
+    sequences, heads_of, batch, tiles_per_head, _, lists = problem
+    if lists is None:
+        pairs = (tiles_per_head + 1) // 2
+        head, pair = item // pairs, item % pairs
+        opposite = tiles_per_head - 1 - pair
+        tile = gl.where(phase == 0, opposite, pair)
+        exists = (phase == 0) | (pair != opposite)
+    else:
+        head, tile = item % (batch * heads_of[0]), item // (batch * heads_of[0])
+        exists = phase == 0
     sequence = head // heads_of[0]
-    opposite = tiles_per_head - 1 - pair
-    tile = gl.where(phase == 0, opposite, pair)
     lengths = (gl.load(sequences[1] + sequence).to(gl.int32), gl.load(sequences[3] + sequence).to(gl.int32))
-    exists = ((phase == 0) | (pair != opposite)) & (tile * KEYS < lengths[1])
-    return head % heads_of[0], sequence, tile, exists, lengths
+    return head % heads_of[0], sequence, tile, exists & (tile * KEYS < lengths[1]), lengths
+
+
+@gluon.jit
+def entries_of(head, sequence, tile, problem):
+    """Return where the entries of a tile of keys begin, how many have a mask, and how many there are.
+
+    See :func:`modelopt_lite.kernels.visits.gather_tiles`.
+    """
+    _, _, batch, tiles_per_head, _, lists = problem
+    entries_ptr, numbers_ptr, starts_ptr, rows, rows_each, heads_per_list = lists
+    column = (head // heads_per_list * tiles_per_head + tile).to(gl.int64)
+    numbers_ptr += 2 * (column * batch + sequence)
+    entries_ptr += column * rows + gl.load(starts_ptr + sequence) * rows_each
+    return entries_ptr, gl.load(numbers_ptr), gl.load(numbers_ptr + 1)
+
+
+@gluon.jit
+def rows_before(lengths, problem):
+    """Return how many rows before the first query the first tile of queries begins: with lists, as blocks do."""
+    before = lengths[0] * 0
+    if problem[5] is not None:
+        before = floor_mod(lengths[1] - lengths[0], ROWS)
+    return before
 
 
 @triton.jit
@@ -216,16 +257,17 @@ def load_items(work, OPTIONS: gl.constexpr):
     query_descriptor, grad_descriptor, keys, values = descriptors
     query_memory, grad_memory, key_memory, value_memory = buffers
     query_loaded, grad_loaded, freed, keys_loaded, keys_freed = barriers
-    sequences, heads_of, _, _, _ = problem
+    sequences, heads_of, _, _, _, lists = problem
+    PHASES: gl.constexpr = 2 if lists is None else 1
     BYTES: gl.constexpr = ROWS * OPTIONS.block_d * 2
     step = 0
     turn = 0
     for item in range(gl.program_id(0), count_items(problem), gl.num_programs(0)):
-        for phase in range(2):
+        for phase in range(PHASES):
             kv_head, sequence, tile, exists, lengths = find_tile(item, phase, problem)
             if exists:
                 begin, end = tiles_that_see(tile, lengths, problem[4][2], OPTIONS)
-                first_query = gl.load(sequences[0] + sequence).to(gl.int32)
+                first_query = gl.load(sequences[0] + sequence).to(gl.int32) - rows_before(lengths, problem)
                 first_key = gl.load(sequences[2] + sequence).to(gl.int32) + tile * KEYS
                 mbarrier.wait(keys_freed, (turn & 1) ^ 1)
                 mbarrier.expect(keys_loaded, 2 * WARPGROUPS * BYTES)
@@ -235,7 +277,13 @@ def load_items(work, OPTIONS: gl.constexpr):
                 turn += 1
                 for member in range(heads_of[1]):
                     head = kv_head * heads_of[1] + member
-                    for query_tile in range(begin, end):
+                    if lists is not None:
+                        entries_ptr, masked, end = entries_of(head, sequence, tile, problem)
+                        begin = end * 0
+                    for place in range(begin, end):
+                        query_tile = place
+                        if lists is not None:
+                            query_tile = gl.load(entries_ptr + place) // TILES_FROM
                         row = first_query + query_tile * ROWS
                         stage = step % STAGES
                         mbarrier.wait(freed.index(stage), (step // STAGES & 1) ^ 1)
@@ -254,42 +302,47 @@ def load_items(work, OPTIONS: gl.constexpr):
 def add_items(work, OPTIONS: gl.constexpr):
     """Add gradients of queries to what other programs have added: the part of one warp."""
     descriptor, memory, full, empty, turns_ptr, tiles_of_queries, problem = work
-    sequences, heads_of, _, _, _ = problem
+    sequences, heads_of, _, _, _, lists = problem
+    PHASES: gl.constexpr = 2 if lists is None else 1
     step = 0
     for item in range(gl.program_id(0), count_items(problem), gl.num_programs(0)):
-        for phase in range(2):
+        for phase in range(PHASES):
             kv_head, sequence, tile, exists, lengths = find_tile(item, phase, problem)
             if exists:
                 begin, end = tiles_that_see(tile, lengths, problem[4][2], OPTIONS)
                 first_query = gl.load(sequences[0] + sequence).to(gl.int32)
+                before = rows_before(lengths, problem)
                 for member in range(heads_of[1]):
                     head = kv_head * heads_of[1] + member
                     turns_of_head = (sequence * heads_of[0] * heads_of[1] + head) * tiles_of_queries
-                    for query_tile in range(begin, end):
-                        rank = rank_of(
-                            tile,
-                            item,
-                            phase,
-                            query_tile,
-                            lengths,
-                            problem[4][2],
-                            problem[3],
-                            gl.num_programs(0),
-                            OPTIONS,
-                        )
+                    entry = 0
+                    if lists is not None:
+                        entries_ptr, masked, end = entries_of(head, sequence, tile, problem)
+                        begin = end * 0
+                        entry = gl.load(entries_ptr)
+                    for place in range(begin, end):
+                        if lists is None:
+                            query_tile = place
+                            rank = rank_of(
+                                tile, item, phase, query_tile, lengths, problem[4][2], problem[3], gl.num_programs(0),
+                                OPTIONS,
+                            )  # fmt: skip
+                        else:
+                            query_tile, rank = entry // TILES_FROM, entry % TILES_FROM // 2
+                            entry = gl.load(entries_ptr + place + 1)  # ahead, as it takes long
                         turn_ptr = turns_ptr + turns_of_head + query_tile
                         while gl.load(turn_ptr, volatile=True) != rank:
                             pass
                         gl.inline_asm_elementwise(ACQUIRE, "=r,r", [rank], dtype=gl.int32, is_pure=False, pack=1)
                         mbarrier.wait(full, step & 1)
-                        row = query_tile * ROWS
+                        row = query_tile * ROWS - before
                         for w in gl.static_range(WARPGROUPS):
-                            place = [head, first_query + row, w * (OPTIONS.block_d // 2)]
-                            # A tile may reach into the next sequence, to which it adds zeros.
-                            if (rank == 0) & (row + ROWS <= lengths[0]):
-                                tma.async_copy_shared_to_global(descriptor, place, memory.index(w))
+                            target = [head, first_query + row, w * (OPTIONS.block_d // 2)]
+                            # A tile may reach into another sequence, to which it adds zeros.
+                            if (rank == 0) & (row >= 0) & (row + ROWS <= lengths[0]):
+                                tma.async_copy_shared_to_global(descriptor, target, memory.index(w))
                             else:
-                                add_to_global(descriptor, place, memory.index(w))
+                                add_to_global(descriptor, target, memory.index(w))
                         tma.store_wait(0)
                         mbarrier.arrive(empty, count=1)
                         gl.inline_asm_elementwise(RELEASE, "=r,r", [rank], dtype=gl.int32, is_pure=False, pack=1)
@@ -301,7 +354,7 @@ def add_items(work, OPTIONS: gl.constexpr):
 def clear_beyond(
     memory, first, limit, OPTIONS: gl.constexpr, GROUP: gl.constexpr, SHARES: gl.constexpr, SHARE: gl.constexpr
 ):
-    """Clear rows of a tile at positions from ``limit`` on: what lies there may be anything, and 0 * NaN is not 0.
+    """Clear rows of a tile before position 0 and from ``limit`` on: there may be anything, and 0 * NaN is not 0.
 
     The tile's groups of ``GROUP`` are deinterleaved; of ``SHARES`` equal shares, this warpgroup clears one.
     """
@@ -309,7 +362,8 @@ def clear_beyond(
     tile = memory.reshape([ROWS, OPTIONS.block_d])
     for piece in gl.static_range(SHARE, ROWS // PIECE, SHARES):
         rows = piece * PIECE + gl.arange(0, PIECE, gl.SliceLayout(1, LAYOUT))
-        exist = first + key_of_row(rows, ROWS, GROUP, OPTIONS.pair if GROUP > 1 else 1) < limit
+        positions = first + key_of_row(rows, ROWS, GROUP, OPTIONS.pair if GROUP > 1 else 1)
+        exist = (positions >= 0) & (positions < limit)
         part = tile.slice(piece * PIECE, PIECE, 0)
         found = part.load(LAYOUT)
         part.store(gl.where(exist[:, None], found, gl.zeros_like(found)))
@@ -322,8 +376,9 @@ def load_numbers(row, query_length, shift_ptr, delta_ptr):
     """Load the shift and delta of a tile's rows; see :func:`modelopt_lite.kernels.backward.gradient_rows`."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
-    shift = gl.load(shift_ptr + rows, mask=rows < query_length, other=float("inf"))
-    delta = gl.load(delta_ptr + rows, mask=rows < query_length, other=0.0)
+    exist = (rows >= 0) & (rows < query_length)
+    shift = gl.load(shift_ptr + rows, mask=exist, other=float("inf"))
+    delta = gl.load(delta_ptr + rows, mask=exist, other=0.0)
     return shift, delta
 
 
@@ -359,7 +414,7 @@ def hand_over(result, step, memory, full, empty, WARPGROUP: gl.constexpr):
 @gluon.jit
 def weigh_scores(
     products, rows, first, shift, rules, numbers, hook_args, SCORE_HOOK: gl.constexpr, OPTIONS: gl.constexpr,
-    MASKED: gl.constexpr,
+    MASKED: gl.constexpr, unlisted,
 ):  # fmt: skip
     """Compute softmax weights of products of queries and keys again; also returns the scores."""
     scores, to_log2 = scale_scores(products, numbers, OPTIONS)
@@ -367,7 +422,7 @@ def weigh_scores(
     columns = gl.arange(0, part.shape[1], gl.SliceLayout(0, part.type.layout))
     groups = first + OPTIONS.group * columns[None, :]
     q_pos = spread(rules[0] + rows, part)
-    parts, keep, _ = select_scores(scores, q_pos, groups, rules, hook_args, SCORE_HOOK, OPTIONS, MASKED, 0)
+    parts, keep, _ = select_scores(scores, q_pos, groups, rules, hook_args, SCORE_HOOK, OPTIONS, MASKED, unlisted)
     weights = ()
     for r in gl.static_range(len(parts)):
         weight = gl.exp2(parts[r] * to_log2 - spread(shift, parts[r]))
@@ -381,6 +436,7 @@ def weigh_scores(
 def differentiate(
     step, row, first, grad_key, grad_value, clearings, has_before, of_rows, lengths, rules, numbers, hook_args,
     buffers, barriers, WARPGROUP: gl.constexpr, SCORE_HOOK: gl.constexpr, OPTIONS: gl.constexpr, MASKED: gl.constexpr,
+    unlisted=0,
 ):  # fmt: skip
     """Add to the gradients of a warpgroup's keys, from position ``first`` on, what the queries from ``row`` on give.
 
@@ -406,7 +462,7 @@ def differentiate(
 
     mbarrier.wait(query_loaded.index(stage), step // STAGES & 1)
     if MASKED:  # noqa: SIM102 - conditions at compile time and at run time do not mix
-        if row + ROWS > query_length:
+        if (row < 0) | (row + ROWS > query_length):
             mbarrier.wait(grad_loaded.index(stage), step // STAGES & 1)
             clear_beyond(query, row, query_length, OPTIONS, 1, WARPGROUPS, WARPGROUP)
             clear_beyond(grad, row, query_length, OPTIONS, 1, WARPGROUPS, WARPGROUP)
@@ -424,7 +480,7 @@ def differentiate(
         products = warpgroup_mma_wait(1, deps=[products])
     rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
     weights, scores = weigh_scores(
-        products, rows, first, shift, rules, numbers, hook_args, SCORE_HOOK, OPTIONS, MASKED
+        products, rows, first, shift, rules, numbers, hook_args, SCORE_HOOK, OPTIONS, MASKED, unlisted
     )  # fmt: skip
     own_weights = weight_memory.index(WARPGROUP)
     own_weights.store(weights.to(ELEMENT))
@@ -473,14 +529,16 @@ def differentiate_items(work, hook_args, WARPGROUP: gl.constexpr, SCORE_HOOK: gl
     """Compute the gradients of keys and values, and parts of those of queries: the part of a warpgroup."""
     buffers, barriers, key_barriers, pointers, strides, problem, numbers = work
     shift_ptr, delta_ptr, grad_key_ptr, grad_value_ptr, total = pointers
-    sequences, heads_of, _, _, distances = problem
+    sequences, heads_of, _, _, distances, lists = problem
     num_sinks, window, sliding_window = distances
     OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, OPTIONS.block_d, 16])
+    PHASES: gl.constexpr = 2 if lists is None else 1
+    RUNS: gl.constexpr = 3 if lists is None else 1
     step = 0
     turn = 0
     clearings = 0
     for item in range(gl.program_id(0), count_items(problem), gl.num_programs(0)):
-        for phase in range(2):
+        for phase in range(PHASES):
             kv_head, sequence, tile, exists, lengths = find_tile(item, phase, problem)
             if exists:
                 query_length, length = lengths
@@ -504,22 +562,38 @@ def differentiate_items(work, hook_args, WARPGROUP: gl.constexpr, SCORE_HOOK: gl
                     clear_beyond(buffers[2].index(WARPGROUP), first, length, OPTIONS, OPTIONS.group, 1, 0)
                     clear_beyond(buffers[3].index(WARPGROUP), first, length, OPTIONS, OPTIONS.group, 1, 0)
                 first_step = step
-                for run in range(3 * heads_of[1]):
-                    offset = (kv_head * heads_of[1] + run // 3).to(gl.int64) * total + first_query
+                before = rows_before(lengths, problem)
+                for run in range(RUNS * heads_of[1]):
+                    head = kv_head * heads_of[1] + run // RUNS
+                    offset = head.to(gl.int64) * total + first_query
                     of_rows = (shift_ptr + offset, delta_ptr + offset)
-                    masked_begin, masked_end, hot_end = runs_of(run % 3, begin, spans, end)
-                    for query_tile in range(masked_begin, masked_end):
+                    entry = 0
+                    if lists is None:
+                        masked_begin, masked_end, hot_end = runs_of(run % RUNS, begin, spans, end)
+                    else:
+                        entries_ptr, masked_end, hot_end = entries_of(head, sequence, tile, problem)
+                        masked_begin = masked_end * 0
+                        entry = gl.load(entries_ptr)
+                    for place in range(masked_begin, masked_end):
+                        query_tile, unlisted = place, 0
+                        if lists is not None:
+                            query_tile, unlisted = entry // TILES_FROM, entry % 2
+                            entry = gl.load(entries_ptr + place + 1)  # ahead, as it takes long
                         grad_key, grad_value, clearings = differentiate(
-                            step, query_tile * ROWS, first, grad_key, grad_value, clearings, step > first_step,
-                            of_rows, lengths, rules, numbers, hook_args, buffers, barriers, WARPGROUP, SCORE_HOOK,
-                            OPTIONS, True,
+                            step, query_tile * ROWS - before, first, grad_key, grad_value, clearings,
+                            step > first_step, of_rows, lengths, rules, numbers, hook_args, buffers, barriers,
+                            WARPGROUP, SCORE_HOOK, OPTIONS, True, unlisted,
                         )  # fmt: skip
                         step += 1
-                    for query_tile in range(masked_end, hot_end):
+                    for place in range(masked_end, hot_end):
+                        query_tile = place
+                        if lists is not None:
+                            query_tile = entry // TILES_FROM
+                            entry = gl.load(entries_ptr + place + 1)
                         grad_key, grad_value, clearings = differentiate(
-                            step, query_tile * ROWS, first, grad_key, grad_value, clearings, step > first_step,
-                            of_rows, lengths, rules, numbers, hook_args, buffers, barriers, WARPGROUP, SCORE_HOOK,
-                            OPTIONS, False,
+                            step, query_tile * ROWS - before, first, grad_key, grad_value, clearings,
+                            step > first_step, of_rows, lengths, rules, numbers, hook_args, buffers, barriers,
+                            WARPGROUP, SCORE_HOOK, OPTIONS, False,
                         )  # fmt: skip
                         step += 1
                 if step > first_step:
@@ -536,14 +610,14 @@ def differentiate_items(work, hook_args, WARPGROUP: gl.constexpr, SCORE_HOOK: gl
 @gluon.jit(
     do_not_specialize=[
         "tail_start", "tiles_of_queries", "total", "batch", "tiles_per_head", "num_sinks", "window", "sliding_window",
-        "hook_args",
+        "lists", "hook_args",
     ]
 )  # fmt: skip
 def attention_backward_hopper(
     query_descriptor, grad_descriptor, key_descriptor, value_descriptor, key_tail_descriptor, value_tail_descriptor,
     tail_start, sums_descriptor, shift_ptr, delta_ptr, grad_key_ptr, grad_value_ptr, turns_ptr, tiles_of_queries, total,
-    strides, sequences, heads_of, numbers, batch, tiles_per_head, num_sinks, window, sliding_window, hook_args,
-    SCORE_HOOK: gl.constexpr, OPTIONS: gl.constexpr,
+    strides, sequences, heads_of, numbers, batch, tiles_per_head, num_sinks, window, sliding_window, lists,
+    hook_args, SCORE_HOOK: gl.constexpr, OPTIONS: gl.constexpr,
 ):  # fmt: skip
     """Compute gradients of packed queries, keys and values; see :mod:`.hopper_backward_launch`.
 
@@ -588,7 +662,7 @@ def attention_backward_hopper(
 
     keys = (key_descriptor, key_tail_descriptor, tail_start)
     values = (value_descriptor, value_tail_descriptor, tail_start)
-    problem = (sequences, heads_of, batch, tiles_per_head, (num_sinks, window, sliding_window))
+    problem = (sequences, heads_of, batch, tiles_per_head, (num_sinks, window, sliding_window), lists)
     tiles = (query_memory, grad_memory, key_memory, value_memory)
     loading = (query_loaded, grad_loaded, freed, keys_loaded, keys_freed)
     to_load = ((query_descriptor, grad_descriptor, keys, values), tiles, loading, problem)

@@ -17,10 +17,13 @@ from .hopper_launch import key_descriptor, shared_descriptor, tail_of
 from .portable import gradient_of_sink_logits
 from .request import AttentionRequest, HookRefusedError
 from .settings import Options, Settings, distances, hook_arguments, options_of
+from .visits import TILES_FROM, gather_tiles, mark_tiles
 
 SETTINGS = Settings(ROWS.value, KEYS.value, 4, 2, True, False)
 HEAD_DIM = 128
 MAX_GROUP = 8
+LONGEST_LISTED = KEYS.value * TILES_FROM.value // 2
+"""Tokens of a sequence whose tiles can be numbered in an entry of a list."""
 FASTER_FROM = 1024
 """Queries of a sequence, on average, from which on this kernel is faster than the portable ones."""
 
@@ -33,8 +36,8 @@ def refusal(request: AttentionRequest) -> str | None:
     r = request
     if (reason := hopper_launch.refusal(r)) is not None:
         return reason
-    if r.blocks is not None or r.plan.chooses_blocks:
-        return "there are lists of key blocks"
+    if r.blocks is not None and max(r.max_q, r.max_k) > LONGEST_LISTED:
+        return f"with lists of key blocks, sequences have more than {LONGEST_LISTED} tokens"
     if r.plan.keeps_nothing:
         return "the plan keeps sinks and recent keys alone"
     if r.q.shape[2] != HEAD_DIM:
@@ -64,7 +67,11 @@ def backward(
         grad = grad.contiguous()
     options = options_of(r, SETTINGS)._replace(pair=min(r.group, 2))
     tiles, query_tiles = max(1, cdiv(r.max_k, KEYS.value)), max(1, cdiv(r.max_q, ROWS.value))
-    programs = min(batch * kv_heads * cdiv(tiles, 2), processors(r.q.device))
+    items = batch * kv_heads * cdiv(tiles, 2)
+    if r.blocks is not None:
+        # The first and the last tile of queries may both have fewer rows.
+        items, query_tiles = batch * kv_heads * tiles, query_tiles + 1
+    programs = min(items, processors(r.q.device))
     sequences = (r.starts_q, r.lengths_q, r.starts_k, r.lengths_k)
     shift, delta, sums = (
         r.q.new_empty(query_heads, total, *dims, dtype=torch.float32) for dims in ((), (), (head_dim,))
@@ -77,13 +84,14 @@ def backward(
     with torch.cuda.device_of(r.q):
         prepare_gradients[(tiles_of_rows + batch * query_heads + cdiv(grad_k.numel(), CLEARED.value),)](
             grad, out, lse, shift, delta, sums, turns, grad_k, grad_v, (grad.stride()[:2], out.stride()[:2]),
-            r.starts_q, r.lengths_q, query_heads, batch, total, query_tiles, grad_k.numel(), head_dim,
+            r.starts_q, r.lengths_q, query_heads, batch, total, query_tiles, grad_k.numel(),
+            None if r.blocks is None else r.lengths_k, head_dim,
         )  # fmt: skip
         try:
             attention_backward_hopper[(programs,)](
                 *_descriptors(r, grad, options), sums_descriptor, shift, delta, grad_k, grad_v, turns, query_tiles,
                 total, grad_k.stride()[:2], sequences, heads, (r.softmax_scale, r.softcap or 0.0), batch,
-                tiles, *distances(r), hook_arguments(plan), SCORE_HOOK=plan.score_hook, OPTIONS=options,
+                tiles, *distances(r), _entries(r, tiles, options), hook_arguments(plan), SCORE_HOOK=plan.score_hook, OPTIONS=options,
                 num_warps=SETTINGS.num_warps, enable_fp_fusion=True, launch_cooperative_grid=True,
             )  # fmt: skip
         except CompilationError as error:
@@ -111,3 +119,27 @@ def _descriptors(request: AttentionRequest, grad: Tensor, options: Options) -> t
             tails[index] = rebased(key_descriptor(copy, boxes), copy)
     keys = (rebased(key_descriptor(x, boxes), x) for x in (r.k, r.v))
     return (*map(rebased, rows, (r.q, grad)), *keys, *tails, tail_start)
+
+
+def _entries(request: AttentionRequest, tiles: int, options: Options) -> tuple[Any, ...] | None:
+    """Return which tiles of queries visit each tile of keys, as :func:`.hopper_backward.entries_of` reads it."""
+    r, blocks = request, request.blocks
+    if blocks is None:
+        return None
+    lists, list_rows = blocks.counts.shape
+    rows_each, batch = blocks.block_rows // ROWS.value, r.starts_q.shape[0]
+    rows = list_rows * rows_each
+    counts, indices, starts = (x.contiguous() for x in (blocks.counts, blocks.indices, blocks.starts))
+    marks = torch.empty(lists, tiles, rows, dtype=torch.int32, device=r.q.device)
+    # The kernel reads an entry ahead.
+    entries = torch.empty(marks.numel() + 1, dtype=torch.int32, device=r.q.device)
+    numbers = torch.empty(lists, tiles, batch, 2, dtype=torch.int32, device=r.q.device)
+    lengths = (r.lengths_q, r.lengths_k)
+    mark_tiles[(lists * rows,)](
+        marks, counts, indices, starts, lengths, list_rows, indices.shape[2], rows_each, batch, tiles, *distances(r),
+        SPARSE=r.plan.score_hook is not None, OPTIONS=options, num_warps=4,
+    )  # fmt: skip
+    gather_tiles[(lists * tiles * batch,)](
+        entries, numbers, marks, starts, lengths, list_rows, rows_each, batch, tiles, num_warps=1
+    )
+    return entries, numbers, starts, rows, rows_each, r.q.shape[1] // lists

@@ -5,6 +5,7 @@ import torch
 from test_backward_gpu import PLANS, check, full_precision, make  # noqa: F401
 from test_backward_gpu import test_the_same_keys_as_in_the_forward as compare_keys
 from test_forward_interpreter import HOOKS
+from test_lists_gpu import listed, of_128
 
 from modelopt_lite.kernels import AttentionRequest, hopper_backward_launch, hopper_launch, portable
 from modelopt_lite.kernels.top_n import top_n_plan
@@ -12,6 +13,7 @@ from modelopt_lite.kernels.top_n import top_n_plan
 pytestmark = pytest.mark.gpu
 
 DIMS = (128, 128)
+LISTED = ["dense", "exempt", "2:4", "2:4 exempt", "4:8", "4:8 exempt", "sparse decode"]
 LONG = ((700, 700), (333, 800), (1500, 1500), (1, 900), (200, 3000))
 
 
@@ -103,6 +105,55 @@ def test_the_same_keys_as_in_the_forward(dtype, n_of_m, options):
 def test_the_same_bits_every_time(plan):
     """With so many items that programs take several, and wait for each other."""
     request = make(lengths=((9000, 9000), (3000, 5000)), heads=(16, 4), dims=DIMS, plan=plan, exact=False)
+    assert hopper_backward_launch.refusal(request) is None
+    out, lse = hopper_launch.prepare(request)(request)
+    grad = torch.randn(out.shape, device="cuda").to(out.dtype)
+    first = hopper_backward_launch.backward(grad, out, lse, request)[:3]
+    for _ in range(3):
+        again = hopper_backward_launch.backward(grad, out, lse, request)[:3]
+        assert all(map(torch.equal, first, again))
+
+
+@pytest.mark.parametrize("plan", LISTED)
+def test_lists(plan):
+    check(listed(of_128(plan)))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("plan", ["dense", "2:4 exempt"])
+def test_empty_and_full_lists(plan, share):
+    check(listed(of_128(plan), share))
+
+
+@pytest.mark.parametrize("plan", ["exempt", "2:4 exempt"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"is_causal": False},
+        {"sliding_window": 1},
+        {"sliding_window": 200},
+        {"softcap": 2.0, "s_aux": True},
+    ],
+    ids=str,
+)
+def test_options_of_lists(plan, options):
+    check(listed(of_128(plan, **options)))
+
+
+@pytest.mark.parametrize(("rows", "per_kv_head"), [(256, False), (128, True), (384, True)])
+def test_grids(rows, per_kv_head):
+    check(listed(of_128("2:4 exempt", heads=(6, 2)), 0.5, rows, per_kv_head))
+
+
+@pytest.mark.parametrize("plan", ["dense", "2:4 exempt"])
+def test_long_lists(plan):
+    check(listed(of_128(plan, lengths=((1500, 1500), (333, 3000)), heads=(8, 2)), 0.25))
+
+
+@pytest.mark.parametrize("plan", ["dense", "2:4"])
+def test_the_same_bits_every_time_with_lists(plan):
+    """With so many items that programs take several, and wait for each other."""
+    request = listed(of_128(plan, lengths=((9000, 9000), (3000, 5000)), heads=(16, 4), exact=False), 0.25)
     assert hopper_backward_launch.refusal(request) is None
     out, lse = hopper_launch.prepare(request)(request)
     grad = torch.randn(out.shape, device="cuda").to(out.dtype)
