@@ -91,7 +91,7 @@ def backward(
             attention_backward_hopper[(programs,)](
                 *_descriptors(r, grad, options), sums_descriptor, shift, delta, grad_k, grad_v, turns, query_tiles,
                 total, grad_k.stride()[:2], sequences, heads, (r.softmax_scale, r.softcap or 0.0), batch,
-                tiles, *distances(r), _entries(r, tiles, options), hook_arguments(plan), SCORE_HOOK=plan.score_hook, OPTIONS=options,
+                tiles, *distances(r), list_entries(r, tiles, options), hook_arguments(plan), SCORE_HOOK=plan.score_hook, OPTIONS=options,
                 num_warps=SETTINGS.num_warps, enable_fp_fusion=True, launch_cooperative_grid=True,
             )  # fmt: skip
         except CompilationError as error:
@@ -121,7 +121,7 @@ def _descriptors(request: AttentionRequest, grad: Tensor, options: Options) -> t
     return (*map(rebased, rows, (r.q, grad)), *keys, *tails, tail_start)
 
 
-def _entries(request: AttentionRequest, tiles: int, options: Options) -> tuple[Any, ...] | None:
+def list_entries(request: AttentionRequest, tiles: int, options: Options) -> tuple[Any, ...] | None:
     """Return which tiles of queries visit each tile of keys, as :func:`.hopper_backward.entries_of` reads it."""
     r, blocks = request, request.blocks
     if blocks is None:

@@ -266,7 +266,7 @@ def test_before_and_after():
     programs = 4 * heads + 2 * heads + -(-grad_k.numel() // 8192)
     prepare_gradients[(programs,)](
         grad, out, lse, shift, delta, sums, turns, grad_k, grad_v, (grad.stride()[:2], out.stride()[:2]), starts,
-        lengths, heads, 2, total, 2, grad_k.numel(), dim,
+        lengths, heads, 2, total, 2, grad_k.numel(), None, dim,
     )  # fmt: skip
     alive = lse > -torch.inf
     torch.testing.assert_close(shift, torch.where(alive, lse / math.log(2), torch.inf).T)
@@ -275,6 +275,15 @@ def test_before_and_after():
     assert not sums[:, 134:170].any()  # the second sequence's second tile
     assert sums[:, :134].isnan().all()
     assert sums[:, 170:].isnan().all()
+    # With lists, tiles begin at multiples of 64: the second sequence's at rows -26 and 38, as its first query is the 90th.
+    sums = torch.full((heads, total, dim), torch.nan)
+    prepare_gradients[(programs,)](
+        grad, out, lse, shift, delta, sums, turns, grad_k, grad_v, (grad.stride()[:2], out.stride()[:2]), starts,
+        lengths, heads, 2, total, 2, grad_k.numel(), torch.tensor([64, 190]), dim,
+    )  # fmt: skip
+    assert not sums[:, 3:67].any()
+    assert not sums[:, 70:170].any()
+    assert all(sums[:, rows].isnan().all() for rows in (slice(3), slice(67, 70), slice(170, None)))
     found = torch.full((total, heads, dim), torch.nan).half()
     sums = torch.randn(heads, total, dim).masked_fill(~alive.T[..., None], torch.nan)
     round_gradients[(4 * heads,)](sums, shift, found, 0.5, total, heads, found.stride()[:2], dim)
