@@ -37,7 +37,7 @@ from .backward import gradient_rows, query_spans
 from .hopper import PIECE, load_rows, spread, synchronize
 from .lists import floor_mod
 from .tiles import join_groups, key_of_row, scale_scores, select_scores, split_groups, weigh
-from .visits import TILES_FROM
+from .visits import TILES_FROM, sequence_of
 
 ROWS = tl.constexpr(64)
 """Queries of a step, and keys of a warpgroup."""
@@ -48,6 +48,8 @@ STAGES = tl.constexpr(2)
 """Steps whose queries are in shared memory."""
 BUFFERS = tl.constexpr(3)
 """Steps whose gradients of scores are there: one more than a warpgroup may be ahead of the other one, and its own."""
+LINE = tl.constexpr(32)
+"""Numbers of a line of sums: 128 bytes."""
 CLEARED = tl.constexpr(8192)
 """Numbers that a program clears."""
 EARLY = tl.constexpr(4)
@@ -60,61 +62,91 @@ RELEASE = tl.constexpr(
 )
 
 
-@triton.jit(do_not_specialize=["batch", "total", "tiles_of_queries"])
+@triton.jit(do_not_specialize=["batch", "total", "tiles"])
 def prepare_gradients(
-    grad_ptr, out_ptr, lse_ptr, shift_ptr, delta_ptr, sums_ptr, turns_ptr, grad_key_ptr, grad_value_ptr, strides,
-    starts_ptr, lengths_ptr, heads, batch, total, tiles_of_queries, size, lengths_k_ptr, DIM: tl.constexpr,
+    grad_ptr, out_ptr, lse_ptr, shift_ptr, delta_ptr, grad_query_ptr, turns_ptr, begins_ptr, grad_key_ptr,
+    grad_value_ptr, strides, lengths, heads, batch, total, tiles, size, DIM: tl.constexpr,
 ):  # fmt: skip
     """Prepare rows as :func:`~modelopt_lite.kernels.backward.gradient_rows` does, and clear what is added up.
 
-    First come its programs. Then come those of a sequence and a head: they clear the turns, and the sums of the last
-    tile of queries if it has fewer than others; what comes first in another is stored and not added. Where lengths of
-    keys are given, there are lists, and tiles begin at multiples of ``ROWS``, so that the first one may have fewer too.
-    The others clear ``CLEARED`` of the ``size`` numbers of the gradients of keys and values each, as rows may belong to
-    no sequence.
+    First come its programs; they also clear the gradients of queries without a key. Then each sequence's finds the
+    number of its first tile of queries. The others clear the turns, ``tiles`` of each head, and ``CLEARED`` of the
+    ``size`` numbers of the gradients of keys and values each, as rows may belong to no sequence.
     """
     program = tl.program_id(0)
     row_programs = tl.cdiv(total, ROWS) * heads
     if program < row_programs:
         gradient_rows(
-            grad_ptr, out_ptr, lse_ptr, shift_ptr, delta_ptr, strides, heads, total, VALUE_DIM=DIM, BLOCK_M=ROWS,
-            BLOCK_DV=DIM,
+            grad_ptr, out_ptr, lse_ptr, shift_ptr, delta_ptr, (strides[0], strides[1]), heads, total, VALUE_DIM=DIM,
+            BLOCK_M=ROWS, BLOCK_DV=DIM,
         )  # fmt: skip
-    elif program < row_programs + batch * heads:
+        head = (program % heads).to(tl.int64)
+        rows = program.to(tl.int64) // heads * ROWS + tl.arange(0, ROWS)
+        has_keys = tl.load(lse_ptr + rows * heads + head, mask=rows < total, other=0.0) != float("-inf")
+        pointers = grad_query_ptr + head * strides[2][1] + rows[:, None] * strides[2][0] + tl.arange(0, DIM)[None, :]
+        zeros = tl.zeros([ROWS, DIM], grad_query_ptr.dtype.element_ty)
+        tl.store(pointers, zeros, mask=(has_keys == 0)[:, None])
+    elif program < row_programs + batch:
         program -= row_programs
-        start, length = tl.load(starts_ptr + program // heads), tl.load(lengths_ptr + program // heads)
-        for first in range(0, tiles_of_queries, 128):
-            tiles = first + tl.arange(0, 128)
-            tl.store(turns_ptr + program * tiles_of_queries + tiles, 0, mask=tiles < tiles_of_queries)
-        before = 0
-        if lengths_k_ptr is not None:
-            before = floor_mod(tl.load(lengths_k_ptr + program // heads) - length, ROWS)
-        for last in tl.static_range(1 if lengths_k_ptr is None else 2):
-            rows = tl.arange(0, ROWS) - before
-            if last == 1 or lengths_k_ptr is None:
-                rows += (length + before) // ROWS * ROWS
-            places = (program % heads).to(tl.int64) * total + start + rows
-            sums_pointers = sums_ptr + places[:, None] * DIM + tl.arange(0, DIM)[None, :]
-            exist = (rows >= 0) & (rows < length)
-            tl.store(sums_pointers, tl.zeros([ROWS, DIM], tl.float32), mask=exist[:, None])
+        begin = program * 0
+        for first in range(0, program, 32):
+            numbers = first + tl.arange(0, 32)
+            found = tiles_of(lengths, numbers, numbers < program)
+            begin += tl.sum(found, 0)
+        tl.store(begins_ptr + program, begin)
     else:
-        numbers = (program - row_programs - batch * heads).to(tl.int64) * CLEARED + tl.arange(0, CLEARED)
+        numbers = (program - row_programs - batch).to(tl.int64) * CLEARED + tl.arange(0, CLEARED)
         zeros = tl.zeros([CLEARED], grad_key_ptr.dtype.element_ty)
         tl.store(grad_key_ptr + numbers, zeros, mask=numbers < size)
         tl.store(grad_value_ptr + numbers, zeros, mask=numbers < size)
+        tl.store(turns_ptr + numbers, tl.zeros([CLEARED], tl.int32), mask=numbers < tiles.to(tl.int64) * heads)
 
 
-@triton.jit(do_not_specialize=["total"])
-def round_gradients(sums_ptr, shift_ptr, grad_ptr, scale, total, heads, strides, DIM: tl.constexpr):
-    """Scale and round gradients of queries; those of rows without a key are 0. A program takes ``ROWS`` of one head."""
+@triton.jit
+def tiles_of(lengths, sequences, exist):
+    """Return how many tiles of queries some sequences have; see :func:`rows_before`."""
+    length = tl.load(lengths[0] + sequences, mask=exist, other=0).to(tl.int32)
+    before = 0
+    if lengths[1] is not None:
+        before = floor_mod(tl.load(lengths[1] + sequences, mask=exist, other=0).to(tl.int32) - length, ROWS)
+    return tl.where(length > 0, (before + length + ROWS - 1) // ROWS, 0)
+
+
+@triton.jit(do_not_specialize=["batch", "total", "tiles"])
+def round_gradients(
+    sums_ptr, shift_ptr, grad_ptr, begins_ptr, starts_ptr, lengths, scale, batch, total, tiles, heads, strides,
+    DIM: tl.constexpr,
+):  # fmt: skip
+    """Scale and round gradients of queries, except those of queries without a key. A program takes a tile of a head."""
     head = (tl.program_id(0) % heads).to(tl.int64)
-    rows = tl.program_id(0).to(tl.int64) // heads * ROWS + tl.arange(0, ROWS)
-    exist = rows < total
-    has_keys = tl.load(shift_ptr + head * total + rows, mask=exist, other=float("inf")) != float("inf")
+    tile = tl.program_id(0) // heads
+    sequence = sequence_of(begins_ptr, tile, batch)
+    length = tl.load(lengths[0] + sequence).to(tl.int32)
+    before = 0
+    if lengths[1] is not None:
+        before = floor_mod(tl.load(lengths[1] + sequence).to(tl.int32) - length, ROWS)
+    places = tl.arange(0, ROWS)
+    rows = (tile - tl.load(begins_ptr + sequence)) * ROWS - before + places
+    tokens = tl.load(starts_ptr + sequence).to(tl.int64) + rows
+    exist = (rows >= 0) & (rows < length)
+    has_keys = tl.load(shift_ptr + head * total + tokens, mask=exist, other=float("inf")) != float("inf")
     columns = tl.arange(0, DIM)[None, :]
-    sums = tl.load(sums_ptr + (head * total + rows)[:, None] * DIM + columns, mask=has_keys[:, None], other=0.0)
-    pointers = grad_ptr + head * strides[1] + (rows[:, None] * strides[0] + columns)
-    tl.store(pointers, (sums * scale).to(grad_ptr.dtype.element_ty), mask=exist[:, None])
+    offsets = order_of(places[:, None], columns, DIM)
+    sums = tl.load(sums_ptr + (head * tiles + tile) * (ROWS * DIM) + offsets, mask=has_keys[:, None], other=0.0)
+    pointers = grad_ptr + head * strides[1] + (tokens[:, None] * strides[0] + columns)
+    tl.store(pointers, (sums * scale).to(grad_ptr.dtype.element_ty), mask=has_keys[:, None])
+
+
+@triton.jit
+def order_of(row, column, DIM: tl.constexpr):
+    """Return where a number of a tile of sums lies: threads store what they have, 16 bytes at a time.
+
+    Of each half of the columns, and of each 16 rows, blocks of eight columns follow each other. In a block, there are
+    two columns of a row, the same two of the row eight further on, and then the next two.
+    """
+    HALF: tl.constexpr = DIM // 2
+    block = (column // HALF * (ROWS // 16) + row // 16) * (HALF // 8) + column % HALF // 8
+    return block * 128 + row % 8 * 16 + column % 8 // 2 * 4 + row % 16 // 8 * 2 + column % 2
 
 
 @builtin
@@ -301,20 +333,20 @@ def load_items(work, OPTIONS: gl.constexpr):
 @gluon.jit
 def add_items(work, OPTIONS: gl.constexpr):
     """Add gradients of queries to what other programs have added: the part of one warp."""
-    descriptor, memory, full, empty, turns_ptr, tiles_of_queries, problem = work
+    descriptor, memory, full, empty, turns_ptr, begins_ptr, tiles_of_queries, problem = work
     sequences, heads_of, _, _, _, lists = problem
     PHASES: gl.constexpr = 2 if lists is None else 1
+    LINES: gl.constexpr = memory.shape[1]
     step = 0
     for item in range(gl.program_id(0), count_items(problem), gl.num_programs(0)):
         for phase in range(PHASES):
             kv_head, sequence, tile, exists, lengths = find_tile(item, phase, problem)
             if exists:
                 begin, end = tiles_that_see(tile, lengths, problem[4][2], OPTIONS)
-                first_query = gl.load(sequences[0] + sequence).to(gl.int32)
-                before = rows_before(lengths, problem)
+                begin_of_sequence = gl.load(begins_ptr + sequence)
                 for member in range(heads_of[1]):
                     head = kv_head * heads_of[1] + member
-                    turns_of_head = (sequence * heads_of[0] * heads_of[1] + head) * tiles_of_queries
+                    first_tile = head * tiles_of_queries + begin_of_sequence
                     entry = 0
                     if lists is not None:
                         entries_ptr, masked, end = entries_of(head, sequence, tile, problem)
@@ -330,19 +362,17 @@ def add_items(work, OPTIONS: gl.constexpr):
                         else:
                             query_tile, rank = entry // TILES_FROM, entry % TILES_FROM // 2
                             entry = gl.load(entries_ptr + place + 1)  # ahead, as it takes long
-                        turn_ptr = turns_ptr + turns_of_head + query_tile
+                        turn_ptr = turns_ptr + first_tile + query_tile
                         while gl.load(turn_ptr, volatile=True) != rank:
                             pass
                         gl.inline_asm_elementwise(ACQUIRE, "=r,r", [rank], dtype=gl.int32, is_pure=False, pack=1)
                         mbarrier.wait(full, step & 1)
-                        row = query_tile * ROWS - before
                         for w in gl.static_range(WARPGROUPS):
-                            target = [head, first_query + row, w * (OPTIONS.block_d // 2)]
-                            # A tile may reach into another sequence, to which it adds zeros.
-                            if (rank == 0) & (row >= 0) & (row + ROWS <= lengths[0]):
-                                tma.async_copy_shared_to_global(descriptor, target, memory.index(w))
+                            line = ((first_tile + query_tile) * WARPGROUPS + w) * LINES
+                            if rank == 0:
+                                tma.async_copy_shared_to_global(descriptor, [line, 0], memory.index(w))
                             else:
-                                add_to_global(descriptor, target, memory.index(w))
+                                add_to_global(descriptor, [line, 0], memory.index(w))
                         tma.store_wait(0)
                         mbarrier.arrive(empty, count=1)
                         gl.inline_asm_elementwise(RELEASE, "=r,r", [rank], dtype=gl.int32, is_pure=False, pack=1)
@@ -404,8 +434,12 @@ def multiply_keys(step, score_memory, key_memory, WARPGROUP: gl.constexpr, OPTIO
 @gluon.jit
 def hand_over(result, step, memory, full, empty, WARPGROUP: gl.constexpr):
     """Hand half of the columns of a step's gradient of queries to the warp that adds them up."""
+    # What a thread has, four numbers after the other; see order_of.
+    HALF: gl.constexpr = result.shape[1]
+    result = result.reshape([ROWS // 16, 2, 8, HALF // 8, 4, 2]).permute([0, 3, 2, 4, 1, 5])
+    result = result.reshape([ROWS * HALF // LINE, LINE])
     mbarrier.wait(empty, (step & 1) ^ 1)
-    memory.index(WARPGROUP).reshape([result.shape[0], result.shape[1]]).store(result)
+    memory.index(WARPGROUP).store(result)
     fence_async_shared()
     synchronize()
     mbarrier.arrive(full, count=1)
@@ -615,14 +649,15 @@ def differentiate_items(work, hook_args, WARPGROUP: gl.constexpr, SCORE_HOOK: gl
 )  # fmt: skip
 def attention_backward_hopper(
     query_descriptor, grad_descriptor, key_descriptor, value_descriptor, key_tail_descriptor, value_tail_descriptor,
-    tail_start, sums_descriptor, shift_ptr, delta_ptr, grad_key_ptr, grad_value_ptr, turns_ptr, tiles_of_queries, total,
-    strides, sequences, heads_of, numbers, batch, tiles_per_head, num_sinks, window, sliding_window, lists,
+    tail_start, sums_descriptor, shift_ptr, delta_ptr, grad_key_ptr, grad_value_ptr, turns_ptr, begins_ptr, tiles_of_queries,
+    total, strides, sequences, heads_of, numbers, batch, tiles_per_head, num_sinks, window, sliding_window, lists,
     hook_args, SCORE_HOOK: gl.constexpr, OPTIONS: gl.constexpr,
 ):  # fmt: skip
     """Compute gradients of packed queries, keys and values; see :mod:`.hopper_backward_launch`.
 
     Gradients of keys and values of no sequence are left as they are. Those of queries are added up in FP32, unscaled,
-    ``[heads, tokens, dim]``, through a descriptor; their turns are ``[batch, heads, tiles_of_queries]``, 0 at first.
+    ``[heads, tiles_of_queries, ROWS * dim]`` in lines, through a descriptor. Of each head, tiles of all sequences follow
+    each other, and begin at ``begins_ptr``, ``[batch]``. Turns are ``[heads, tiles_of_queries]``, 0 at first.
     """
     ELEMENT: gl.constexpr = query_descriptor.dtype
     DIM: gl.constexpr = OPTIONS.block_d
@@ -635,7 +670,9 @@ def attention_backward_hopper(
     value_memory = gl.allocate_shared_memory(ELEMENT, TILE, value_descriptor.layout)
     weight_memory = gl.allocate_shared_memory(ELEMENT, [WARPGROUPS, ROWS, ROWS], SQUARE)
     score_memory = gl.allocate_shared_memory(ELEMENT, [BUFFERS * WARPGROUPS, ROWS, ROWS], SQUARE)
-    sum_memory = gl.allocate_shared_memory(gl.float32, [WARPGROUPS, 1, ROWS, DIM // 2], sums_descriptor.layout)
+    sum_memory = gl.allocate_shared_memory(
+        gl.float32, [WARPGROUPS, ROWS * DIM // WARPGROUPS // LINE, LINE], sums_descriptor.layout
+    )
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     query_loaded = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     grad_loaded = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
@@ -666,7 +703,7 @@ def attention_backward_hopper(
     tiles = (query_memory, grad_memory, key_memory, value_memory)
     loading = (query_loaded, grad_loaded, freed, keys_loaded, keys_freed)
     to_load = ((query_descriptor, grad_descriptor, keys, values), tiles, loading, problem)
-    to_add = (sums_descriptor, sum_memory, sums_full, sums_empty, turns_ptr, tiles_of_queries, problem)
+    to_add = (sums_descriptor, sum_memory, sums_full, sums_empty, turns_ptr, begins_ptr, tiles_of_queries, problem)
     buffers = (query_memory, grad_memory, key_memory, value_memory, weight_memory, score_memory, sum_memory)
     barriers = (query_loaded, grad_loaded, freed, scores_full, sums_full, sums_empty, cleared)
     pointers = (shift_ptr, delta_ptr, grad_key_ptr, grad_value_ptr, total)

@@ -12,7 +12,16 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from . import hopper_launch
 from .device import cdiv, is_aligned, processors, rebased
-from .hopper_backward import CLEARED, KEYS, ROWS, attention_backward_hopper, prepare_gradients, round_gradients
+from .hopper_backward import (
+    CLEARED,
+    KEYS,
+    LINE,
+    ROWS,
+    WARPGROUPS,
+    attention_backward_hopper,
+    prepare_gradients,
+    round_gradients,
+)
 from .hopper_launch import key_descriptor, shared_descriptor, tail_of
 from .portable import gradient_of_sink_logits
 from .request import AttentionRequest, HookRefusedError
@@ -66,42 +75,45 @@ def backward(
     if not is_aligned(grad) or grad.stride(2) != 1:
         grad = grad.contiguous()
     options = options_of(r, SETTINGS)._replace(pair=min(r.group, 2))
-    tiles, query_tiles = max(1, cdiv(r.max_k, KEYS.value)), max(1, cdiv(r.max_q, ROWS.value))
-    items = batch * kv_heads * cdiv(tiles, 2)
-    if r.blocks is not None:
-        # The first and the last tile of queries may both have fewer rows.
-        items, query_tiles = batch * kv_heads * tiles, query_tiles + 1
+    tiles = max(1, cdiv(r.max_k, KEYS.value))
+    items = batch * kv_heads * (cdiv(tiles, 2) if r.blocks is None else tiles)
     programs = min(items, processors(r.q.device))
+    # With lists, the first and the last tile of a sequence may both have fewer rows.
+    query_tiles = total // ROWS.value + batch * (1 if r.blocks is None else 2)
     sequences = (r.starts_q, r.lengths_q, r.starts_k, r.lengths_k)
-    shift, delta, sums = (
-        r.q.new_empty(query_heads, total, *dims, dtype=torch.float32) for dims in ((), (), (head_dim,))
-    )
-    turns = torch.empty(batch * query_heads * query_tiles, dtype=torch.int32, device=r.q.device)
-    layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=3)
-    sums_descriptor = TensorDescriptor(sums, [*sums.shape], [*sums.stride()], [1, ROWS.value, head_dim // 2], layout)
+    lengths = (r.lengths_q, None if r.blocks is None else r.lengths_k)
+    shift, delta = (r.q.new_empty(query_heads, total, dtype=torch.float32) for _ in range(2))
+    sums = r.q.new_empty(query_heads * query_tiles * ROWS.value * head_dim // LINE.value, LINE.value, dtype=torch.float32)
+    turns = torch.empty(query_heads * query_tiles, dtype=torch.int32, device=r.q.device)
+    begins = torch.empty(batch, dtype=torch.int32, device=r.q.device)
+    lines = ROWS.value * head_dim // WARPGROUPS.value // LINE.value
+    layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
+    sums_descriptor = TensorDescriptor(sums, [*sums.shape], [*sums.stride()], [lines, LINE.value], layout)
     grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in (r.q, r.k, r.v))
-    tiles_of_rows = cdiv(total, ROWS.value) * query_heads
+    clearing = cdiv(max(grad_k.numel(), turns.numel()), CLEARED.value)
     with torch.cuda.device_of(r.q):
-        prepare_gradients[(tiles_of_rows + batch * query_heads + cdiv(grad_k.numel(), CLEARED.value),)](
-            grad, out, lse, shift, delta, sums, turns, grad_k, grad_v, (grad.stride()[:2], out.stride()[:2]),
-            r.starts_q, r.lengths_q, query_heads, batch, total, query_tiles, grad_k.numel(),
-            None if r.blocks is None else r.lengths_k, head_dim,
+        prepare_gradients[(cdiv(total, ROWS.value) * query_heads + batch + clearing,)](
+            grad, out, lse, shift, delta, grad_q, turns, begins, grad_k, grad_v,
+            tuple(x.stride()[:2] for x in (grad, out, grad_q)), lengths, query_heads, batch, total, query_tiles,
+            grad_k.numel(), head_dim,
         )  # fmt: skip
+        entries = list_entries(r, tiles, options)
         try:
             attention_backward_hopper[(programs,)](
-                *_descriptors(r, grad, options), sums_descriptor, shift, delta, grad_k, grad_v, turns, query_tiles,
-                total, grad_k.stride()[:2], sequences, heads, (r.softmax_scale, r.softcap or 0.0), batch,
-                tiles, *distances(r), list_entries(r, tiles, options), hook_arguments(plan), SCORE_HOOK=plan.score_hook, OPTIONS=options,
-                num_warps=SETTINGS.num_warps, enable_fp_fusion=True, launch_cooperative_grid=True,
+                *_descriptors(r, grad, options), sums_descriptor, shift, delta, grad_k, grad_v, turns, begins,
+                query_tiles, total, grad_k.stride()[:2], sequences, heads, (r.softmax_scale, r.softcap or 0.0), batch,
+                tiles, *distances(r), entries, hook_arguments(plan), SCORE_HOOK=plan.score_hook,
+                OPTIONS=options, num_warps=SETTINGS.num_warps, enable_fp_fusion=True, launch_cooperative_grid=True,
             )  # fmt: skip
         except CompilationError as error:
             if plan.score_hook is None:
                 raise
             _UNCOMPILABLE[plan.score_hook] = f"Gluon cannot compile the hook {plan.score_hook.__name__}: {error}"
             raise HookRefusedError(_UNCOMPILABLE[plan.score_hook]) from None
-        round_gradients[(tiles_of_rows,)](
-            sums, shift, grad_q, r.softmax_scale, total, query_heads, grad_q.stride()[:2], head_dim
-        )
+        round_gradients[(query_tiles * query_heads,)](
+            sums, shift, grad_q, begins, r.starts_q, lengths, r.softmax_scale, batch, total, query_tiles, query_heads,
+            grad_q.stride()[:2], head_dim,
+        )  # fmt: skip
     return grad_q, grad_k, grad_v, gradient_of_sink_logits(r, shift, delta)
 
 

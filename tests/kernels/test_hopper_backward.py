@@ -253,42 +253,48 @@ def test_every_tile_is_met_once_and_masked_where_needed(query_length, length, si
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
-def test_before_and_after():
+@pytest.mark.parametrize("has_lists", [False, True])
+def test_before_and_after(has_lists):
     """What is prepared for the kernel, and what becomes of its sums."""
     total, heads, kv_heads, dim = 200, 4, 2, 128
-    starts, lengths = torch.tensor([3, 70]), torch.tensor([64, 100])
+    starts, lengths_q, lengths_k = torch.tensor([70, 5, 3]), torch.tensor([100, 0, 64]), torch.tensor([190, 7, 64])
+    # With lists, tiles begin at multiples of 64: those of the first sequence at rows -26 and 38.
+    begins, before = ([0, 2, 2], 26) if has_lists else ([0, 2, 2], 0)
+    lengths, tiles = (lengths_q, lengths_k if has_lists else None), 4
     grad, out = torch.randn(2, total, heads, dim).half()
     lse = torch.randn(total, heads)
     lse[:3] = lse[67:70] = lse[170:] = -torch.inf
-    shift, delta = torch.full((2, heads, total), torch.nan)
-    sums, turns = torch.full((heads, total, dim), torch.nan), torch.full((2, heads, 2), -1, dtype=torch.int32)
-    grad_k, grad_v = torch.full((2, 90, kv_heads, dim), torch.nan).half()
-    programs = 4 * heads + 2 * heads + -(-grad_k.numel() // 8192)
-    prepare_gradients[(programs,)](
-        grad, out, lse, shift, delta, sums, turns, grad_k, grad_v, (grad.stride()[:2], out.stride()[:2]), starts,
-        lengths, heads, 2, total, 2, grad_k.numel(), None, dim,
-    )  # fmt: skip
+    lse[80, 1] = -torch.inf
     alive = lse > -torch.inf
+    shift, delta = torch.full((2, heads, total), torch.nan)
+    grad_q = torch.full((total, heads, dim), torch.nan).half()
+    turns, found = torch.full((heads, tiles), -1, dtype=torch.int32), torch.full((3,), -1, dtype=torch.int32)
+    grad_k, grad_v = torch.full((2, 90, kv_heads, dim), torch.nan).half()
+    programs = 4 * heads + 3 + -(-grad_k.numel() // 8192)
+    prepare_gradients[(programs,)](
+        grad, out, lse, shift, delta, grad_q, turns, found, grad_k, grad_v,
+        tuple(x.stride()[:2] for x in (grad, out, grad_q)), lengths, heads, 3, total, tiles, grad_k.numel(), dim,
+    )  # fmt: skip
     torch.testing.assert_close(shift, torch.where(alive, lse / math.log(2), torch.inf).T)
     torch.testing.assert_close(delta, (grad.float() * out.float()).sum(2).masked_fill(~alive, 0.0).T)
     assert not any(x.any() for x in (turns, grad_k, grad_v))
-    assert not sums[:, 134:170].any()  # the second sequence's second tile
-    assert sums[:, :134].isnan().all()
-    assert sums[:, 170:].isnan().all()
-    # With lists, tiles begin at multiples of 64: the second sequence's at rows -26 and 38, as its first query is the 90th.
-    sums = torch.full((heads, total, dim), torch.nan)
-    prepare_gradients[(programs,)](
-        grad, out, lse, shift, delta, sums, turns, grad_k, grad_v, (grad.stride()[:2], out.stride()[:2]), starts,
-        lengths, heads, 2, total, 2, grad_k.numel(), torch.tensor([64, 190]), dim,
-    )  # fmt: skip
-    assert not sums[:, 3:67].any()
-    assert not sums[:, 70:170].any()
-    assert all(sums[:, rows].isnan().all() for rows in (slice(3), slice(67, 70), slice(170, None)))
-    found = torch.full((total, heads, dim), torch.nan).half()
-    sums = torch.randn(heads, total, dim).masked_fill(~alive.T[..., None], torch.nan)
-    round_gradients[(4 * heads,)](sums, shift, found, 0.5, total, heads, found.stride()[:2], dim)
-    expected = (sums.transpose(0, 1) * 0.5).masked_fill(~alive[..., None], 0.0)
-    torch.testing.assert_close(found, expected.half())
+    assert found.tolist() == begins
+    assert not grad_q[~alive].any()
+    assert grad_q[alive].isnan().all()
+
+    right = torch.randn(total, heads, dim)
+    sums = torch.full((heads, tiles, 64, dim), torch.nan)
+    for number, (start, length) in enumerate(zip(starts.tolist(), lengths_q.tolist(), strict=True)):
+        skipped = before if number == 0 else 0
+        for row in range(length):
+            tile, place = divmod(row + skipped, 64)
+            sums[:, begins[number] + tile, place] = right[start + row]
+    # [halves, 16 rows, blocks of 8 columns, rows, pairs of columns, row 8 further on, column]
+    lines = sums.view(heads, tiles, 4, 2, 8, 2, 8, 4, 2).permute(0, 1, 5, 2, 6, 4, 7, 3, 8).contiguous()
+    round_gradients[(tiles * heads,)](
+        lines, shift, grad_q, found, starts, lengths, 0.5, 3, total, tiles, heads, grad_q.stride()[:2], dim
+    )
+    torch.testing.assert_close(grad_q, (right * 0.5).masked_fill(~alive[..., None], 0.0).half())
 
 
 @pytest.mark.slow
