@@ -46,6 +46,8 @@ KEYS = tl.constexpr(128)
 """Keys of a tile: ``ROWS`` of each warpgroup."""
 STAGES = tl.constexpr(2)
 """Steps whose queries are in shared memory."""
+ADDERS = tl.constexpr(2)
+"""Warps that add gradients of queries."""
 BUFFERS = tl.constexpr(3)
 """Steps whose gradients of scores are there: one more than a warpgroup may be ahead of the other one, and its own."""
 LINE = tl.constexpr(32)
@@ -55,11 +57,15 @@ CLEARED = tl.constexpr(8192)
 EARLY = tl.constexpr(4)
 """Selection from groups of more keys needs the registers of a product that could run beside it."""
 
-# What other programs have added is there for this warp's copies; what these have added is there for other programs.
-ACQUIRE = tl.constexpr("fence.acq_rel.gpu; fence.proxy.async; mov.b32 $0, 0;")
-RELEASE = tl.constexpr(
-    "cp.async.bulk.wait_group 0; bar.warp.sync 0xffffffff; fence.proxy.async; fence.acq_rel.gpu; mov.b32 $0, 0;"
-)
+# Sums are written by the tensor memory accelerator alone, so that no fence has to come between it and other accesses.
+AWAIT_TURN = tl.constexpr("""{
+.reg .pred others;
+again:
+ld.acquire.gpu.global.u32 $0, [$1];
+setp.ne.u32 others, $0, $2;
+@others bra again;
+}""")
+AWAIT_SUMS = tl.constexpr("cp.async.bulk.wait_group 0; bar.warp.sync 0xffffffff; mov.b32 $0, 0;")
 
 
 @triton.jit(do_not_specialize=["batch", "total", "tiles"])
@@ -331,8 +337,11 @@ def load_items(work, OPTIONS: gl.constexpr):
 
 
 @gluon.jit
-def add_items(work, OPTIONS: gl.constexpr):
-    """Add gradients of queries to what other programs have added: the part of one warp."""
+def add_items(work, ADDER: gl.constexpr, OPTIONS: gl.constexpr):
+    """Add gradients of queries to what other programs have added: the part of one of ``ADDERS`` warps.
+
+    They take turns: what passes until others may add takes longer than a step.
+    """
     descriptor, memory, full, empty, turns_ptr, begins_ptr, tiles_of_queries, problem = work
     sequences, heads_of, _, _, _, lists = problem
     PHASES: gl.constexpr = 2 if lists is None else 1
@@ -362,21 +371,22 @@ def add_items(work, OPTIONS: gl.constexpr):
                         else:
                             query_tile, rank = entry // TILES_FROM, entry % TILES_FROM // 2
                             entry = gl.load(entries_ptr + place + 1)  # ahead, as it takes long
-                        turn_ptr = turns_ptr + first_tile + query_tile
-                        while gl.load(turn_ptr, volatile=True) != rank:
-                            pass
-                        gl.inline_asm_elementwise(ACQUIRE, "=r,r", [rank], dtype=gl.int32, is_pure=False, pack=1)
-                        mbarrier.wait(full, step & 1)
-                        for w in gl.static_range(WARPGROUPS):
-                            line = ((first_tile + query_tile) * WARPGROUPS + w) * LINES
-                            if rank == 0:
-                                tma.async_copy_shared_to_global(descriptor, [line, 0], memory.index(w))
-                            else:
-                                add_to_global(descriptor, [line, 0], memory.index(w))
-                        tma.store_wait(0)
-                        mbarrier.arrive(empty, count=1)
-                        gl.inline_asm_elementwise(RELEASE, "=r,r", [rank], dtype=gl.int32, is_pure=False, pack=1)
-                        gl.atomic_add(turn_ptr, 1, sem="release")
+                        if step % ADDERS == ADDER:
+                            turn_ptr = turns_ptr + first_tile + query_tile
+                            gl.inline_asm_elementwise(
+                                AWAIT_TURN, "=r,l,r", [turn_ptr, rank], dtype=gl.int32, is_pure=False, pack=1
+                            )
+                            mbarrier.wait(full.index(ADDER), step // ADDERS & 1)
+                            for w in gl.static_range(WARPGROUPS):
+                                line = ((first_tile + query_tile) * WARPGROUPS + w) * LINES
+                                if rank == 0:
+                                    tma.async_copy_shared_to_global(descriptor, [line, 0], memory.index(w))
+                                else:
+                                    add_to_global(descriptor, [line, 0], memory.index(w))
+                            tma.store_wait(0)
+                            mbarrier.arrive(empty, count=1)
+                            gl.inline_asm_elementwise(AWAIT_SUMS, "=r,r", [rank], dtype=gl.int32, is_pure=False, pack=1)
+                            gl.atomic_add(turn_ptr, 1, sem="release")
                         step += 1
 
 
@@ -442,7 +452,7 @@ def hand_over(result, step, memory, full, empty, WARPGROUP: gl.constexpr):
     memory.index(WARPGROUP).store(result)
     fence_async_shared()
     synchronize()
-    mbarrier.arrive(full, count=1)
+    mbarrier.arrive(full.index((step + ADDERS) % ADDERS), count=1)
 
 
 @gluon.jit
@@ -680,7 +690,7 @@ def attention_backward_hopper(
     scores_full = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], BARRIER)
     keys_loaded = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     keys_freed = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
-    sums_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    sums_full = gl.allocate_shared_memory(gl.int64, [ADDERS, 1], BARRIER)
     sums_empty = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     cleared = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     for stage in gl.static_range(STAGES):
@@ -691,7 +701,8 @@ def attention_backward_hopper(
         mbarrier.init(scores_full.index(buffer), count=WARPGROUPS)
     mbarrier.init(keys_loaded, count=1)
     mbarrier.init(keys_freed, count=WARPGROUPS)
-    mbarrier.init(sums_full, count=WARPGROUPS)
+    for adder in gl.static_range(ADDERS):
+        mbarrier.init(sums_full.index(adder), count=WARPGROUPS)
     mbarrier.init(sums_empty, count=1)
     mbarrier.init(cleared, count=WARPGROUPS)
     fence_async_shared()
@@ -713,8 +724,9 @@ def attention_backward_hopper(
             (differentiate_items, (work, hook_args, 0, SCORE_HOOK, OPTIONS)),
             (differentiate_items, (work, hook_args, 1, SCORE_HOOK, OPTIONS)),
             (load_items, (to_load, OPTIONS)),
-            (add_items, (to_add, OPTIONS)),
+            (add_items, (to_add, 0, OPTIONS)),
+            (add_items, (to_add, 1, OPTIONS)),
         ],
-        [4, 1, 1],
-        [240, 24, 24],
+        [4, 1, 1, 1],
+        [240, 24, 24, 24],
     )
