@@ -68,10 +68,10 @@ setp.ne.u32 others, $0, $2;
 AWAIT_SUMS = tl.constexpr("cp.async.bulk.wait_group 0; bar.warp.sync 0xffffffff; mov.b32 $0, 0;")
 
 
-@triton.jit(do_not_specialize=["batch", "total", "tiles"])
+@triton.jit(do_not_specialize=["batch", "total", "width", "tiles"])
 def prepare_gradients(
     grad_ptr, out_ptr, lse_ptr, shift_ptr, delta_ptr, grad_query_ptr, turns_ptr, begins_ptr, grad_key_ptr,
-    grad_value_ptr, strides, lengths, heads, batch, total, tiles, size, DIM: tl.constexpr,
+    grad_value_ptr, strides, lengths, heads, batch, total, width, tiles, size, DIM: tl.constexpr,
 ):  # fmt: skip
     """Prepare rows as :func:`~modelopt_lite.kernels.backward.gradient_rows` does, and clear what is added up.
 
@@ -83,8 +83,8 @@ def prepare_gradients(
     row_programs = tl.cdiv(total, ROWS) * heads
     if program < row_programs:
         gradient_rows(
-            grad_ptr, out_ptr, lse_ptr, shift_ptr, delta_ptr, (strides[0], strides[1]), heads, total, VALUE_DIM=DIM,
-            BLOCK_M=ROWS, BLOCK_DV=DIM,
+            grad_ptr, out_ptr, lse_ptr, shift_ptr, delta_ptr, (strides[0], strides[1]), heads, total, width,
+            VALUE_DIM=DIM, BLOCK_M=ROWS, BLOCK_DV=DIM,
         )  # fmt: skip
         head = (program % heads).to(tl.int64)
         rows = program.to(tl.int64) // heads * ROWS + tl.arange(0, ROWS)
@@ -118,9 +118,9 @@ def tiles_of(lengths, sequences, exist):
     return tl.where(length > 0, (before + length + ROWS - 1) // ROWS, 0)
 
 
-@triton.jit(do_not_specialize=["batch", "total", "tiles"])
+@triton.jit(do_not_specialize=["batch", "width", "tiles"])
 def round_gradients(
-    sums_ptr, shift_ptr, grad_ptr, begins_ptr, starts_ptr, lengths, scale, batch, total, tiles, heads, strides,
+    sums_ptr, shift_ptr, grad_ptr, begins_ptr, starts_ptr, lengths, scale, batch, width, tiles, heads, strides,
     DIM: tl.constexpr,
 ):  # fmt: skip
     """Scale and round gradients of queries, except those of queries without a key. A program takes a tile of a head."""
@@ -135,7 +135,7 @@ def round_gradients(
     rows = (tile - tl.load(begins_ptr + sequence)) * ROWS - before + places
     tokens = tl.load(starts_ptr + sequence).to(tl.int64) + rows
     exist = (rows >= 0) & (rows < length)
-    has_keys = tl.load(shift_ptr + head * total + tokens, mask=exist, other=float("inf")) != float("inf")
+    has_keys = tl.load(shift_ptr + head * width + tokens, mask=exist, other=float("inf")) != float("inf")
     columns = tl.arange(0, DIM)[None, :]
     offsets = order_of(places[:, None], columns, DIM)
     sums = tl.load(sums_ptr + (head * tiles + tile) * (ROWS * DIM) + offsets, mask=has_keys[:, None], other=0.0)
@@ -292,8 +292,8 @@ def runs_of(number, begin, spans, end):
 def load_items(work, OPTIONS: gl.constexpr):
     """Load the keys and values of each tile, then queries and gradients of the output: the part of one warp."""
     descriptors, buffers, barriers, problem = work
-    query_descriptor, grad_descriptor, keys, values = descriptors
-    query_memory, grad_memory, key_memory, value_memory = buffers
+    query_descriptor, grad_descriptor, shift_descriptor, delta_descriptor, keys, values = descriptors
+    query_memory, grad_memory, shift_memory, delta_memory, key_memory, value_memory = buffers
     query_loaded, grad_loaded, freed, keys_loaded, keys_freed = barriers
     sequences, heads_of, _, _, _, lists = problem
     PHASES: gl.constexpr = 2 if lists is None else 1
@@ -325,13 +325,19 @@ def load_items(work, OPTIONS: gl.constexpr):
                         row = first_query + query_tile * ROWS
                         stage = step % STAGES
                         mbarrier.wait(freed.index(stage), (step // STAGES & 1) ^ 1)
-                        mbarrier.expect(query_loaded.index(stage), BYTES)
+                        mbarrier.expect(query_loaded.index(stage), BYTES + ROWS * 4)
                         tma.async_copy_global_to_shared(
                             query_descriptor, [row, head, 0], query_loaded.index(stage), query_memory.index(stage)
                         )
-                        mbarrier.expect(grad_loaded.index(stage), BYTES)
+                        tma.async_copy_global_to_shared(
+                            shift_descriptor, [head, row], query_loaded.index(stage), shift_memory.index(stage)
+                        )
+                        mbarrier.expect(grad_loaded.index(stage), BYTES + ROWS * 4)
                         tma.async_copy_global_to_shared(
                             grad_descriptor, [row, head, 0], grad_loaded.index(stage), grad_memory.index(stage)
+                        )
+                        tma.async_copy_global_to_shared(
+                            delta_descriptor, [head, row], grad_loaded.index(stage), delta_memory.index(stage)
                         )
                         step += 1
 
@@ -412,14 +418,12 @@ def clear_beyond(
 
 
 @gluon.jit
-def load_numbers(row, query_length, shift_ptr, delta_ptr):
-    """Load the shift and delta of a tile's rows; see :func:`modelopt_lite.kernels.backward.gradient_rows`."""
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
-    rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
-    exist = (rows >= 0) & (rows < query_length)
-    shift = gl.load(shift_ptr + rows, mask=exist, other=float("inf"))
-    delta = gl.load(delta_ptr + rows, mask=exist, other=0.0)
-    return shift, delta
+def load_numbers(memory, rows, query_length, other, MASKED: gl.constexpr):
+    """Load the shifts or deltas of a tile's rows; see :func:`modelopt_lite.kernels.backward.gradient_rows`."""
+    numbers = memory.reshape([ROWS]).load(rows.type.layout)
+    if MASKED:
+        numbers = gl.where((rows >= 0) & (rows < query_length), numbers, other)
+    return numbers
 
 
 @gluon.jit
@@ -478,7 +482,7 @@ def weigh_scores(
 
 @gluon.jit
 def differentiate(
-    step, row, first, grad_key, grad_value, clearings, has_before, of_rows, lengths, rules, numbers, hook_args,
+    step, row, first, grad_key, grad_value, clearings, has_before, lengths, rules, numbers, hook_args,
     buffers, barriers, WARPGROUP: gl.constexpr, SCORE_HOOK: gl.constexpr, OPTIONS: gl.constexpr, MASKED: gl.constexpr,
     unlisted=0,
 ):  # fmt: skip
@@ -490,7 +494,8 @@ def differentiate(
     Returns:
         The gradients, and how often tiles of queries have been cleared.
     """
-    query_memory, grad_memory, key_memory, value_memory, weight_memory, score_memory, sum_memory = buffers
+    query_memory, grad_memory, key_memory, value_memory, weight_memory, score_memory, sum_memory, of_rows = buffers
+    shift_memory, delta_memory = of_rows
     query_loaded, grad_loaded, freed, scores_full, sums_full, sums_empty, cleared = barriers
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     ELEMENT: gl.constexpr = query_memory.dtype
@@ -498,11 +503,11 @@ def differentiate(
     TILE: gl.constexpr = [ROWS, OPTIONS.block_d]
     query_length = lengths[0]
     stage = step % STAGES
-    shift, delta = load_numbers(row, query_length, of_rows[0], of_rows[1])
     query = query_memory.index(stage).reshape(TILE)
     grad = grad_memory.index(stage).reshape(TILE)
     values = value_memory.index(WARPGROUP).reshape(TILE).permute([1, 0])
     zeros = gl.full([ROWS, ROWS], 0, gl.float32, SCORES)
+    rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
 
     mbarrier.wait(query_loaded.index(stage), step // STAGES & 1)
     if MASKED:  # noqa: SIM102 - conditions at compile time and at run time do not mix
@@ -522,7 +527,7 @@ def differentiate(
         mbarrier.wait(grad_loaded.index(stage), step // STAGES & 1)
         grad_weights = warpgroup_mma(grad, values, zeros, use_acc=False, is_async=True)
         products = warpgroup_mma_wait(1, deps=[products])
-    rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
+    shift = load_numbers(shift_memory.index(stage), rows, query_length, float("inf"), MASKED)
     weights, scores = weigh_scores(
         products, rows, first, shift, rules, numbers, hook_args, SCORE_HOOK, OPTIONS, MASKED, unlisted
     )  # fmt: skip
@@ -534,6 +539,7 @@ def differentiate(
     synchronize()
     grad_value = warpgroup_mma(own_weights.permute([1, 0]), grad, grad_value, is_async=True)
     grad_weights = warpgroup_mma_wait(1, deps=[grad_weights])
+    delta = load_numbers(delta_memory.index(stage), rows, query_length, 0.0, MASKED)
     grad_scores = weights * (grad_weights - delta[:, None])
     if OPTIONS.softcap:
         tanh_of_scores = scores / numbers[1]
@@ -572,7 +578,7 @@ def store_keys(grad, pointer, strides, head, first_key, first, length, OPTIONS: 
 def differentiate_items(work, hook_args, WARPGROUP: gl.constexpr, SCORE_HOOK: gl.constexpr, OPTIONS: gl.constexpr):
     """Compute the gradients of keys and values, and parts of those of queries: the part of a warpgroup."""
     buffers, barriers, key_barriers, pointers, strides, problem, numbers = work
-    shift_ptr, delta_ptr, grad_key_ptr, grad_value_ptr, total = pointers
+    grad_key_ptr, grad_value_ptr = pointers
     sequences, heads_of, _, _, distances, lists = problem
     num_sinks, window, sliding_window = distances
     OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, OPTIONS.block_d, 16])
@@ -586,7 +592,6 @@ def differentiate_items(work, hook_args, WARPGROUP: gl.constexpr, SCORE_HOOK: gl
             kv_head, sequence, tile, exists, lengths = find_tile(item, phase, problem)
             if exists:
                 query_length, length = lengths
-                first_query = gl.load(sequences[0] + sequence).to(gl.int64)
                 first_key = gl.load(sequences[2] + sequence).to(gl.int64)
                 exempt = window
                 if not OPTIONS.sparse_decode:
@@ -608,13 +613,11 @@ def differentiate_items(work, hook_args, WARPGROUP: gl.constexpr, SCORE_HOOK: gl
                 first_step = step
                 before = rows_before(lengths, problem)
                 for run in range(RUNS * heads_of[1]):
-                    head = kv_head * heads_of[1] + run // RUNS
-                    offset = head.to(gl.int64) * total + first_query
-                    of_rows = (shift_ptr + offset, delta_ptr + offset)
                     entry = 0
                     if lists is None:
                         masked_begin, masked_end, hot_end = runs_of(run % RUNS, begin, spans, end)
                     else:
+                        head = kv_head * heads_of[1] + run
                         entries_ptr, masked_end, hot_end = entries_of(head, sequence, tile, problem)
                         masked_begin = masked_end * 0
                         entry = gl.load(entries_ptr)
@@ -625,7 +628,7 @@ def differentiate_items(work, hook_args, WARPGROUP: gl.constexpr, SCORE_HOOK: gl
                             entry = gl.load(entries_ptr + place + 1)  # ahead, as it takes long
                         grad_key, grad_value, clearings = differentiate(
                             step, query_tile * ROWS - before, first, grad_key, grad_value, clearings,
-                            step > first_step, of_rows, lengths, rules, numbers, hook_args, buffers, barriers,
+                            step > first_step, lengths, rules, numbers, hook_args, buffers, barriers,
                             WARPGROUP, SCORE_HOOK, OPTIONS, True, unlisted,
                         )  # fmt: skip
                         step += 1
@@ -636,7 +639,7 @@ def differentiate_items(work, hook_args, WARPGROUP: gl.constexpr, SCORE_HOOK: gl
                             entry = gl.load(entries_ptr + place + 1)
                         grad_key, grad_value, clearings = differentiate(
                             step, query_tile * ROWS - before, first, grad_key, grad_value, clearings,
-                            step > first_step, of_rows, lengths, rules, numbers, hook_args, buffers, barriers,
+                            step > first_step, lengths, rules, numbers, hook_args, buffers, barriers,
                             WARPGROUP, SCORE_HOOK, OPTIONS, False,
                         )  # fmt: skip
                         step += 1
@@ -653,15 +656,15 @@ def differentiate_items(work, hook_args, WARPGROUP: gl.constexpr, SCORE_HOOK: gl
 
 @gluon.jit(
     do_not_specialize=[
-        "tail_start", "tiles_of_queries", "total", "batch", "tiles_per_head", "num_sinks", "window", "sliding_window",
+        "tail_start", "tiles_of_queries", "batch", "tiles_per_head", "num_sinks", "window", "sliding_window",
         "lists", "hook_args",
     ]
 )  # fmt: skip
 def attention_backward_hopper(
     query_descriptor, grad_descriptor, key_descriptor, value_descriptor, key_tail_descriptor, value_tail_descriptor,
-    tail_start, sums_descriptor, shift_ptr, delta_ptr, grad_key_ptr, grad_value_ptr, turns_ptr, begins_ptr, tiles_of_queries,
-    total, strides, sequences, heads_of, numbers, batch, tiles_per_head, num_sinks, window, sliding_window, lists,
-    hook_args, SCORE_HOOK: gl.constexpr, OPTIONS: gl.constexpr,
+    tail_start, sums_descriptor, shift_descriptor, delta_descriptor, grad_key_ptr, grad_value_ptr, turns_ptr,
+    begins_ptr, tiles_of_queries, strides, sequences, heads_of, numbers, batch, tiles_per_head, num_sinks, window,
+    sliding_window, lists, hook_args, SCORE_HOOK: gl.constexpr, OPTIONS: gl.constexpr,
 ):  # fmt: skip
     """Compute gradients of packed queries, keys and values; see :mod:`.hopper_backward_launch`.
 
@@ -676,6 +679,8 @@ def attention_backward_hopper(
     SQUARE: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     query_memory = gl.allocate_shared_memory(ELEMENT, [STAGES, ROWS, 1, DIM], query_descriptor.layout)
     grad_memory = gl.allocate_shared_memory(ELEMENT, [STAGES, ROWS, 1, DIM], grad_descriptor.layout)
+    shift_memory = gl.allocate_shared_memory(gl.float32, [STAGES, 1, ROWS], shift_descriptor.layout)
+    delta_memory = gl.allocate_shared_memory(gl.float32, [STAGES, 1, ROWS], delta_descriptor.layout)
     key_memory = gl.allocate_shared_memory(ELEMENT, TILE, key_descriptor.layout)
     value_memory = gl.allocate_shared_memory(ELEMENT, TILE, value_descriptor.layout)
     weight_memory = gl.allocate_shared_memory(ELEMENT, [WARPGROUPS, ROWS, ROWS], SQUARE)
@@ -711,13 +716,15 @@ def attention_backward_hopper(
     keys = (key_descriptor, key_tail_descriptor, tail_start)
     values = (value_descriptor, value_tail_descriptor, tail_start)
     problem = (sequences, heads_of, batch, tiles_per_head, (num_sinks, window, sliding_window), lists)
-    tiles = (query_memory, grad_memory, key_memory, value_memory)
+    tiles = (query_memory, grad_memory, shift_memory, delta_memory, key_memory, value_memory)
     loading = (query_loaded, grad_loaded, freed, keys_loaded, keys_freed)
-    to_load = ((query_descriptor, grad_descriptor, keys, values), tiles, loading, problem)
+    descriptors = (query_descriptor, grad_descriptor, shift_descriptor, delta_descriptor, keys, values)
+    to_load = (descriptors, tiles, loading, problem)
     to_add = (sums_descriptor, sum_memory, sums_full, sums_empty, turns_ptr, begins_ptr, tiles_of_queries, problem)
-    buffers = (query_memory, grad_memory, key_memory, value_memory, weight_memory, score_memory, sum_memory)
+    of_rows = (shift_memory, delta_memory)
+    buffers = (query_memory, grad_memory, key_memory, value_memory, weight_memory, score_memory, sum_memory, of_rows)
     barriers = (query_loaded, grad_loaded, freed, scores_full, sums_full, sums_empty, cleared)
-    pointers = (shift_ptr, delta_ptr, grad_key_ptr, grad_value_ptr, total)
+    pointers = (grad_key_ptr, grad_value_ptr)
     work = (buffers, barriers, (keys_loaded, keys_freed), pointers, strides, problem, numbers)
     gl.warp_specialize(
         [

@@ -273,7 +273,7 @@ def test_before_and_after(has_lists):
     programs = 4 * heads + 3 + -(-grad_k.numel() // 8192)
     prepare_gradients[(programs,)](
         grad, out, lse, shift, delta, grad_q, turns, found, grad_k, grad_v,
-        tuple(x.stride()[:2] for x in (grad, out, grad_q)), lengths, heads, 3, total, tiles, grad_k.numel(), dim,
+        tuple(x.stride()[:2] for x in (grad, out, grad_q)), lengths, heads, 3, total, total, tiles, grad_k.numel(), dim,
     )  # fmt: skip
     torch.testing.assert_close(shift, torch.where(alive, lse / math.log(2), torch.inf).T)
     torch.testing.assert_close(delta, (grad.float() * out.float()).sum(2).masked_fill(~alive, 0.0).T)
