@@ -7,11 +7,11 @@ import attention as A
 from modelopt_lite.kernels import choice, portable, hopper_backward_launch as hbl, hopper_backward as hb
 dev = "cuda"
 KERNEL = hbl.attention_backward_hopper
-TURN = "                        while gl.load(turn_ptr, volatile=True) != rank:\n                            pass\n"
 PATCHES = {
-    "noturn": [(TURN, "")],
-    "noadd": [(TURN, ""), ("tma.async_copy_shared_to_global(descriptor, place, memory.index(w))", "pass"),
-              ("add_to_global(descriptor, place, memory.index(w))", "pass")],
+    "noturn": [("@others bra again;", "")],
+    "noadd": [("@others bra again;", ""), ("tma.async_copy_shared_to_global(descriptor, [line, 0], memory.index(w))", "pass"),
+              ("add_to_global(descriptor, [line, 0], memory.index(w))", "pass")],
+    "noreduce": [("@others bra again;", ""), ("                                if rank == 0:", "                                if rank >= 0:")],
 }
 def say(*a): print(f"[{time.time() - T0:.0f}s]", *a, flush=True)
 def kernel_of(variant):
@@ -33,9 +33,10 @@ def training(q, k, v, name, which):
         return call()
     return run
 def warm(spec):
-    name, variant = (spec.split(",") + [""])[:2]
+    name, variant, dim = (spec.split(",") + ["", ""])[:3]
+    dim = int(dim or 128)
     hbl.attention_backward_hopper = kernel_of(variant)
-    q, k, v = A.inputs(1, 4096, (32, 8), 128, "bf16")
+    q, k, v = A.inputs(1, 4096, (32, 8), dim, "bf16")
     t = time.time()
     for which in ("hopper",) if variant else ("hopper", "portable"):
         training(q, k, v, name, which)(); torch.cuda.synchronize(); say("warm", spec, which, f"{time.time() - t:.1f}s")
@@ -62,16 +63,16 @@ def profile(S, name):
         for _ in range(3): portable.backward(grad, out, lse, r)
         torch.cuda.synchronize()
     for e in p.key_averages(): say("profile", S, name, e.key[:50], e.count, f"{e.device_time_total / e.count:.0f} us")
-def turns(S, names, which=("hopper", "portable"), heat=0.7):
-    q, k, v = A.inputs(1, S, (32, 8), 128, "bf16")
+def turns(S, names, which=("hopper", "portable"), heat=0.5, dim=128):
+    q, k, v = A.inputs(1, S, (32, 8), dim, "bf16")
     calls = {"cudnn": A.peer_call("cudnn", q, k, v, True, "forward_backward")}
     for n in names:
         for w in which: calls[n, w] = training(q, k, v, n, w)
     for n in names: calls[n, "fwd"] = A.own_call(A.request_of(q, k, v, True, n), "sparse_cores" if n == "2:4" else "hopper")
     calls["cudnn", "fwd"] = A.peer_call("cudnn", q, k, v, True, "forward")
     t = A.measure(calls, heat, 3, False)
-    say(S, {str(k_): round(x, 4) for k_, x in t.items()})
-    for n in names: say(S, n, "ratio to cudnn", {w: round(t["cudnn"] / t[n, w], 3) for w in which}, "forward", round(t["cudnn", "fwd"] / t[n, "fwd"], 3), "backward", {w: round((t["cudnn"] - t["cudnn", "fwd"]) / (t[n, w] - t[n, "fwd"]), 3) for w in which})
+    say(S, dim, {str(k_): round(x, 4) for k_, x in t.items()})
+    for n in names: say(S, dim, n, "ratio to cudnn", {w: round(t["cudnn"] / t[n, w], 3) for w in which}, "forward", round(t["cudnn", "fwd"] / t[n, "fwd"], 3), "backward", {w: round((t["cudnn"] - t["cudnn", "fwd"]) / (t[n, w] - t[n, "fwd"]), 3) for w in which})
 def variants(S, specs):
     fns = {}
     made = {n: parts(S, n) for n in {s.split(",")[0] for s in specs}}
@@ -95,14 +96,19 @@ if __name__ == "__main__":
     else:
         say("imported", torch.cuda.get_device_name(), torch.__version__)
         names = ["dense", "2:4", "4:8"]
-        for n in names: attempt(check, 4096, n)
-        attempt(turns, 4096, names)
+        for n in ("dense", "2:4"): attempt(check, 4096, n)
         attempt(turns, 16384, names)
+        attempt(variants, 16384, ["dense", "dense,noturn", "dense,noadd", "dense,noreduce", "2:4", "4:8"])
+        attempt(turns, 4096, names)
         for S in (4096, 16384):
-            for n in names: attempt(profile, S, n)
+            for n in names[:2]: attempt(profile, S, n)
         attempt(turns, 8192, names)
-        attempt(variants, 16384, ["dense", "dense,noturn", "dense,noadd"])
-        attempt(variants, 4096, ["dense", "dense,noturn", "dense,noadd"])
+        attempt(variants, 4096, ["dense", "dense,noturn", "dense,noadd", "dense,noreduce"])
+        import lists10 as L
+        attempt(L.check, 16384, 0.75, L.DENSE)
+        attempt(L.go, 16384, [0.75, 0.9])
+        attempt(turns, 16384, ["dense", "2:4"], dim=64)
+        attempt(turns, 4096, ["dense", "2:4"], dim=64)
         attempt(turns, 32768, names, which=("hopper",))
         attempt(turns, 2048, names)
         attempt(turns, 1024, names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -29,11 +30,11 @@ from .settings import Options, Settings, distances, hook_arguments, options_of
 from .visits import TILES_FROM, gather_tiles, mark_tiles
 
 SETTINGS = Settings(ROWS.value, KEYS.value, 4, 2, True, False)
-HEAD_DIM = 128
+HEAD_DIMS = (64, 128)
 MAX_GROUP = 8
 LONGEST_LISTED = KEYS.value * TILES_FROM.value // 2
 """Tokens of a sequence whose tiles can be numbered in an entry of a list."""
-FASTER_FROM = 1024
+FASTER_FROM = {64: 1024, 128: 1024}
 """Queries of a sequence, on average, from which on this kernel is faster than the portable ones."""
 
 _UNCOMPILABLE: dict[Any, str] = {}
@@ -49,8 +50,10 @@ def refusal(request: AttentionRequest) -> str | None:
         return f"with lists of key blocks, sequences have more than {LONGEST_LISTED} tokens"
     if r.plan.keeps_nothing:
         return "the plan keeps sinks and recent keys alone"
-    if r.q.shape[2] != HEAD_DIM:
-        return f"head dimensions are {r.q.shape[2]}, not {HEAD_DIM}"
+    if r.q.shape[0] == 0 or r.k.shape[0] == 0:
+        return "there are no queries or no keys"
+    if r.q.shape[2] not in HEAD_DIMS:
+        return f"head dimensions are {r.q.shape[2]}, not one of {HEAD_DIMS}"
     if r.group > MAX_GROUP:
         return f"groups have {r.group} keys, more than {MAX_GROUP}"
     return _UNCOMPILABLE.get(r.plan.score_hook)
@@ -58,7 +61,8 @@ def refusal(request: AttentionRequest) -> str | None:
 
 def pays(request: AttentionRequest) -> bool:
     """Whether the kernel is faster than the portable ones."""
-    return request.q.shape[0] >= FASTER_FROM * max(1, request.starts_q.shape[0])
+    rows = request.q.shape[0] / max(1, request.starts_q.shape[0])
+    return rows >= FASTER_FROM.get(request.q.shape[2], math.inf)
 
 
 def backward(

@@ -90,7 +90,7 @@ def request_on_gpu(plan=DENSE, tokens=2048, dim=128, dtype=BF16, **options):
         ({"plan": top_n_plan(2, 4, 4, 64), "dtype": FP16, "softcap": 30.0, "sliding_window": 100}, None),
         ({"plan": top_n_plan(8, 16, 0, 0)}, "groups have 16 keys, more than 8"),
         ({"plan": SinkWindow().plan()}, "the plan keeps sinks and recent keys alone"),
-        ({"dim": 64}, "head dimensions are 64, not 128"),
+        ({"dim": 96}, "head dimensions are 96 and 96, not both 64 or both 128"),
         ({"dtype": torch.float32}, "the tensors are torch.float32, not torch.float16 or torch.bfloat16"),
         ({"first_q": torch.tensor([0])}, "first positions are given, or there is a sliding window without causality"),
     ],
@@ -111,7 +111,7 @@ def chosen(absent_gpu, monkeypatch):
 
 
 def test_choice(chosen, monkeypatch):
-    long, short, refused = request_on_gpu(), request_on_gpu(tokens=512), request_on_gpu(dim=64)
+    long, short, refused = request_on_gpu(), request_on_gpu(tokens=512), request_on_gpu(dim=96)
     assert [chosen(x) for x in (long, short, refused)] == ["hopper", "portable", "portable"]
     monkeypatch.setenv("MODELOPT_LITE_KERNEL", "hopper")
     assert [chosen(x) for x in (long, short, refused)] == ["hopper", "hopper", "portable"]

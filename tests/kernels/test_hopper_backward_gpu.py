@@ -33,9 +33,10 @@ def test_ragged(plan, is_causal, dtype):
     check(make(dims=DIMS, plan=plan, is_causal=is_causal, dtype=dtype))
 
 
+@pytest.mark.parametrize("dims", [DIMS, (64, 64)])
 @pytest.mark.parametrize("plan", PLANS, ids=["dense", "2:4", "4:8"])
-def test_long(plan):
-    check(make(lengths=LONG, heads=(8, 2), dims=DIMS, plan=plan))
+def test_long(plan, dims):
+    check(make(lengths=LONG, heads=(8, 2), dims=dims, plan=plan))
 
 
 @pytest.mark.parametrize("heads", [(8, 1), (4, 4), (3, 1)])
@@ -138,6 +139,12 @@ def test_empty_and_full_lists(plan, share):
 )
 def test_options_of_lists(plan, options):
     check(listed(of_128(plan, **options)))
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("plan", PLANS[:2], ids=["dense", "2:4"])
+def test_a_head_dimension_of_64(plan, is_causal):
+    check(make(heads=(6, 2), dims=(64, 64), plan=plan, is_causal=is_causal))
 
 
 @pytest.mark.parametrize(("rows", "per_kv_head"), [(256, False), (128, True), (384, True)])
