@@ -16,11 +16,11 @@ from modelopt_lite.parallel import exchange, shards
 from modelopt_lite.plan import DENSE
 
 
-@pytest.fixture(scope="module")
-def outcomes():
-    """Run all checks once; return the errors of all processes by number of processes and check."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # a pool of threads would not survive the fork
-    command = [sys.executable, parallel_checks.__file__]
+def run_checks(*worlds, **environment):
+    """Run all checks of so many processes; return the errors of each process by number of processes and check."""
+    command = [sys.executable, parallel_checks.__file__, *map(str, worlds)]
+    # A pool of threads would not survive the fork.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr
     found = defaultdict(list)
@@ -30,13 +30,35 @@ def outcomes():
     return found
 
 
+@pytest.fixture(scope="module")
+def outcomes():
+    return run_checks(CUDA_VISIBLE_DEVICES="")
+
+
+@pytest.fixture(scope="module")
+def outcomes_on_gpus():
+    return run_checks(2)
+
+
+def assert_passed(errors, world):
+    assert not any(errors), "\n".join(error for error in errors if error)
+    assert len(errors) == world, "did not run, because a check before it failed"
+
+
 @pytest.mark.slow
 @pytest.mark.xdist_group("parallel")
 @pytest.mark.parametrize(("world", "name"), parallel_checks.CHECKS, ids=lambda value: str(value))
 def test_processes_agree_with_one(outcomes, world, name):
-    errors = outcomes[world, name]
-    assert len(errors) == world
-    assert not any(errors), "\n".join(error for error in errors if error)
+    assert_passed(outcomes[world, name], world)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.xdist_group("parallel on GPUs")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("name", [name for world, name in parallel_checks.CHECKS if world == 2])
+def test_gpus_agree_with_one(outcomes_on_gpus, name):
+    assert_passed(outcomes_on_gpus[2, name], 2)
 
 
 PLANS = {
