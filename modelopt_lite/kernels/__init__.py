@@ -17,7 +17,7 @@ from .choice import Backend, Run, prepared, run
 from .operator import compute, gradients, is_traced, pack
 from .request import MAX_QUERIES, AttentionRequest
 from .sdpa import sdpa
-from .selection import count_visited, select_blocks, statistics_of_blocks
+from .selection import count_visited, mask_of_blocks, select_blocks, statistics_of_blocks
 from .top_n import top_n_plan
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "compute",
     "gradients",
     "is_traced",
+    "mask_of_blocks",
     "pack",
     "prepared",
     "request_statistics",

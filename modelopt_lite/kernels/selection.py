@@ -25,10 +25,15 @@ def select_blocks(request: AttentionRequest) -> KeyBlocks:
         request: a checked request without lists, whose plan chooses blocks.
     """
     request = request.without_pages()
-    selected, skipped = chosen_blocks(request)
-    mask = selected if skipped is None else selected & ~skipped
     grid = BlockGrid(request, *request.grid)
-    return KeyBlocks.from_mask(mask, grid.starts, *request.grid)
+    return KeyBlocks.from_mask(mask_of_blocks(request), grid.starts, *request.grid)
+
+
+@torch.no_grad()
+def mask_of_blocks(request: AttentionRequest) -> Tensor:
+    """Return what :func:`select_blocks` lists as a mask, booleans ``[heads, query_blocks, key_blocks]``."""
+    selected, skipped = chosen_blocks(request)
+    return selected if skipped is None else selected & ~skipped
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, distributed
 
-from ..kernels import AttentionRequest, Backend, KeyBlocks, compute, gradients, select_blocks
+from ..kernels import AttentionRequest, Backend, KeyBlocks, compute, gradients, mask_of_blocks
 from ..plan import DENSE, AttentionPlan
 from ..recomputation import Observer
 from .shards import Pair, Run, Shards, calls_of, packing, reachable
@@ -155,13 +155,19 @@ class _Merge:
         q, dtype = request.q, torch.promote_types(request.q.dtype, torch.float32)
         self.output = q.new_zeros(*q.shape[:2], request.v.shape[2], dtype=dtype)
         self.lse = q.new_full(q.shape[:2], -torch.inf, dtype=dtype)
+        self._is_empty = True
 
     def add(self, output: Tensor, lse: Tensor, rows: slice = slice(None)) -> None:
         """Add the result of some rows over other keys; one of no value has an output of 0."""
-        total = self.lse[rows]
-        share = torch.sigmoid(lse - total).nan_to_num(0.0)  # not a number where neither has a value
-        self.output[rows].lerp_(output.to(self.output.dtype), share[..., None])
-        torch.logaddexp(total, lse, out=total)
+        total, total_lse = self.output[rows], self.lse[rows]
+        if self._is_empty:
+            total.copy_(output)
+            total_lse.copy_(lse)
+        else:
+            share = torch.sigmoid(lse - total_lse).nan_to_num(0.0)  # not a number where neither has a value
+            total.lerp_(output.to(total.dtype), share[..., None])
+            torch.logaddexp(total_lse, lse, out=total_lse)
+        self._is_empty = False
 
     def add_sinks(self, s_aux: Tensor | None) -> None:
         """Add learnable sinks, which have no value."""
@@ -341,7 +347,7 @@ class _Selected:
         """
         self.size, self.rows = request.grid
         with torch.autocast(request.q.device.type, enabled=False):
-            self.mask = select_blocks(request).mask()
+            self.mask = mask_of_blocks(request)
         self.starts: dict[Run, int] = {}
         start = 0
         for queries in shards.queries[shards.rank]:

@@ -462,7 +462,7 @@ def long_benchmark(folder):
     assert all(row["time_to_first_token_s"] > 0 for row in rows if row["what"] == "generate")
 
     mesh, ids = all_processes(), tokens(1, 300)
-    for variant in ("2:4", "blocks"):
+    for variant in ("2:4", "25 % of blocks"):
         model = mtsa.sparsify(llama().eval(), {"sparse_cfg": {"*": bench.VARIANTS[variant]}})
         cache, expected = DynamicCache(), []
         for part in ids.split(128, 1):
