@@ -62,8 +62,9 @@ def attend_gathered(
     request = _gather_keys(request, shards)
     needs_gradient = torch.is_grad_enabled() and (request.q.requires_grad or request.k.requires_grad)
     output = request.q.new_zeros(*request.q.shape[:2], request.v.shape[2])
-    for is_single, part in _parts_of_gathered(request, shards, needs_gradient):
-        if statistics is not None and not is_single:
+    for call in _calls_of_gathered(request, shards, needs_gradient):
+        part = call.request
+        if statistics is not None and not call.is_single:
             part = statistics.observe(part)
         output = output + compute(part, backend)[0]
     if needs_gradient and not shards.queries[shards.rank]:
@@ -72,22 +73,21 @@ def attend_gathered(
     return output
 
 
-def _parts_of_gathered(
-    request: AttentionRequest, shards: Shards, needs_gradient: bool
-) -> list[tuple[bool, AttentionRequest]]:
-    """Return the requests that all queries of this process make with all keys, and whether sequences have one query.
+def _calls_of_gathered(request: AttentionRequest, shards: Shards, needs_gradient: bool) -> list[_Call]:
+    """Return what all queries of this process compute with all keys.
 
     Causal queries are the last tokens of the keys that they are given, so that no kernel needs to be told positions.
     """
     device, is_causal = request.q.device, request.is_causal
+    # Gradients of keys that two runs share would be incomplete on a GPU, and selectors are faster with a single one.
+    shares_keys = not needs_gradient and not request.plan.chooses_blocks
 
-    def fields() -> list[tuple[bool, dict[str, Any]]]:
+    def fields() -> list[tuple[bool, list[Pair], dict[str, Any]]]:
         _, starts = shards.rows_of_keys(device)
         parts: defaultdict[tuple[bool, int], list[Pair]] = defaultdict(list)
         seen: defaultdict[int, int] = defaultdict(int)
         for queries in shards.queries[shards.rank]:
-            # Gradients of keys that two sequences share would be incomplete on a GPU.
-            number = seen[queries.sequence] if needs_gradient else 0
+            number = 0 if shares_keys else seen[queries.sequence]
             seen[queries.sequence] += 1
             length = queries.end if is_causal else shards.ends[queries.sequence]
             keys = Run(queries.sequence, 0, length, 0, starts[queries.sequence])
@@ -97,12 +97,12 @@ def _parts_of_gathered(
             packed = packing(pairs, shards.slots_q, 0, device)
             if is_causal:
                 packed |= {"first_q": None, "first_k": None}
-            found.append((is_single, packed))
+            found.append((is_single, pairs, packed))
         return found
 
     return [
-        (is_single, request._replace(plan=_plan_for(request.plan, is_single), **packed))
-        for is_single, packed in shards.remembered(("gathered", device, is_causal, needs_gradient), fields)
+        _Call(is_single, slice(None), request._replace(plan=_plan_for(request.plan, is_single), **packed), pairs)
+        for is_single, pairs, packed in shards.remembered(("gathered", device, is_causal, shares_keys), fields)
     ]
 
 
@@ -195,7 +195,7 @@ def attend_replicated(request: AttentionRequest, shards: Shards, backend: Backen
 
 
 class _Call(NamedTuple):
-    """One computation of the ring.
+    """One computation.
 
     Attributes:
         is_single: whether its sequences have a single query, over all processes.
@@ -320,15 +320,7 @@ def attend_in_ring(request: AttentionRequest, shards: Shards, backend: Backend) 
 
     Arguments and result as of :func:`attend_gathered`.
     """
-    blocks: dict[bool, _Selected] = {}
-    if request.plan.chooses_blocks:
-        # Selectors look at all keys, but at no values.
-        with torch.no_grad():
-            detached = request._replace(q=request.q.detach(), k=request.k.detach(), v=request.k.detach(), s_aux=None)
-            gathered = _gather_keys(detached, shards, with_values=False)
-            for is_single, part in _parts_of_gathered(gathered, shards, False):
-                if part.plan.chooses_blocks:
-                    blocks[is_single] = _Selected(part, shards, is_single)
+    blocks = _Selected(request, shards) if request.plan.chooses_blocks else None
     job = _Job(request._replace(q=None, k=None, v=None, s_aux=None), shards, backend, blocks)  # type: ignore[arg-type]
     output: Tensor = _Ring.apply(request.q, request.k, request.v, request.s_aux, job)  # type: ignore[no-untyped-call]
     return output
@@ -337,36 +329,28 @@ def attend_in_ring(request: AttentionRequest, shards: Shards, backend: Backend) 
 class _Selected:
     """The key blocks that this process' queries visit, from which those of a pair of runs are taken."""
 
-    def __init__(self, request: AttentionRequest, shards: Shards, is_single: bool) -> None:
-        """Choose blocks.
-
-        Args:
-            request: queries of this process with all keys.
-            shards: how the batch is divided.
-            is_single: whether these are the queries of the sequences that have a single one, or of the others.
-        """
+    @torch.no_grad()
+    def __init__(self, request: AttentionRequest, shards: Shards) -> None:
+        """Choose blocks; selectors look at the keys of all processes, but at no values."""
         self.size, self.rows = request.grid
-        with torch.autocast(request.q.device.type, enabled=False):
-            self.mask = mask_of_blocks(request)
-        self.starts: dict[Run, int] = {}
-        start = 0
-        for queries in shards.queries[shards.rank]:
-            if shards.is_single(queries) == is_single:
-                self.starts[queries] = start
-                start += _blocks_of(queries, self.rows)
+        self.masks: dict[Run, Tensor] = {}
+        request = request._replace(q=request.q.detach(), k=request.k.detach(), v=request.k.detach(), s_aux=None)
+        for call in _calls_of_gathered(_gather_keys(request, shards, with_values=False), shards, False):
+            if call.request.plan.chooses_blocks:
+                with torch.autocast(request.q.device.type, enabled=False):
+                    mask = mask_of_blocks(call.request)
+                numbers = [_blocks_of(queries, self.rows) for queries, _ in call.pairs]
+                for (queries, _), part in zip(call.pairs, mask[:, : sum(numbers)].split(numbers, 1), strict=True):
+                    self.masks[queries] = part
 
     def of(self, pairs: list[Pair]) -> KeyBlocks:
         """Return the lists of some pairs."""
         masks = []
         for queries, keys in pairs:
-            (row,) = (
-                start + queries.first // self.rows - whole.first // self.rows
-                for whole, start in self.starts.items()
-                if whole.overlaps(queries)
-            )
-            column = keys.first // self.size
+            whole = next(run for run in self.masks if run.overlaps(queries))
+            row, column = queries.first // self.rows - whole.first // self.rows, keys.first // self.size
             rows, columns = _blocks_of(queries, self.rows), _blocks_of(keys, self.size)
-            masks.append(self.mask[:, row : row + rows, column : column + columns])
+            masks.append(self.masks[whole][:, row : row + rows, column : column + columns])
         return KeyBlocks.from_masks(masks, self.size, self.rows)
 
 
@@ -381,20 +365,20 @@ class _Job(NamedTuple):
         request: masks, scale and plan.
         shards: how the batch is divided.
         backend: which kernels run.
-        blocks: the key blocks to visit, by whether sequences have a single query, where the plan chooses any.
+        blocks: the key blocks to visit, None if the plan chooses none.
     """
 
     request: AttentionRequest
     shards: Shards
     backend: Backend
-    blocks: dict[bool, _Selected]
+    blocks: _Selected | None
 
     def calls(self, q: Tensor, k: Tensor, v: Tensor, source: int) -> list[_Call]:
         """Return what this process computes with the keys and values of the process ``source``."""
         request = self.request._replace(q=q, k=k, v=v, with_lse=True)
         return [
-            call._replace(request=call.request._replace(blocks=self.blocks[call.is_single].of(call.pairs)))
-            if call.request.plan.chooses_blocks
+            call._replace(request=call.request._replace(blocks=self.blocks.of(call.pairs)))
+            if self.blocks is not None and call.request.plan.chooses_blocks
             else call
             for call in _calls(request, self.shards, source)
         ]
