@@ -1,7 +1,7 @@
 // The hand-over of sparse_cores.cu alone, for compute-sanitizer --tool racecheck: which of its parts the tool does not follow.
 //
 // A finder writes mail, a relay tells readers that it is there, all readers read it, and the finder writes the next mail
-// into the same place when they are done. All of it is ordered by mbarriers, so there is no race.
+// into the same place when they are done. All of it is ordered by mbarriers, so there is no race, but in `broken`.
 //
 //   nvcc -arch=sm_90a -lineinfo -o handover handover.cu && compute-sanitizer --tool racecheck ./handover
 #include <cstdio>
@@ -25,7 +25,8 @@ struct Mail {
 };
 
 // RELAYED: readers wait for the relay, not for the finder. ELECTED: a lane arrives for its warp, after __syncwarp.
-template <bool RELAYED, bool ELECTED>
+// WAITS: the finder waits until readers are done.
+template <bool RELAYED, bool ELECTED, bool WAITS>
 __device__ __forceinline__ void hand_over(int* sums) {
   __shared__ alignas(8) unsigned long long barriers[3 * SLOTS];
   __shared__ Mail mails[SLOTS];
@@ -49,7 +50,7 @@ __device__ __forceinline__ void hand_over(int* sums) {
   } else if (warp == 1 && lane == 0) {  // the finder
     for (int post = 0; post < POSTS; post++) {
       const int slot = post % SLOTS;
-      wait(done + 8 * slot, (post / SLOTS & 1) ^ 1);
+      if (WAITS) wait(done + 8 * slot, (post / SLOTS & 1) ^ 1);
       Mail mail;
       for (int i = 0; i < WORDS; i++) mail.words[i] = post + i;
       mails[slot] = mail;
@@ -69,17 +70,18 @@ __device__ __forceinline__ void hand_over(int* sums) {
   }
 }
 
-extern "C" __global__ void direct_all_arrive(int* sums) { hand_over<false, false>(sums); }
-extern "C" __global__ void direct_one_arrives(int* sums) { hand_over<false, true>(sums); }
-extern "C" __global__ void relayed_all_arrive(int* sums) { hand_over<true, false>(sums); }
-extern "C" __global__ void as_in_sparse_cores(int* sums) { hand_over<true, true>(sums); }
+extern "C" __global__ void direct_all_arrive(int* sums) { hand_over<false, false, true>(sums); }
+extern "C" __global__ void direct_one_arrives(int* sums) { hand_over<false, true, true>(sums); }
+extern "C" __global__ void relayed_all_arrive(int* sums) { hand_over<true, false, true>(sums); }
+extern "C" __global__ void as_in_sparse_cores(int* sums) { hand_over<true, true, true>(sums); }
+extern "C" __global__ void broken(int* sums) { hand_over<true, true, false>(sums); }
 
 int main() {
   int *sums, found[READERS], expected = 0;
   for (int post = 0; post < POSTS; post++)
     for (int i = 0; i < WORDS; i++) expected += post + i;
   cudaMalloc(&sums, sizeof(found));
-  void (*kernels[])(int*) = {direct_all_arrive, direct_one_arrives, relayed_all_arrive, as_in_sparse_cores};
+  void (*kernels[])(int*) = {direct_all_arrive, direct_one_arrives, relayed_all_arrive, as_in_sparse_cores, broken};
   for (auto kernel : kernels) {
     kernel<<<1, 64 + READERS>>>(sums);
     cudaMemcpy(found, sums, sizeof(found), cudaMemcpyDeviceToHost);
