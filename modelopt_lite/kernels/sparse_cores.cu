@@ -812,7 +812,8 @@ __device__ __forceinline__ void attend_items(const Problem& p, const unsigned ch
   thread.select0 = thread.high ? 0x2604 : 0x6240;
   thread.select1 = thread.high ? 0x3715 : 0x7351;
   thread.scale = p.scale;
-  // In a register: what is alike in all threads would be moved to one each time.
+  // Kept in a register, as a number that all threads share would be moved to one for each group. Not for two warpgroups and
+  // a head dimension of 64, where that comes out by itself and this would cost 64 moves in the hot loop.
   thread.no_factor = DIM == 64 && WARPGROUPS == 2 ? p.no_factor : p.no_factor * index;
   const u32 zero = p.no_factor != 0;
   Ring ring = {base, 0};
