@@ -80,6 +80,39 @@ class Launch:
             )  # fmt: skip
 
 
+_launches: dict[tuple[Any, ...], Launch] = {}
+MAX_LAUNCHES = 4096
+"""How many launches are remembered; then they are all forgotten."""
+
+
+def launch(kernel: Any, programs: int, arguments: tuple[Any, ...], constants: tuple[Any, ...], **options: int) -> None:
+    """Launch a kernel with the :class:`Launch` of arguments that are specialized alike.
+
+    Args:
+        kernel: as for :class:`Launch`.
+        programs: how many programs.
+        arguments: tensors, of which the first is on the device to use, numbers, None, and tuples of these.
+        constants: values of the kernel's last parameters.
+        options: as for :class:`Launch`.
+    """
+    device = arguments[0].device
+    key = (kernel.__name__, device, constants, *options.values(), _kinds(arguments))
+    found = _launches.get(key)
+    if found is None:
+        if len(_launches) >= MAX_LAUNCHES:
+            _launches.clear()
+        found = _launches[key] = Launch(kernel, device, *constants, **options)
+    found(programs, *arguments)
+
+
+def _kinds(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return all that Triton looks at to find the compiled kernel, and more: numbers as they are."""
+    return tuple(
+        (x.dtype, x.data_ptr() & 15) if isinstance(x, Tensor) else _kinds(x) if isinstance(x, tuple) else x
+        for x in arguments
+    )
+
+
 def _calls(hook: Any) -> bool:
     """Whether a hook of Triton's launches does anything: it is None, or a chain that may be empty."""
     return bool(getattr(hook, "calls", hook))
