@@ -33,6 +33,22 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 RUNS = ROOT / "examples" / "results"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+CHOICES = [
+    ("our dense kernels", "", "", "dense"),
+    ("2:4", "sweep", "2:4, window 64, sinks 0", "2:4"),
+    ("2:4, dense window of 256", "sweep", "2:4, window 256, sinks 0", ""),
+    ("4:8", "sweep", "4:8, window 64, sinks 0", "4:8"),
+    ("1:4", "sweep", "1:4, window 64, sinks 0", ""),
+    ("`flash_prefill`, alpha 0.05", "blocks", "flash_prefill 0.05", ""),
+    ("`flash_prefill`, alpha 0.2 (default)", "blocks", "flash_prefill 0.2", ""),
+    ("`xattention`, threshold 0.95", "blocks", "xattention 0.95", ""),
+    ("`xattention`, threshold 0.9 (default)", "blocks", "xattention 0.9", ""),
+    ("`mean_pool_top_k`, keep 0.5", "blocks", "mean_pool 0.5", ""),
+    ("`mean_pool_top_k`, keep 0.25 (default)", "blocks", "mean_pool 0.25", "25 % of blocks"),
+    ("`skip_softmax`, threshold 0.03 (default)", "blocks", "skip_softmax 0.03", ""),
+]
+"""Settings to choose between: what a table calls them, where their quality was measured, and the variant of
+``benchmarks/model.py`` whose speed is theirs, if there is one."""
 PICTURE = ROOT / "docs" / "_static" / "speed.svg"
 
 MISSING = "-"
@@ -281,7 +297,29 @@ def blocks_table() -> str:
     return markdown(["method", "knob", "perplexity", "KL"], lines, left=1)
 
 
+@functools.cache
+def quality_of(run: str, variant: str) -> QualityRow:
+    """Return how well one variant of a committed run predicts windows of 2048 tokens."""
+    result = ExperimentResult.load(RUNS / run)
+    rows = summarize_quality(result.records, ["dense", variant], result.config.seed)
+    return next(row for row in rows if row.variant == variant and row.length == 2048)
+
+
+def choice_table() -> str:
+    """Return quality and speed of settings that a user may choose between, as far as both were measured."""
+    lines = []
+    for name, run, variant, fast in CHOICES:
+        times = {
+            row["seq_len"]: row
+            for row in rows_of("model-nvidia-h200", what="ttft", variant=fast, model=MODEL, layers=32)
+        }
+        cells = [ratio(1 / times[n]["ratio_to_sdpa"]) if n in times else MISSING for n in (8192, 32768, 131072)]
+        lines.append([name, change(quality_of(run, variant)) if variant else "none", *cells])
+    return markdown(["setting", "perplexity", "speed at 8k", "at 32k", "at 128k"], lines, left=1)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "choice": choice_table,
     "time to first token": time_to_first_token,
     "padded batch": functools.partial(model_table, "batch", layers=32),
     "decode of a model": functools.partial(model_table, "decode", layers=32),

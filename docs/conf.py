@@ -25,6 +25,7 @@ napoleon_numpy_docstring = False
 html_theme = "furo"
 html_title = "modelopt-lite"
 html_static_path = ["_static"]
+html_css_files = ["custom.css"]
 
 
 def is_config(obj: object) -> bool:

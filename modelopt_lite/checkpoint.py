@@ -31,9 +31,9 @@ _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "r
 def save_pretrained(model: nn.Module, path: str | os.PathLike[str], **kwargs: Any) -> None:
     """Save a sparse model, or the adapters of PEFT around one, together with its sparsity.
 
-    For a Transformers model it is the same as ``model.save_pretrained(path)``, which writes the configuration into
-    ``config.json``. PEFT saves the adapter alone; beside it this writes ``sparse_attention_config.json``, which holds
-    the method of every sparse layer.
+    For a Transformers model this is the same as ``model.save_pretrained(path)``, which writes the configuration into
+    ``config.json``. PEFT saves only the adapter. There this function also writes ``modelopt_lite_sparsity.json`` into
+    the adapter's folder, which holds the method of every sparse layer.
 
     Args:
         model: a Transformers model or a ``PeftModel`` around one, after :func:`~modelopt_lite.conversion.sparsify`.
@@ -41,7 +41,7 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike[str], **kwargs: An
         kwargs: passed on to the model's ``save_pretrained``.
 
     Raises:
-        UnsupportedError: if the model is not sparse, or is not, holds or wraps a single Transformers model.
+        UnsupportedError: if the model is not sparse, or if it is not one Transformers model or a wrapper around one.
     """
     found = list(pretrained_models(model).values())
     layers = sparse_modules(found[0]) if len(found) == 1 else {}
@@ -64,15 +64,15 @@ def from_pretrained(path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedMo
 
     Saving needs nothing special: ``model.save_pretrained(path)`` after ``sparsify`` writes the configuration into
     ``config.json``, under ``modelopt_lite_sparsity``. Transformers' own ``from_pretrained`` loads the same folder
-    dense. Only safetensors weights are read. What NVIDIA Model-Optimizer wrote under ``sparse_attention_config`` is
-    read as well, see :func:`~modelopt_lite.formats.from_modelopt`.
+    dense. Only safetensors weights are read. If there is no such entry, what NVIDIA Model-Optimizer wrote under
+    ``sparse_attention_config`` is read.
 
-    The model's class is the one that was saved, as ``architectures`` in ``config.json`` names it; if it names none,
-    ``AutoModelForCausalLM`` chooses. A class that comes with the model instead of Transformers is loaded only if
-    ``auto_map`` in ``config.json`` names it and ``trust_remote_code=True`` is passed, which runs its code.
+    The model's class is the one that ``architectures`` in ``config.json`` names. If it names none,
+    ``AutoModelForCausalLM`` chooses. A class whose code comes with the model is loaded only if ``auto_map`` in
+    ``config.json`` names it and ``trust_remote_code=True`` is passed. That runs its code.
 
-    An adapter of PEFT is loaded by Transformers together with its base model. Its sparsity is the one that
-    :func:`save_pretrained` wrote beside it, else the one in the base model's ``config.json``.
+    Transformers loads an adapter of PEFT together with its base model. Its sparsity is the one that
+    :func:`save_pretrained` wrote into the adapter's folder, or else the one in the base model's ``config.json``.
 
     Args:
         path: a folder, or a name that Transformers knows.
@@ -82,10 +82,9 @@ def from_pretrained(path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedMo
         The sparse model.
 
     Raises:
-        ConfigError: if the saved config, or the adapter and its base model, hold no sparsity configuration, or one of
-            another version, or one of Model-Optimizer's that says something unknown, or name a class that is neither a
-            model of Transformers nor to be trusted.
-        ValueError: by Transformers, if it names no class, and the one in ``auto_map`` is not to be trusted.
+        ConfigError: if there is no sparsity configuration, if it is of another version, if Model-Optimizer's has an
+            entry that is not known, or if the model's class is neither one of Transformers nor trusted.
+        ValueError: from Transformers, if ``architectures`` names no class and the one in ``auto_map`` is not trusted.
         UnsupportedError: if the model has a layer that is not supported.
     """
     options = {name: value for name, value in kwargs.items() if name in _HUB_OPTIONS}
@@ -118,7 +117,7 @@ def from_pretrained(path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedMo
 def export_modelopt(model: nn.Module, path: str | os.PathLike[str], **kwargs: Any) -> None:
     """Save a sparse model for readers of NVIDIA Model-Optimizer's metadata, such as TensorRT-LLM.
 
-    The folder is that of :func:`save_pretrained`, with ``sparse_attention_config`` in its ``config.json`` besides. It
+    The folder is that of :func:`save_pretrained`, and its ``config.json`` also has ``sparse_attention_config``. That
     has a group for N:M sparse softmax, and one for skip-softmax with its calibration and target for prefill.
 
     Args:
@@ -127,10 +126,11 @@ def export_modelopt(model: nn.Module, path: str | os.PathLike[str], **kwargs: An
         kwargs: passed on to the model's ``save_pretrained``.
 
     Raises:
-        UnsupportedError: if the format cannot say what a layer does; names the layer and the reason. Nothing has been
-            written then. It cannot say: methods that choose blocks, N:M that differs between layers or leaves some of
-            them dense, skip-softmax without a calibration of the form ``a * exp(b * target_sparsity)``, or with other
-            sinks, dense window or blocks than the defaults. Nor is it for adapters of PEFT; merge them first.
+        UnsupportedError: if the format cannot say what a layer does. The message names the layer and the reason, and
+            nothing has been written. The format has no words for methods that choose blocks, for N:M that differs
+            between layers or leaves some of them dense, and for skip-softmax without a calibration of the form
+            ``a * exp(b * target_sparsity)`` or with other sinks, dense window or blocks than the defaults. Adapters of
+            PEFT are refused too; merge them first.
     """
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedError(f"{type(model).__name__} is not a Transformers model; merge adapters before exporting")

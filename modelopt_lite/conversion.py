@@ -80,22 +80,23 @@ def sparsify(
     *,
     attention: AttentionChoice | None = None,
 ) -> ModelT:
-    """Make a model's attention sparse during prefill, in place; decode stays dense.
+    """Make a model's attention sparse during prefill, in place. Decode stays dense.
 
-    Two kinds of attention modules are found by themselves: those of Transformers models that go through Transformers'
-    attention interface, and any whose forward calls ``torch.nn.functional.scaled_dot_product_attention``, itself or by
-    way of a method or function that it names. A module inside which something else makes that call stays dense unless
-    it is pointed out with ``attention``.
+    Two kinds of attention modules are found without help. The first are modules of Transformers models that go through
+    Transformers' attention interface. The second are modules whose forward calls
+    ``torch.nn.functional.scaled_dot_product_attention``, itself or in a method or function that the forward calls by
+    name. If another object inside a module makes that call, the module stays dense unless ``attention`` names it.
 
-    Calling it again replaces the configuration. The model gets copies of its configs, as another model may share them.
-    ``model.save_pretrained`` then writes the configuration into the model's ``config.json``, from where
-    :func:`~modelopt_lite.checkpoint.from_pretrained` takes it; for adapters of PEFT, use
+    A second call replaces the configuration. The model gets copies of its configs, because another model may share
+    them. ``model.save_pretrained`` then writes the configuration into the model's ``config.json``, where
+    :func:`~modelopt_lite.checkpoint.from_pretrained` finds it. For adapters of PEFT, use
     :func:`~modelopt_lite.checkpoint.save_pretrained`.
 
     Args:
         model: a Transformers model, a model that holds or wraps one, or any module.
-        config: a :class:`~modelopt_lite.config.SparsityConfig`, the same as a mapping, the path of a YAML, JSON or
-            TOML file that holds it, or one method for all layers: the method, its mapping or name, or ``"2:4"``.
+        config: a :class:`~modelopt_lite.config.SparsityConfig`, a mapping with the same fields, or the path of a YAML,
+            JSON or TOML file with them. For one method in all layers also the method itself, a mapping with its
+            fields, its name, or N:M such as ``"2:4"``.
         attention: further attention modules, by class or by a pattern of dotted names; their calls of
             ``scaled_dot_product_attention`` are intercepted.
 
@@ -104,9 +105,9 @@ def sparsify(
 
     Raises:
         ConfigError: if the configuration is wrong, or one of its patterns or ``attention`` matches no module.
-        UnsupportedError: if the model has a layer that is not supported, or a sparse one whose class something else has
-            swapped since (see :func:`unsparsify`); names it.
-        In both cases the model is untouched.
+        UnsupportedError: if the model has a layer that is not supported, or a sparse layer whose class something else
+            has swapped since (see :func:`unsparsify`). The message names the layer. After either error the model is as
+            it was.
     """
     config = SparsityConfig.load(config)
     chosen = _chosen_modules(model, attention)
@@ -198,18 +199,19 @@ def _chosen_modules(model: nn.Module, attention: AttentionChoice | None) -> set[
 def unsparsify(model: ModelT) -> ModelT:
     """Give a model back its own attention: classes, attention implementation and config as before :func:`sparsify`.
 
-    An attention implementation that something else has set since stays. With gradient checkpointing, call
-    ``backward()`` first: a later one is refused when it computes a layer again.
+    If something else has set an attention implementation since then, that one stays. With gradient checkpointing, call
+    ``backward()`` first: a later ``backward()`` is refused when it computes a layer again.
 
     Args:
-        model: a model, sparse or not; one that is not stays as it is.
+        model: a model, sparse or not. A dense model stays as it is.
 
     Returns:
         The model.
 
     Raises:
         UnsupportedError: if something else has swapped the class of a sparse layer since :func:`sparsify`, as
-            ``fully_shard`` does with a layer that it shards by itself; names it. The model is untouched then.
+            ``fully_shard`` does with a layer that it shards by itself. The message names the layer, and the model is as
+            it was.
     """
     check_revertible(model)
     for module, flags in _undo(model).items():
@@ -219,10 +221,10 @@ def unsparsify(model: ModelT) -> ModelT:
 
 @contextmanager
 def disabled(model: ModelT) -> Iterator[ModelT]:
-    """Run a model dense inside the ``with`` block; afterwards its layers are on or off as before.
+    """Run a model dense inside the ``with`` block. Afterwards its layers are on or off as before.
 
-    It holds for the calls of the thread or task that has entered the block. What gradient checkpointing computes again
-    later is dense as well. Compiled models are dense in all threads.
+    This holds for calls of the thread or task that has entered the block. What gradient checkpointing computes again
+    later, for a forward inside the block, is dense as well. A compiled model is dense in all threads.
 
     Args:
         model: a model after :func:`sparsify`.
@@ -236,11 +238,13 @@ def disabled(model: ModelT) -> Iterator[ModelT]:
 
 @contextmanager
 def continuous_batching(model: ModelT) -> Iterator[ModelT]:
-    """Let Transformers' continuous batching run a sparse model inside the ``with`` block, and nothing else.
+    """Let Transformers' continuous batching run a sparse model inside the ``with`` block.
 
-    Transformers decides by the name of a model's attention implementation whether and how ``generate_batch`` and its
-    relatives run it, so a name that it recognises takes the place of the usual one. Pieces of prompts are prefill,
-    single tokens are decode. Layers without sparsity run on this package's attention as well.
+    Other forward passes of the model are refused there.
+
+    Transformers decides by the name of a model's attention implementation whether and how ``generate_batch`` and
+    related functions run it. So the model gets a name that Transformers recognises while the block is open. Pieces of
+    prompts are prefill, single tokens are decode. Layers without sparsity run on this package's attention as well.
 
     Args:
         model: a model after :func:`sparsify` that is, holds or wraps a Transformers model.
@@ -274,7 +278,7 @@ def continuous_batching(model: ModelT) -> Iterator[ModelT]:
 
 
 def enable_sparse_attention(model: ModelT, pattern: str = "*") -> ModelT:
-    """Switch the sparsity of some of a model's sparse layers on.
+    """Switch on the sparsity of some sparse layers of a model.
 
     Args:
         model: a model after :func:`sparsify`.
@@ -290,9 +294,17 @@ def enable_sparse_attention(model: ModelT, pattern: str = "*") -> ModelT:
 
 
 def disable_sparse_attention(model: ModelT, pattern: str = "*") -> ModelT:
-    """Switch the sparsity of some of a model's sparse layers off; they stay prepared, and dense.
+    """Switch off the sparsity of some sparse layers of a model. They are dense until they are switched on again.
 
-    Args, returns and raises as :func:`enable_sparse_attention`.
+    Args:
+        model: a model after :func:`sparsify`.
+        pattern: dotted names of the layers, as in ``sparse_cfg``.
+
+    Returns:
+        The model.
+
+    Raises:
+        ConfigError: if the pattern matches no sparse layer.
     """
     return _switch(model, pattern, False)
 
@@ -386,7 +398,7 @@ def summary(model: nn.Module, statistics: ModelStatistics | None = None) -> Summ
         statistics: what :func:`~modelopt_lite.stats.collect_statistics` measured on it; adds the achieved sparsity.
 
     Returns:
-        A list of :class:`LayerSummary` whose ``str()`` is a table.
+        A list with one :class:`LayerSummary` for each attention module. It prints as a table.
     """
     rows = Summary()
     modules: dict[str, nn.Module] = {**attention_modules(model), **sparse_modules(model)}

@@ -99,7 +99,7 @@ class LengthCurve:
     the sequence nor on how a prefill is cut into chunks.
 
     Attributes:
-        start: the number at length 1, were it not for the bounds.
+        start: the number at length 1, if the bounds allow it.
         slope: what it gains when the length grows by a factor of e.
         shortest: lengths below count as this one, >= 1.
         longest: lengths above count as this one.
@@ -202,14 +202,15 @@ class AttentionPlan:
             saves the fused kernels a multiplication.
         keeps_nothing: a promise that the rule itself keeps no key at all, which saves computing those that are neither
             sinks nor recent.
-        keeps_top: a promise that the rule keeps exactly so many keys of every group, those of the largest scores and of
-            equal ones the lower, for GPUs that have hardware for two of four; 0 promises nothing.
+        keeps_top: a promise that the rule keeps exactly this many keys of every group: those with the largest scores,
+            and among equal scores the lower keys. GPUs that have hardware for two of four use it; 0 promises nothing.
         quick_hook: a faster rule that may be wrong, for the Hopper kernel, or None; only with ``keeps_group_max``. It
-            is called with weights instead of scores: not negative, maybe infinite or NaN, in the order of the scores,
-            but that different scores may have the same weight. It returns these with 0 for those not kept, and one tile
-            more, FP32 and of the shape of the others, 0.0 where it is right about a group and above 0 where it may not
-            be, never below and never NaN, as these are added up. It is used where all keys are visible, and a tile with
-            any such group is computed again with ``score_hook``.
+            is called with weights instead of scores. They are not negative, may be infinite or NaN, and have the order
+            of the scores, except that different scores may have the same weight. It returns the weights, 0 where a key
+            is not kept, and one more tile of their shape in FP32. That tile is 0.0 where the rule is right about a
+            group and above 0 where it may be wrong, never below and never NaN, because its values are added up. The
+            hook is used where all keys are visible. A tile with any group that may be wrong is computed again with
+            ``score_hook``.
 
         name: what PyTorch's operators take in the place of the plan; :func:`plan_by_name` leads back. The canonical
             configuration of the method that made it, in JSON; of a plan made by hand, a name that only this process

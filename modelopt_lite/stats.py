@@ -109,7 +109,10 @@ class LayerStatistics:
 
     @property
     def mass_kept_by_head(self) -> list[float]:
-        """The same for each query head of one layer; empty for sums over layers, and before anything was counted."""
+        """Mean share of the dense attention on kept keys, for each query head of one layer.
+
+        Empty for sums over layers, and before anything was counted.
+        """
         return self._shares_by_head(1, self.rows)
 
     @property
@@ -209,14 +212,13 @@ class ModelStatistics:
 def collect_statistics(model: nn.Module) -> Iterator[ModelStatistics]:
     """Count what the sparse layers of a model keep, over every call inside the ``with`` block.
 
-    Each call then computes its scores once more, about half the cost of its attention, on the torch backend. Prefills
-    and decode steps are counted apart; decode steps only where the method is sparse in them.
-    Layers that are switched off, and what gradient checkpointing computes again are not counted, and
-    neither are calls in other threads. No prefill waits for its device to be counted. A CUDA graph, whose replays would
-    not be counted, is refused.
+    Each call computes its scores once more, on the torch backend, which costs about half of its attention. Prefills and
+    decode steps are counted apart; decode steps are counted only if the method is sparse in them. Not counted are
+    layers that are switched off, what gradient checkpointing computes again, and calls in other threads. Counting does
+    not wait for the device. A CUDA graph is refused, because its replays would not be counted.
 
     Args:
-        model: a model after :func:`~modelopt_lite.conversion.sparsify`; one without sparse layers counts nothing.
+        model: a model after :func:`~modelopt_lite.conversion.sparsify`. Without sparse layers nothing is counted.
 
     Yields:
         The statistics, which grow with every prefill.

@@ -85,7 +85,7 @@ def check_method(
 
     The FP64 reference is compared with every kernel that this machine can run: PyTorch operations; Triton kernels on a
     GPU, or in Triton's interpreter if ``TRITON_INTERPRET=1`` is set before Triton is imported. Output, gradients and
-    statistics may differ by no more than twice what PyTorch's own attention errs in the same precision.
+    statistics may differ by no more than twice the error of PyTorch's own attention in the same precision.
 
     Args:
         method: a method's class, which is checked with its default settings, or an instance.

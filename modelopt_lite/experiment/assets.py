@@ -24,6 +24,7 @@ import transformers
 from huggingface_hub import HfApi, constants
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..cache import cache_folder
 from ..errors import ConfigError
 from .config import BUILT_IN_MODEL, RANDOM_PREFIX, TextSource
 
@@ -45,11 +46,6 @@ HUB_TIMEOUT = 5  # seconds
 
 class AssetError(RuntimeError):
     """A built-in model or text cannot be fetched or prepared; the message says why and what to do."""
-
-
-def cache_folder() -> Path:
-    """Return the folder where prepared models are kept: ``modelopt-lite`` in the user's cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "modelopt-lite"
 
 
 def prepare_built_in_model(progress: Progress) -> Path:

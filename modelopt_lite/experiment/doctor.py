@@ -7,11 +7,12 @@ import platform
 
 import torch
 
+from ..cache import COMPILED_KERNELS, cache_folder, private_folder
 from ..errors import UnsupportedError
 from ..kernels import attention
 from ..methods import SparseSoftmax
 from ..plan import AttentionPlan
-from .assets import MODEL_REQUIREMENT, cache_folder
+from .assets import MODEL_REQUIREMENT
 
 TOKENS = 64
 
@@ -33,7 +34,17 @@ def describe_machine() -> dict[str, str]:
     cache = cache_folder()
     model = cache / MODEL_REQUIREMENT.replace("==", "-")
     found["cache"] = f"{cache}; built-in model {'there' if model.is_dir() else 'not fetched yet'}"
+    found["compiled kernels"] = _kept_kernels()
     return found
+
+
+def _kept_kernels() -> str:
+    """Say where kernels in CUDA C++ are kept when they are compiled, and how many are there."""
+    try:
+        folder = private_folder(COMPILED_KERNELS)
+        return f"{folder}; {sum(1 for _ in folder.iterdir())} there"
+    except (OSError, RuntimeError) as error:
+        return f"not kept, so every process compiles them: {error}"
 
 
 def _try(plan: AttentionPlan, backend: str, device: str) -> str:

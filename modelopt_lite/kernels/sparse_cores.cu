@@ -49,7 +49,7 @@ constexpr u32 ITEM_BYTES = 96;
 constexpr u32 ITEMS = DONE + 8 * SLOTS, VERDICTS = ITEMS + ITEM_BYTES * SLOTS, SHARED = VERDICTS + 32 * SLOTS;
 static_assert(SHARED <= 6 * TILE_BYTES + 512, "");
 static_assert(sizeof(Problem) == 168, "");
-constexpr int HEADER = 4, UNLISTED = 1;  // of visits.py
+constexpr int HEADER = 5, UNLISTED = 1;  // of visits.py
 
 __device__ __forceinline__ void barrier_init(u32 barrier, u32 count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
@@ -335,6 +335,7 @@ struct Item {
   int before, rows;                                         // of these, how many come before the sequence and its end
   int first_position, length, window;                       // of the first query, the keys, and the dense window
   int hot_begin, band_begin, band_end, last, masked, tiles;  // tiles: 0 if there is nothing to do; twice, it is the end
+  int spared;                                               // masked ones, the last, that are not for the second warpgroup
   int online;                                               // whether to use the ordinary online softmax
   const int* visits;                                        // its tiles, if they are listed
   // The first key of a tile, plus UNLISTED if it is not listed.
@@ -382,6 +383,9 @@ __device__ __forceinline__ Item find_item(int number, bool online, const Problem
   item.band_begin = clamp(band_begin, item.hot_begin, item.last);
   item.band_end = clamp(band_end, item.band_begin, item.last);
   item.masked = 1 + (item.hot_begin + item.band_end - item.band_begin) / TILE;
+  // Of the band, which comes backwards, later queries need less.
+  const int late_begin = max(item.first_position + ROWS - max(item.window - 1, 0), 0) / TILE * TILE;
+  item.spared = (clamp(late_begin, item.band_begin, item.band_end) - item.band_begin) / TILE;
   item.tiles = item.masked + (item.band_begin - item.hot_begin + item.last - item.band_end) / TILE;
   return item;
 }
@@ -397,6 +401,7 @@ __device__ __forceinline__ Item find_listed_item(int number, bool online, const 
   const int sequence = visits[0], row_start = visits[1];
   item.tiles = visits[2];
   item.masked = online ? item.tiles : visits[3];
+  item.spared = online ? 0 : visits[4];
   item.visits = visits + HEADER;
   item.last = item.visits[0];
   const int query_length = entry(p, p.lengths_q, 1, sequence);
@@ -558,12 +563,7 @@ __device__ __forceinline__ void finish(
 __device__ __forceinline__ bool attend_item(
     const Item& item, u32 query_at, Ring& ring, const Thread& thread, const Problem& p, u32 zero) {
   const int row = ROWS * thread.warpgroup + 16 * thread.warp + thread.quad;
-  int masked = item.masked;
-  if (thread.warpgroup > 0) {
-    // Of the band, which comes backwards, this warpgroup's queries need less.
-    const int band_begin = max(item.first_position + ROWS - max(item.window - 1, 0), 0) / TILE * TILE;
-    masked -= (clamp(band_begin, item.band_begin, item.band_end) - item.band_begin) / TILE;
-  }
+  int masked = item.masked - (thread.warpgroup > 0 ? item.spared : 0);
   // Alike in all threads of a warp, which the compiler cannot know of what comes from memory.
   masked = __shfl_sync(ALL, masked, 0);
   const int tiles = __shfl_sync(ALL, item.tiles, 0);

@@ -1,22 +1,25 @@
 """Runs the kernel of ``sparse_cores.cu``: 2:4 attention on the sparse tensor cores of Hopper GPUs.
 
-Neither Triton nor Gluon has matrix instructions for sparse operands, so the kernel is CUDA C++. NVRTC compiles it when
-a process first needs it, in a second or two; it comes with CUDA builds of PyTorch, and ``cuda-bindings`` finds it.
+Neither Triton nor Gluon has matrix instructions for sparse operands, so the kernel is CUDA C++. NVRTC compiles it in a
+second or two when it is first needed, and the machine code is kept in the user's cache for other processes. NVRTC comes
+with CUDA builds of PyTorch, and ``cuda-bindings`` finds it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..cache import COMPILED_KERNELS, cached
 from .device import cdiv, compute_capability, current_stream, heads_per_wave, is_aligned, processors
 from .hopper_launch import HOPPER, WorkPreparation, hopper_settings
 from .portable import new_results
@@ -38,7 +41,9 @@ SHARED_BYTES = 6 * 32768 + 512 + 1023
 THREADS = 384
 # Of CUDA's driver interface, cuda.h
 BFLOAT16, NO_INTERLEAVE, SWIZZLE_128_BYTES, L2_256_BYTES, FILL_WITH_ZEROS = 9, 0, 3, 3, 0
-MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
+MAX_DYNAMIC_SHARED_SIZE_BYTES, CAPTURE_MODE_RELAXED = 8, 2
+
+COMPILER_OPTIONS = (b"--gpu-architecture=sm_90a", b"--std=c++17", b"--use_fast_math", b"--ptxas-options=-v")
 
 _kernels: dict[torch.device, ctypes.c_void_p | None] = {}
 
@@ -213,22 +218,36 @@ def compiled() -> tuple[bytes, str]:
     Raises:
         RuntimeError: if it cannot be compiled.
     """
-    source = (Path(__file__).parent / "sparse_cores.cu").read_bytes()
-    options = [b"--gpu-architecture=sm_90a", b"--std=c++17", b"--use_fast_math", b"--ptxas-options=-v"]
+    return _compile(_source(), COMPILER_OPTIONS, "CUBIN")
+
+
+def _compile(source: bytes, options: tuple[bytes, ...], result: str) -> tuple[bytes, str]:
+    """Compile a program, and return its CUBIN or PTX and the compiler's log."""
     failed, program = nvrtc.nvrtcCreateProgram(source, b"sparse_cores.cu", 0, [], [])
     _check_compiler(failed)
-    (failed,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
-    _, size = nvrtc.nvrtcGetProgramLogSize(program)
-    log = b" " * size
-    nvrtc.nvrtcGetProgramLog(program, log)
-    text = log.decode().rstrip("\0 ")
-    _check_compiler(failed, text)
-    _, size = nvrtc.nvrtcGetCUBINSize(program)
-    code = b" " * size
-    (failed,) = nvrtc.nvrtcGetCUBIN(program, code)
-    _check_compiler(failed)
-    nvrtc.nvrtcDestroyProgram(program)
+    try:
+        (failed,) = nvrtc.nvrtcCompileProgram(program, len(options), list(options))
+        _, size = nvrtc.nvrtcGetProgramLogSize(program)
+        log = b" " * size
+        nvrtc.nvrtcGetProgramLog(program, log)
+        text = log.decode().rstrip("\0 ")
+        _check_compiler(failed, text)
+        _, size = getattr(nvrtc, f"nvrtcGet{result}Size")(program)
+        code = b" " * size
+        (failed,) = getattr(nvrtc, f"nvrtcGet{result}")(program, code)
+        _check_compiler(failed)
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
     return code, text
+
+
+def _source() -> bytes:
+    return (Path(__file__).parent / "sparse_cores.cu").read_bytes()
+
+
+def _compiler() -> bytes:
+    """Return what tells builds of the compiler apart, of which it names itself only in what it compiles, to PTX."""
+    return _compile(b"", (b"--gpu-architecture=compute_90a",), "PTX")[0]
 
 
 def _kernel(device: torch.device) -> ctypes.c_void_p | None:
@@ -241,13 +260,12 @@ def _kernel(device: torch.device) -> ctypes.c_void_p | None:
 
 
 def _load(device: torch.device) -> ctypes.c_void_p | None:
-    """Compile and load the kernel for a device; warn and return None if that fails."""
+    """Load the kernel on a device; warn and return None if that fails."""
     try:
         if nvrtc is None:
             raise RuntimeError("cuda-bindings is not installed (extra sparse-cores)")
         code, module, kernel = _code(), ctypes.c_void_p(), ctypes.c_void_p()
-        with torch.cuda.device(device):
-            torch.cuda.synchronize()  # a thread that has done nothing yet has no context
+        with _in_context(device), _beside_captures():
             _check(_driver().cuModuleLoadData(ctypes.byref(module), ctypes.c_char_p(code)))
             _check(_driver().cuModuleGetFunction(ctypes.byref(kernel), module, b"attend"))
             _check(_driver().cuFuncSetAttribute(kernel, MAX_DYNAMIC_SHARED_SIZE_BYTES, SHARED_BYTES))
@@ -255,6 +273,33 @@ def _load(device: torch.device) -> ctypes.c_void_p | None:
         logger.warning("2:4 is left to other kernels than sparse_cores, which would be faster: %s", error)
         return None
     return kernel
+
+
+@contextlib.contextmanager
+def _in_context(device: torch.device) -> Iterator[None]:
+    """Make PyTorch's context of a device the current one, also in a thread that has none yet.
+
+    It is held as long as the process runs, as what is loaded is. Nothing is synchronized, which would break a capture.
+    """
+    driver, number, context = _driver(), ctypes.c_int(), ctypes.c_void_p()
+    _check(driver.cuDeviceGet(ctypes.byref(number), device.index))
+    _check(driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), number))
+    _check(driver.cuCtxPushCurrent_v2(context))
+    try:
+        yield
+    finally:
+        _check(driver.cuCtxPopCurrent_v2(ctypes.byref(context)))
+
+
+@contextlib.contextmanager
+def _beside_captures() -> Iterator[None]:
+    """Let this thread load code while others capture CUDA graphs, which would otherwise break their captures."""
+    mode = ctypes.c_int(CAPTURE_MODE_RELAXED)
+    _check(_driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode)))
+    try:
+        yield
+    finally:
+        _check(_driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode)))
 
 
 @functools.cache
@@ -276,7 +321,8 @@ def _check(failed: int, remedy: str = "") -> None:
 
 @functools.cache
 def _code() -> bytes:
-    return compiled()[0]
+    source = _source()
+    return cached(COMPILED_KERNELS, (source, _compiler(), *COMPILER_OPTIONS), lambda: compiled()[0])
 
 
 def _width(x: Tensor) -> int:

@@ -12,8 +12,9 @@ import triton.language as tl
 
 TILE = tl.constexpr(128)
 """Queries of an item, and keys of a tile."""
-HEADER = tl.constexpr(4)
-"""Numbers before the tiles of an item: sequence, first row, tiles, and how many of these are masked."""
+HEADER = tl.constexpr(5)
+"""Numbers before the tiles of an item: sequence, first row, tiles, how many of these are masked, and how many of the
+masked ones, the last ones, the second half of the queries needs no mask for."""
 UNLISTED = tl.constexpr(1)
 """Added to the first key of a tile: it is visited for its sinks and recent keys alone."""
 CHUNK = tl.constexpr(256)
@@ -115,12 +116,13 @@ def list_tiles(
     lowest = reach_begin // TILE
     highest = tl.where(reach_end < reach_begin, lowest - 1, reach_end // TILE)
     masked = 0
+    spared = 0
     hot = 0
     if first_position <= last_position:
         count = tl.load(counts_ptr + list_row)
         list_ptr = indices_ptr + list_row.to(tl.int64) * columns
-        # Tiles that may need a mask, backwards: the one that reaches past the sequence has to come first. They are the
-        # last ones, those around the queries, and the first ones.
+        # Tiles that may need a mask: the last ones, of which the one that reaches past the sequence has to come first,
+        # the first ones, and those around the queries, backwards, of which later queries need less.
         tail_begin = tl.maximum(lowest, tl.minimum(length // TILE, highest + 1))
         band_end = tail_begin
         if OPTIONS.causal:
@@ -139,10 +141,11 @@ def list_tiles(
         front_end = tl.minimum(front_end, tail_begin)
         band_begin = tl.maximum(band_begin, front_end)
         band_end = tl.maximum(band_end, band_begin)
+        middle = tl.minimum(tl.maximum(begin + TILE // 2, first_position), last_position)
         tail = highest + 1 - tail_begin
-        band = band_end - band_begin
-        for index in range(tail + band + front_end - lowest):
-            block = tl.where(index < tail + band, band_end - 1 + tail - index, front_end - 1 + tail + band - index)
+        front = front_end - lowest
+        for index in range(tail + front + band_end - band_begin):
+            block = tl.where(index < tail + front, front_end - 1 + tail - index, band_end - 1 + tail + front - index)
             block = tl.where(index < tail, highest - index, block)
             low = block * TILE
             exempt = (low < num_sinks) | (
@@ -152,6 +155,8 @@ def list_tiles(
             plain = needs_no_mask(block, first_position, last_position, rules, SPARSE, OPTIONS)
             if (listed & (plain == 0)) | (exempt & (listed == 0)):
                 tl.store(visits_ptr + HEADER + masked, low + tl.where(listed, 0, UNLISTED))
+                plain = needs_no_mask(block, middle, last_position, rules, SPARSE, OPTIONS)
+                spared = tl.where(listed & plain & (masked > 0), spared + 1, 0)
                 masked += 1
         if not OPTIONS.keeps_nothing:
             # The others, backwards too, as far as they are listed.
@@ -176,6 +181,7 @@ def list_tiles(
     tl.store(visits_ptr + 1, begin - first_query)
     tl.store(visits_ptr + 2, masked + hot)
     tl.store(visits_ptr + 3, masked)
+    tl.store(visits_ptr + 4, spared)
 
 
 @triton.jit

@@ -17,7 +17,7 @@ class Visits(NamedTuple):
     """What the items of a call visit.
 
     Attributes:
-        tiles: int32 ``[heads of lists, rows, HEADER + tiles]``: for each item four numbers, then the first keys of its
+        tiles: int32 ``[heads of lists, rows, HEADER + tiles]``: for each item five numbers, then the first keys of its
             tiles. Rows are those of the lists, or as many to each as it has blocks of 128 queries. An item of no
             queries has no tiles, every other has at least one.
         order: int32 ``[query_heads * rows]``: numbers ``head * rows + row`` of the items, in the order of their start.

@@ -1,6 +1,5 @@
 """The kernel on sparse tensor cores: its machine code without a GPU, and on one the contract, against the oracle."""
 
-import contextlib
 import ctypes
 import functools
 import math
@@ -147,6 +146,8 @@ class Driver:
         return 0
 
     cuModuleLoadData = cuModuleGetFunction = cuFuncSetAttribute = loads
+    cuDeviceGet = cuDevicePrimaryCtxRetain = cuCtxPushCurrent_v2 = cuCtxPopCurrent_v2 = loads
+    cuThreadExchangeStreamCaptureMode = loads
 
     @staticmethod
     def cuGetErrorString(failed, text):
@@ -161,8 +162,6 @@ class OldDriver(Driver):
 
 @pytest.fixture
 def without_a_gpu(absent_gpu, monkeypatch, fresh):
-    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(sparse_cores, "_code", sparse_cores._code.__wrapped__)
     q = torch.zeros(8, 4, 128, dtype=torch.bfloat16).as_subclass(OnGpu)
@@ -198,6 +197,28 @@ def test_it_is_loaded_once_and_not_in_a_graph(without_a_gpu, monkeypatch, caplog
         assert (without_a_gpu() is None) == can
         assert len(codes) == can
     assert not caplog.text
+
+
+def test_what_machine_code_is_kept_by(monkeypatch, tmp_path):
+    """Another source, other options or another compiler do not find it; the same find it without compiling."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(sparse_cores, "compiled", lambda: (compiled.append(1), (b"code %d" % len(compiled), ""))[1])
+    compiled = []
+
+    def code():
+        return sparse_cores._code.__wrapped__()
+
+    assert [code(), code()] == [b"code 1"] * 2
+    others = {"_source": lambda: b"other", "_compiler": lambda: b"newer", "COMPILER_OPTIONS": (b"-O1",)}
+    for number, (name, value) in enumerate(others.items(), 2):
+        with monkeypatch.context() as changed:
+            changed.setattr(sparse_cores, name, value)
+            assert [code(), code()] == [b"code %d" % number] * 2
+    assert code() == b"code 1"
+
+
+def test_the_compiler_names_its_build():
+    assert re.search(rb"release \d+\.\d+, V\d+\.\d+\.\d+", sparse_cores._compiler())
 
 
 @pytest.mark.gpu
@@ -349,6 +370,31 @@ class TestOnAGpu:
         thread.start()
         thread.join()
         assert not failed
+
+    @pytest.mark.parametrize("kept", [False, True], ids=["compiled", "kept"])
+    def test_loaded_while_another_thread_captures_a_graph(self, monkeypatch, tmp_path, fresh, kept):
+        """With the mode of capture that forbids most to other threads: the graph is whole, and the kernel loads."""
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        monkeypatch.setattr(sparse_cores, "_code", sparse_cores._code.__wrapped__)
+        if kept:
+            sparse_cores._code()
+        request = of_128(plan=top_n_plan(2, 4, 4, 64))
+        x = torch.arange(1000.0, device="cuda")
+        torch.use_deterministic_algorithms(False)
+        refusals = []
+        thread = threading.Thread(target=lambda: refusals.append(sparse_cores.refusal(request)))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="global"):
+            y = x * 2
+            thread.start()
+            thread.join()
+            y = y + 1
+        assert refusals == [None]
+        x.copy_(torch.arange(1000.0).flip(0))
+        graph.replay()
+        assert torch.equal(y, x * 2 + 1)
+        torch.use_deterministic_algorithms(True)
+        check(request)
 
     def test_not_loaded_in_a_graph(self, monkeypatch, fresh):
         """A graph is captured before the kernel was loaded: another runs there, and this one elsewhere."""

