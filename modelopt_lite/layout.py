@@ -481,6 +481,8 @@ def whole_call(
     module.sparse_attention.last_call = object()
     decision, window = present_decision(module), layout.sliding_window
     plan, is_causal = decision.plan, layout.is_causal
+    if plan.chooses_blocks and decision.statistics is None and layout.first_q is None and layout.first_k is None:
+        plan = plan.for_keys(slots, is_causal)
     if plan.is_dense or (len_q == 1 and not plan.sparse_decode):
         if decision.backend != "auto" or (decision.statistics is not None and len_q > 1):
             return None
@@ -489,7 +491,6 @@ def whole_call(
         return sdpa(query, key, value, is_causal=is_causal, scale=scaling).transpose(1, 2)
     if (
         decision.statistics is not None
-        or plan.chooses_blocks
         or not is_causal
         or layout.first_q is not None
         or layout.first_k is not None
@@ -520,7 +521,10 @@ def whole_call(
     types = (query.dtype, key.dtype, value.dtype, query.device, key.device, value.device)
     signature = (shapes, types, request.softmax_scale, window, softcap, plan.name)
     try:
-        output, _ = run(request, decision.backend, signature)
+        if plan.chooses_blocks:
+            output, _ = compute(request, decision.backend)
+        else:
+            output, _ = run(request, decision.backend, signature)
     except UnsupportedError as error:
         raise UnsupportedError(f"{layer_name(module)}: {error}") from None
     return output.view(batch, len_q, heads, value.shape[3])
@@ -569,9 +573,11 @@ def attend(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x.to(dtype) for x in (query, key, value))
     plan = decision.plan
+    statistics = decision.statistics if layout.max_q > 1 or plan.sparse_decode else None
+    if plan.chooses_blocks and statistics is None and layout.whole and not is_traced(query):
+        plan = plan.for_keys(layout.max_k, layout.is_causal)
     # Without groups and sinks only distances count, which need not know what a cache has dropped.
     is_dense = plan.is_dense or (layout.max_q == 1 and not plan.sparse_decode)
-    statistics = decision.statistics if layout.max_q > 1 or plan.sparse_decode else None
     if (
         is_dense
         and layout.whole

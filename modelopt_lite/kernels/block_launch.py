@@ -55,13 +55,9 @@ def grid_tables(request: AttentionRequest, block_size: int, block_rows: int) -> 
     """As :func:`modelopt_lite.kernels.grid_tables.grid_tables`."""
     r, batch, device = request, request.starts_q.shape[0], request.q.device
     blocks, columns = grid_shape(r, block_size, block_rows)
-    # All tables in one place, each of them aligned.
-    sizes = [-(-size // 2) * 2 for size in (*(blocks,) * 4, *(batch * columns,) * 3, batch, batch)]
-    tables = torch.empty(sum(sizes), dtype=torch.int64, device=device).split(sizes)
-    of_queries = [x[:blocks] for x in tables[:4]]
-    of_keys = [x[: batch * columns].view(batch, columns) for x in tables[4:7]]
+    shapes = ((blocks,),) * 4 + ((batch, columns),) * 3 + ((batch,),) * 2
     starts = torch.empty(batch, dtype=torch.int32, device=device)
-    found = GridTables(starts, *of_queries, *of_keys, *(x[:batch] for x in tables[7:]))
+    found = GridTables(starts, *(torch.empty(shape, dtype=torch.int64, device=device) for shape in shapes))
     launch(
         lay_out, max(1, cdiv(blocks, TABLE_BLOCK)) + batch * cdiv(columns, TABLE_BLOCK),
         (
@@ -77,7 +73,7 @@ def grid_tables(request: AttentionRequest, block_size: int, block_rows: int) -> 
 def marked(grid: BlockGrid, first_blocks: int, recent_blocks: int) -> tuple[Tensor, Tensor]:
     """As :meth:`modelopt_lite.kernels.blocks.BlockGrid.marked`."""
     request, (blocks, columns) = grid.request, grid.shape
-    seen, forced = torch.empty(2, blocks, columns, dtype=torch.bool, device=request.q.device).unbind()
+    seen, forced = (torch.empty(blocks, columns, dtype=torch.bool, device=request.q.device) for _ in range(2))
     if seen.numel():
         width = min(1024, _power(columns))
         tables = (

@@ -107,10 +107,13 @@ def launch(kernel: Any, programs: int, arguments: tuple[Any, ...], constants: tu
 
 def _kinds(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     """Return all that Triton looks at to find the compiled kernel, and more: numbers as they are."""
-    return tuple(
-        (x.dtype, x.data_ptr() & 15) if isinstance(x, Tensor) else _kinds(x) if isinstance(x, tuple) else x
-        for x in arguments
-    )
+    kinds: list[Any] = []
+    for x in arguments:
+        if isinstance(x, Tensor):
+            kinds += (x.dtype, x.data_ptr() & 15)
+        else:
+            kinds.append(_kinds(x) if type(x) is tuple else x)
+    return tuple(kinds)
 
 
 def _calls(hook: Any) -> bool:
@@ -136,4 +139,4 @@ def rebased(descriptor: Any, x: Tensor | None) -> Any:
 
 def cdiv(x: int, y: int) -> int:
     """Divide and round up."""
-    return int(triton.cdiv(x, y))
+    return -(-x // y)

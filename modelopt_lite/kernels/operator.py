@@ -7,6 +7,7 @@ and nothing traces, there is no operator in between.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -112,7 +113,8 @@ def _with_blocks(request: AttentionRequest) -> AttentionRequest:
 
 
 def _selected(request: AttentionRequest) -> KeyBlocks:
-    with torch.autocast(request.q.device.type, enabled=False):
+    device = request.q.device.type
+    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
         return select_blocks(request)
 
 
