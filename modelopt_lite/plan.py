@@ -83,7 +83,7 @@ class BlockSelector:
         """Whether every block that is seen is forced in sequences of up to so many keys, whose last are the queries."""
         blocks = -(-keys // self.block_size)
         forced = self.first_blocks
-        if is_causal and self.recent_blocks:
+        if self.recent_blocks and (is_causal or keys <= self.block_rows):
             # From the first diagonal block of the last query block on, and the recent ones before it.
             last_diagonal = max(0, keys - 1) // self.block_rows * (self.block_rows // self.block_size)
             forced += blocks - last_diagonal + self.recent_blocks - 1

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..plan import AttentionPlan, BlockSelector, SkipRule
-from .blocked import AttentionStatistics, statistics_blocked, tile_scores
+from .blocked import tile_scores
 from .blocks import BlockGrid, GridPart, KeyBlocks, scaled, visible_keys
 from .reference import SequenceBlocks, selected_blocks
 from .request import AttentionRequest
@@ -89,28 +89,6 @@ def count_visited(request: AttentionRequest, plans: Sequence[AttentionPlan]) -> 
         skipped = _skipped(request, grid, seen, everything, [plan.skip for plan in plans if plan.skip is not None])
         visited = everything & ~skipped
     return seen.sum(-1), visited.sum(-1)
-
-
-@torch.no_grad()
-def statistics_of_blocks(request: AttentionRequest) -> AttentionStatistics:
-    """Count what a request keeps, with its lists or those that its plan chooses, without waiting for the device."""
-    if request.blocks is None and not request.plan.chooses_blocks:
-        return statistics_blocked(request)
-    request = request.without_pages()
-    grid, heads = BlockGrid(request, *request.grid), request.q.shape[1]
-    skipped = None
-    if request.blocks is not None:
-        visited = request.blocks.mask()
-    else:
-        visited, skipped = chosen_blocks(request, grid)
-        visited = visited if skipped is None else visited & ~skipped
-        request = request._replace(blocks=KeyBlocks.from_mask(visited, grid.starts, *request.grid))
-    counts = (
-        heads * grid.seen().sum(),
-        visited.sum((1, 2)).repeat_interleave(heads // visited.shape[0], output_size=heads),
-        grid.starts.new_zeros(heads) if skipped is None else skipped.sum((1, 2)),
-    )
-    return statistics_blocked(request, counts)
 
 
 def _selected(request: AttentionRequest, grid: BlockGrid, seen: Tensor, selectors: Sequence[BlockSelector]) -> Tensor:
