@@ -2,8 +2,9 @@
 
     python benchmarks/calibration.py [--model smollm2-135m] [--dtype float32] [--seconds 600]
 
-Calibration reads dense activations. What is achieved is counted in real sparse runs, on speeches of other presidents
-and on source code. Lengths are done in turn, and no more is begun after ``--seconds``.
+Each method is calibrated on the activations of the dense model, and refined on those of the sparse one, with speeches
+and source code. What is achieved is counted in real sparse runs, on speeches of other presidents and on other modules.
+Lengths are done in turn, and no more is begun after ``--seconds``.
 
 For a machine without the texts, ``--write-tokens FILE`` writes their tokens, and ``--tokens FILE`` reads them.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
+import re
 import tempfile
 import time
 from pathlib import Path
@@ -42,63 +43,57 @@ METHODS = {
 TARGETS = (0.3, 0.5, 0.7)
 LENGTHS = (1024, 2048, 4096, 8192)
 CALIBRATED_ON = ("1848-Polk-1", "1890-Harrison-1", "1912-Taft-1", "1946-Truman-1", "1981-Carter-1", "1995-Clinton-1")
+CALIBRATED_ON_CODE = ("inspect", "subprocess")
 ACHIEVED_ON = ("1858-Buchanan-1", "1906-Roosevelt-1", "1974-Nixon-2", "2000-Clinton-1")
 CODE = ("argparse", "tarfile")
 
 
 class Achieved:
-    """Counts the blocks that layers visit, and lets them attend to their keys alone.
+    """Counts the blocks that layers visit, by layer and sequence, and lets them attend to these."""
 
-    What is kept is what their method keeps. It is computed by a rule that masks the other blocks, as PyTorch
-    operations on a GPU take masks faster than lists.
-    """
-
-    def __init__(self, sinks: int, window: int) -> None:
-        self._plan = AttentionPlan(keep=self._keep, num_sink_tokens=sinks, dense_window_size=window)
+    def __init__(self) -> None:
         self.counts: list[Tensor] = []
 
     def observe(self, request: AttentionRequest) -> AttentionRequest:
-        """Count a call of one sequence."""
-        self._size, self._rows = request.grid
-        heads, kv_heads = request.q.shape[1], request.k.shape[1]
-        mask = select_blocks(request).mask()
-        self._mask = mask.repeat_interleave(heads // mask.shape[0], 0).unflatten(0, (kv_heads, -1))
-        seen = BlockGrid(request, self._size, self._rows).seen()
-        self.counts.append(torch.stack([seen.sum() * heads, self._mask.sum()]))
-        return request._replace(plan=self._plan)
-
-    def _keep(self, scores: Tensor, q_pos: Tensor, k_pos: Tensor) -> Tensor:
-        if scores.dim() < 5:  # a rule is tried out on other scores first
-            return torch.ones_like(scores, dtype=torch.bool)
-        columns = (k_pos // self._size).clamp(max=self._mask.shape[-1] - 1)
-        return self._mask[:, :, q_pos.flatten() // self._rows][..., columns]
+        """Count a call."""
+        heads, blocks = request.q.shape[1], select_blocks(request)
+        grid = BlockGrid(request, *request.grid)
+        visited = blocks.counts.sum(0) * (heads // len(blocks.counts))
+        of_rows = torch.stack([grid.seen().sum(1) * heads, visited])
+        self.counts.append(of_rows.new_zeros(2, len(grid.starts)).index_add_(1, grid.sequence, of_rows))
+        sinks, window = request.plan.num_sink_tokens, request.plan.dense_window_size
+        return request._replace(plan=plan_with(sinks, window), blocks=blocks)
 
 
 @functools.cache
-def observer_of(exemptions: tuple[int, int]) -> Achieved:
-    """Return the observer of all layers; a new one costs time, as its rule is tried out."""
-    return Achieved(*exemptions)
+def plan_with(sinks: int, window: int) -> AttentionPlan:
+    """Return a plan that chooses nothing itself."""
+    return AttentionPlan(num_sink_tokens=sinks, dense_window_size=window)
 
 
 @torch.no_grad()
-def achieved(model: torch.nn.Module, window: torch.Tensor) -> float:
-    """Return the share of blocks that all layers skip in a real run."""
-    modules = list(sparse_modules(model).values())
-    plan = modules[0].sparse_attention.sparse_plan
-    observer = observer_of((plan.num_sink_tokens, plan.dense_window_size))
-    observer.counts.clear()
-    with count(dict.fromkeys(modules, observer)):
-        model(window[None].to(model.device), use_cache=False, logits_to_keep=1)
-    seen, visited = torch.stack(observer.counts).sum(0).tolist()
-    return 1 - visited / seen
+def achieved(model: torch.nn.Module, windows: list[Tensor]) -> tuple[list[float], list[float]]:
+    """Return the shares of blocks that are skipped in a real run: of each text in all layers, and of each layer."""
+    observer = Achieved()
+    with count(dict.fromkeys(sparse_modules(model).values(), observer)):
+        model(torch.stack(windows).to(model.device), use_cache=False, logits_to_keep=1)
+    counts = torch.stack(observer.counts).double()  # [layers, (seen, visited), texts]
+    by_text, by_layer = counts.sum(0), counts.sum(2).T
+    return tuple([round(x, 4) for x in (1 - y[1] / y[0]).tolist()] for y in (by_text, by_layer))
 
 
 def read_texts(tokenizer: Any) -> dict[str, Tensor]:
     """Return the beginnings of the texts as tokens, by kind and name."""
     code, found = read_documents("python", "python"), {}
-    for kind, names in (("calibration", CALIBRATED_ON), ("speeches", ACHIEVED_ON), ("code", CODE)):
+    parts = (
+        ("calibration", CALIBRATED_ON),
+        ("code-calibration", CALIBRATED_ON_CODE),
+        ("speeches", ACHIEVED_ON),
+        ("code", CODE),
+    )
+    for kind, names in parts:
         for name in names:
-            text = code[name] if kind == "code" else read_documents(f"sotu:{name}", "sotu")[f"sotu:{name}"]
+            text = code[name] if "code" in kind else read_documents(f"sotu:{name}", "sotu")[f"sotu:{name}"]
             found[f"{kind}/{name}"] = torch.tensor(tokenizer(text, verbose=False).input_ids[: max(LENGTHS)])
     return found
 
@@ -147,21 +142,18 @@ class Clock:
         print(f"{self.seconds:6.1f} s  {line}", flush=True)
 
 
-def calibrate(model: Any, method: dict[str, Any], windows: list[Tensor]) -> tuple[mtsa.SparsityConfig, dict[str, Any]]:
+def calibrate(
+    model: Any, method: dict[str, Any], windows: list[Tensor], state: Path, *, refine: bool = False
+) -> tuple[mtsa.SparsityConfig, dict[str, Any]]:
     """Return the calibrated configuration of a method, and what describes its fit."""
-    options: dict[str, Any] = {"target": 0.5, "show_progress": False}
-    with tempfile.TemporaryDirectory() as folder:
-        options["state"] = Path(folder) / "state.jsonl"  # so that the second form needs no measurement
-        result = mtsa.calibrate(model, method, windows, **options)
-        other = None
+    options: dict[str, Any] = {"target": 0.5, "show_progress": False, "state": state}
+    result = mtsa.calibrate(model, method, windows, refine=refine, **options)
+    description = {"fit": _fit_of(result)}
+    if not refine:  # what follows needs no measurement of its own
         if result.config.sparse_cfg["*"].knob.scale == "log":
             other = mtsa.calibrate(model, method, windows, form="exponential", **options)
-    description = {
-        "method": method,
-        "fit": _fit_of(result),
-        "exponential": None if other is None else _fit_of(other),
-        "reach": {reach.length: [round(reach.lowest, 4), round(reach.highest, 4)] for reach in result.reach},
-    }
+            description["exponential"] = _fit_of(other)
+        description["reach"] = {x.length: [round(x.lowest, 4), round(x.highest, 4)] for x in result.reach}
     return result.config, description
 
 
@@ -175,49 +167,48 @@ def main() -> None:
     parser = arguments("calibration")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
-    parser.add_argument("--calibrate-on", type=int, default=len(CALIBRATED_ON), help="number of speeches")
-    parser.add_argument("--achieve-on", type=int, default=len(ACHIEVED_ON), help="number of speeches")
-    parser.add_argument("--fits", type=Path, help="earlier results, whose fits are taken")
+    parser.add_argument("--calibrate-on", type=int, default=4, help="number of speeches")
+    parser.add_argument("--states", type=Path, help="folder for what was measured, to go on from")
     options = parser.parse_args()
     model, texts = prepare(options)
     clock = Clock()
-    calibrated_on, achieved_on = CALIBRATED_ON[: options.calibrate_on], ACHIEVED_ON[: options.achieve_on]
-    windows = [texts["calibration"][name][:length] for name in calibrated_on for length in options.lengths]
-    others = {"speeches": achieved_on, "code": CODE[: options.achieve_on // 2]}
+    calibrated_on = (*CALIBRATED_ON[: options.calibrate_on], *CALIBRATED_ON_CODE)
+    reading = texts["calibration"] | texts["code-calibration"]
+    windows = [reading[name][:length] for name in calibrated_on for length in options.lengths]
     results = recording.header(recording.device_name(model.device.type)) | {
         "model": options.model,
         "dtype": options.dtype,
         "calibrated_on": calibrated_on,
-        "achieved_on": others,
+        "achieved_on": {"speeches": ACHIEVED_ON, "code": CODE},
         "fits": {},
     }
     configs, rows = {}, []
-    before = json.loads(options.fits.read_text())["fits"] if options.fits else {}
-    for name in options.methods:
-        if name in before:
-            results["fits"][name] = before[name]
-            content = METHODS[name] | {"target_sparsity": 0.5, "calibration": {"prefill": before[name]["fit"]}}
-            configs[name] = mtsa.SparsityConfig.load(content)
-            continue
-        configs[name], results["fits"][name] = calibrate(model, METHODS[name], windows)
-        clock.say(f"{name}: {results['fits'][name]['fit']}")
-        recording.write(options.output, results, rows)
-    for length in options.lengths:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.states or Path(temporary)
         for name in options.methods:
+            state = folder / f"{re.sub('[^a-z_0-9]+', '-', name)}.jsonl"
+            results["fits"][name] = {"method": METHODS[name]}
+            for kind in ("dense", "refined"):
+                configs[name, kind], found = calibrate(model, METHODS[name], windows, state, refine=kind == "refined")
+                results["fits"][name][kind] = found
+                clock.say(f"{name}, {kind}: {found['fit']}")
+                recording.write(options.output, results, rows)
+    others = {name: text for kind in ("speeches", "code") for name, text in texts[kind].items()}
+    for length in options.lengths:
+        for (name, kind), config in configs.items():
             if clock.seconds > options.seconds:
                 clock.say(f"no time for {name} at {length}")
                 continue
             for target in TARGETS:
-                mtsa.sparsify(model, configs[name].with_target(target))
-                row: dict[str, Any] = {"method": name, "target": target, "length": length}
-                for kind, names in others.items():
-                    found = {text: round(achieved(model, texts[kind][text][:length]), 4) for text in names}
-                    row[kind] = round(sum(found.values()) / len(found), 4)
-                    row[f"{kind}_each"] = found
+                mtsa.sparsify(model, config.with_target(target))
+                by_text, by_layer = achieved(model, [text[:length] for text in others.values()])
+                row = {"method": name, "calibrated": kind, "target": target, "length": length}
+                for part, chosen in (("speeches", ACHIEVED_ON), ("code", CODE)):
+                    each = {text: x for text, x in zip(others, by_text, strict=True) if text in chosen}
+                    row |= {part: round(sum(each.values()) / len(each), 4), f"{part}_each": each}
+                rows.append(row | {"layers": [round(x, 3) for x in by_layer]})
                 mtsa.unsparsify(model)
-                rows.append(row)
-                recording.write(options.output, results, rows)
-            clock.say(f"{name} at {length}: {[(row['target'], row['speeches'], row['code']) for row in rows[-3:]]}")
+            clock.say(f"{name}, {kind} at {length}: {[(x['target'], x['speeches'], x['code']) for x in rows[-3:]]}")
             recording.write(options.output, results, rows)
 
 

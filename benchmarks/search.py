@@ -8,8 +8,8 @@ choose on the first 2048 tokens of some speeches. What they cost is then measure
 
 from __future__ import annotations
 
-import dataclasses
 import math
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ def evaluate(model: Any, configs: dict[str, mtsa.SparsityConfig], windows: list[
         )
         rows[name] = {
             "perplexity_percent": [round(x, 4) for x in (change.value, change.low, change.high) if x is not None],
-            "kl": [round(x, 6) for x in (divergence.value, divergence.low, divergence.high) if x is not None],
+            "kl": [round(x, 7) for x in (divergence.value, divergence.low, divergence.high) if x is not None],
             "sparsity": round(sum(shares) / len(shares), 4),
         }
     return rows
@@ -89,25 +89,27 @@ def main() -> None:
             candidates: dict[str, Any] = {name: _n_of_m(name) for name in N_OF_M[what]}
             wanted = "2:4"
         else:
-            fitted, _ = calibrate(model, BLOCKS, reading)
+            with tempfile.TemporaryDirectory() as folder:
+                fitted, _ = calibrate(model, BLOCKS, reading, Path(folder) / "state.jsonl")
             candidates = {f"xattention {target}": fitted.with_target(target) for target in TARGETS}
             wanted = "xattention 0.5"
             clock.say("calibrated")
         state = None if options.states is None else options.states / f"search-{what}.jsonl"
         found = mtsa.search(model, candidates, reading, sparsity=wanted, state=state, show_progress=False)
         clock.say(f"searched\n{found}")
-        on_any = {pattern: _on_any_backend(entry) for pattern, entry in found.config.sparse_cfg.items()}
-        kept = dataclasses.replace(found, config=mtsa.SparsityConfig(sparse_cfg=on_any))
-        kept.save(options.configs / f"searched-{what}.yaml")
+        saved = options.configs / f"searched-{what}.yaml"
+        found.save(saved)
         configs = {wanted: mtsa.SparsityConfig.load(candidates[wanted]), "searched": found.config}
         figures = evaluate(model, configs, others)
-        for name, values in figures.items():
+        again = evaluate(model, {"searched": mtsa.SparsityConfig.load(saved)}, reading)["searched"]
+        for name, values in (figures | {"searched, again on what was read": again}).items():
             clock.say(f"{name}: {values}")
         rows.append(
             {
                 "what": what,
                 "budget": found.budget,
                 "in_search": {"kl": found.run.kl, "perplexity_percent": found.run.perplexity_percent},
+                "in_search_again": {key: again[key][0] for key in ("kl", "perplexity_percent")},
                 "predicted_kl": found.predicted_kl,
                 "everywhere_in_search": {name: vars(run) for name, run in found.everywhere.items()},
                 "layers": {layer.layer: layer.candidate for layer in found.layers},
@@ -119,12 +121,7 @@ def main() -> None:
 
 def _n_of_m(name: str) -> dict[str, Any]:
     n, m = map(int, name.split(":"))
-    # On PyTorch operations, so that no kernel has to be compiled for each N and M; the results are the same.
-    return {"method": "sparse_softmax", "sparsity_n": n, "sparsity_m": m, "backend": "torch"}
-
-
-def _on_any_backend(entry: Any) -> Any:
-    return entry.model_copy(update={"backend": "auto"}) if isinstance(entry, mtsa.SparseAttentionMethod) else entry
+    return {"method": "sparse_softmax", "sparsity_n": n, "sparsity_m": m}
 
 
 if __name__ == "__main__":

@@ -26,20 +26,22 @@ from .errors import ConfigError
 from .experiment.measuring import Data, Journal, check_dense, describe_model, digest, progress_bar, read_windows
 from .kernels import AttentionRequest, visited_blocks
 from .methods import CalibratedMethod, Calibration, Combined, SparseAttentionMethod
-from .methods.calibrated import ExponentialFit, Knob, LogitFit
+from .methods.calibrated import ExponentialFit, TableFit
 from .module import count, sparse_modules
 from .plan import DENSE, AttentionPlan
 
-Form: TypeAlias = Literal["logit", "exponential"]
+Form: TypeAlias = Literal["table", "exponential"]
 
 FEWEST_BLOCKS = 4
-"""Query blocks that see fewer key blocks take no part in a fit: most of what they see can never be skipped."""
+"""Query blocks that see no more key blocks take no part in a fit: most of what they see can never be skipped."""
+TARGETS = (0.1, 0.3, 0.5, 0.7, 0.9)
+"""The targets of a table."""
 REFINED = (0.3, 0.5, 0.7)
-"""Targets at which a refined calibration lets the model be sparse."""
+"""Those of them at which a refined calibration lets the model be sparse; at the others, the next one counts."""
 NEAR = 0.15
-"""Points with a sparsity so near to that of the model count in a refined calibration."""
+"""Points with a sparsity so near to that of the model count in a refined calibration of the exponential form."""
 FITTED = (0.1, 0.9)
-"""Points of a fit have a sparsity between these, as in Model-Optimizer's calibration."""
+"""Points of the exponential form have a sparsity between these, as in Model-Optimizer's calibration."""
 
 logger = logging.getLogger(__name__)
 
@@ -124,8 +126,8 @@ def calibrate(
     tokenizer: Any = None,
     lengths: Sequence[int] = (1024, 2048, 4096),
     windows: int = 4,
-    form: Form = "logit",
-    refine: bool = False,
+    form: Form = "table",
+    refine: bool = True,
     seed: int = 0,
     state: str | Path | None = None,
     show_progress: bool = True,
@@ -137,8 +139,9 @@ def calibrate(
     all those that a query block sees. Blocks that a method always keeps count too, so that short sequences may not
     reach a high target.
 
-    The model reads each window once, dense. What was found is a field of the methods in the configuration, so that
-    saving keeps it, and :meth:`SparsityConfig.with_target` changes the target without measuring again.
+    The model reads each window once dense, and three times sparse unless ``refine`` is false. What was found is a field
+    of the methods in the configuration, so that saving keeps it, and :meth:`SparsityConfig.with_target` changes the
+    target without measuring again.
 
     Args:
         model: a causal language model that is not sparse; it stays dense.
@@ -150,14 +153,14 @@ def calibrate(
         tokenizer: the model's tokenizer; not needed for token ids.
         lengths: tokens of a window; include the longest that the model will be used with.
         windows: windows of each text at each length.
-        form: how the knob follows from the target. ``"logit"`` has four coefficients (:class:`LogitFit`);
-            ``"exponential"`` is Model-Optimizer's ``threshold = a * exp(b * target) / length``, for skip_softmax and
-            flash_prefill alone, and less exact where lengths differ.
+        form: how the knob follows from the target. ``"table"`` holds the knob at some lengths and targets
+            (:class:`TableFit`); ``"exponential"`` is Model-Optimizer's ``threshold = a * exp(b * target) / length``,
+            for skip_softmax and flash_prefill alone, and less exact where lengths differ.
         refine: whether to read each window three times more, with the model sparse as a first fit says for targets of
-            0.3, 0.5 and 0.7, and to fit again near these. Sparse layers change the scores of the layers above, which
-            matters for skip_softmax at high targets.
+            0.3, 0.5 and 0.7, and to correct the fit by what is skipped then. Sparse layers change the scores of the
+            layers above, which matters most for skip_softmax at high targets.
         seed: of the choice of documents, and of the generated samples.
-        state: a file that keeps what was measured, a line for each window; the same call goes on there after an
+        state: a file that keeps what was measured, a line for each window; the same call continues after an
             interruption.
         show_progress: whether to draw a bar on the terminal.
 
@@ -178,21 +181,21 @@ def calibrate(
         if form == "exponential" and method.knob.scale != "log":
             raise ConfigError(f"form: 'exponential' is not allowed for {method.method} (sparse_cfg.{pattern})")
     tokens = read_windows(data, model, tokenizer, lengths, windows, seed)
-    header = {"kind": "calibration", "config": config.model_dump(mode="json"), "model": describe_model(model)}
+    header = {
+        "kind": "calibration",
+        "config": config.model_dump(mode="json"),
+        "values": {pattern: method.knob.values for pattern, method in methods.items()},
+        "model": describe_model(model),
+    }
     journal = Journal(state, header)
-    lengths_read = sorted({window.numel() for window in tokens})
     read = partial(_read, model, config, methods, tokens, journal)
     try:
         with progress_bar(show_progress, len(tokens) * (1 + len(REFINED) * refine)) as step:
             tables = read(None, step)
-            points = {pattern: table.points() for pattern, table in tables.items()}
-            result = _conclude(config, tables, points, target, lengths_read, form)
+            result = _conclude(config, tables, {}, target, form)
             if refine:
-                points = {pattern: [] for pattern in tables}
-                for near in REFINED:
-                    for pattern, table in read(_retargeted(result.config, near), step).items():
-                        points[pattern] += [x for x in table.points() if abs(x.sparsity - near) <= NEAR]
-                result = _conclude(config, tables, points, target, lengths_read, form)
+                sparse = {near: read(_retargeted(result.config, near), step) for near in REFINED}
+                result = _conclude(config, tables, sparse, target, form)
     finally:
         unsparsify(model)
     for warning in result.warnings:
@@ -226,6 +229,8 @@ def _read(
     for window in tokens:
         step(f"{window.numel()} tokens")
         measured = journal.get(prefix + digest(window), partial(_measure, model, counters, window))
+        for table in tables.values():
+            table.begin(window.numel())
         for layer, counts in measured.items():
             tables[counts["pattern"]].add(layer, counts)
     return tables
@@ -313,24 +318,45 @@ def _measure(model: nn.Module, counters: Mapping[Any, _Counter], window: Tensor)
     return {counter.layer: counter.take() for counter in counters.values()}
 
 
-class _Tables:
-    """The counts of one pattern, over all windows.
+@dataclass
+class _Counts:
+    """The counts of one window, or of several.
 
     Attributes:
         seen: blocks that are seen by query blocks that see ``n`` of them, by ``n``.
-        visited: those of them that each value visits, ``[values, n]``.
+        visited: those of them that each value of the knob visits, ``[values, n]``.
+    """
+
+    seen: Tensor
+    visited: Tensor
+
+    def add(self, seen: Tensor, visited: Tensor) -> None:
+        self.seen, self.visited = _sum_padded(self.seen, seen), _sum_padded(self.visited, visited)
+
+
+class _Tables:
+    """The counts of one pattern in all windows.
+
+    Attributes:
+        windows: the counts of each window over all layers.
+        lengths: how many tokens each of them has.
     """
 
     def __init__(self, pattern: str, method: CalibratedMethod, entry: Any) -> None:
         self.pattern, self.method, self.entry = pattern, method, entry
-        self.seen = torch.zeros(1, dtype=torch.float64)
-        self.visited = torch.zeros(len(method.knob.values), 1, dtype=torch.float64)
+        self.windows: list[_Counts] = []
+        self.lengths: list[int] = []
         self._groups: dict[str, tuple[int, Tensor]] = {}
+        self._scale = torch.tensor([method.knob.transform(x) for x in method.knob.values], dtype=torch.float64)
+
+    def begin(self, length: int) -> None:
+        """Begin a window."""
+        self.windows.append(_Counts(torch.zeros(1).double(), torch.zeros(len(self._scale), 1).double()))
+        self.lengths.append(length)
 
     def add(self, layer: str, counts: Mapping[str, Any]) -> None:
-        """Add the counts of one layer in one window."""
-        seen, visited = torch.tensor(counts["seen"]).double(), torch.tensor(counts["visited"]).double()
-        self.seen, self.visited = _sum_padded(self.seen, seen), _sum_padded(self.visited, visited)
+        """Add the counts of one layer in the window that was begun last."""
+        self.windows[-1].add(torch.tensor(counts["seen"]).double(), torch.tensor(counts["visited"]).double())
         before, groups = self._groups.get(layer, (0, torch.zeros(())))
         self._groups[layer] = (before + counts["seen_by_group"], groups + torch.tensor(counts["groups"]).double())
 
@@ -342,31 +368,57 @@ class _Tables:
             for group, row in enumerate(rows)
         ]
 
-    def reach(self, length: int) -> Reach:
-        """Return the least and the largest sparsity that sequences of a length had."""
-        blocks = -(-length // self.method.block_size)
-        weight = torch.arange(min(blocks + 1, len(self.seen))).double() * (self.seen > 0)[: blocks + 1]
-        share = 1 - self.visited[:, : blocks + 1] / self.seen[: blocks + 1].clamp(min=1)
-        found = (share * weight).sum(-1) / weight.sum()
-        return Reach(self.pattern, length, found.min().item(), found.max().item())
+    def reach(self) -> list[Reach]:
+        """Return for each length the least and the largest sparsity that windows of this length had."""
+        found = []
+        for length in sorted(set(self.lengths)):
+            windows = [x for x, tokens in zip(self.windows, self.lengths, strict=True) if tokens == length]
+            seen, visited = sum(x.seen.sum() for x in windows), sum(x.visited.sum(1) for x in windows)
+            shares = 1 - torch.as_tensor(visited / seen)
+            found.append(Reach(self.pattern, length, shares.min().item(), shares.max().item()))
+        return found
+
+    def shares(self) -> list[tuple[float, Tensor]]:
+        """Return for some ranges of lengths their mean, and the sparsity at each value of the knob."""
+        whole = _Counts(torch.zeros(1).double(), torch.zeros(len(self._scale), 1).double())
+        for window in self.windows:
+            whole.add(window.seen, window.visited)
+        size, numbers, found = self.method.block_size, torch.arange(len(whole.seen)), []
+        for low, high in pairwise(FEWEST_BLOCKS * 2**i for i in range(32)):
+            number = numbers[low + 1 : high + 1]
+            seen = whole.seen[number]
+            if seen.sum() > 0:
+                length = size * math.exp(float((seen * number.log()).sum() / seen.sum()))
+                found.append((length, 1 - whole.visited[:, number].sum(-1) / seen.sum()))
+        return found
 
     def points(self) -> list[_Point]:
-        """Return the points of a fit: for each value of the knob and some ranges of lengths the sparsity there was."""
-        size, last, found = self.method.block_size, int(self.seen.nonzero().max()), []
-        edges = [FEWEST_BLOCKS]
-        while edges[-1] <= last:
-            edges.append(max(edges[-1] + 1, round(edges[-1] * math.sqrt(2))))
-        for low, high in pairwise(edges):
-            number = torch.arange(low, min(high, last + 1))
-            seen = self.seen[number]
-            if not seen.sum():
-                continue
-            length = size * math.exp(float((seen * number.log()).sum() / seen.sum()))
-            shares = 1 - self.visited[:, number].sum(-1) / seen.sum()
-            found += [
-                _Point(length, share, x) for share, x in zip(shares.tolist(), self.method.knob.values, strict=True)
-            ]
+        """Return what the exponential form is fitted to."""
+        values = self.method.knob.values
+        found = [_Point(n, s, x) for n, shares in self.shares() for s, x in zip(shares.tolist(), values, strict=True)]
         return [point for point in found if FITTED[0] < point.sparsity < FITTED[1]]
+
+    def knob_at(self, shares: Tensor, target: float) -> float:
+        """Return the knob, on its scale, at which a target is skipped; the nearest value if none skips so much."""
+        falls = bool(shares[0] > shares[-1])
+        shares, scale = (shares.flip(0), self._scale.flip(0)) if falls else (shares, self._scale)
+        return _interpolated(target, shares, scale)
+
+    def clipped(self, knob: float) -> float:
+        """Return a number on the knob's scale that lies between those of the values that were tried."""
+        return min(max(knob, self._scale.min().item()), self._scale.max().item())
+
+    def skipped(self, window: _Counts, method: CalibratedMethod) -> float:
+        """Return what a calibrated method skips of a window."""
+        curve = method.knob_curve()
+        assert curve is not None
+        number = window.seen.nonzero().flatten()
+        order = self._scale.argsort()
+        shares = (window.visited[:, number] / window.seen[number])[order]
+        knobs = curve.at(number * self.method.block_size).tolist()
+        kept = [_interpolated(x, self._scale[order], shares[:, i]) for i, x in enumerate(knobs)]
+        seen = window.seen[number]
+        return 1 - float((torch.tensor(kept).double() * seen).sum() / seen.sum())
 
 
 @dataclass(frozen=True)
@@ -374,6 +426,15 @@ class _Point:
     length: float
     sparsity: float
     knob: float
+
+
+def _interpolated(x: float, xs: Tensor, ys: Tensor) -> float:
+    """Return what lies at ``x`` on the line through points whose ``xs`` do not fall; outside, at the nearest point."""
+    x = min(max(x, xs[0].item()), xs[-1].item())
+    after = min(max(1, int(torch.searchsorted(xs, x, right=bool(x <= xs[0])))), len(xs) - 1)
+    (low, high), (start, end) = xs[after - 1 : after + 1].tolist(), ys[after - 1 : after + 1].tolist()
+    share = (x - low) / (high - low) if high > low else 0.0
+    return float(start + (end - start) * share)
 
 
 def _sum_padded(a: Tensor, b: Tensor) -> Tensor:
@@ -386,90 +447,110 @@ def _sum_padded(a: Tensor, b: Tensor) -> Tensor:
 def _conclude(
     config: SparsityConfig,
     tables: Mapping[str, _Tables],
-    points: Mapping[str, Sequence[_Point]],
+    sparse: Mapping[float, Mapping[str, _Tables]],
     target: float,
-    lengths: Sequence[int],
     form: Form,
 ) -> CalibrationResult:
+    """Fit each pattern.
+
+    Args:
+        config: what is calibrated.
+        tables: what the dense model counted, by pattern.
+        sparse: what the model counted that was sparse with a target, if there is any.
+        target: the one that is asked for.
+        form: of the fit.
+    """
     entries: dict[str, Any] = dict(config.sparse_cfg)
-    warnings, reach = [], []
+    warnings, reached = [], []
     for pattern, table in tables.items():
-        method = table.method
-        fit = _fit(table, points[pattern], form)
-        content = {**method.model_dump(), "calibration": Calibration(prefill=fit), "target_sparsity": target}
-        entries[pattern] = _replaced(table.entry, method, type(method)(**content))
-        for length in lengths:
-            here = table.reach(length)
-            reach.append(here)
+        refined = {near: found[pattern] for near, found in sparse.items()}
+        fit = _exponential_fit(table, refined) if form == "exponential" else _table_fit(table, refined)
+        method = _calibrated_as(table, fit, target)
+        errors = [
+            table.skipped(window, _calibrated_as(table, fit, near)) - near
+            for near in REFINED
+            for window in refined.get(near, table).windows
+        ]
+        fit = fit.model_copy(update={"error": round(math.sqrt(sum(x * x for x in errors) / len(errors)), 6)})
+        entries[pattern] = _replaced(table.entry, table.method, _calibrated_as(table, fit, target))
+        for here in table.reach():
+            reached.append(here)
             if not here.lowest <= target <= here.highest:
                 warnings.append(
                     f"sparse_cfg.{pattern} ({method.method}): the target {target:g} lies outside of "
-                    f"{here.lowest:.2f} to {here.highest:.2f}, which was seen at {length} tokens"
+                    f"{here.lowest:.2f} to {here.highest:.2f}, which was seen at {here.length} tokens"
                 )
     groups = [group for table in tables.values() for group in table.groups()]
     values = {pattern: table.method.knob.values for pattern, table in tables.items()}
-    return CalibrationResult(SparsityConfig(sparse_cfg=entries), values, groups, reach, warnings)
+    return CalibrationResult(SparsityConfig(sparse_cfg=entries), values, groups, reached, warnings)
 
 
-def _fit_of(method: CalibratedMethod) -> ExponentialFit | LogitFit:
+def _calibrated_as(table: _Tables, fit: ExponentialFit | TableFit, target: float) -> CalibratedMethod:
+    """Return the method of a pattern with a fit and a target."""
+    method = table.method
+    content = {**method.model_dump(), "calibration": Calibration(prefill=fit), "target_sparsity": target}
+    return type(method)(**content)
+
+
+def _fit_of(method: CalibratedMethod) -> ExponentialFit | TableFit:
     assert method.calibration is not None
     return method.calibration.prefill
 
 
-def _fit(table: _Tables, points: Sequence[_Point], form: Form) -> ExponentialFit | LogitFit:
-    """Fit the knob of one pattern by least squares on its scale.
+def _table_fit(table: _Tables, refined: Mapping[float, _Tables]) -> TableFit:
+    """Find the knob for each length and target; what is skipped by a sparse model corrects it."""
+    shares, knob = table.shares(), table.method.knob
+    seen = _seen(table, [share for _, row in shares for share in row.tolist()])
+    knobs = [[table.knob_at(row, target) for target in TARGETS] for _, row in shares]
+    if refined:
+        nearest = [min(refined, key=lambda near: abs(near - target)) for target in TARGETS]
+        found = {near: counts.shares() for near, counts in refined.items()}
+        for i, row in enumerate(knobs):
+            change = {
+                near: table.knob_at(found[near][i][1], near) - table.knob_at(shares[i][1], near) for near in refined
+            }
+            knobs[i] = [table.clipped(x + change[near]) for x, near in zip(row, nearest, strict=True)]
+    values = [knob.inverse(torch.tensor(row, dtype=torch.float64)).tolist() for row in knobs]
+    return TableFit(
+        form="table",
+        lengths=tuple(round(length, 1) for length, _ in shares),
+        targets=TARGETS,
+        knobs=tuple(tuple(float(f"{x:.9g}") for x in row) for row in values),
+        **seen,
+    )
+
+
+def _exponential_fit(table: _Tables, refined: Mapping[float, _Tables]) -> ExponentialFit:
+    """Fit by least squares on the logarithm of the knob."""
+    points = table.points()
+    if refined:
+        points = [x for near, found in refined.items() for x in found.points() if abs(x.sparsity - near) <= NEAR]
+    seen = _seen(table, [point.sparsity for point in points])
+    rows = torch.tensor([[1.0, point.sparsity] for point in points], dtype=torch.float64)
+    goals = torch.tensor([[math.log(point.knob * point.length)] for point in points], dtype=torch.float64)
+    log_a, b = torch.linalg.lstsq(rows, goals).solution[:, 0].tolist()
+    if b <= 0:
+        raise ConfigError(
+            f"{_where(table)}: cannot be fitted; the sparsity does not grow with {table.method.knob.field}"
+        )
+    # More digits are noise, and long to read.
+    return ExponentialFit(form="exponential", a=float(f"{math.exp(log_a):.7g}"), b=float(f"{b:.7g}"), **seen)
+
+
+def _where(table: _Tables) -> str:
+    return f"sparse_cfg.{table.pattern} ({table.method.method})"
+
+
+def _seen(table: _Tables, shares: Sequence[float]) -> dict[str, Any]:
+    """Return the range of some sparsities, as a fit holds it.
 
     Raises:
-        ConfigError: if there are too few points, or sparsity does not grow with the knob.
+        ConfigError: if they say too little.
     """
-    knob = table.method.knob
-    where = f"sparse_cfg.{table.pattern} ({table.method.method})"
-    if len({point.knob for point in points}) < 3:
+    if len({round(share, 6) for share in shares if FITTED[0] < share < FITTED[1]}) < 3:
         raise ConfigError(
-            f"{where}: cannot be fitted; fewer than three values of {knob.field} gave a sparsity between "
-            f"{FITTED[0]:.0%} and {FITTED[1]:.0%}. Give longer windows, or let the method keep fewer blocks in any case"
+            f"{_where(table)}: cannot be fitted; fewer than three values of {table.method.knob.field} gave a sparsity "
+            f"between {FITTED[0]:.0%} and {FITTED[1]:.0%}. Give longer windows, or let the method keep fewer blocks in "
+            "any case"
         )
-    shares = [point.sparsity for point in points]
-    seen: dict[str, Any] = {"lowest": round(min(shares), 6), "highest": round(max(shares), 6)}
-    if form == "exponential":
-        rows = [[1.0, share] for share in shares]
-        log_a, b = _least_squares(rows, [math.log(point.knob * point.length) for point in points])
-        if b <= 0:
-            raise ConfigError(f"{where}: cannot be fitted; the sparsity does not grow with {knob.field}")
-        predicted = [(math.log(point.knob * point.length) - log_a) / b for point in points]
-        return ExponentialFit(
-            form="exponential", a=float(f"{math.exp(log_a):.7g}"), b=b, error=_error(predicted, shares), **seen
-        )
-    shortest, longest = (round(end(point.length for point in points), 1) for end in (min, max))
-    return _logit_fit(points, knob, where, {**seen, "shortest": shortest, "longest": longest})
-
-
-def _logit_fit(points: Sequence[_Point], knob: Knob, where: str, seen: Mapping[str, Any]) -> LogitFit:
-    logits = [math.log(point.sparsity / (1 - point.sparsity)) for point in points]
-    logs = [math.log(point.length) for point in points]
-    goals = [knob.transform(point.knob) for point in points]
-    # With fewer terms where there are too few lengths for more, or the knob would turn back at one end.
-    for terms in (4, 3, 2):
-        if terms > 2 and len(set(logs)) < terms - 1:
-            continue
-        rows = [[1.0, u, x, u * x][:terms] for u, x in zip(logits, logs, strict=True)]
-        c0, c1, c2, c3 = (*_least_squares(rows, goals), 0.0, 0.0)[:4]
-        slopes = [c1 + c3 * x for x in (min(logs), max(logs))]
-        if slopes[0] * slopes[1] > 0:
-            break
-    else:
-        raise ConfigError(f"{where}: cannot be fitted; the sparsity does not follow {knob.field}")
-    predicted = [1 / (1 + math.exp((c0 + c2 * x - goal) / (c1 + c3 * x))) for x, goal in zip(logs, goals, strict=True)]
-    error = _error(predicted, [point.sparsity for point in points])
-    return LogitFit(form="logit", coefficients=(c0, c1, c2, c3), error=error, **seen)
-
-
-def _least_squares(rows: Sequence[Sequence[float]], goals: Sequence[float]) -> list[float]:
-    matrix, goal = torch.tensor(rows, dtype=torch.float64), torch.tensor(goals, dtype=torch.float64)
-    solution = torch.linalg.lstsq(matrix, goal[:, None]).solution[:, 0].tolist()
-    return [float(f"{x:.7g}") for x in solution]  # more digits are noise, and long to read
-
-
-def _error(predicted: Sequence[float], found: Sequence[float]) -> float:
-    error = math.sqrt(sum((a - b) ** 2 for a, b in zip(predicted, found, strict=True)) / len(found))
-    return round(error, 6)
+    return {"lowest": round(min(shares), 6), "highest": round(max(shares), 6)}

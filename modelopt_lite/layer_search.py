@@ -184,7 +184,7 @@ def search(
         lengths: tokens of a window.
         windows: windows of each text at each length.
         seed: of the choice of documents, and of the generated samples.
-        state: a file that keeps what was measured; the same call goes on there after an interruption.
+        state: a file that keeps what was measured; the same call continues after an interruption.
         show_progress: whether to draw a bar on the terminal.
 
     Raises:

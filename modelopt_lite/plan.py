@@ -9,6 +9,7 @@ import math
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeAlias
 from weakref import WeakValueDictionary
 
@@ -92,27 +93,27 @@ class BlockSelector:
 
 @dataclass(frozen=True)
 class LengthCurve:
-    """A number that follows the length: ``start + slope * ln(length)``, with the length kept between two bounds.
+    """A number that follows the length: linear in ``ln(length)`` between some lengths, constant outside of them.
 
     The length of a query block is the number of key blocks of which any of its queries sees a key, times the size of a
     key block. In causal attention it is about the position of the query block, so that it depends on neither the end of
     the sequence nor on how a prefill is cut into chunks.
 
     Attributes:
-        start: the number at length 1, if the bounds allow it.
-        slope: what it gains when the length grows by a factor of e.
-        shortest: lengths below count as this one, >= 1.
-        longest: lengths above count as this one.
+        lengths: ascending, >= 1.
+        values: the number at each of them.
     """
 
-    start: float
-    slope: float
-    shortest: float = 1.0
-    longest: float = math.inf
+    lengths: tuple[float, ...]
+    values: tuple[float, ...]
 
     def at(self, length: Tensor) -> Tensor:
         """Return the numbers at lengths in tokens, FP64, of the shape of ``length``."""
-        return self.start + self.slope * length.double().clamp(self.shortest, self.longest).log()
+        x = length.double().clamp(min=self.lengths[0]).log()
+        value = 0.0 * x + self.values[0]
+        for (low, high), (start, end) in zip(pairwise(map(math.log, self.lengths)), pairwise(self.values), strict=True):
+            value += (x.clamp(low, high) - low) * ((end - start) / (high - low))
+        return value
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ class SkipRule:
     def log_threshold(self, length: Tensor) -> Tensor:
         """Return ``ln(threshold)`` of query blocks with these lengths in tokens, FP64, of the shape of ``length``."""
         threshold = self.threshold
-        curve = threshold if isinstance(threshold, LengthCurve) else LengthCurve(math.log(threshold), 0.0)
+        curve = threshold if isinstance(threshold, LengthCurve) else LengthCurve((1.0,), (math.log(threshold),))
         return curve.at(length)
 
     def of_decode(self) -> SkipRule:
@@ -212,7 +213,7 @@ class AttentionPlan:
             hook is used where all keys are visible. A tile with any group that may be wrong is computed again with
             ``score_hook``.
 
-        name: what PyTorch's operators take in the place of the plan; :func:`plan_by_name` leads back. The canonical
+        name: what PyTorch's operators take instead of the plan, which :func:`plan_by_name` finds again. The canonical
             configuration of the method that made it, in JSON; of a plan made by hand, a name that only this process
             knows. Not an argument.
         made_by: the class of that method, if the plan was made by a registered one. Not an argument.

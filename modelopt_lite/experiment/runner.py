@@ -54,7 +54,7 @@ def run_experiment(
         config: what to run: an experiment, a mapping, or the path of a YAML, JSON or TOML file.
         progress: told what is being done and how far it is.
         on_records: given all records so far after each that is new.
-        resume: folder of an earlier run of the same experiment, which goes on there: only what is missing or failed is
+        resume: folder of an earlier run of the same experiment, which is continued: only what is missing or failed is
             measured.
         jobs: processes that share the work, each with a GPU of its own if there are any.
         share: which of ``jobs`` shares this process does, into the folder ``resume``; for its processes.

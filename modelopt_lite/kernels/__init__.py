@@ -113,7 +113,7 @@ def attention(
 
     Raises:
         ValueError: if an argument is wrong; the message names it. Starts and lengths are checked value by value on
-            the CPU and by the torch backend; on a GPU the caller vouches for them, as a check would stall it.
+            the CPU and by the torch backend. On a GPU they are not checked, as a check would stall it.
         UnsupportedError: if the backend asked for cannot run these arguments.
     """
     request = _request(

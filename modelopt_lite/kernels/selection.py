@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..plan import AttentionPlan, BlockSelector, SkipRule
 from .blocked import tile_scores
-from .blocks import BlockGrid, GridPart, KeyBlocks, scaled, visible_keys
+from .blocks import BlockGrid, GridPart, KeyBlocks, visible_keys
 from .reference import SequenceBlocks, selected_blocks
 from .request import AttentionRequest
 
@@ -143,21 +143,31 @@ def _skipped(
     margins = torch.stack(
         [rule.log_threshold(lengths).where(~grid.is_single, rule.of_decode().log_threshold(lengths)) for rule in rules]
     ).to(grid.dtype)
-    for number in range(grid.shape[0]):
+    step = _rows_at_a_time(request, grid)
+    for begin in range(0, grid.shape[0], step):
+        rows = slice(begin, min(begin + step, grid.shape[0]))
         if needed is None:
             columns = torch.arange(grid.shape[1], device=request.q.device)
         else:
-            columns = needed[number].nonzero().flatten()
+            columns = needed[rows].any(0).nonzero().flatten()
         if columns.numel():
-            part = GridPart(grid, slice(number, number + 1))
-            row = _Row(request, grid, part, selected[:, number], diagonal[number], number)
-            highest, others = row.maxima(columns)
+            some = _Rows(request, grid, rows, selected[:, rows], diagonal[rows])
+            highest, others = some.maxima(columns)
             is_other = others > -torch.inf
             # Without a reference key every other key matters.
-            excess = (others - highest[..., None]).masked_fill(~is_other, -torch.inf).amax(-2).flatten(0, 1)
-            is_below = excess < margins[:, number, None, None]
-            skipped[:, :, number, columns] = is_below & is_other.any(-2).flatten(0, 1)
+            excess = (others - highest[..., None]).masked_fill(~is_other, -torch.inf).amax(-2)
+            excess = excess.transpose(1, 2).flatten(0, 1)  # [query_heads, rows, columns]
+            is_below = excess < margins[:, None, rows, None]
+            skipped[:, :, rows, columns] = is_below & is_other.any(-2).transpose(1, 2).flatten(0, 1)
     return skipped & selected & ~grid.is_dense()[:, None]
+
+
+def _rows_at_a_time(request: AttentionRequest, grid: BlockGrid) -> int:
+    """Return how many query blocks are looked at together: one where rows or positions of keys differ too much."""
+    if request.q.device.type == "cpu" or request.first_k is not None or request.plan.keep is not None:
+        return 1
+    scores = request.q.shape[1] * grid.block_rows * grid.shape[1] * grid.block_size
+    return max(1, tile_scores(request.q.device) // scores)
 
 
 def _may_be_exempt(grid: BlockGrid, plan: AttentionPlan) -> Tensor:
@@ -167,32 +177,29 @@ def _may_be_exempt(grid: BlockGrid, plan: AttentionPlan) -> Tensor:
     return (low_k < plan.num_sink_tokens) | is_recent
 
 
-class _Row:
-    """One query block with all keys that it may see.
+class _Rows:
+    """Some query blocks with all keys that they may see.
+
+    They are of any sequences, whose keys begin at the same position if there are several blocks.
 
     Attributes:
-        query: ``[kv_heads, repeat, block_rows, head_dim]``.
-        q_pos: ``[block_rows, 1]``.
-        is_query: which of them the call has, ``[block_rows, 1]``.
-        selected: which key blocks the selector keeps, ``[kv_heads, repeat, 1, key_blocks]``.
-        diagonal: which key blocks are diagonal ones, ``[key_blocks]``.
+        part: which query blocks.
+        query: ``[rows, kv_heads, repeat, block_rows, head_dim]``.
+        q_pos: ``[rows, block_rows, 1]``.
+        is_query: which of them the call has, ``[rows, block_rows, 1]``.
+        selected: which key blocks the selector keeps, ``[kv_heads, rows, repeat, 1, key_blocks]``.
+        diagonal: which key blocks are diagonal ones, ``[rows, key_blocks]``.
     """
 
     def __init__(
-        self,
-        request: AttentionRequest,
-        grid: BlockGrid,
-        part: GridPart,
-        selected: Tensor,
-        diagonal: Tensor,
-        number: int,
+        self, request: AttentionRequest, grid: BlockGrid, rows: slice, selected: Tensor, diagonal: Tensor
     ) -> None:
-        self.request, self.grid = request, grid
-        self.query = part.queries()[0]
-        self.sequence = grid.sequence[number : number + 1]  # a number by itself would be read from the device
-        self.q_pos = (grid.origin_q[number] + torch.arange(grid.block_rows, device=selected.device))[:, None]
-        self.is_query = (self.q_pos >= grid.low_q[number]) & (self.q_pos <= grid.high_q[number])
-        self.selected = selected.unflatten(0, self.query.shape[:2])[:, :, None]
+        self.request, self.grid, self.part = request, grid, GridPart(grid, rows)
+        self.query = self.part.queries()
+        self.sequence = grid.sequence[rows]
+        self.q_pos = (grid.origin_q[rows, None] + torch.arange(grid.block_rows, device=selected.device))[..., None]
+        self.is_query = (self.q_pos >= grid.low_q[rows, None, None]) & (self.q_pos <= grid.high_q[rows, None, None])
+        self.selected = selected.unflatten(0, self.query.shape[1:3]).transpose(1, 2)[..., None, :]
         self.diagonal = diagonal
 
     def maxima(self, columns: Tensor) -> tuple[Tensor, Tensor]:
@@ -202,36 +209,42 @@ class _Row:
             columns: the key blocks to look at.
 
         Returns:
-            ``[kv_heads, repeat, block_rows]`` and ``[kv_heads, repeat, block_rows, columns]``.
+            ``[kv_heads, rows, repeat, block_rows]`` and ``[kv_heads, rows, repeat, block_rows, columns]``.
         """
-        size = self.grid.block_size
-        highest, others = self.query.new_full(self.query.shape[:3], -torch.inf), []
-        for few in columns.split(max(1, tile_scores(columns.device) // (self.query.shape[:3].numel() * size))):
+        size, (rows, kv_heads, repeat, queries, _) = self.grid.block_size, self.query.shape
+        highest, others = self.query.new_full((kv_heads, rows, repeat, queries), -torch.inf), []
+        for few in columns.split(max(1, tile_scores(columns.device) // (highest.numel() * size))):
             scores, kept, exempt = self._scores(few)
-            is_reference = kept & (exempt | self.diagonal[few].repeat_interleave(size))
+            is_diagonal = self.diagonal[:, few].repeat_interleave(size, -1)[:, None, None]
+            is_reference = kept & (exempt | is_diagonal)
             highest = highest.maximum(scores.masked_fill(~is_reference, -torch.inf).amax(-1))
             scores = scores.masked_fill_(~kept | is_reference, -torch.inf)
             others.append(scores.unflatten(-1, (-1, size)).amax(-1))
         return highest, torch.cat(others, -1)
 
     def _scores(self, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the scores with some key blocks, which of these are kept so far, and which keys are exempt."""
+        """Return the scores with some key blocks, which of these are kept so far, and which keys are exempt.
+
+        They are ``[kv_heads, rows, repeat, block_rows, keys]`` or can be expanded to it.
+        """
         grid, request, plan = self.grid, self.request, self.request.plan
         size = grid.block_size
-        k_pos = (grid.origin_k[self.sequence][0, columns, None] + torch.arange(size, device=columns.device)).flatten()
-        key = request.k[(grid.row_k[self.sequence] + k_pos).clamp(0, request.k.shape[0] - 1)].to(grid.dtype)
-        scores = torch.bmm(self.query.flatten(1, 2), key.permute(1, 2, 0)).unflatten(1, self.query.shape[1:3])
-        low, high = grid.low_k[self.sequence].amin(), grid.high_k[self.sequence].amax()
-        visible = self.is_query & (k_pos >= low) & (k_pos <= high) & visible_keys(request, self.q_pos, k_pos)
-        scores = scaled(scores, request).masked_fill_(~visible, -torch.inf)
+        sequence = self.sequence[:1] if grid.starts.shape[0] == 1 else self.sequence  # whose keys are gathered
+        k_pos = (grid.origin_k[sequence[:1]][0, columns, None] + torch.arange(size, device=columns.device)).flatten()
+        key = request.k[(grid.row_k[sequence, None] + k_pos).clamp(0, request.k.shape[0] - 1)].to(grid.dtype)
+        scores = self.part.scores(self.query, key).transpose(0, 1)
+        low, high = grid.low_k[self.sequence].amin(1), grid.high_k[self.sequence].amax(1)
+        visible = self.is_query & (k_pos >= low[:, None, None]) & (k_pos <= high[:, None, None])
+        visible = (visible & visible_keys(request, self.q_pos, k_pos))[:, None]
+        scores = scores.masked_fill_(~visible, -torch.inf)
         kept = visible & self.selected[..., columns].repeat_interleave(size, -1)
-        if plan.keep is not None:
+        if plan.keep is not None:  # then there is one query block
             groups = (
-                scores.unflatten(-1, (-1, plan.group)),
-                self.q_pos[..., None],
+                scores.squeeze(1).unflatten(-1, (-1, plan.group)),
+                self.q_pos[0, ..., None],
                 k_pos.unflatten(0, (-1, plan.group)),
             )
-            kept = kept & plan.keep(*groups).flatten(-2)
-        behind = self.q_pos - k_pos
+            kept = kept & plan.keep(*groups).flatten(-2)[:, None]
+        behind = (self.q_pos - k_pos)[:, None]
         exempt = visible & ((k_pos < plan.num_sink_tokens) | ((behind >= 0) & (behind < plan.dense_window_size)))
         return scores, kept | exempt, exempt

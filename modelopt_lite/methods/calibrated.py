@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 import torch
@@ -16,6 +17,10 @@ from ..schema import ConfigModel
 from .blocks import GridMethod
 
 Scale: TypeAlias = Literal["log", "loglog", "linear"]
+Row: TypeAlias = Annotated[tuple[float, ...], Field(strict=False)]
+
+LONGEST = 2.0**40
+"""Up to this length the exponential form is followed."""
 
 _TRANSFORMS: dict[Scale, Callable[[float], float]] = {
     "log": math.log,
@@ -57,17 +62,20 @@ class Knob:
 class Fit(ConfigModel):
     """What a calibration found: how the knob follows from a target sparsity and the length."""
 
-    lowest: float | None = Field(default=None, ge=0, le=1, description="least sparsity among the points of the fit")
-    highest: float | None = Field(default=None, ge=0, le=1, description="largest sparsity among the points of the fit")
+    lowest: float | None = Field(default=None, ge=0, le=1, description="least sparsity that values of the knob gave")
+    highest: float | None = Field(default=None, ge=0, le=1, description="largest sparsity that values of the knob gave")
     error: float | None = Field(
-        default=None, ge=0, description="root mean square of the points' sparsity from what the fit says"
+        default=None,
+        ge=0,
+        description="root mean square of the difference between the target and what single windows skip with the fit",
     )
 
-    def curve(self, target: float) -> LengthCurve:
+    def curve(self, target: float, knob: Knob) -> LengthCurve:
         """Return the knob, on its scale, by length.
 
         Args:
-            target: share of the blocks that are to be skipped, > 0 and < 1.
+            target: share of the blocks that is to be skipped, > 0 and < 1.
+            knob: which one it is.
         """
         raise NotImplementedError
 
@@ -79,32 +87,46 @@ class ExponentialFit(Fit):
     a: float = Field(gt=0, description="the knob times the length at target 0")
     b: float = Field(gt=0, description="growth of its logarithm with the target")
 
-    def curve(self, target: float) -> LengthCurve:
+    def curve(self, target: float, knob: Knob) -> LengthCurve:
         """Return the logarithm of the knob by length."""
-        return LengthCurve(math.log(self.a) + self.b * target, -1.0)
+        start = math.log(self.a) + self.b * target
+        return LengthCurve((1.0, LONGEST), (start, start - math.log(LONGEST)))
 
 
-class LogitFit(Fit):
-    """``g(knob) = c0 + c1 * u + c2 * x + c3 * u * x`` with ``u = ln(target / (1 - target))`` and ``x = ln(length)``.
+class TableFit(Fit):
+    """The knob at some lengths and targets. Between them it is interpolated on its scale, and along ``ln(length)``.
 
-    ``g`` is the logarithm for the ``threshold`` of skip_softmax and the ``alpha`` of flash_prefill, ``ln(-ln(x))`` for
-    the ``threshold`` of xattention, and the number itself for the ``keep`` of mean_pool_top_k. Lengths outside of
-    ``shortest`` to ``longest`` count as these, so that nothing is extrapolated.
+    Lengths and targets outside of the table count as those at its edge, so that nothing is extrapolated.
     """
 
-    form: Literal["logit"] = Field(description="always logit")
-    coefficients: tuple[float, float, float, float] = Field(strict=False, description="c0, c1, c2, c3")
-    shortest: float = Field(ge=1, description="shortest length of the fit, in tokens")
-    longest: float = Field(ge=1, description="longest length of the fit, in tokens")
+    form: Literal["table"] = Field(description="always table")
+    lengths: Row = Field(description="lengths in tokens, ascending")
+    targets: Row = Field(description="shares of blocks that are skipped, ascending")
+    knobs: Annotated[tuple[Row, ...], Field(strict=False)] = Field(
+        description="for each length the knob at each target"
+    )
 
-    def curve(self, target: float) -> LengthCurve:
+    @model_validator(mode="after")
+    def _shape(self) -> TableFit:
+        for name, row in (("lengths", self.lengths), ("targets", self.targets)):
+            if not row or any(low >= high for low, high in pairwise(row)):
+                raise ValueError(f"Input should have {name} that ascend")
+        if self.lengths[0] < 1 or [len(row) for row in self.knobs] != [len(self.targets)] * len(self.lengths):
+            raise ValueError("Input should have lengths >= 1, and in knobs a number for each length and target")
+        return self
+
+    def curve(self, target: float, knob: Knob) -> LengthCurve:
         """Return the knob on its scale by length."""
-        c0, c1, c2, c3 = self.coefficients
-        u = math.log(target / (1 - target))
-        return LengthCurve(c0 + c1 * u, c2 + c3 * u, self.shortest, self.longest)
+        targets = self.targets
+        target = min(max(target, targets[0]), targets[-1])
+        after = next(i for i, x in enumerate(targets) if target <= x)
+        before = max(0, after - 1)
+        share = (target - targets[before]) / (targets[after] - targets[before]) if after else 0.0
+        rows = [[knob.transform(row[i]) for i in (before, after)] for row in self.knobs]
+        return LengthCurve(self.lengths, tuple(low + (high - low) * share for low, high in rows))
 
 
-AnyFit: TypeAlias = Annotated[ExponentialFit | LogitFit, Field(discriminator="form")]
+AnyFit: TypeAlias = Annotated[ExponentialFit | TableFit, Field(discriminator="form")]
 
 
 class Calibration(ConfigModel):
@@ -140,15 +162,19 @@ class CalibratedMethod(GridMethod):
             )
         if self.calibration is not None and self.calibration.prefill.form == "exponential" and self.knob.scale != "log":
             raise ValueError(
-                f"Input should have a calibration of the form 'logit', as {self.knob.field} has no logarithmic scale"
+                f"Input should have a calibration of the form 'table', as {self.knob.field} has no logarithmic scale"
             )
+        try:
+            self.knob_curve()
+        except ValueError:
+            raise ValueError(f"Input should have values of {self.knob.field} as calibration.prefill.knobs") from None
         return self
 
     def knob_curve(self) -> LengthCurve | None:
         """Return the knob on its scale by length, None without a calibration."""
         if self.calibration is None or self.target_sparsity is None:
             return None
-        return self.calibration.prefill.curve(self.target_sparsity)
+        return self.calibration.prefill.curve(self.target_sparsity, self.knob)
 
     def knob_of(self, seen: Tensor, dtype: torch.dtype) -> float | Tensor:
         """Return the knob of query blocks.

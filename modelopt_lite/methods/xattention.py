@@ -32,7 +32,9 @@ class XAttention(BlockMethod, CalibratedMethod):
     """
 
     knob: ClassVar[Knob] = Knob(
-        "threshold", "loglog", (0.02, *(0.05 * i for i in range(1, 20)), 0.98, 0.99, 0.995, 0.998, 0.999)
+        "threshold",
+        "loglog",
+        (0.02, *(0.05 * i for i in range(1, 20)), 0.98, 0.99, 0.995, 0.998, 0.999, 0.9997, 0.9999, 0.99999),
     )
 
     method: Literal["xattention"] = Field(default="xattention", description="the method's name")

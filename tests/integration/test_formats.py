@@ -185,7 +185,7 @@ def test_misplaced_content_is_refused(folder, tmp_path):
         mtsa.from_pretrained(with_metadata(folder, tmp_path / "model", content))
 
 
-LOGIT = {"form": "logit", "coefficients": (0.1, 0.2, 0.3, 0.4), "shortest": 64.0, "longest": 4096.0}
+TABLE = {"form": "table", "lengths": (64.0, 4096.0), "targets": (0.1, 0.9), "knobs": ((0.1, 1.0), (0.01, 0.1))}
 CANNOT_BE_SAID = [
     ({"*": {"method": "mean_pool_top_k"}}, f"{FIRST}: mean_pool_top_k cannot be exported"),
     ({"*": "2:4", "*.1.*": "1:4"}, rf"{SECOND}: sparse_softmax\.sparsity_n: 1 cannot .* not that of {FIRST}"),
@@ -193,7 +193,7 @@ CANNOT_BE_SAID = [
     ({"*": "2:4", "*.0.*": {**NM, "enable": False}}, f"{FIRST}: is not sparse_softmax as {SECOND} is"),
     ({"*": {"method": "skip_softmax"}}, f'{FIRST}: skip_softmax cannot .* without a calibration .*form="exponential"'),
     (
-        {"*": mtsa.SkipSoftmax(target_sparsity=0.5, calibration={"prefill": LOGIT})},
+        {"*": mtsa.SkipSoftmax(target_sparsity=0.5, calibration={"prefill": TABLE})},
         f"{FIRST}: skip_softmax cannot be exported without a calibration of the form",
     ),
     (

@@ -4,10 +4,10 @@ import pytest
 import torch
 from cases import packed_request
 
-from modelopt_lite.kernels import block_launch, block_scores
+from modelopt_lite.kernels import block_launch, block_scores, request_statistics, statistics
 from modelopt_lite.kernels.blocks import BlockGrid, KeyBlocks
 from modelopt_lite.kernels.selection import select_blocks
-from modelopt_lite.methods import FlashPrefill, MeanPoolTopK, XAttention
+from modelopt_lite.methods import FlashPrefill, MeanPoolTopK, SinkWindow, XAttention
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")]
 
@@ -81,3 +81,23 @@ def test_selection_does_not_wait_for_the_gpu(method, monkeypatch):
     monkeypatch.setattr(block_launch, "refusal", lambda grid: "this test compares with PyTorch operations")
     by_torch = select_blocks(request).mask()
     assert (found.mask() != by_torch).float().mean() < 0.01  # near ties alone
+
+
+@pytest.mark.parametrize(
+    "method", [MeanPoolTopK(dense_window_size=70, num_sink_tokens=3), SinkWindow(dense_window_size=70)]
+)
+def test_statistics(method, monkeypatch):
+    """Those from two softmax denominators are those from all scores, and take no wait for the GPU."""
+    request = packed_request(
+        heads=(4, 2), dims=(128, 128), dtype=torch.bfloat16, exact=False, plan=method.shared_plan()
+    )
+    request_statistics(request)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = request_statistics(request)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    monkeypatch.setattr(statistics, "_suits_kernels", lambda request: False)
+    for name, x in request_statistics(request)._asdict().items():
+        torch.testing.assert_close(getattr(found, name), x, rtol=1e-4, atol=1e-4, msg=name)

@@ -433,3 +433,13 @@ def test_statistics_by_denominators(plan, data):
         found = request_statistics(request)
     for name, x in found._asdict().items():
         torch.testing.assert_close(x, getattr(expected, name), rtol=1e-5, atol=1e-5, msg=name)
+
+
+@given(selectors().flatmap(skipping).flatmap(lambda plan: requests(plan=plan)), st.integers(2, 5))
+@few_cases
+def test_several_query_blocks_at_a_time_skip_alike(request, step):
+    assume(request.first_k is None and request.plan.keep is None)
+    expected = select_blocks(request).mask()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("modelopt_lite.kernels.selection._rows_at_a_time", lambda *_: step)
+        assert torch.equal(select_blocks(request).mask(), expected)

@@ -12,12 +12,12 @@ from typer.testing import CliRunner
 
 import modelopt_lite as mtsa
 from modelopt_lite import calibration, cli
-from modelopt_lite.calibration import _fit, _Tables
+from modelopt_lite.calibration import TARGETS, _exponential_fit, _table_fit, _Tables
 from modelopt_lite.kernels import visited_blocks
 from modelopt_lite.kernels.blocks import BlockGrid
 from modelopt_lite.kernels.request import AttentionRequest
 from modelopt_lite.kernels.selection import chosen_blocks
-from modelopt_lite.methods.calibrated import Calibration, ExponentialFit, LogitFit
+from modelopt_lite.methods.calibrated import Calibration, ExponentialFit, TableFit
 
 GRID = {"block_size": 16, "block_rows": 16}
 # Random weights see far and near alike, so that it takes many sinks as references before anything can be skipped.
@@ -28,7 +28,13 @@ METHODS = {
     "xattention": {"method": "xattention", **GRID},
     "mean_pool_top_k": {"method": "mean_pool_top_k", "per_kv_head": True, **GRID},
 }
-LOGIT = {"form": "logit", "coefficients": [-1.0, 0.8, -0.3, 0.1], "shortest": 64.0, "longest": 1024.0}
+KNOBS = {
+    "flash_prefill": [[0.3, 0.8], [0.4, 0.9]],
+    "xattention": [[0.9, 0.3], [0.95, 0.4]],
+    "skip_softmax": [[0.5, 2.0], [0.1, 0.8]],
+    "mean_pool_top_k": [[0.8, 0.3], [0.7, 0.2]],
+}
+TABLE = {"form": "table", "lengths": [64.0, 1024.0], "targets": [0.2, 0.6], "knobs": KNOBS["skip_softmax"]}
 EXPONENTIAL = {"form": "exponential", "a": 9.0, "b": 6.0}
 
 
@@ -47,12 +53,12 @@ def windows(*lengths):
     return [torch.randint(0, 256, (length,), generator=generator) for length in lengths]
 
 
-def calibrate(model, config, data, target=0.5, **options):
-    return mtsa.calibrate(model, config, data, target=target, show_progress=False, **options)
+def calibrate(model, config, data, target=0.5, refine=False, **options):
+    return mtsa.calibrate(model, config, data, target=target, refine=refine, show_progress=False, **options)
 
 
-def coefficients(config):
-    return config.sparse_cfg["*"].calibration.prefill.coefficients
+def knobs(config):
+    return torch.tensor(config.sparse_cfg["*"].calibration.prefill.knobs)
 
 
 def packed_request(plan, lengths_q=(200, 33, 0, 1), lengths_k=(200, 90, 5, 40)):
@@ -119,7 +125,7 @@ def test_a_refined_calibration_reads_sparse_activations(model, name, tmp_path):
     first = calibrate(model, METHODS[name], data)
     refined = calibrate(model, METHODS[name], data, refine=True, state=state)
     assert len(state.read_text().splitlines()) == 1 + 4 * len(data)
-    assert coefficients(refined.config) != coefficients(first.config)
+    assert not torch.equal(knobs(refined.config), knobs(first.config))
     mtsa.sparsify(model, refined.config)
     with torch.no_grad(), mtsa.collect_statistics(model) as statistics:
         model(data[1][None])
@@ -151,7 +157,7 @@ def test_the_target_changes_without_measuring(model, tmp_path, caplog):
     config = calibrate(model, METHODS["flash_prefill"], windows(512, 1024), target=0.3).config
     again = config.with_target(0.6)
     measured = calibrate(model, METHODS["flash_prefill"], windows(512, 1024), target=0.6).config
-    assert coefficients(again) == pytest.approx(coefficients(measured), rel=1e-4)
+    assert torch.equal(knobs(again), knobs(measured))
     assert again.sparse_cfg["*"].settings()["target_sparsity"] == 0.6
     assert "alpha" not in again.sparse_cfg["*"].settings()
     again.save(tmp_path / "config.yaml", "made by a test\nfor a test")
@@ -204,12 +210,12 @@ def test_an_interrupted_calibration_goes_on(model, tmp_path, monkeypatch):
     with state.open("a") as file:
         file.write('{"name": "half a li')
     resumed = calibrate(model, METHODS["xattention"], data, state=state)
-    assert coefficients(resumed.config) == pytest.approx(coefficients(whole.config), rel=1e-4)
+    assert torch.equal(knobs(resumed.config), knobs(whole.config))
     assert len(calls) == 4
     again = calibrate(model, METHODS["xattention"], data, state=state, target=0.3)
     assert len(calls) == 4
     assert again.config.sparse_cfg["*"].target_sparsity == 0.3
-    with pytest.raises(mtsa.ConfigError, match=r"is the state of another measurement \(config\)"):
+    with pytest.raises(mtsa.ConfigError, match=r"is the state of another measurement \(config, values\)"):
         calibrate(model, SKIP, data, state=state)
     state.write_text("something else\n")
     with pytest.raises(mtsa.ConfigError, match="is not the state of an earlier measurement"):
@@ -257,41 +263,67 @@ def synthetic_tables(method, sparsity):
     visited = torch.stack(
         [seen * (1 - torch.tensor([sparsity(x, max(1, n) * 16) for n in numbers.tolist()])) for x in method.knob.values]
     )
+    tables.begin(4096)
     tables.add("layer", {"seen": seen.tolist(), "visited": visited.tolist(), "groups": [[0]], "seen_by_group": 1})
     return tables
 
 
-@pytest.mark.parametrize("form", ["logit", "exponential"])
-def test_a_fit_finds_what_the_counts_were_made_from(form):
-    fit = (LogitFit if form == "logit" else ExponentialFit)(**(LOGIT if form == "logit" else EXPONENTIAL))
+def exponential(threshold, length, shift=0.0):
+    """The sparsity that EXPONENTIAL says, less a shift."""
+    share = (math.log(threshold * length) - math.log(EXPONENTIAL["a"])) / EXPONENTIAL["b"] - shift
+    return min(1.0, max(0.0, share))
+
+
+@pytest.mark.parametrize("fit", [_table_fit, _exponential_fit])
+@pytest.mark.parametrize("shift", [0.0, 0.1])
+def test_a_fit_finds_what_the_counts_were_made_from(fit, shift):
+    """With a shift the counts of the sparse model differ from those of the dense one, and they are what counts."""
     method = mtsa.SkipSoftmax(**GRID)
+    sparse = synthetic_tables(method, lambda *at: exponential(*at, shift))
+    refined = {} if shift == 0 else dict.fromkeys((0.3, 0.5, 0.7), sparse)
+    found = fit(synthetic_tables(method, exponential), refined)
+    for target in (0.3, 0.4, 0.5, 0.6, 0.7):
+        curve = found.curve(target, method.knob)
+        for length in (128, 1000, 3000):
+            threshold = curve.at(torch.tensor(length)).exp().item()
+            assert exponential(threshold, length, shift) == pytest.approx(target, abs=0.02)
+        calibrated = method.model_copy(update={"target_sparsity": target, "calibration": Calibration(prefill=found)})
+        assert sparse.skipped(sparse.windows[0], calibrated) == pytest.approx(target, abs=0.02)
 
-    def sparsity(threshold, length):
-        y, x = math.log(threshold), math.log(length)
-        if form == "exponential":
-            return min(1.0, max(0.0, (y + x - math.log(fit.a)) / fit.b))
-        c0, c1, c2, c3 = fit.coefficients
-        return 1 / (1 + math.exp((c0 + c2 * x - y) / (c1 + c3 * x)))
 
-    tables = synthetic_tables(method, sparsity)
-    found = _fit(tables, tables.points(), form)
-    assert found.error < 0.01
-    for target in (0.2, 0.5, 0.8):
-        for length in (128, 1000, 4000):
-            point = torch.tensor(length)
-            wanted = fit.model_copy(update={"longest": 1e9}).curve(target).at(point).exp().item()
-            assert sparsity(found.curve(target).at(point).exp().item(), length) == pytest.approx(target, abs=0.02)
-            assert sparsity(wanted, length) == pytest.approx(target, abs=1e-6)
+def test_a_target_that_no_value_reaches_takes_the_nearest_one():
+    method = mtsa.SkipSoftmax(**GRID)
+    tables = synthetic_tables(method, lambda threshold, _: 0.2 + 0.4 * (threshold >= 0.1) + 0.1 * (threshold >= 1.0))
+    row = _table_fit(tables, {}).knobs[-1]
+    assert [row[TARGETS.index(x)] for x in (0.1, 0.9)] == pytest.approx([10**-1.25, 1.0])
 
 
 def test_a_curve_stops_at_its_ends():
-    curve = LogitFit(**LOGIT).curve(0.5)
-    at = curve.at(torch.tensor([1, 64, 128, 1024, 9999]))
-    assert at[0] == at[1] == pytest.approx(-1 - 0.3 * math.log(64))
-    assert at[2] == pytest.approx(-1 - 0.3 * math.log(128))
-    assert at[3] == at[4]
-    thresholds = ExponentialFit(**EXPONENTIAL).curve(0.5).at(torch.tensor([1000, 2000])).exp()
+    curve = TableFit(**TABLE).curve(0.4, mtsa.SkipSoftmax.knob)
+    at = curve.at(torch.tensor([0, 1, 64, 256, 1024, 9999]))
+    ends = [(math.log(a) + math.log(b)) / 2 for a, b in KNOBS["skip_softmax"]]
+    assert at.tolist() == pytest.approx([ends[0]] * 3 + [sum(ends) / 2] + [ends[1]] * 2)
+    for outside, edge in ((0.01, 0.2), (0.99, 0.6)):
+        assert TableFit(**TABLE).curve(outside, mtsa.SkipSoftmax.knob) == TableFit(**TABLE).curve(
+            edge, mtsa.SkipSoftmax.knob
+        )
+    thresholds = ExponentialFit(**EXPONENTIAL).curve(0.5, mtsa.SkipSoftmax.knob).at(torch.tensor([1000, 2000])).exp()
     assert thresholds.tolist() == pytest.approx([9 * math.exp(3) / 1000, 9 * math.exp(3) / 2000])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lengths": [64.0, 64.0]}, "lengths that ascend"),
+        ({"targets": []}, "targets that ascend"),
+        ({"knobs": [[0.5, 2.0]]}, "a number for each length and target"),
+        ({"lengths": [0.5, 64.0]}, "lengths >= 1"),
+        ({"knobs": [[0.5, 2.0], [0.1, -0.8]]}, "values of threshold as calibration.prefill.knobs"),
+    ],
+)
+def test_a_table_that_is_none_is_refused(change, message):
+    with pytest.raises(mtsa.ConfigError, match=message):
+        mtsa.SkipSoftmax(target_sparsity=0.5, calibration={"prefill": TABLE | change})
 
 
 def test_calibration_and_target_belong_together():
@@ -303,10 +335,8 @@ def test_calibration_and_target_belong_together():
     assert mtsa.SkipSoftmax.model_validate(json.loads(method.model_dump_json())) == method
 
 
-def calibrated(name, fit=LOGIT):
-    coefficients = {"flash_prefill": [-1.0, 0.5, 0.1, 0.0], "xattention": [0.3, 0.7, 0.1, 0.0]}
-    coefficients |= {"skip_softmax": [1.0, 0.5, -0.4, 0.1], "mean_pool_top_k": [0.9, -0.2, -0.05, 0.0]}
-    fit = {**fit, "coefficients": coefficients[name], "shortest": 16.0}
+def calibrated(name):
+    fit = TABLE | {"knobs": KNOBS[name], "lengths": [16.0, 1024.0]}
     content = {**METHODS[name], "target_sparsity": 0.4, "calibration": {"prefill": fit}}
     return mtsa.get_sparse_method(name).model_validate(content)
 
