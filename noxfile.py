@@ -3,6 +3,8 @@
 ``bash .ci/run`` is everything that has to pass; it does not need nox.
 """
 
+from pathlib import Path
+
 import nox
 
 nox.options.sessions = ["lint"]
@@ -36,6 +38,17 @@ def docs(session: nox.Session) -> None:
     """Build the documentation in docs/_build/html."""
     install(session, "docs")
     session.run("sphinx-build", "-W", "--keep-going", "-b", "html", "docs", "docs/_build/html")
+
+
+@nox.session
+def release(session: nox.Session) -> None:
+    """Build wheel and sdist in dist/, and try both in a fresh environment."""
+    session.install("build")
+    session.run("python", "-m", "build")
+    for pattern in ("*.whl", "*.tar.gz"):
+        (package,) = Path("dist").glob(pattern)
+        session.install("-c", "constraints.txt", "--force-reinstall", str(package))
+        session.run("modelopt-lite", "run", "quickstart", "--dry-run")
 
 
 @nox.session

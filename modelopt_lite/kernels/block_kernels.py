@@ -219,13 +219,19 @@ def multiply_means(
             number = column + tl.arange(0, BLOCK_N)
             keys = (tables + number) * KV_HEADS + head // REPEAT
             key = _tile_of_rows(key_ptr, keys, number < columns, DIM, DIM, BLOCK_D)
-            scores = _capped(tl.dot(query, key.T, input_precision="ieee"), scale, softcap, HAS_SOFTCAP)
+            scores = _scaled(tl.dot(query, key.T, input_precision="ieee"), scale, softcap, HAS_SOFTCAP)
             tl.store(score_ptr[:, None] + number[None, :], scores, mask=is_own[:, None] & (number < columns)[None, :])
 
 
 @triton.jit
 def _capped(products, scale, softcap, HAS_SOFTCAP: tl.constexpr):
-    """Scale products as the model does."""
+    """Scale products as the model does, and bring them to base 2."""
+    return _scaled(products, scale, softcap, HAS_SOFTCAP) * LOG2E
+
+
+@triton.jit
+def _scaled(products, scale, softcap, HAS_SOFTCAP: tl.constexpr):
+    """Scale and cap products as the model does."""
     scores = products * scale
     if HAS_SOFTCAP:
         # tanh(x) = 1 - 2 / (1 + e^2x), which neither overflows to NaN nor needs another library.
@@ -282,7 +288,7 @@ def _pooled_scores(
     if PARTS == 2:
         pooled = _tile_of_rows(pooled_ptr + part_stride, rows, exists, stride, DIM, BLOCK_D)
         scores = tl.dot(query, pooled.T, scores, input_precision="ieee")
-    scores = _capped(scores, scale, softcap, HAS_SOFTCAP) * LOG2E
+    scores = _capped(scores, scale, softcap, HAS_SOFTCAP)
     if MASKED:
         low_k = tl.load(low_k_ptr + number, mask=exists, other=0).to(tl.int32)
         high_k = tl.load(high_k_ptr + number, mask=exists, other=-1).to(tl.int32)
@@ -437,7 +443,7 @@ def antidiagonal_tile(
                     key_pointers + (member * stride_k + dims), mask=there_k[None, :] & fits[:, None], other=0.0
                 )
                 products = tl.dot(query, key, products, input_precision="ieee")
-            scores = _capped(products, scale, softcap, HAS_SOFTCAP) * LOG2E
+            scores = _capped(products, scale, softcap, HAS_SOFTCAP)
             low_k = tl.maximum(begin_k, first)
             high_k = tl.minimum(begin_k + STRIDE, end) - 1
             seen = _sees(low_q, high_q, low_k, high_k, window, CAUSAL, SLIDING)
@@ -625,3 +631,108 @@ def list_rows(mask_ptr, seen_ptr, forced_ptr, count_ptr, index_ptr, rows, column
         place = tl.where(kept != 0, kept_before, count + number - kept_before)
         tl.store(index_ptr + row * columns + place, number, mask=number < columns)
         before += tl.sum(kept)
+
+
+@triton.jit(do_not_specialize=["query_blocks", "columns"])
+def excess_of_blocks(
+    query_ptr, key_ptr, selected_ptr, excess_ptr, sequence_ptr, row_q_ptr, origin_q_ptr, low_q_ptr, high_q_ptr,
+    row_k_ptr, low_k_ptr, high_k_ptr, stride_q, head_stride_q, stride_k, head_stride_k, query_blocks, columns, scale,
+    softcap, num_sinks, recent, window,
+    REPEAT: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, SLIDING: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """Find by how much the scores of each key block exceed the references of one query block and head, at most.
+
+    What it stores, ``[HEADS, query_blocks, columns]``, is described in
+    :func:`modelopt_lite.kernels.block_launch.excess`; nothing is stored where nothing is seen. Key blocks that may hold
+    references, or keys that some query does not see, are looked at twice, first for the references. All others need no
+    mask. There, a row's largest product gives its largest score, as the scale is positive.
+    """
+    # Heads that share keys follow each other, then the query blocks, those with most keys first: so the keys of few
+    # heads are in use at a time.
+    kv_head = (tl.program_id(0) // (REPEAT * query_blocks)).to(tl.int64)
+    head = kv_head * REPEAT + tl.program_id(0) % REPEAT
+    block = query_blocks - 1 - tl.program_id(0) // REPEAT % query_blocks
+    sequence = tl.load(sequence_ptr + block).to(tl.int64)
+    low = tl.load(low_q_ptr + block).to(tl.int32)
+    high = tl.load(high_q_ptr + block).to(tl.int32)
+    origin_q = tl.load(origin_q_ptr + block).to(tl.int32)
+    position = origin_q + tl.arange(0, ROWS)
+    is_query = (position >= low) & (position <= high)
+    rows = tl.load(row_q_ptr + sequence) + position
+    query = _tile_of_rows(query_ptr + head * head_stride_q, rows, is_query, stride_q, DIM, BLOCK_D)
+
+    first = tl.load(low_k_ptr + sequence * columns).to(tl.int32)
+    end = tl.load(high_k_ptr + sequence * columns + columns - 1).to(tl.int32) + 1
+    origin = first // SIZE * SIZE
+    key_ptr += kv_head * head_stride_k + (tl.load(row_k_ptr + sequence) + origin) * stride_k
+    row_of_blocks = (head * query_blocks + block) * columns
+    excess_ptr += row_of_blocks
+    begin, behind = _span(low, high, first, end, window, SIZE, CAUSAL, SLIDING)
+    behind = tl.where(low <= high, tl.minimum(behind, columns), begin)
+
+    # Masked blocks lie in [begin, front), [band, band_end) and [tail, behind). The band is around the queries.
+    front = tl.maximum(begin, (tl.maximum(num_sinks - origin, 0) + SIZE - 1) // SIZE)
+    if SLIDING:
+        front = tl.maximum(front, (tl.maximum(high - window + 1 - origin, 0) + SIZE - 1) // SIZE)
+    front = tl.maximum(front, (first - origin + SIZE - 1) // SIZE)
+    front = tl.minimum(front, behind)
+    tail = (end - origin) // SIZE
+    if SLIDING:
+        tail = tl.minimum(tail, tl.maximum(low + window - origin, 0) // SIZE)
+    tail = tl.minimum(tl.maximum(tail, front), behind)
+    band = tl.minimum(origin_q, low - tl.maximum(recent - 1, 0))
+    band = tl.minimum(tl.maximum(tl.maximum(band - origin, 0) // SIZE, front), tail)
+    band_end = tl.minimum(tl.maximum(tl.maximum(origin_q + ROWS - origin, 0) // SIZE, band), behind)
+    tail = tl.maximum(tail, band_end)
+    masked = front - begin + band_end - band + behind - tail
+    hot = band - front + tail - band_end
+
+    PIECES: tl.constexpr = SIZE // BLOCK_N
+    reference = tl.full([ROWS], float("-inf"), tl.float32)
+    excess = float("-inf")
+    for step in tl.range(0, 2 * masked * PIECES, num_stages=1):
+        index = step // PIECES % masked
+        column = begin + index
+        column = tl.where(column < front, column, band + column - front)
+        column = tl.where(index < front - begin + band_end - band, column, behind - masked + index)
+        place = column * SIZE + step % PIECES * BLOCK_N + tl.arange(0, BLOCK_N)
+        k_pos = origin + place
+        exists = (k_pos >= first) & (k_pos < end)
+        key = _tile_of_rows(key_ptr, place.to(tl.int64), exists, stride_k, DIM, BLOCK_D)
+        scores = _scaled(tl.dot(query, key.T, input_precision="ieee"), scale, softcap, HAS_SOFTCAP)
+        distance = position[:, None] - k_pos[None, :]
+        visible = is_query[:, None] & exists[None, :]
+        if CAUSAL:
+            visible = visible & (distance >= 0)
+        if SLIDING:
+            visible = visible & (distance < window) & (distance > -window)
+        is_exempt = (k_pos < num_sinks)[None, :] | ((distance >= 0) & (distance < recent))
+        on_diagonal = (k_pos >= origin_q) & (k_pos < origin_q + ROWS)
+        if step < masked * PIECES:
+            if selected_ptr is not None:
+                on_diagonal = on_diagonal & (tl.load(selected_ptr + row_of_blocks + column) != 0)
+            is_reference = visible & (is_exempt | on_diagonal[None, :])
+            reference = tl.maximum(reference, tl.max(tl.where(is_reference, scores, float("-inf")), 1))
+        else:
+            is_other = visible & (is_exempt == 0) & (on_diagonal == 0)[None, :]
+            largest = tl.max(tl.where(is_other, scores, float("-inf")), 1)
+            largest = tl.where(largest == float("-inf"), largest, largest - reference)
+            excess = tl.maximum(tl.where(step % PIECES == 0, float("-inf"), excess), tl.max(largest, 0))
+            tl.store(excess_ptr + column, excess)
+
+    reference = tl.where(is_query, reference, float("inf"))
+    dims = tl.arange(0, BLOCK_D)
+    key_pointers = key_ptr + tl.arange(0, BLOCK_N)[:, None].to(tl.int64) * stride_k + dims[None, :]
+    for step in tl.range(0, hot * PIECES):
+        column = front + step // PIECES
+        column = tl.where(column < band, column, band_end + column - band)
+        offset = (column * SIZE + step % PIECES * BLOCK_N).to(tl.int64) * stride_k
+        if DIM == BLOCK_D:
+            key = tl.load(key_pointers + offset)
+        else:
+            key = tl.load(key_pointers + offset, mask=(dims < DIM)[None, :], other=0.0)
+        products = tl.dot(query, key.T, input_precision="ieee")
+        largest = _scaled(tl.max(products, 1), scale, softcap, HAS_SOFTCAP) - reference
+        excess = tl.maximum(tl.where(step % PIECES == 0, float("-inf"), excess), tl.max(largest, 0))
+        tl.store(excess_ptr + column, excess)

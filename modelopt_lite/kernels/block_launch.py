@@ -15,6 +15,7 @@ from .block_kernels import (
     antidiagonal_tile,
     choose_above,
     choose_largest,
+    excess_of_blocks,
     join_antidiagonals,
     lay_out,
     list_rows,
@@ -40,6 +41,8 @@ MEAN_ROWS = 16
 """Query blocks of a program that multiplies means."""
 MAX_COLUMNS = 16384
 """Key blocks up to which a program holds all scores of a query block to choose the largest."""
+MAX_POSITION = 1 << 30
+"""What distances and numbers of keys above it are taken for, so that they fit into 32 bits."""
 TABLE_BLOCK = 128
 """Blocks whose tables a program writes."""
 PARTIAL_BYTES = 1 << 29
@@ -80,8 +83,8 @@ def marked(grid: BlockGrid, first_blocks: int, recent_blocks: int) -> tuple[Tens
             grid.sequence, grid.origin_q, grid.low_q, grid.high_q, grid.origin_k, grid.low_k, grid.high_k,
             request.lengths_q,
         )  # fmt: skip
-        most = (1 << 30) // grid.block_size
-        numbers = (columns, request.sliding_window or 0, min(first_blocks, most), min(recent_blocks, most))
+        most = MAX_POSITION // grid.block_size
+        numbers = (columns, _masks(request)[2], min(first_blocks, most), min(recent_blocks, most))
         masks = (request.is_causal, request.sliding_window is not None, request.plan.sparse_decode)
         launch(
             mark_blocks, blocks, (_bytes(seen), _bytes(forced), *tables, *numbers),
@@ -153,7 +156,7 @@ def mean_scores(grid: BlockGrid) -> Tensor:
 
 def _masks(request: AttentionRequest) -> tuple[float, float, int]:
     """Return what kernels take at run time: scale, cap of the scores, and sliding window."""
-    return request.softmax_scale, request.softcap or 1.0, request.sliding_window or 0
+    return request.softmax_scale, request.softcap or 1.0, min(request.sliding_window or 0, MAX_POSITION)
 
 
 def _mask_kinds(request: AttentionRequest) -> tuple[bool, bool, bool]:
@@ -296,6 +299,68 @@ def listed(mask: Tensor, seen: Tensor | None = None, forced: Tensor | None = Non
 
 def _bytes(mask: Tensor) -> Tensor:
     return mask.contiguous().view(torch.int8)
+
+
+def excess_refusal(grid: BlockGrid) -> str | None:
+    """Say why :func:`excess` cannot run, or None if it can."""
+    if grid.request.plan.keep is not None:
+        return "the plan has a rule beside its skip rule"
+    if not grid.request.softmax_scale > 0:
+        return f"softmax_scale is {grid.request.softmax_scale}, not above 0"
+    return refusal(grid)
+
+
+def excess(grid: BlockGrid, selected: Tensor | None = None) -> Tensor:
+    """Return by how much scores of key blocks exceed the references of skip-softmax, at most, for all its thresholds.
+
+    A query's reference is its largest score among the keys that are exempt or in a diagonal block that is selected. The
+    others count if they are not exempt and in no diagonal block.
+
+    Args:
+        grid: the query blocks of all sequences, and their key blocks; :func:`excess_refusal` has been asked.
+        selected: which key blocks are selected, booleans ``[query_heads, query_blocks, key_blocks]``; None: all.
+
+    Returns:
+        FP32 ``[query_heads, query_blocks, key_blocks]``: the largest difference of any other visible score in the block
+        from its query's reference; ``inf`` if a query has no reference, and ``-inf`` if there are no others. Anything
+        where nothing is seen or selected.
+    """
+    request, q, k = grid.request, _readable(grid.request.q), _readable(grid.request.k)
+    plan, (heads, dim), (blocks, columns) = request.plan, q.shape[1:], grid.shape
+    found = torch.empty(heads, blocks, columns, dtype=torch.float32, device=q.device)
+    if found.numel():
+        width, warps, stages = excess_settings(q, grid.block_rows, grid.block_size)
+        scale, softcap, window = _masks(request)
+        tables = (
+            grid.sequence,
+            grid.row_q,
+            grid.origin_q,
+            grid.low_q,
+            grid.high_q,
+            grid.row_k,
+            grid.low_k,
+            grid.high_k,
+        )
+        distances = (min(x, MAX_POSITION) for x in (plan.num_sink_tokens, plan.dense_window_size, window))
+        launch(
+            excess_of_blocks, heads * blocks,
+            (
+                q, k, None if selected is None else _bytes(selected), found, *tables, *q.stride()[:2], *k.stride()[:2],
+                blocks, columns, scale, softcap, *distances,
+            ),
+            (
+                heads // k.shape[1], dim, _block_d(dim), grid.block_rows, grid.block_size, width, *_mask_kinds(request),
+            ),
+            num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+    return found
+
+
+def excess_settings(q: Tensor, rows: int, size: int) -> tuple[int, int, int]:
+    """Return keys of a step of :func:`excess_of_blocks`, its warps and its stages, for these queries and blocks."""
+    if q.element_size() == 2:
+        return size, 4, 2
+    return 16, 8 if rows == MAX_BLOCK else 4, 1
 
 
 def _is_large(x: Tensor) -> bool:

@@ -199,6 +199,16 @@ def _in_order(values: Tensor, order: Tensor) -> Tensor:
     return torch.empty_like(values).scatter_(-1, order, values)
 
 
+def skip_excess(grid: BlockGrid, selected: Tensor | None = None) -> Tensor | None:
+    """Return what :func:`~modelopt_lite.kernels.block_launch.excess` finds, or None where its kernel does not run.
+
+    On a GPU it says once why.
+    """
+    if tl is None or not block_launch.runs_on(grid.request.q) or not _can_run(block_launch.excess_refusal(grid)):
+        return None
+    return block_launch.excess(grid, selected)
+
+
 def _runs_kernels(grid: BlockGrid) -> bool:
     """Whether the kernels score; says once why, if they do not on a GPU."""
     return tl is not None and grid.request.q.is_cuda and _can_run(block_launch.refusal(grid))

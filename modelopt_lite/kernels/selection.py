@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..plan import AttentionPlan, BlockSelector, SkipRule
+from .block_scores import skip_excess
 from .blocked import tile_scores
 from .blocks import BlockGrid, GridPart, KeyBlocks, visible_keys
 from .reference import SequenceBlocks, selected_blocks
@@ -135,14 +136,23 @@ def _skipped(
     Returns:
         ``[rules, query_heads, query_blocks, key_blocks]``.
     """
-    skipped = torch.zeros(len(rules), *selected.shape, dtype=torch.bool, device=selected.device)
-    diagonal, needed = grid.diagonal(), None
-    if request.q.device.type == "cpu":  # where it costs nothing to know what there is
-        needed = seen & (selected.any(0) | diagonal | _may_be_exempt(grid, request.plan))
     lengths = grid.lengths(seen)
     margins = torch.stack(
         [rule.log_threshold(lengths).where(~grid.is_single, rule.of_decode().log_threshold(lengths)) for rule in rules]
     ).to(grid.dtype)
+    excess = skip_excess(grid, None if request.plan.blocks is None else selected)
+    if excess is None:
+        excess = _excess(request, grid, seen, selected)
+    skipped = (excess < margins[:, None, :, None]) & (excess > -torch.inf)
+    return skipped & selected & ~grid.is_dense()[:, None]
+
+
+def _excess(request: AttentionRequest, grid: BlockGrid, seen: Tensor, selected: Tensor) -> Tensor:
+    """Return by how much scores exceed references, as :func:`modelopt_lite.kernels.block_launch.excess` does."""
+    excess = torch.full(selected.shape, -torch.inf, dtype=grid.dtype, device=selected.device)
+    diagonal, needed = grid.diagonal(), None
+    if request.q.device.type == "cpu":  # where it costs nothing to know what there is
+        needed = seen & (selected.any(0) | diagonal | _may_be_exempt(grid, request.plan))
     step = _rows_at_a_time(request, grid)
     for begin in range(0, grid.shape[0], step):
         rows = slice(begin, min(begin + step, grid.shape[0]))
@@ -153,13 +163,10 @@ def _skipped(
         if columns.numel():
             some = _Rows(request, grid, rows, selected[:, rows], diagonal[rows])
             highest, others = some.maxima(columns)
-            is_other = others > -torch.inf
             # Without a reference key every other key matters.
-            excess = (others - highest[..., None]).masked_fill(~is_other, -torch.inf).amax(-2)
-            excess = excess.transpose(1, 2).flatten(0, 1)  # [query_heads, rows, columns]
-            is_below = excess < margins[:, None, rows, None]
-            skipped[:, :, rows, columns] = is_below & is_other.any(-2).transpose(1, 2).flatten(0, 1)
-    return skipped & selected & ~grid.is_dense()[:, None]
+            differences = (others - highest[..., None]).masked_fill(others == -torch.inf, -torch.inf)
+            excess[:, rows, columns] = differences.amax(-2).transpose(1, 2).flatten(0, 1)
+    return excess
 
 
 def _rows_at_a_time(request: AttentionRequest, grid: BlockGrid) -> int:

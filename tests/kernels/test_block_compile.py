@@ -69,6 +69,7 @@ def compile_variant(capability, dtype, head_dim, stride, options):
     block_launch.largest(scores, seen, forced, 0.9, by_mass=True)
     chosen = block_launch.above(scores, seen, 0.9)
     block_launch.listed(chosen, seen, forced)
+    block_launch.excess(grid)
     return {name: inspect(kernel) for name, kernel in compiled.items()}
 
 
@@ -89,12 +90,12 @@ def test_kernels_fit_the_gpu(compiled, index):
     found = compiled[index]
     assert set(found) == {
         "lay_out", "mark_blocks", "mean_rows", "multiply_means", "sum_softmax", "antidiagonal_tile",
-        "join_antidiagonals", "choose_largest", "choose_above", "list_rows",
+        "join_antidiagonals", "choose_largest", "choose_above", "list_rows", "excess_of_blocks",
     } | ({"split_numbers"} if dtype != FP32 else set())  # fmt: skip
     for kernel in found.values():
         assert kernel["shared"] <= SHARED_LIMIT[capability]
         assert kernel["spilled"] <= (256 if dtype == FP32 else 0)  # FP32 products are multiply-adds of registers
-    for name in ("sum_softmax", "antidiagonal_tile"):
+    for name in ("sum_softmax", "antidiagonal_tile", "excess_of_blocks"):
         assert (found[name]["products"] > 0) == (dtype != FP32)
 
 

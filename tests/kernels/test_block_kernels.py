@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from modelopt_lite.kernels import block_launch, block_scores
 from modelopt_lite.kernels.blocks import BlockGrid, KeyBlocks
-from modelopt_lite.plan import DENSE
+from modelopt_lite.kernels.reference import SequenceBlocks
+from modelopt_lite.kernels.selection import select_blocks
+from modelopt_lite.plan import DENSE, AttentionPlan, BlockSelector, SkipRule
 
 pytestmark = [
     pytest.mark.usefixtures("poison"),
@@ -95,6 +97,76 @@ def test_antidiagonal_mass_in_parts(grid, stride):
 def assert_same_where_seen(a, b, grid):
     seen = grid.seen()
     assert torch.equal(a[:, seen], b[:, seen])
+
+
+@st.composite
+def skipping(draw):
+    """Draw a call with a skip rule whose threshold no score meets, alone or behind a selector of blocks."""
+    size, rows = draw(GRIDS)
+    selector = None
+    if draw(st.booleans()):
+        share = draw(st.sampled_from([0.3, 0.7]))
+        selector = BlockSelector(last_keys, lambda scores, seen, forced: scores >= -share, None, size, rows)
+    rule = SkipRule(draw(st.sampled_from([0.01, 0.2, 0.7, 0.95])), size, rows, draw(st.sampled_from([None, 0.3])))
+    plan = AttentionPlan(
+        skip=rule, blocks=selector, num_sink_tokens=draw(st.sampled_from([0, 0, 3, 17])),
+        dense_window_size=draw(st.sampled_from([0, 0, 1, 16, 40])), sparse_decode=draw(st.booleans()),
+    )  # fmt: skip
+    request = draw(requests(longest=100, batch=2, plan=plan))
+    if draw(st.booleans()):
+        request = request._replace(q=request.q.half(), k=request.k.half())
+    return request
+
+
+def last_keys(view):
+    """Score a block by a number that depends on its place alone, from -1 to 0."""
+    rows, columns = (x.shape[0] for x in (view.queries_in(view.request.grid[1]), view.keys_in(view.request.grid[0])))
+    place = torch.arange(rows * columns).view(rows, columns) * 7 % 11 / 11 - 1.0
+    return place.expand(view.q.shape[1], rows, columns)
+
+
+@given(skipping())
+@settings(max_examples=25, deadline=None)
+def test_skipped_blocks(request):
+    """Scores are exact, and so is every decision."""
+    assume(0 not in BlockGrid(request, *request.grid).shape)
+    expected, grid = select_blocks(request), BlockGrid(request, *request.grid)
+    assert block_launch.excess_refusal(grid) is None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(block_launch, "runs_on", lambda x: True)
+        found = select_blocks(request)
+    assert torch.equal(found.mask(), expected.mask())
+
+
+@given(skipping())
+@settings(max_examples=20, deadline=None)
+def test_excess(request):
+    """The excess is that of FP64 scores."""
+    request = request._replace(plan=dataclasses.replace(request.plan, blocks=None))
+    noise = torch.randn(request.q.shape, generator=torch.Generator().manual_seed(1))
+    request = request._replace(q=request.q + noise.to(request.q.dtype))
+    grid = BlockGrid(request, *request.grid)
+    assume(0 not in grid.shape)
+    found, (size, rows) = block_launch.excess(grid), request.grid
+    for number, sequence in enumerate(request.sequences()):
+        view = SequenceBlocks.of(request, sequence)
+        if 0 in view.visible.shape:
+            continue
+        behind = view.q_pos[:, None] - view.k_pos
+        is_exempt = (view.k_pos < request.plan.num_sink_tokens) | (
+            (behind >= 0) & (behind < request.plan.dense_window_size)
+        )
+        is_spared = is_exempt | (view.q_pos[:, None] // rows == view.k_pos // rows)
+        scores = view.scores(view.q, view.k).masked_fill(~view.visible, -torch.inf)
+        reference = scores.masked_fill(~is_spared, -torch.inf).amax(-1, keepdim=True)
+        others = scores.masked_fill(is_spared, -torch.inf)
+        excess = torch.where(others > -torch.inf, others - reference, -torch.inf)
+        seen = view.queries_in(rows) @ view.visible.double() @ view.keys_in(size).T > 0
+        for i, j in seen.nonzero().tolist():
+            here = excess[:, view.queries_in(rows)[i] > 0][:, :, view.keys_in(size)[j] > 0].amax((1, 2))
+            torch.testing.assert_close(
+                found[:, int(grid.starts[number]) + i, j].double(), here, rtol=1e-5, atol=1e-5
+            )  # fmt: skip
 
 
 @st.composite

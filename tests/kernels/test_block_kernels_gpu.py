@@ -8,6 +8,7 @@ from modelopt_lite.kernels import block_launch, block_scores, request_statistics
 from modelopt_lite.kernels.blocks import BlockGrid, KeyBlocks
 from modelopt_lite.kernels.selection import select_blocks
 from modelopt_lite.methods import FlashPrefill, MeanPoolTopK, SinkWindow, XAttention
+from modelopt_lite.plan import AttentionPlan, SkipRule
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")]
 
@@ -38,6 +39,21 @@ def test_scores(dtype, options, grid_size):
         mass = block_scores.antidiagonal_mass(grid, stride)
         expected = block_scores.antidiagonal_mass(exact, stride)
         torch.testing.assert_close(mass[:, seen].double(), expected[:, seen], rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 300}, {"softcap": 5.0}, {"is_causal": False}], ids=str)
+@pytest.mark.parametrize(("size", "rows", "dim"), [(128, 128, 128), (128, 128, 64), (16, 64, 80)])
+def test_skipped_blocks(dtype, options, size, rows, dim):
+    """Scores are exact, and so is every decision."""
+    plan = AttentionPlan(skip=SkipRule(2.0, size, rows), num_sink_tokens=3, dense_window_size=20)
+    lengths = ((1100, 1100), (1, 1), (63, 63), (130, 700), (1, 300), (64, 129), (0, 5))
+    request = packed_request(lengths, heads=(4, 2), dims=(dim, dim), dtype=dtype, plan=plan, **options)
+    assert block_launch.excess_refusal(BlockGrid(request, size, rows)) is None
+    found = select_blocks(request).mask()
+    expected = select_blocks(request._replace(q=request.q.double(), k=request.k.double())).mask()
+    assert torch.equal(found, expected)
+    assert 0 < found.sum() < BlockGrid(request, size, rows).seen().sum() * len(found)
 
 
 def above(scores, seen, forced, fraction):
