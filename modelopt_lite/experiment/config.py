@@ -98,7 +98,7 @@ class QualityConfig(ConfigModel):
     )
     window_lengths: Lengths = Field(default=(2048,), description="tokens of a window, which is scored by itself")
     windows: int = Field(default=1, ge=1, description="windows of each text at each length, side by side in a document")
-    batch_size: int = Field(default=1, ge=1, description="windows that are computed at once")
+    batch_size: int = Field(default=1, ge=1, description="windows that are computed together")
     attention_windows: int = Field(
         default=1, ge=0, description="windows of each text and length on which the attention kept is measured"
     )
@@ -108,10 +108,12 @@ class TasksConfig(ConfigModel):
     """Tasks that are generated from a seed; the model answers greedily."""
 
     names: Annotated[tuple[TaskName, ...], BeforeValidator(_one_or_more), Field(strict=False, min_length=1)] = Field(
-        default=get_args(TaskName), description="by default all"
+        default=get_args(TaskName), description="names of the tasks; by default all"
     )
     lengths: Lengths = Field(default=(1024,), description="tokens of a prompt and its answer together, at most")
-    samples: int = Field(default=5, ge=1, description="of each task and length; of passkey and needle, at each depth")
+    samples: int = Field(
+        default=5, ge=1, description="samples of each task and length; for passkey and needle, at each depth"
+    )
     depths: Annotated[
         tuple[Annotated[float, Field(ge=0, le=1, strict=False)], ...], Field(strict=False, min_length=1)
     ] = Field(
@@ -120,7 +122,7 @@ class TasksConfig(ConfigModel):
     haystack: TextSource | None = Field(
         default=None, description="text to hide needles in, as in quality.text; null: sentences made from the seed"
     )
-    batch_size: int = Field(default=1, ge=1, description="samples that are computed at once")
+    batch_size: int = Field(default=1, ge=1, description="samples that are computed together")
     threshold: float = Field(
         default=0.856, ge=0, le=1, description="mean score that counts for the effective length; RULER's is 0.856"
     )
@@ -135,7 +137,7 @@ class HarnessConfig(ConfigModel):
     )
     limit: int | None = Field(default=None, ge=1, description="first documents of each task; null: all")
     num_fewshot: int | None = Field(default=None, ge=0, description="examples in the prompt; null: as the task says")
-    batch_size: int = Field(default=1, ge=1, description="requests that are computed at once")
+    batch_size: int = Field(default=1, ge=1, description="requests that are computed together")
 
 
 class SpeedConfig(ConfigModel):
@@ -161,7 +163,9 @@ class GenerationConfig(ConfigModel):
 class Grid(ConfigModel):
     """Variants for every combination of some fields' values."""
 
-    base: Any = Field(default="sparse_softmax", description="what the fields are set in: anything a variant may be")
+    base: Any = Field(
+        default="sparse_softmax", description="the variant whose fields are set: anything a variant may be"
+    )
     over: dict[str, Annotated[tuple[Any, ...], Field(strict=False, min_length=1)]] = Field(
         min_length=1,
         description="by field, its values; 'a, b' sets two fields together from pairs. A field of another than the "
@@ -299,12 +303,12 @@ class ExperimentConfig(FileConfig):
         description=f"one or more of: {BUILT_IN_MODEL} (fetched and cached); the name or folder of any Transformers "
         "causal model; random:FOLDER or random:FILE, random weights in the shape that a config.json says, for speed",
     )
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(default="float32", description="of the models")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(default="float32", description="data type of the models")
     device: str = Field(default="auto", description="cpu, cuda, cuda:1; auto: cuda if there is a GPU, else cpu")
     device_map: str | dict[str, int | str] | None = Field(
         default=None, description="as in Transformers, such as auto: spreads a model over devices, in place of device"
     )
-    seed: int = Field(default=0, ge=0, description="of tasks, of the choice of documents, and of the bootstrap")
+    seed: int = Field(default=0, ge=0, description="seed of tasks, of the choice of documents, and of the bootstrap")
     variants: dict[Name, Variant] = Field(
         default={},
         validate_default=True,

@@ -6,6 +6,7 @@ import math
 import os
 import random
 import re
+import socket
 import subprocess
 import sys
 import zipfile
@@ -356,6 +357,8 @@ def test_resolved_config_runs_again_from_anywhere(settings, tmp_path, monkeypatc
     assert [row[0] for row in together[1].rows] == [
         f"{run.folder.name}: {name}" for run in (first, second) for name in ("dense", "1:4")
     ]
+    columns = together[1].columns
+    assert all("-" not in (row[columns.index("mass kept")], row[columns.index("sparsity")]) for row in together[1].rows)
 
 
 def test_each_variant_leaves_the_next_one_alone(settings):
@@ -579,9 +582,29 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(settings, secti
 
 
 def test_hub_models_fail_at_once_without_a_network(monkeypatch):
+    tried = []
+
+    def unknown(*address, **_):
+        tried.append(address)
+        raise OSError("Name or service not known")
+
     monkeypatch.setattr(assets.HfApi, "model_info", offline)
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
     with pytest.raises(ConfigError, match=r"models: 'org/none' .* does not answer, and the model is not in the cache"):
         assets.load_model("org/none", torch.float32, "cpu", ignore)
+    assert len(tried) < 2  # the hub's client may ask once for something of its own; a file it would try six times
+
+
+def test_weights_spread_by_a_device_map_give_the_same_figures(settings, tmp_path):
+    only_quality = only(settings, "quality")
+    expected = run_experiment(only_quality)
+    last = "model.layers.1"
+    spread = dict.fromkeys(("model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.norm", last), "cpu")
+    result = run_experiment(only_quality | {"device_map": {**spread, "lm_head": "cpu", last: "disk"}})
+    assert result.config.device_map[last] == "disk"
+    assert [(r.cell, r.cross_entropy) for r in of(result, Window)] == [
+        (r.cell, r.cross_entropy) for r in of(expected, Window)
+    ]
 
 
 def test_random_weights_in_a_shape(model_folder):
