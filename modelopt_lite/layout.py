@@ -515,6 +515,7 @@ def whole_call(
         sliding_window=window,
         softcap=softcap,
         plan=plan,
+        grids=None if layout.request is None else layout.request.grids,
     )
     # Layouts of one size without padding differ in their tensors' addresses alone.
     shapes = (query.shape, key.shape, value.shape, query.stride(), key.stride(), value.stride())
@@ -594,6 +595,8 @@ def attend(
         # Before all keys no key is recent, so there is no dense window, wherever a chunk of queries begins.
         layout = layout._replace(first_q=torch.full_like(layout.starts_q, -layout.len_q))
     request = _request(query, key, value, layout, plan, is_dense, scaling, softcap, s_aux)
+    if layout.request is not None and not is_traced(query):
+        request = request._replace(grids=layout.request.grids)
     if statistics is not None:
         if query.is_cuda and torch.cuda.is_current_stream_capturing():
             raise UnsupportedError(f"{layer_name(module)}: statistics cannot be collected in a CUDA graph")

@@ -32,6 +32,7 @@ class MaskRequest:
     def __init__(self, arguments: dict[str, Any]) -> None:
         self.arguments = arguments
         self.answers: dict[str, Any] = {}
+        self.grids: dict[Any, Any] = {}  # as in AttentionRequest
         self.packed: Layout | None = None
 
     def answer(self, implementation: str, device: torch.device) -> Any:

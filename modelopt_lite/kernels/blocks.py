@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ if tl is not None:
 
 if TYPE_CHECKING:
     from .request import AttentionRequest
+
+T = TypeVar("T")
 
 PART_ELEMENTS = 1 << 24
 """About how many numbers a selector's fast form holds at a time, beyond its inputs and scores."""
@@ -195,7 +197,10 @@ class BlockGrid:
         self.request, self.block_size, self.block_rows = request, block_size, block_rows
         self.dtype = torch.promote_types(request.q.dtype, torch.float32)
         find = block_launch.grid_tables if _runs_kernels(request.q) else grid_tables
-        tables = find(request, block_size, block_rows)
+        r = request
+        packing = (r.starts_q, r.lengths_q, r.starts_k, r.lengths_k, r.first_q, r.first_k)
+        sizes = (r.max_q, r.max_k, r.q.shape[0], r.k.shape[0], block_size, block_rows)
+        tables = self._once(packing, sizes, lambda: find(request, block_size, block_rows))
         self.starts, self.sequence = tables.starts, tables.sequence
         self.origin_q, self.low_q, self.high_q = tables.origin_q, tables.low_q, tables.high_q
         self.origin_k, self.low_k, self.high_k = tables.origin_k, tables.low_k, tables.high_k
@@ -248,10 +253,26 @@ class BlockGrid:
 
         That are the blocks of :meth:`forced`, and all blocks of decode that stays dense.
         """
+        r = self.request
+        masks = (first_blocks, recent_blocks, r.is_causal, r.sliding_window, r.plan.sparse_decode)
+        return self._once((self.starts,), masks, lambda: self._marked(first_blocks, recent_blocks))
+
+    def _marked(self, first_blocks: int, recent_blocks: int) -> tuple[Tensor, Tensor]:
         if _runs_kernels(self.request.q):
             return block_launch.marked(self, first_blocks, recent_blocks)
         seen = self.seen()
         return seen, (self.forced(first_blocks, recent_blocks) | self.is_dense()[:, None]) & seen
+
+    def _once(self, tensors: tuple[Tensor | None, ...], numbers: tuple[Any, ...], find: Callable[[], T]) -> T:
+        """Return what was found for the same tensors and numbers before, where calls share it."""
+        known = self.request.grids
+        if known is None:
+            return find()
+        key = (*map(id, tensors), *numbers)
+        if key not in known:
+            known[key] = (tensors, find())  # as long as the tensors are held, no others have their identity
+        found: T = known[key][1]
+        return found
 
     def mean_keys(self) -> Tensor:
         """Return the mean of each block's keys, ``[batch, key_blocks, kv_heads, head_dim]``; 0 if there are none."""

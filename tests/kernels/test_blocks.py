@@ -443,3 +443,16 @@ def test_several_query_blocks_at_a_time_skip_alike(request, step):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("modelopt_lite.kernels.selection._rows_at_a_time", lambda *_: step)
         assert torch.equal(select_blocks(request).mask(), expected)
+
+
+@given(st.lists(selectors().flatmap(lambda x: requests(plan=AttentionPlan(blocks=x))), min_size=2, max_size=4))
+@few_cases
+def test_what_calls_share_changes_nothing(calls):
+    """Also where calls have some of their tensors in common, and others not."""
+    shared = {}
+    calls += [call._replace(lengths_q=call.lengths_q.masked_fill(call.lengths_q == 1, 0)) for call in calls]
+    calls += [call._replace(plan=calls[0].plan, is_causal=True, sliding_window=7) for call in calls]
+    for call in [*calls, *calls]:
+        for found, expected in zip(select_blocks(call._replace(grids=shared)), select_blocks(call), strict=True):
+            assert not isinstance(found, torch.Tensor) or torch.equal(found, expected)
+    assert shared
