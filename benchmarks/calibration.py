@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 import re
 import tempfile
 import time
@@ -169,9 +170,12 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--calibrate-on", type=int, default=4, help="number of speeches")
     parser.add_argument("--states", type=Path, help="folder for what was measured, to go on from")
+    parser.add_argument("--kinds", nargs="+", default=["dense", "refined"], help="whose activations are fitted")
+    parser.add_argument("--fits", type=Path, help="earlier results, whose fits are taken")
     options = parser.parse_args()
     model, texts = prepare(options)
     clock = Clock()
+    before = json.loads(options.fits.read_text())["fits"] if options.fits else {}
     calibrated_on = (*CALIBRATED_ON[: options.calibrate_on], *CALIBRATED_ON_CODE)
     reading = texts["calibration"] | texts["code-calibration"]
     windows = [reading[name][:length] for name in calibrated_on for length in options.lengths]
@@ -188,8 +192,15 @@ def main() -> None:
         for name in options.methods:
             state = folder / f"{re.sub('[^a-z_0-9]+', '-', name)}.jsonl"
             results["fits"][name] = {"method": METHODS[name]}
-            for kind in ("dense", "refined"):
-                configs[name, kind], found = calibrate(model, METHODS[name], windows, state, refine=kind == "refined")
+            for kind in options.kinds:
+                if kind in before.get(name, {}):
+                    found = before[name][kind]
+                    content = METHODS[name] | {"target_sparsity": 0.5, "calibration": {"prefill": found["fit"]}}
+                    configs[name, kind] = mtsa.SparsityConfig.load(content)
+                else:
+                    configs[name, kind], found = calibrate(
+                        model, METHODS[name], windows, state, refine=kind == "refined"
+                    )
                 results["fits"][name][kind] = found
                 clock.say(f"{name}, {kind}: {found['fit']}")
                 recording.write(options.output, results, rows)

@@ -23,10 +23,10 @@ import modelopt_lite as mtsa
 from modelopt_lite.experiment.quality import bootstrap, compare_predictions, mapped
 
 LENGTH = 2048
-RESULTS = Path(__file__).parents[1] / "examples"
+RESULTS = Path(__file__).parents[1] / "examples" / "results" / "search"
 N_OF_M = {"4": ("2:4", "1:4", "3:4"), "16": ("2:4", "4:16", "6:16", "8:16", "10:16", "12:16")}
 BLOCKS = {"method": "xattention", "per_kv_head": True}
-TARGETS = (0.3, 0.4, 0.5, 0.6)
+TARGETS = (0.3, 0.5, 0.7)
 
 
 @torch.no_grad()
