@@ -21,6 +21,7 @@ myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True, "exclude-members": "model_config"}
 napoleon_numpy_docstring = False
+napoleon_use_ivar = True
 
 html_theme = "furo"
 html_title = "modelopt-lite"
@@ -33,9 +34,9 @@ def is_config(obj: object) -> bool:
     return isinstance(obj, type) and issubclass(obj, BaseModel)
 
 
-def drop_signature(_app: Sphinx, _what: str, _name: str, obj: object, *_: object) -> tuple[str, str] | None:
-    """Leave out the signature of a configuration class, which repeats its fields."""
-    return ("", "") if is_config(obj) else None
+def drop_signature(_app: Sphinx, what: str, *_: object) -> tuple[str, str] | None:
+    """Leave out the signature of a class, which repeats its fields or attributes."""
+    return ("", "") if what == "class" else None
 
 
 def document_fields(_app: Sphinx, _what: str, _name: str, obj: object, _options: object, lines: list[str]) -> None:

@@ -24,6 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .discovery import ATTENTION_NAME, forward_globals, uses_interface
 from .errors import UnsupportedError
+from .kernels import MAX_QUERIES
 from .layout import (
     READABLE_MASKS,
     Layout,
@@ -31,6 +32,7 @@ from .layout import (
     layer_name,
     layout_of_mask,
     refuse_context_parallel,
+    remembered,
     whole_call,
     whole_layout,
 )
@@ -166,16 +168,23 @@ def attention_forward(
     Raises:
         UnsupportedError: if the call asks for something this attention cannot do; names the layer.
     """
+    if (
+        type(attention_mask) is Layout
+        and attention_mask.whole
+        and isinstance(module, SparseAttentionModule)
+        and (kwargs.keys() <= _PLAIN_ARGUMENTS or all(kwargs[x] is None for x in kwargs.keys() - _PLAIN_ARGUMENTS))
+        and not (dropout or module.sparse_attention.is_sharded)
+    ):
+        layout = attention_mask
+        if layout.len_q > 1 and getattr(layout.request, "packed", None) is not layout:
+            layout = _by_positions(module, layout, kwargs.get("position_ids"))
+        if layout is attention_mask:
+            output = whole_call(module, query, key, value, layout, scaling, kwargs.get("softcap"))
+            if output is not None:
+                return output, None
     shards: Shards | None = kwargs.pop(ARGUMENT, None)
     if shards is not None or (isinstance(module, SparseAttentionModule) and module.sparse_attention.is_sharded):
         return _sharded_attention(module, query, key, value, attention_mask, shards, dropout, scaling, **kwargs), None
-    if type(attention_mask) is Layout and attention_mask.whole and isinstance(module, SparseAttentionModule):
-        is_settled = attention_mask.len_q == 1 or getattr(attention_mask.request, "packed", None) is attention_mask
-        if is_settled and not dropout and not any(kwargs[x] is not None for x in kwargs if x not in _PLAIN_ARGUMENTS):
-            softcap = kwargs.get("softcap")
-            output = whole_call(module, query, key, value, attention_mask, scaling, softcap)
-            if output is not None:
-                return output, None
     own: OwnAttention | None = getattr(module, OWN_ATTRIBUTE, None)
     decision = None
     keeps_own = not isinstance(module, SparseAttentionModule)
@@ -235,12 +244,19 @@ def _attention(
         layout = _layout_of_other_mask(module, query, key, mask)
     if cu_seq_lens_q is not None:
         layout = _layout_of_lengths(module, layout, cu_seq_lens_q, cu_seq_lens_k, max_length_q)
-    elif position_ids is not None and layout.len_q > 1:
-        try:
-            layout = packed_by_positions(layout, position_ids)
-        except UnsupportedError as error:
-            raise UnsupportedError(f"{layer_name(module)}: {error}") from None
+    else:
+        layout = _by_positions(module, layout, position_ids)
     return attend(module, query, key, value, layout, scaling=scaling, softcap=softcap, s_aux=s_aux, decision=decision)
+
+
+def _by_positions(module: nn.Module, layout: Layout, position_ids: Tensor | None) -> Layout:
+    """Return the layout with regard to positions that begin again, naming the layer in errors."""
+    if position_ids is None or layout.len_q == 1:
+        return layout
+    try:
+        return packed_by_positions(layout, position_ids)
+    except UnsupportedError as error:
+        raise UnsupportedError(f"{layer_name(module)}: {error}") from None
 
 
 def _sharded_attention(
@@ -391,7 +407,14 @@ def paged_attention_forward(
         refusal = "its model does not pass position_ids on, without which a sliding window's keys cannot be placed"
     if refusal or cu_seq_lens_q is None:
         raise UnsupportedError(f"{layer_name(module)}: {refusal}")
-    key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=paging)
+    decision = decide(module, is_decode=max_length_q == 1)
+    allocator = _allocator_of_pages(module, cache, max_length_q, paging, decision)
+    page_table, page_size = None, 0
+    if allocator is None:
+        key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=paging)
+    else:
+        key, value = _write_to_pages(allocator, module, key, value, paging)
+        page_table, page_size = _page_table(allocator, paging), allocator.tokens_per_page
     starts_q, lengths_q = cu_seq_lens_q[:-1], cu_seq_lens_q.diff()
     starts_k, lengths_k = paging["cu_seq_lens_k"][:-1], paging["cu_seq_lens_k"].diff()
     first_k = None
@@ -412,10 +435,64 @@ def paged_attention_forward(
         starts_k,
         lengths_k,
         paging["max_length_k"],
-        None,
-        first_k,
+        first_k=first_k,
+        page_table=page_table,
+        page_size=page_size,
     )
-    return attend(module, query, key, value, layout, scaling=scaling, softcap=softcap, s_aux=s_aux), None
+    options: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "s_aux": s_aux, "decision": decision}
+    return attend(module, query, key, value, layout, **options), None
+
+
+def _allocator_of_pages(
+    module: nn.Module, cache: Any, max_length_q: int, paging: dict[str, Any], decision: Decision
+) -> Any:
+    """Return what knows a layer's pages if a kernel reads keys and values where they lie, else None.
+
+    Other kernels, and caches of which Transformers says nothing, get a copy of all keys of all sequences.
+    """
+    allocator = getattr(cache, "layer_to_allocator", {}).get(module.layer_idx)
+    index = None if allocator is None else paging["read_index"][allocator.index]
+    plan, is_sparse = decision.plan, max_length_q > 1 or decision.plan.sparse_decode
+    reads_pages = (
+        index is not None
+        and index.numel() > 0  # else all keys are new
+        and getattr(allocator, "supports_block_table", False)
+        and max_length_q <= MAX_QUERIES
+        and decision.backend == "triton"
+        and not (is_sparse and (plan.chooses_blocks or decision.statistics is not None))
+    )
+    return allocator if reads_pages else None
+
+
+def _write_to_pages(
+    allocator: Any, module: nn.Module, key: Tensor, value: Tensor, paging: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """Store new keys and values ``[1, kv_heads, len_q, dim]``; return all pages ``[1, kv_heads, slots, dim]``."""
+    for name in ("cu_seq_lens_k", "max_length_k"):
+        paging[name] = paging[name][allocator.layer_type]
+    index = paging["write_index"][allocator.index]
+    stored = []
+    for pages, new in zip(allocator.get_cache_for_block_table(module.layer_idx), (key, value), strict=True):
+        rows = pages.flatten(0, 1)
+        rows.index_copy_(0, index, new[0].transpose(0, 1))
+        stored.append(rows.transpose(0, 1)[None])
+    return stored[0], stored[1]
+
+
+def _page_table(allocator: Any, paging: dict[str, Any]) -> Tensor:
+    """Return the pages of each sequence, of which Transformers gives the place of every key; once in a forward."""
+    index, size = paging["read_index"][allocator.index], allocator.tokens_per_page
+    starts, longest = paging["cu_seq_lens_k"][:-1], paging["max_length_k"]
+
+    def table() -> Tensor:
+        first = starts[:, None].long() + torch.arange(0, longest, size, device=starts.device)
+        pages: Tensor = index[first.clamp(max=index.shape[0] - 1)] // size
+        return pages.to(torch.int32)
+
+    # What a graph computes when it is captured has to be computed again whenever it runs.
+    if torch.compiler.is_compiling() or (index.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return table()
+    return remembered(index, (longest, size), table)
 
 
 def _refused_argument(dropout: float, kwargs: dict[str, Any]) -> str | None:
@@ -586,9 +663,12 @@ def watch(model: PreTrainedModel) -> None:
         model: a sparse model; its parts refuse as well.
     """
     hooks = [model.register_state_dict_pre_hook(_warn_of_adapters)]
-    # All of them: wrappers, such as those of PEFT, call the outermost model's forward itself, past its hooks.
-    for part in model.modules():
-        if isinstance(part, PreTrainedModel):
+    # Not the outermost model alone: wrappers, such as those of PEFT, call its forward itself, past its hooks. A model
+    # with a head leaves it to its body, which has the same config and gets the same arguments.
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    for index, part in enumerate(parts):
+        inside = set(part.modules())
+        if not any(other.config is part.config and other in inside for other in parts[index + 1 :]):
             hooks.append(part.register_forward_pre_hook(_refuse_attention_weights, with_kwargs=True))
     setattr(model, _HOOKS_ATTRIBUTE, hooks)
 

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from contextlib import nullcontext
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from torch.utils.weak import WeakIdKeyDictionary, WeakTensorKeyDictionary
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .errors import UnsupportedError
-from .kernels import AttentionRequest, compute, is_traced, pack, run, sdpa, suits_sdpa
+from .kernels import AttentionRequest, Run, compute, is_traced, pack, prepared, run, sdpa
 from .module import SparseAttentionModule, decide, original_class, present_decision
 from .plan import AttentionPlan
-from .recomputation import Decision, may_be_checkpointed
+from .recomputation import Decision
 
 ResultT = TypeVar("ResultT")
 
@@ -25,6 +24,21 @@ READABLE_MASKS = (
     "must be boolean, or 0 and -10000 or less, the same for all heads, and causal or bidirectional, with padding "
     "anywhere; for self-attention also with a sliding window or for packed sequences"
 )
+
+
+class SharedWork:
+    """What the layers of one forward pass need besides their layout, found by the first one that needs it.
+
+    Attributes:
+        prepared: what runs calls of :func:`whole_call`, by what tells these apart.
+        starts_apart: starts of the keys in a cache whose rows lie apart, by their distance and device.
+        grids: what is known of blocks, as in :class:`~modelopt_lite.kernels.AttentionRequest`.
+    """
+
+    def __init__(self) -> None:
+        self.prepared: dict[tuple[Any, ...], Run] = {}
+        self.starts_apart: dict[tuple[int, torch.device], Tensor] = {}
+        self.grids: dict[Any, Any] = {}
 
 
 class Layout(NamedTuple):
@@ -56,7 +70,11 @@ class Layout(NamedTuple):
         counts: how many of the sequences are there, where only a traced graph will know; see
             :class:`~modelopt_lite.kernels.AttentionRequest`.
         whole: whether each row is known to be one sequence that fills all slots, the queries being its last tokens.
-        request: what Transformers asked for, from which another attention implementation's mask can be made; or None.
+        page_table: where keys and values lie in the pages of a cache, see
+            :class:`~modelopt_lite.kernels.AttentionRequest`; the one row of the batch is then the whole cache.
+        page_size: keys a page.
+        request: what Transformers asked for, from which another attention implementation's mask can be made, and what
+            layers share; or None.
     """
 
     batch: int
@@ -78,6 +96,8 @@ class Layout(NamedTuple):
     order_k: Tensor | None = None
     counts: Tensor | None = None
     whole: bool = False
+    page_table: Tensor | None = None
+    page_size: int = 0
     request: Any = None
 
     @property
@@ -123,50 +143,22 @@ def whole_layout(
         first_q: position of the first query; by default the queries are the last tokens.
     """
     whole = first_q is None and (used is None or (isinstance(used, int) and used == slots))
-    packing = _whole_packing(batch, len_q, slots if used is None else used, slots, torch.device(device))
-    first_k = torch.full_like(packing.starts_q, dropped) if dropped else None
+    rows = torch.arange(batch, device=device)
+    starts_q = rows if batch == 1 else rows * len_q  # of one row, 0
+    starts_k = starts_q if batch == 1 or slots == len_q else rows * slots
+    lengths_q = torch.full_like(rows, len_q)
+    if isinstance(used, Tensor):
+        lengths_k = torch.zeros_like(rows) + used
+    else:
+        len_k = slots if used is None else used
+        lengths_k = lengths_q if len_k == len_q else torch.full_like(rows, len_k)
+    first_k = torch.full_like(rows, dropped) if dropped else None
     if first_q is not None:
-        first_q = torch.zeros_like(packing.starts_q) + first_q
+        first_q = torch.zeros_like(rows) + first_q
     return Layout(
-        batch, len_q, slots, is_causal, sliding_window, True,
-        packing.starts_q, packing.lengths_q, len_q, packing.starts_k, packing.lengths_k, slots,
+        batch, len_q, slots, is_causal, sliding_window, True, starts_q, lengths_q, len_q, starts_k, lengths_k, slots,
         first_q, first_k, whole=whole,
     )  # fmt: skip
-
-
-class _Packing(NamedTuple):
-    """Where the sequences of a batch without padding are; as in :class:`Layout`."""
-
-    starts_q: Tensor
-    lengths_q: Tensor
-    starts_k: Tensor
-    lengths_k: Tensor
-
-
-_rows: dict[tuple[Any, ...], tuple[Tensor, Tensor, Tensor]] = {}
-"""Rows of a batch, and starts and lengths of their queries, so that they are not made anew in every forward pass."""
-MAX_ROWS = 256
-
-
-def _whole_packing(batch: int, len_q: int, len_k: int | Tensor, slots: int, device: torch.device) -> _Packing:
-    """Return the packing of rows that are one sequence each."""
-    is_kept = not is_traced()
-    found = _rows.get((batch, len_q, device)) if is_kept else None
-    if found is None:
-        # What is kept has to serve in training, too.
-        with torch.inference_mode(False) if is_kept else nullcontext():
-            rows = torch.arange(batch, device=device)
-            found = (rows, rows * len_q, torch.full_like(rows, len_q))
-        if is_kept and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-            if len(_rows) >= MAX_ROWS:
-                _rows.clear()
-            _rows[batch, len_q, device] = found
-    rows, starts_q, lengths_q = found
-    if slots == len_q and isinstance(len_k, int) and len_k == len_q:
-        return _Packing(starts_q, lengths_q, starts_q, lengths_q)
-    starts_k = rows if batch == 1 else rows * slots  # of one row, 0
-    lengths_k = torch.full_like(rows, len_k) if isinstance(len_k, int) else torch.zeros_like(rows) + len_k
-    return _Packing(starts_q, lengths_q, starts_k, lengths_k)
 
 
 _DROPPED = (
@@ -326,7 +318,7 @@ def segmented_layout(
 _memory: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def _remembered(tensor: Tensor, key: Hashable, compute: Callable[[], ResultT]) -> ResultT:
+def remembered(tensor: Tensor, key: Hashable, compute: Callable[[], ResultT]) -> ResultT:
     """Return what was computed of a tensor before, so that all layers of a forward wait for it once.
 
     A tensor in PyTorch's inference mode does not tell whether it has changed since, so nothing is kept of it.
@@ -349,7 +341,7 @@ def restarts(positions: Tensor, real: Tensor | None) -> bool:
         real: which tokens are real, booleans ``[batch, length]``; None: all.
     """
     if real is None:
-        return _remembered(positions, None, lambda: bool((positions[:, 1:] == 0).any()))
+        return remembered(positions, None, lambda: bool((positions[:, 1:] == 0).any()))
     return bool(((positions == 0) & real & (real.cumsum(1) > 1)).any())
 
 
@@ -362,7 +354,7 @@ def layout_of_mask(mask: Tensor, batch: int, len_q: int, slots: int) -> Layout |
         len_q: queries of each row.
         slots: key slots of each row.
     """
-    return _remembered(mask, (batch, len_q, slots), lambda: _layout_of_mask(mask, batch, len_q, slots))
+    return remembered(mask, (batch, len_q, slots), lambda: _layout_of_mask(mask, batch, len_q, slots))
 
 
 def _layout_of_mask(mask: Tensor, batch: int, len_q: int, slots: int) -> Layout | None:
@@ -465,44 +457,59 @@ def whole_call(
 ) -> Tensor | None:
     """Compute what :func:`attend` would for a batch without padding that nothing records, traces or counts.
 
-    This is the way of short prefills and decode steps, where Python's time is the user's; it holds no case that
-    :func:`attend` does not.
+    This is the way of short prefills and decode steps, where Python's time is the user's: in every layer each function
+    and each operation counts. It holds no case that :func:`attend` does not.
 
     Returns:
         The output, or None if :func:`attend` has to be called.
     """
-    (batch, heads, len_q, dim), slots = query.shape, key.shape[2]
-    if (batch, len_q, key.shape[0], slots) != (layout.batch, layout.len_q, layout.batch, layout.slots):
-        return None
-    if is_traced(query) or may_be_checkpointed() or torch.is_autocast_enabled(query.device.type):
-        return None
-    if refuse_context_parallel() is not None:
+    (batch, heads, len_q, dim), (rows, kv_heads, slots, _) = query.shape, key.shape
+    if (
+        # All that is_traced() and may_be_checkpointed() look at, and more.
+        torch.is_grad_enabled()
+        or torch.compiler.is_dynamo_compiling()
+        or type(query) is not Tensor
+        or query.is_meta
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._current_graph_task_id() != -1
+        or not (torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled())
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._is_any_autocast_enabled()
+        or torch.nn.functional.scaled_dot_product_attention is not scaled_dot_product_attention
+        or (batch, len_q, rows, slots) != (layout.batch, layout.len_q, layout.batch, layout.slots)
+    ):
         return None
     module.sparse_attention.last_call = object()
     decision, window = present_decision(module), layout.sliding_window
-    plan, is_causal = decision.plan, layout.is_causal
-    if plan.chooses_blocks and decision.statistics is None and layout.first_q is None and layout.first_k is None:
-        plan = plan.for_keys(slots, is_causal)
-    if plan.is_dense or (len_q == 1 and not plan.sparse_decode):
-        if decision.backend != "auto" or (decision.statistics is not None and len_q > 1):
-            return None
-        if not suits_sdpa(query, key, value, is_causal=is_causal, sliding_window=window, softcap=softcap):
-            return None
-        return sdpa(query, key, value, is_causal=is_causal, scale=scaling).transpose(1, 2)
+    plan, statistics = decision.plan, decision.statistics
+    if plan.chooses_blocks and statistics is None and layout.is_causal and layout.whole:
+        plan = plan.for_keys(slots, True)
+    is_dense = plan.is_dense or (len_q == 1 and not plan.sparse_decode)
+    if is_dense and decision.backend == "auto" and (statistics is None or len_q == 1):
+        output = sdpa(
+            query, key, value, is_causal=layout.is_causal, scale=scaling, sliding_window=window, softcap=softcap
+        )
+        if output is not None:
+            return output.transpose(1, 2)
+    strides = stride, key_stride, value_stride = query.stride(), key.stride(), value.stride()
+    value_dim = value.shape[3]
     if (
-        decision.statistics is not None
-        or not is_causal
+        statistics is not None
+        or not layout.is_causal
         or layout.first_q is not None
         or layout.first_k is not None
         or layout.starts_q.device != query.device
-        or (batch > 1 and not all(_is_one_block(x) for x in (query, key, value)))
+        or (batch > 1 and not all(map(_is_one_block, (query, key, value))))
+        or value.shape[:3] != key.shape[:3]
         or (query.data_ptr() | key.data_ptr() | value.data_ptr()) & 15
     ):
         return None
+    scale = dim**-0.5 if scaling is None else float(scaling)
     request = AttentionRequest(
-        q=_as_rows(query),
-        k=_as_rows(key),
-        v=_as_rows(value),
+        q=query.as_strided((batch * len_q, heads, dim), (stride[2], stride[1], stride[3])),
+        k=key.as_strided((batch * slots, kv_heads, key.shape[3]), (key_stride[2], key_stride[1], key_stride[3])),
+        v=value.as_strided((batch * slots, kv_heads, value_dim), (value_stride[2], value_stride[1], value_stride[3])),
         s_aux=None,
         starts_q=layout.starts_q,
         lengths_q=layout.lengths_q,
@@ -511,24 +518,33 @@ def whole_call(
         lengths_k=layout.lengths_k,
         max_k=slots,
         is_causal=True,
-        softmax_scale=dim**-0.5 if scaling is None else float(scaling),
+        softmax_scale=scale,
         sliding_window=window,
         softcap=softcap,
         plan=plan,
         grids=None if layout.request is None else layout.request.grids,
     )
-    # Layouts of one size without padding differ in their tensors' addresses alone.
-    shapes = (query.shape, key.shape, value.shape, query.stride(), key.stride(), value.stride())
-    types = (query.dtype, key.dtype, value.dtype, query.device, key.device, value.device)
-    signature = (shapes, types, request.softmax_scale, window, softcap, plan.name)
-    try:
-        if plan.chooses_blocks:
-            output, _ = compute(request, decision.backend)
-        else:
-            output, _ = run(request, decision.backend, signature)
-    except UnsupportedError as error:
-        raise UnsupportedError(f"{layer_name(module)}: {error}") from None
-    return output.view(batch, len_q, heads, value.shape[3])
+    shared: SharedWork | None = layout.request
+    # With the layout, all that the choice of a kernel and its preparation depend on.
+    signature = (
+        query.shape, key.shape, value.shape, *strides, query.dtype, key.dtype, value.dtype, scale, softcap, plan.name,
+        decision.backend,
+    )  # fmt: skip
+    known = None if shared is None else shared.prepared.get(signature)
+    if known is not None:
+        output, _ = known(request)
+    else:
+        try:
+            output, _ = (compute if plan.chooses_blocks else run)(request, decision.backend)
+        except UnsupportedError as error:
+            raise UnsupportedError(f"{layer_name(module)}: {error}") from None
+        if (
+            shared is not None
+            and not plan.chooses_blocks
+            and (known := prepared(request, decision.backend)) is not None
+        ):
+            shared.prepared[signature] = known
+    return output.view(batch, len_q, heads, value_dim)
 
 
 def attend(
@@ -575,21 +591,17 @@ def attend(
         query, key, value = (x.to(dtype) for x in (query, key, value))
     plan = decision.plan
     statistics = decision.statistics if layout.max_q > 1 or plan.sparse_decode else None
-    if plan.chooses_blocks and statistics is None and layout.whole and not is_traced(query):
-        plan = plan.for_keys(layout.max_k, layout.is_causal)
+    if plan.chooses_blocks and statistics is None and layout.whole and layout.is_causal and not is_traced(query):
+        plan = plan.for_keys(layout.max_k, True)
     # Without groups and sinks only distances count, which need not know what a cache has dropped.
     is_dense = plan.is_dense or (layout.max_q == 1 and not plan.sparse_decode)
-    if (
-        is_dense
-        and layout.whole
-        and statistics is None
-        and decision.backend == "auto"
-        and suits_sdpa(
-            query, key, value, is_causal=layout.is_causal, sliding_window=layout.sliding_window, softcap=softcap,
-            s_aux=s_aux,
-        )
-    ):  # fmt: skip
-        return sdpa(query, key, value, is_causal=layout.is_causal, scale=scaling).transpose(1, 2)
+    if is_dense and layout.whole and statistics is None and decision.backend == "auto":
+        output = sdpa(
+            query, key, value, is_causal=layout.is_causal, scale=scaling, sliding_window=layout.sliding_window,
+            softcap=softcap, s_aux=s_aux,
+        )  # fmt: skip
+        if output is not None:
+            return output.transpose(1, 2)
     layout = layout.on(query.device)
     if not is_dense and _is_cross_attention(module, layout):
         # Before all keys no key is recent, so there is no dense window, wherever a chunk of queries begins.
@@ -658,6 +670,8 @@ def _request(
         first_q=layout.first_q,
         first_k=None if is_dense and layout.first_q is None else layout.first_k,
         counts=layout.counts,
+        page_table=layout.page_table,
+        page_size=layout.page_size,
     )
 
 
@@ -692,7 +706,7 @@ def _packed_keys(key: Tensor, value: Tensor, layout: Layout) -> tuple[Tensor, Te
     key, value = (
         x.as_strided((size, x.shape[1], x.shape[3]), (x.stride(2), x.stride(1), x.stride(3))) for x in (key, value)
     )
-    return key, value, layout.starts_k if pitch == slots else _starts_apart(layout.starts_k, batch, slots, pitch)
+    return key, value, layout.starts_k if pitch == slots else _starts_apart(layout, pitch)
 
 
 def _is_recorded(x: Tensor) -> bool:
@@ -700,18 +714,17 @@ def _is_recorded(x: Tensor) -> bool:
     return (x.requires_grad and torch.is_grad_enabled()) or is_traced(x)
 
 
-_pitched_starts = WeakTensorKeyDictionary()
-"""Starts of keys in a cache, by those in a batch and the distance of rows: alike in all layers of a forward pass."""
-
-
-def _starts_apart(starts: Tensor, batch: int, slots: int, pitch: int) -> Tensor:
-    """Move the rows of a batch ``pitch`` slots apart."""
-    found = _pitched_starts.get(starts)
-    if found is None or found[0] != pitch:
+def _starts_apart(layout: Layout, pitch: int) -> Tensor:
+    """Return the starts of keys if the rows of a batch are ``pitch`` slots apart."""
+    shared: SharedWork | None = layout.request
+    key = (pitch, layout.starts_k.device)
+    moved = None if shared is None else shared.starts_apart.get(key)
+    if moved is None:
         # An empty sequence may begin behind the last row.
-        row = (starts // slots).clamp(max=batch - 1)
-        found = _pitched_starts[starts] = (pitch, starts + row * (pitch - slots))
-    moved: Tensor = found[1]
+        row = (layout.starts_k // layout.slots).clamp(max=layout.batch - 1)
+        moved = layout.starts_k + row * (pitch - layout.slots)
+        if shared is not None:
+            shared.starts_apart[key] = moved
     return moved
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import Context, ContextVar, copy_context
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar, cast
 from weakref import WeakSet
 
@@ -46,6 +47,7 @@ class SparseAttentionFlags:
         counters: what the open blocks of :func:`count` fill, in any context, likewise.
         is_sharded: whether calls need to be told how the tokens are divided among processes.
         checkpoints: PyTorch's objects for the checkpoints that will run a call again.
+        decisions: what a call does that nobody observes, dense and sparse.
     """
 
     name: str
@@ -60,6 +62,12 @@ class SparseAttentionFlags:
     counters: tuple[Observer, ...] = ()
     is_sharded: bool = False
     checkpoints: WeakSet[Any] = field(default_factory=WeakSet)
+    decisions: tuple[Decision, Decision] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Make the decisions of nearly all calls once."""
+        backend = self.method.backend
+        self.decisions = (Decision(False, DENSE, backend), Decision(True, self.sparse_plan, backend))
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy starts with; it makes the plan anew and knows nothing of calls that are running."""
@@ -69,16 +77,11 @@ class SparseAttentionFlags:
         """Make a copy."""
         vars(self).update(vars(SparseAttentionFlags(sparse_plan=state["method"].shared_plan(), **state)))
 
-    def decision(self, is_dense: bool, statistics: Observer | None) -> Decision:
-        """Return what a call does, given whether it is to be dense and what it is counted in."""
-        is_on = self.enabled and not is_dense
-        plan = self.sparse_plan if is_on else DENSE
-        return Decision(is_on, plan, self.method.backend, statistics if is_on else None)
 
-
-_dense: ContextVar[frozenset[SparseAttentionFlags]] = ContextVar("modelopt_lite_dense")
-_counters: ContextVar[Mapping[SparseAttentionFlags, Observer]] = ContextVar("modelopt_lite_counters")
-_followers: ContextVar[tuple[SparseAttentionModule, ...]] = ContextVar("modelopt_lite_followers")
+_NONE: Mapping[SparseAttentionFlags, Observer] = MappingProxyType({})
+_dense: ContextVar[frozenset[SparseAttentionFlags]] = ContextVar("modelopt_lite_dense", default=frozenset())
+_counters: ContextVar[Mapping[SparseAttentionFlags, Observer]] = ContextVar("modelopt_lite_counters", default=_NONE)
+_followers: ContextVar[tuple[SparseAttentionModule, ...]] = ContextVar("modelopt_lite_followers", default=())
 _lock = threading.Lock()
 
 
@@ -91,17 +94,19 @@ class SparseAttentionModule(nn.Module):
         model_class: the model's own class.
         sparse_attention: the module's flags.
         call_context: the context whose state calls follow in every thread; None: the caller's.
+        is_called_plainly: whether the model's own class is called as any other module.
     """
 
     model_class: ClassVar[type[nn.Module]]
     sparse_attention: SparseAttentionFlags
     call_context: Context | None = None
+    is_called_plainly: ClassVar[bool] = False
 
     # Hooks would see the same, but cost several times as much.
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module, and report once if its forward does not call this package's attention."""
         flags = self.sparse_attention
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             # In a traced graph whose activations are checkpointed, flags must be in the end as they were before.
             before, flags.reached = flags.reached, False
             output = super().__call__(*args, **kwargs)
@@ -110,7 +115,11 @@ class SparseAttentionModule(nn.Module):
             flags.reached = before
             return output
         last_call = flags.last_call
-        output = super().__call__(*args, **kwargs)
+        if self.is_called_plainly and self._compiled_call_impl is None:
+            # All that would be done, in one function less.
+            output = self._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+        else:
+            output = super().__call__(*args, **kwargs)
         # A call in another thread may hide that there was none in this one, but never seem to be missing.
         if flags.last_call is not last_call or flags.reached:
             flags.active = True
@@ -150,7 +159,12 @@ class SparseAttentionModule(nn.Module):
 
 @functools.cache
 def _sparse_class(mixin: Any, cls: Any) -> type[SparseAttentionModule]:
-    return type(f"Sparse{cls.__name__}", (mixin, cls), {"__module__": cls.__module__, "model_class": cls})
+    attributes = {
+        "__module__": cls.__module__,
+        "model_class": cls,
+        "is_called_plainly": cls.__call__ is nn.Module.__call__,
+    }
+    return type(f"Sparse{cls.__name__}", (mixin, cls), attributes)
 
 
 def _new_module(mixin: Any, cls: Any) -> SparseAttentionModule:
@@ -199,8 +213,11 @@ def decide(module: nn.Module, is_decode: bool = False) -> Decision:
     if torch.compiler.is_compiling():
         if flags is None:
             return Decision()
-        flags.reached = True
-        return flags.decision(flags.dense_blocks > 0, flags.counters[-1] if flags.counters else None)
+        if torch.compiler.is_dynamo_compiling():
+            flags.reached = True
+        else:
+            flags.last_call = object()
+        return _observed(flags, flags.dense_blocks > 0, flags.counters[-1] if flags.counters else None)
     if flags is not None:
         flags.last_call = object()
     if is_decode and not torch.is_grad_enabled():
@@ -222,8 +239,17 @@ def present_decision(module: nn.Module) -> Decision:
         return Decision()
     flags, context = module.sparse_attention, module.call_context
     if context is None:
-        return flags.decision(flags in _dense.get(frozenset()), _counters.get({}).get(flags))
-    return flags.decision(flags in context.get(_dense, frozenset()), context.get(_counters, {}).get(flags))
+        is_dense, observer = flags in _dense.get(), _counters.get().get(flags)
+    else:
+        is_dense, observer = flags in context.get(_dense, ()), context.get(_counters, _NONE).get(flags)
+    if observer is not None or is_dense:
+        return _observed(flags, is_dense, observer)
+    return flags.decisions[flags.enabled]
+
+
+def _observed(flags: SparseAttentionFlags, is_dense: bool, observer: Observer | None) -> Decision:
+    decision = flags.decisions[flags.enabled and not is_dense]
+    return decision._replace(statistics=observer) if decision.is_on else decision
 
 
 @contextmanager
@@ -234,7 +260,7 @@ def run_dense(modules: Sequence[SparseAttentionModule]) -> Iterator[None]:
         with _lock:
             each.dense_blocks += 1
     try:
-        with _setting(_dense, _dense.get(frozenset()) | frozenset(flags)):
+        with _setting(_dense, _dense.get() | frozenset(flags)):
             yield
     finally:
         for each in flags:
@@ -250,7 +276,7 @@ def count(counters: Mapping[SparseAttentionModule, Observer]) -> Iterator[None]:
         with _lock:
             flags.counters = (*flags.counters, statistics)
     try:
-        with _setting(_counters, {**_counters.get({}), **by_flags}):
+        with _setting(_counters, {**_counters.get(), **by_flags}):
             yield
     finally:
         for flags, statistics in by_flags.items():
@@ -262,7 +288,7 @@ def count(counters: Mapping[SparseAttentionModule, Observer]) -> Iterator[None]:
 def follow(modules: Sequence[SparseAttentionModule]) -> Iterator[None]:
     """Let calls of modules follow the caller's context inside the ``with`` block, in whatever thread they run."""
     try:
-        with _setting(_followers, (*_followers.get(()), *modules)):
+        with _setting(_followers, (*_followers.get(), *modules)):
             yield
     finally:
         for module in modules:
@@ -281,7 +307,7 @@ def _setting(variable: ContextVar[T], value: T) -> Iterator[None]:
 
 
 def _refresh_followers() -> None:
-    for module in _followers.get(()):
+    for module in _followers.get():
         module.call_context = copy_context()
 
 

@@ -213,6 +213,8 @@ class AttentionPlan:
             hook is used where all keys are visible. A tile with any group that may be wrong is computed again with
             ``score_hook``.
 
+        chooses_blocks: whether there is a selector or a skip rule. Not an argument.
+        is_dense: whether every visible key is kept. Not an argument.
         name: what PyTorch's operators take instead of the plan, which :func:`plan_by_name` finds again. The canonical
             configuration of the method that made it, in JSON; of a plan made by hand, a name that only this process
             knows. Not an argument.
@@ -239,6 +241,7 @@ class AttentionPlan:
     blocks: BlockSelector | None = None
     skip: SkipRule | None = None
     chooses_blocks: bool = field(init=False, compare=False, repr=False)
+    is_dense: bool = field(init=False, compare=False, repr=False)
     name: str = field(init=False, compare=False, repr=False)
     made_by: type[Any] | None = field(default=None, init=False, compare=False, repr=False)
 
@@ -264,6 +267,7 @@ class AttentionPlan:
                 )
 
         object.__setattr__(self, "chooses_blocks", self.blocks is not None or self.skip is not None)
+        object.__setattr__(self, "is_dense", self.keep is None and not self.chooses_blocks)
         object.__setattr__(self, "name", f"{_BY_HAND}{_this_process} {next(_numbers)}")
         _plans_by_hand[self.name] = self
 
@@ -293,11 +297,6 @@ class AttentionPlan:
             )
         # The class travels by reference, so that its module is imported, and the method registered, first.
         return _unpickled, (self.name, self.made_by)
-
-    @property
-    def is_dense(self) -> bool:
-        """Whether every visible key is kept."""
-        return self.keep is None and not self.chooses_blocks
 
     def for_keys(self, keys: int, is_causal: bool) -> AttentionPlan:
         """Return a plan that keeps the same, and chooses no blocks where there is nothing to choose.

@@ -21,18 +21,27 @@ from transformers import masking_utils
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
 from .errors import UnsupportedError
-from .layout import Layout, layout_of_mask, packed_layout, padded_layout, restarts, segmented_layout, whole_layout
+from .layout import (
+    Layout,
+    SharedWork,
+    layout_of_mask,
+    packed_layout,
+    padded_layout,
+    restarts,
+    segmented_layout,
+    whole_layout,
+)
 
 logger = logging.getLogger(__name__)
 
 
-class MaskRequest:
+class MaskRequest(SharedWork):
     """What Transformers asked a mask for, which any other attention implementation can answer as well."""
 
     def __init__(self, arguments: dict[str, Any]) -> None:
+        super().__init__()
         self.arguments = arguments
         self.answers: dict[str, Any] = {}
-        self.grids: dict[Any, Any] = {}  # as in AttentionRequest
         self.packed: Layout | None = None
 
     def answer(self, implementation: str, device: torch.device) -> Any:

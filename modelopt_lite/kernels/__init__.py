@@ -13,30 +13,32 @@ from ..plan import AttentionPlan
 from .arguments import check_request, is_count
 from .blocked import AttentionStatistics
 from .blocks import KeyBlocks
-from .choice import Backend, run
+from .choice import Backend, Run, prepared, run
 from .operator import compute, gradients, is_traced, pack
-from .request import AttentionRequest
-from .sdpa import sdpa, suits_sdpa
+from .request import MAX_QUERIES, AttentionRequest
+from .sdpa import sdpa
 from .selection import count_visited, select_blocks
 from .statistics import statistics_of
 from .top_n import top_n_plan
 
 __all__ = [
+    "MAX_QUERIES",
     "AttentionRequest",
     "AttentionStatistics",
     "Backend",
     "KeyBlocks",
+    "Run",
     "attention",
     "attention_statistics",
     "compute",
     "gradients",
     "is_traced",
     "pack",
+    "prepared",
     "request_statistics",
     "run",
     "sdpa",
     "select_blocks",
-    "suits_sdpa",
     "visited_blocks",
 ]
 

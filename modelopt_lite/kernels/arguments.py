@@ -198,7 +198,8 @@ def is_count(x: object, least: int) -> bool:
 
 
 def _is_positive(x: object) -> bool:
-    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) and x > 0
+    # Not by isfinite, which a graph cannot trace where the compiler has made a variable of the number.
+    return isinstance(x, int | float) and not isinstance(x, bool) and 0 < x < math.inf
 
 
 def describe(x: object) -> str:

@@ -84,13 +84,17 @@ _prepared: dict[tuple[Any, ...], Run] = {}
 _reasons_told: set[str] = set()
 
 
-def run(request: AttentionRequest, backend: Backend = "auto", signature: tuple[Any, ...] | None = None) -> Result:
+def prepared(request: AttentionRequest, backend: Backend) -> Run | None:
+    """Return what runs requests like one that :func:`run` has computed, None if that was not kept."""
+    return _prepared.get(_key(request, backend))
+
+
+def run(request: AttentionRequest, backend: Backend = "auto") -> Result:
     """Compute a request with the kernel that suits it, without looking for it again if one like it has come before.
 
     Args:
         request: what is to be computed.
         backend: as in :func:`choose`.
-        signature: what says in fewer words than :func:`_signature` all that the kernel's preparation depends on.
 
     Returns:
         The output, ``[total_q, query_heads, value_dim]``, and the logarithms of the softmax denominators, ``[total_q,
@@ -100,20 +104,20 @@ def run(request: AttentionRequest, backend: Backend = "auto", signature: tuple[A
         UnsupportedError: if the backend asked for cannot run the request.
         ValueError: if ``MODELOPT_LITE_KERNEL`` names no kernel, or a value of the request is wrong.
     """
+    key = _key(request, backend)
+    known = _prepared.get(key)
+    if known is not None:  # so its like was checked
+        return known(request)
     pinned = os.environ.get("MODELOPT_LITE_KERNEL", "")
-    key = (signature or _signature(request), backend, pinned)
-    prepared = _prepared.get(key)
-    if prepared is not None:  # so its like was checked
-        return prepared(request)
     check_request(request)
     check_backend(request, backend)
     check_rule(request.plan, request.q.device)
     tried: list[str] = []
     while True:
         kernel = choose(request, backend, pinned, without=tried)
-        prepared = _prepare(kernel, request)
+        new = _prepare(kernel, request)
         try:
-            result = prepared(request)
+            result = new(request)
             break
         except HookRefusedError as error:
             logger.warning("the kernel %s is left out: %s", kernel.name, error)
@@ -122,7 +126,7 @@ def run(request: AttentionRequest, backend: Backend = "auto", signature: tuple[A
     if not (request.q.is_cuda and torch.cuda.is_current_stream_capturing()):
         if len(_prepared) >= MAX_SIGNATURES:
             _prepared.clear()
-        _prepared[key] = prepared
+        _prepared[key] = new
     return result
 
 
@@ -206,8 +210,8 @@ def check_backend(request: AttentionRequest, backend: Backend) -> None:
         raise UnsupportedError(f"backend: 'triton' cannot run this: {reason}")
 
 
-def _signature(r: AttentionRequest) -> tuple[Any, ...]:
-    """Return all that a kernel's preparation depends on: everything but the tensors' addresses and contents.
+def _key(r: AttentionRequest, backend: Backend) -> tuple[Any, ...]:
+    """Return all that a kernel's choice and preparation depend on: everything but the tensors' addresses and contents.
 
     Of an address, Triton looks at whether 16 divides it. Written out, as it is computed at every call.
     """
@@ -223,7 +227,7 @@ def _signature(r: AttentionRequest) -> tuple[Any, ...]:
         None if r.page_table is None else (_small(r.page_table), r.page_size),
         r.max_q, type(r.max_q), r.max_k, type(r.max_k), r.is_causal, type(r.is_causal),
         r.softmax_scale, r.sliding_window, r.softcap, r.plan.name, r.with_lse,
-        None if r.blocks is None else r.blocks.signature(),
+        None if r.blocks is None else r.blocks.signature(), backend, os.environ.get("MODELOPT_LITE_KERNEL", ""),
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from ..plan import DENSE
 from .decode import attend_pieces, merge_pieces
 from .device import Launch, cdiv, processors
 from .portable import new_results
-from .request import AttentionRequest
+from .request import MAX_QUERIES, AttentionRequest
 from .settings import (
     SMALL,
     Options,
@@ -26,8 +26,6 @@ from .settings import (
     refuses_blocks,
 )
 
-MAX_QUERIES = 16
-"""Queries of a sequence up to which the kernels run."""
 MAX_BATCH = 4096
 """Sequences up to which they run, as every program looks at all lengths."""
 MAX_HEAD_DIM = 576

@@ -58,25 +58,27 @@ class Launch:
         """
         self.kernel, self.device, self.constants, self.options = kernel, device, constants, options
         self.compiled: Any = None
+        self.stream: Any = None
 
     def __call__(self, programs: int, *arguments: Any) -> None:
         """Launch ``programs`` programs on the current stream of the tensors' device."""
-        if self.device.type == "cuda" and self.device.index != torch.cuda.current_device():
-            with torch.cuda.device(self.device):
-                self._launch(programs, *arguments, *self.constants)
-        else:
-            self._launch(programs, *arguments, *self.constants)
-
-    def _launch(self, programs: int, *arguments: Any) -> None:
-        compiled, hooks = self.compiled, triton.knobs.runtime
-        if compiled is None:  # the first time, and always in the interpreter, which compiles nothing
-            self.compiled = self.kernel[(programs,)](*arguments, **self.options)
-        elif _calls(hooks.launch_enter_hook) or _calls(hooks.launch_exit_hook):
-            compiled[programs, 1, 1](*arguments)
+        compiled, index, hooks = self.compiled, self.device.index, triton.knobs.runtime
+        # Hooks are None, or chains that may be empty.
+        before, after = hooks.launch_enter_hook, hooks.launch_exit_hook
+        if index is not None and index != torch._C._cuda_getDevice():
+            with torch.cuda.device(index):
+                self(programs, *arguments)
+        elif compiled is None:  # the first time, and always in the interpreter, which compiles nothing
+            compiled = self.kernel[(programs,)](*arguments, *self.constants, **self.options)
+            if compiled is not None:
+                self.stream = triton.runtime.driver.active.get_current_stream
+                self.compiled = compiled
+        elif getattr(before, "calls", before) or getattr(after, "calls", after):
+            compiled[programs, 1, 1](*arguments, *self.constants)
         else:  # the same without what profilers need
             compiled.run(
-                programs, 1, 1, current_stream(self.device), compiled.function, compiled.packed_metadata, None, None,
-                None, *arguments,
+                programs, 1, 1, self.stream(index), compiled.function, compiled.packed_metadata, None, None, None,
+                *arguments, *self.constants,
             )  # fmt: skip
 
 
@@ -114,11 +116,6 @@ def _kinds(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         else:
             kinds.append(_kinds(x) if type(x) is tuple else x)
     return tuple(kinds)
-
-
-def _calls(hook: Any) -> bool:
-    """Whether a hook of Triton's launches does anything: it is None, or a chain that may be empty."""
-    return bool(getattr(hook, "calls", hook))
 
 
 def current_stream(device: torch.device) -> int:

@@ -125,7 +125,7 @@ def prepare(request: AttentionRequest) -> Callable[[AttentionRequest], tuple[Ten
     schedule = None if r.blocks is None else Schedule(r, options)
     if schedule is not None:
         items = query_heads * schedule.rows
-    programs = min(items, processors(r.q.device))
+    programs, hook_args = min(items, processors(r.q.device)), hook_arguments(plan)
 
     def run(r: AttentionRequest) -> tuple[Tensor, Tensor | None]:
         out, lse = new_results(r)
@@ -141,7 +141,7 @@ def prepare(request: AttentionRequest) -> Callable[[AttentionRequest], tuple[Ten
                 programs, rebased(queries, r.q), rebased(keys, r.k), rebased(values, r.v),
                 rebased(tail_descriptor, key_tail), rebased(tail_descriptor, value_tail), tail_start, out, lse, r.s_aux,
                 counter, out.stride()[:2], (r.starts_q, r.lengths_q, r.starts_k, r.lengths_k), *rest,
-                *visits, hook_arguments(plan),
+                *visits, hook_args,
             )  # fmt: skip
         except CompilationError as error:
             hooks = (r.plan.score_hook, r.plan.quick_hook)

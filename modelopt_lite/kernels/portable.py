@@ -134,16 +134,20 @@ def prepare(
         attention_forward, r.q.device, plan.score_hook, options_for(r, settings),
         num_warps=settings.num_warps, num_stages=settings.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
+    on_cpu, has_positions, hook_args = r.q.device.type == "cpu", r.has_positions, hook_arguments(plan)
+    nothing = (None, None)
 
     def run(r: AttentionRequest) -> tuple[Tensor, Tensor | None]:
-        if r.q.device.type == "cpu":
+        if on_cpu:
             r.check_values()  # Triton's interpreter would write to whatever memory they lead to
         out, lse = new_results(r)
         if total:
-            sequences = (r.starts_q, r.lengths_q, r.starts_k, r.lengths_k, *r.first_positions())
+            firsts = r.first_positions() if has_positions else nothing
             launch(
-                programs, r.q, r.k, r.v, out, lse, r.s_aux, rebased(keys, r.k), rebased(values, r.v), strides,
-                sequences, *rest, _lists(r), hook_arguments(plan),
+                programs, r.q, r.k, r.v, out, lse, r.s_aux,
+                keys and rebased(keys, r.k), values and rebased(values, r.v), strides,
+                (r.starts_q, r.lengths_q, r.starts_k, r.lengths_k, *firsts), *rest,
+                None if r.blocks is None else _lists(r), hook_args,
             )  # fmt: skip
         return out, lse
 
@@ -152,10 +156,10 @@ def prepare(
 
 def new_results(request: AttentionRequest) -> tuple[Tensor, Tensor | None]:
     """Return memory for a request's output and, if they are wanted, the logarithms of its softmax denominators."""
-    r = request
-    out = r.q.new_empty((*r.q.shape[:2], r.v.shape[2]))
-    lse = r.q.new_empty(r.q.shape[:2], dtype=torch.float32) if r.with_lse else None
-    return out, lse
+    q = request.q
+    tokens, heads, _ = q.shape
+    out = q.new_empty((tokens, heads, request.v.shape[2]))
+    return out, q.new_empty((tokens, heads), dtype=torch.float32) if request.with_lse else None
 
 
 def backward(

@@ -42,6 +42,8 @@ SCHEMA = {
 }
 """The fields of a request and what PyTorch's operators call their types. A plan travels by its name, the lists of key
 blocks by their fields, which come last."""
+MAX_QUERIES = 16
+"""Queries of a sequence up to which a call is a step of decode, for which there are kernels of its own."""
 _FIELDS = tuple(SCHEMA)[: -len(KeyBlocks._fields)]
 _NO_BLOCKS = (None, None, None, BLOCK_SIZE, BLOCK_SIZE)
 

@@ -19,59 +19,66 @@ OURS_FROM = {64: 4096, 128: 1024}
 see benchmarks/results/model-nvidia-h200.json."""
 
 
-def suits_sdpa(
+def sdpa(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     *,
     is_causal: bool,
+    scale: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-) -> bool:
-    """Whether PyTorch's attention computes a dense call in linear memory, and at least as fast as our own kernels.
+) -> Tensor | None:
+    """Compute a dense call if PyTorch's attention can in linear memory, and at least as fast as our own kernels.
 
-    The rows of the batch are one sequence each, without padding, and the queries are its last tokens.
+    The rows of the batch are one sequence each, without padding, and the queries are its last tokens. One function, as
+    Python's time for it is the user's in every layer.
 
     Args:
         query: ``[batch, query_heads, len_q, head_dim]``.
         key: ``[batch, kv_heads, len_k, head_dim]``.
         value: ``[batch, kv_heads, len_k, value_dim]``.
         is_causal: whether a query sees only keys at its own position and before.
+        scale: factor on the scores, by default ``head_dim ** -0.5``.
         sliding_window: a query sees only the keys fewer positions away; None: all.
         softcap: bound of the scores, or None.
         s_aux: learnable sink logits, or None.
-    """
-    (_, _, len_q, head_dim), len_k = query.shape, key.shape[2]
-    if softcap is not None or s_aux is not None or value.shape[3] != head_dim or len_q == 0 or len_k == 0:
-        return False
-    if sliding_window is not None and sliding_window < len_k:
-        return False
-    if is_causal and len_q != len_k and len_q != 1:
-        return False  # its causal mask is for as many queries as keys
-    if not query.is_cuda:
-        return query.device.type == "cpu"
-    if query.dtype not in _FUSED_DTYPES or head_dim > MAX_HEAD_DIM or head_dim % 8:
-        return False  # its fused kernels take nothing else
-    longest = OURS_FROM.get(head_dim)
-    if longest is None or len_q <= longest or tl is None or not HOPPER_TRITON:
-        return True
-    if compute_capability(query.device) != HOPPER:
-        return True
-    # Its backward pass is faster.
-    return torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-
-
-def sdpa(query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool, scale: float | None) -> Tensor:
-    """Compute what :func:`suits_sdpa`; arguments as there, and a factor on the scores.
 
     Returns:
-        ``[batch, query_heads, len_q, head_dim]``.
+        ``[batch, query_heads, len_q, head_dim]``, or None if PyTorch's attention does not suit.
     """
-    repeat = query.shape[1] // key.shape[1]
-    if repeat > 1 and not query.is_cuda:
+    (_, heads, len_q, head_dim), (_, kv_heads, len_k, _) = query.shape, key.shape
+    if softcap is not None or s_aux is not None or value.shape[3] != head_dim or len_q == 0 or len_k == 0:
+        return None
+    if sliding_window is not None and sliding_window < len_k:
+        return None
+    is_causal = is_causal and len_q > 1
+    if is_causal and len_q != len_k:
+        return None  # its causal mask is for as many queries as keys
+    if query.is_cuda:
+        if query.dtype not in _FUSED_DTYPES or head_dim > MAX_HEAD_DIM or head_dim % 8:
+            return None  # its fused kernels take nothing else
+        if (
+            len_q > OURS_FROM.get(head_dim, len_q)
+            and _has_hopper_kernel(query.device)
+            # Its backward pass is faster.
+            and not (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad))
+        ):
+            return None
+    elif query.device.type != "cpu":
+        return None
+    elif heads > kv_heads:
         # With grouped heads, PyTorch would hold all scores at once on a CPU.
-        key, value = (x[:, :, None].expand(-1, -1, repeat, -1, -1).flatten(1, 2) for x in (key, value))
-        repeat = 1
-    is_causal = is_causal and query.shape[2] > 1
-    return scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scale, enable_gqa=repeat > 1)
+        repeats = (-1, -1, heads // kv_heads, -1, -1)
+        key, value = (x[:, :, None].expand(repeats).flatten(1, 2) for x in (key, value))
+        kv_heads = heads
+    return scaled_dot_product_attention(
+        query, key, value, is_causal=is_causal, scale=scale, enable_gqa=heads > kv_heads
+    )
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _has_hopper_kernel(device: torch.device) -> bool:
+    """Whether the Hopper kernel runs on a GPU."""
+    return tl is not None and HOPPER_TRITON and compute_capability(device) == HOPPER

@@ -31,13 +31,12 @@ WindowSize: TypeAlias = Annotated[
 
 
 class SparseAttentionMethod(ConfigModel):
-    """A way to thin out attention: its configuration, its rule, and what it asks of the kernels.
+    """A way to make attention sparse: its configuration, its rule, and what it asks of the kernels.
 
-    A subclass is one file. It annotates ``method`` with its name (``Literal["my_method"]``), adds its fields, writes
-    its rule as :meth:`reference`, and is registered with
-    :func:`~modelopt_lite.registry.register_sparse_method`. A rule that decides over several keys at once sets
-    ``group_size``; one with a fused form overrides :meth:`plan`. Instances are immutable; unknown fields and values
-    of another type are refused.
+    A subclass annotates ``method`` with its name (``Literal["my_method"]``), adds its fields, writes its rule as
+    :meth:`reference`, and is registered with :func:`~modelopt_lite.registry.register_sparse_method`. If its rule
+    decides about several keys together, it sets ``group_size``. If its rule also has a fused form, it overrides
+    :meth:`plan`. Instances are immutable. Unknown fields and values of another type are refused.
     """
 
     group_size: ClassVar[int] = 1
@@ -76,7 +75,7 @@ class SparseAttentionMethod(ConfigModel):
         )
 
     def shared_plan(self) -> AttentionPlan:
-        """Return :meth:`plan` under the name of this configuration; equal configurations share one object.
+        """Return :meth:`plan` with the name of this configuration; equal configurations share one object.
 
         ``backend`` and ``enable`` are left out of the name: they say how and whether a plan runs, not what it is.
         """

@@ -46,9 +46,9 @@ class GridMethod(SparseAttentionMethod):
 class BlockMethod(GridMethod):
     """A method that keeps whole blocks of keys for each block of queries, chosen before the scores are computed.
 
-    A subclass is one file. It scores pairs of a query block and a key block, in FP64 and to be read as
-    :meth:`reference_scores`, and to be fast as :meth:`scores`, and chooses by the scores as :meth:`choose`. What
-    blocks are and what a choice may depend on is in the documentation, under Semantics.
+    A subclass scores pairs of a query block and a key block: in FP64, written to be read, in
+    :meth:`reference_scores`, and fast in :meth:`scores`. It chooses by these scores in :meth:`choose`. The
+    documentation says under Semantics what blocks are and what a choice may depend on.
     """
 
     dense_window_size: WindowSize = 0

@@ -22,8 +22,8 @@ class MeanPoolTopK(BlockMethod, CalibratedMethod):
 
     Close to the rule that MoBA (https://arxiv.org/abs/2502.13189) trains models with. Of the key blocks of which a
     query block sees any key, the share ``keep`` is kept, rounded up. The first and the recent blocks count as part of
-    it; if they are more, all of them are kept. Here MoBA's mean of keys meets the mean of a whole query
-    block instead of each query by itself, so that all queries of a block look at the same keys.
+    it; if they are more, all of them are kept. MoBA scores the mean of a block's keys with each query.
+    Here the mean of a whole query block replaces each query, so that all queries of the block look at the same keys.
     """
 
     knob: ClassVar[Knob] = Knob("keep", "linear", tuple(0.05 * i for i in range(1, 20)), high=1.0)

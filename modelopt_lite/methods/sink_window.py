@@ -35,7 +35,7 @@ class SinkWindow(SparseAttentionMethod):
     dense_window_size: WindowSize = 1024
 
     def reference(self, scores: Tensor, q_pos: Tensor, k_pos: Tensor) -> Tensor:
-        """Keep nothing: sinks and window are kept besides."""
+        """Keep nothing; the kernels add sinks and window."""
         return torch.zeros_like(scores, dtype=torch.bool)
 
     def plan(self) -> AttentionPlan:

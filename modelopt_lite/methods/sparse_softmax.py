@@ -17,13 +17,13 @@ from .base import SparseAttentionMethod
 class SparseSoftmax(SparseAttentionMethod):
     """N:M sparse softmax: of every M consecutive keys, each query attends to the N with the largest scores.
 
-    Groups are aligned to the first token of the sequence. Exactly ``min(N, visible)`` keys of a group are kept,
-    equal scores going to the lower key; sink tokens and the recent window are kept besides. Applies to prefill;
-    decode stays dense.
+    Groups are aligned to the first token of the sequence. Exactly ``min(N, visible)`` keys of a group are kept, and
+    of equal scores the lower key. Sink tokens and the recent window are kept in addition. The method applies to
+    prefill; decode stays dense.
 
     The method and its defaults come from NVIDIA Model-Optimizer's ``triton_sparse_softmax``
-    (https://github.com/NVIDIA/Model-Optimizer). Here the exemptions are exact to the token and not to the tile, ties
-    keep exactly N keys, groups never start in padding, and M may be 2 and 16 as well.
+    (https://github.com/NVIDIA/Model-Optimizer). Here sinks and window are exact to the token, not to the tile. With
+    equal scores exactly N keys are kept, groups never start in padding, and M may also be 2 or 16.
     """
 
     method: Literal["sparse_softmax", "triton_sparse_softmax"] = Field(

@@ -51,10 +51,10 @@ def context_parallel(model: nn.Module, mesh: DeviceMesh, *, exchange: Exchange =
             ``collect_statistics``, are computed with ``"gather"`` in any case.
 
     Yields:
-        What divides batches.
+        The object that divides batches.
 
     Raises:
-        UnsupportedError: if a layer of the model cannot be divided; names it.
+        UnsupportedError: if a layer of the model cannot be divided; the message names it.
         ValueError: if ``mesh`` or ``exchange`` is wrong.
     """
     if mesh.ndim != 1:
@@ -128,7 +128,7 @@ class ContextParallel:
         """Return this process' part of a batch, as a model's arguments; every process passes the same whole batch.
 
         Padding may be anywhere and is left out. Positions count real tokens. A batch with a single column, as in
-        generation, is not divided: every process gets it, and its key and value count in the first one.
+        generation, is not divided: every process gets it, and the first one keeps its key and value.
 
         Args:
             input_ids: tokens, ``[batch, columns]``.
@@ -290,7 +290,7 @@ def attend_sharded(
         ``[batch, slots_q, query_heads, value_dim]``, 0 where no token is.
 
     Raises:
-        UnsupportedError: if the call cannot be divided; names the layer.
+        UnsupportedError: if the call cannot be divided; the message names the layer.
     """
     decision = decide(module, is_decode=shards.is_replicated)
     refusal = _refusal(query, key, value, shards)

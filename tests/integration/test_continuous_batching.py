@@ -8,10 +8,12 @@ import transformers
 from test_families import by_hand, dense_model, in_continuous_batches, logits, needs_paging, sparse_model, tokens
 
 import modelopt_lite as mtsa
+from modelopt_lite import layout
 
 pytestmark = needs_paging
 
 PROMPT = [5, 6, 7, 8, 9, 10, 11]
+RULE = {"method": "sparse_softmax", "sparsity_n": 1, "dense_window_size": 2, "backend": "triton"}
 
 
 @pytest.mark.parametrize("make", [dense_model, sparse_model])
@@ -115,3 +117,28 @@ def test_outside_of_the_block_flash_attention_takes_over_and_is_reported(target,
     assert reported == [row.name for row in mtsa.summary(model)]
     # Afterwards Transformers puts back what was there.
     torch.testing.assert_close(logits(model, ids), logits(sparse_model("llama", target), ids), rtol=0, atol=0)
+
+
+def test_decode_reads_pages_where_they_lie(monkeypatch):
+    """A GPU kernel, or Triton's interpreter, gets the page table; the tokens are those of the model by itself."""
+    pages, device = [], "cuda" if torch.cuda.is_available() else "cpu"
+
+    def spy(request, backend):
+        if request.page_table is not None:
+            pages.append((request.page_size, request.k.data_ptr(), tuple(request.lengths_k.tolist())))
+        return compute(request, backend)
+
+    compute = layout.compute
+    monkeypatch.setattr(layout, "compute", spy)
+    model = mtsa.sparsify(dense_model("llama", ("triton", device)), {"sparse_cfg": {"*": RULE}})
+    prompts, new = [PROMPT, [9, 4, 3], list(range(3, 43))], 3
+    with mtsa.continuous_batching(model):
+        found = in_continuous_batches(model, prompts, 64, new, page_size=16, use_cuda_graph=False)
+    assert found == [by_hand(model, torch.tensor([prompt], device=device), new) for prompt in prompts]
+    layers = model.config.num_hidden_layers
+    # The first token comes out of the prompts, one step for each of the others.
+    lengths = [tuple(len(prompt) + step for prompt in prompts) for step in range(1, new)]
+    assert {x[0] for x in pages} == {16}
+    assert [sorted(x[2]) for x in pages] == [sorted(x) for x in lengths for _ in range(layers)]
+    # Views of one memory, each layer's at its place.
+    assert len({x[1] for x in pages}) == layers

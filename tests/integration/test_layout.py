@@ -107,7 +107,14 @@ def calls(monkeypatch):
     """Which attention ran: ``"PyTorch"`` or ``"ours"``."""
     found = []
     sdpa, compute = layout.sdpa, layout.compute
-    monkeypatch.setattr(layout, "sdpa", lambda *xs, **options: found.append("PyTorch") or sdpa(*xs, **options))
+
+    def spy(*xs, **options):
+        out = sdpa(*xs, **options)
+        if out is not None:
+            found.append("PyTorch")
+        return out
+
+    monkeypatch.setattr(layout, "sdpa", spy)
     monkeypatch.setattr(layout, "compute", lambda *arguments: found.append("ours") or compute(*arguments))
     return found
 

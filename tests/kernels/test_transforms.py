@@ -92,3 +92,17 @@ def test_forward_mode_is_refused(plan):
         pytest.raises(UnsupportedError, match="forward-mode derivatives"),
     ):
         attend(torch.autograd.forward_ad.make_dual(q, torch.ones_like(q)))
+
+
+@PLANS
+def test_a_graph_of_any_scale(plan):
+    """From the second scale on, as of another model, the compiler makes a variable of the number."""
+    q, k, v, _ = batch_of()
+    request = one_sequence(q, k, v, plan)
+
+    def attend(scale):
+        return attention(**arguments(request._replace(softmax_scale=scale)))
+
+    compiled = torch.compile(attend, fullgraph=True, backend="eager")
+    for scale in (0.5, 0.25, 2.0):
+        torch.testing.assert_close(compiled(scale), attend(scale), rtol=0, atol=0)
