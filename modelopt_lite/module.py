@@ -83,6 +83,7 @@ _dense: ContextVar[frozenset[SparseAttentionFlags]] = ContextVar("modelopt_lite_
 _counters: ContextVar[Mapping[SparseAttentionFlags, Observer]] = ContextVar("modelopt_lite_counters", default=_NONE)
 _followers: ContextVar[tuple[SparseAttentionModule, ...]] = ContextVar("modelopt_lite_followers", default=())
 _lock = threading.Lock()
+_MODULE_CALL = nn.Module.__call__
 
 
 class SparseAttentionModule(nn.Module):
@@ -115,8 +116,9 @@ class SparseAttentionModule(nn.Module):
             flags.reached = before
             return output
         last_call = flags.last_call
-        if self.is_called_plainly and self._compiled_call_impl is None:
-            # All that would be done, in one function less.
+        # Tracers, such as that of torch.export, put a function of their own there.
+        if self.is_called_plainly and nn.Module.__call__ is _MODULE_CALL and self._compiled_call_impl is None:
+            # All that it would do, in one function less.
             output = self._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
         else:
             output = super().__call__(*args, **kwargs)
@@ -162,7 +164,7 @@ def _sparse_class(mixin: Any, cls: Any) -> type[SparseAttentionModule]:
     attributes = {
         "__module__": cls.__module__,
         "model_class": cls,
-        "is_called_plainly": cls.__call__ is nn.Module.__call__,
+        "is_called_plainly": cls.__call__ is _MODULE_CALL,
     }
     return type(f"Sparse{cls.__name__}", (mixin, cls), attributes)
 

@@ -688,7 +688,8 @@ def excess_of_blocks(
     masked = front - begin + band_end - band + behind - tail
     hot = band - front + tail - band_end
 
-    PIECES: tl.constexpr = SIZE // BLOCK_N
+    MASKED_N: tl.constexpr = min(BLOCK_N, 64)  # masks take registers
+    PIECES: tl.constexpr = SIZE // MASKED_N
     reference = tl.full([ROWS], float("-inf"), tl.float32)
     excess = float("-inf")
     for step in tl.range(0, 2 * masked * PIECES, num_stages=1):
@@ -696,7 +697,7 @@ def excess_of_blocks(
         column = begin + index
         column = tl.where(column < front, column, band + column - front)
         column = tl.where(index < front - begin + band_end - band, column, behind - masked + index)
-        place = column * SIZE + step % PIECES * BLOCK_N + tl.arange(0, BLOCK_N)
+        place = column * SIZE + step % PIECES * MASKED_N + tl.arange(0, MASKED_N)
         k_pos = origin + place
         exists = (k_pos >= first) & (k_pos < end)
         key = _tile_of_rows(key_ptr, place.to(tl.int64), exists, stride_k, DIM, BLOCK_D)
@@ -724,15 +725,16 @@ def excess_of_blocks(
     reference = tl.where(is_query, reference, float("inf"))
     dims = tl.arange(0, BLOCK_D)
     key_pointers = key_ptr + tl.arange(0, BLOCK_N)[:, None].to(tl.int64) * stride_k + dims[None, :]
-    for step in tl.range(0, hot * PIECES):
-        column = front + step // PIECES
+    HOT_PIECES: tl.constexpr = SIZE // BLOCK_N
+    for step in tl.range(0, hot * HOT_PIECES):
+        column = front + step // HOT_PIECES
         column = tl.where(column < band, column, band_end + column - band)
-        offset = (column * SIZE + step % PIECES * BLOCK_N).to(tl.int64) * stride_k
+        offset = (column * SIZE + step % HOT_PIECES * BLOCK_N).to(tl.int64) * stride_k
         if DIM == BLOCK_D:
             key = tl.load(key_pointers + offset)
         else:
             key = tl.load(key_pointers + offset, mask=(dims < DIM)[None, :], other=0.0)
         products = tl.dot(query, key.T, input_precision="ieee")
         largest = _scaled(tl.max(products, 1), scale, softcap, HAS_SOFTCAP) - reference
-        excess = tl.maximum(tl.where(step % PIECES == 0, float("-inf"), excess), tl.max(largest, 0))
+        excess = tl.maximum(tl.where(step % HOT_PIECES == 0, float("-inf"), excess), tl.max(largest, 0))
         tl.store(excess_ptr + column, excess)

@@ -374,7 +374,7 @@ def excess(grid: BlockGrid, selected: Tensor | None = None) -> Tensor:
 def excess_settings(q: Tensor, rows: int, size: int) -> tuple[int, int, int]:
     """Return keys of a step of :func:`excess_of_blocks`, its warps and its stages, for these queries and blocks."""
     if q.element_size() == 2:
-        return size, 4, 2
+        return size, 4 if q.shape[2] <= 128 else 8, 2
     return 16, 8 if rows == MAX_BLOCK else 4, 1
 
 

@@ -14,9 +14,11 @@ if tl is not None:
 
 MAX_HEAD_DIM = 256
 _FUSED_DTYPES = (torch.float16, torch.bfloat16)
-OURS_FROM = {64: 4096, 128: 1024}
-"""Queries of all heads and sequences beyond which the Hopper kernel is faster than PyTorch's forward pass, by head_dim;
-see benchmarks/results/model-nvidia-h200.json."""
+OURS_FROM = {64: 1.2e9, 128: 1.3e8}
+"""Pairs of queries and keys, over all heads and sequences, from which on the Hopper kernel pays, by head_dim. By itself
+it is faster from about 1e8 on. But a launch of it keeps Python busy for longer than PyTorch's, and that is what layers
+of a small model wait for: those of SmolLM2-135M up to 8192 tokens, those of Llama-3.1-8B below 2048; see
+benchmarks/results/model-nvidia-h200.json."""
 
 
 def sdpa(
@@ -60,7 +62,8 @@ def sdpa(
         if query.dtype not in _FUSED_DTYPES or head_dim > MAX_HEAD_DIM or head_dim % 8:
             return None  # its fused kernels take nothing else
         if (
-            len_q > OURS_FROM.get(head_dim, len_q)
+            head_dim in OURS_FROM
+            and query.shape[0] * heads * len_q * len_k >= OURS_FROM[head_dim]
             and _has_hopper_kernel(query.device)
             # Its backward pass is faster.
             and not (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad))

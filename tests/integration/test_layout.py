@@ -1,13 +1,16 @@
 """Batches as caches hold them, into the kernels without a copy."""
 
+import sys
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import modelopt_lite as mtsa
 from modelopt_lite import layout
-from modelopt_lite.kernels import AttentionRequest
+from modelopt_lite.kernels import AttentionRequest, sdpa
 from modelopt_lite.kernels.reference import attention_reference
 from modelopt_lite.plan import DENSE
 
@@ -227,3 +230,27 @@ def test_only_decode_of_a_sparse_layer_runs_on_pytorchs_attention(len_q, calls):
     for backend in ("auto", "torch"):
         layout.attend(sparse_attention((backend, "cpu")), query, key, value, rows)
     assert calls == ["PyTorch" if len_q == 1 else "ours", "ours"]
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "length", "head_dim", "is_ours"),
+    [
+        (1, (9, 3), 8192, 64, False),
+        (1, (32, 8), 8192, 64, True),
+        (1, (32, 8), 1024, 128, False),
+        (1, (32, 8), 2048, 128, True),
+        (1, (16, 8), 2048, 128, False),
+        (8, (16, 8), 2048, 128, True),
+    ],
+)
+@torch.no_grad()
+def test_dense_calls_run_on_the_hopper_kernel_where_they_are_work_enough(
+    batch, heads, length, head_dim, is_ours, monkeypatch
+):
+    monkeypatch.setattr(sys.modules[sdpa.__module__], "_has_hopper_kernel", lambda device: True)
+    with FakeTensorMode():
+        query, key = (
+            torch.empty(batch, count, length, head_dim, device="cuda", dtype=torch.bfloat16) for count in heads
+        )
+        out = sdpa(query, key, key, is_causal=True)
+    assert (out is None) == is_ours

@@ -126,7 +126,7 @@ def last_keys(view):
 
 
 @given(skipping())
-@settings(max_examples=25, deadline=None)
+@some_cases
 def test_skipped_blocks(request):
     """Scores are exact, and so is every decision."""
     assume(0 not in BlockGrid(request, *request.grid).shape)
@@ -139,7 +139,7 @@ def test_skipped_blocks(request):
 
 
 @given(skipping())
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_excess(request):
     """The excess is that of FP64 scores."""
     request = request._replace(plan=dataclasses.replace(request.plan, blocks=None))

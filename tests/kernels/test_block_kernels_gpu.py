@@ -6,7 +6,7 @@ from cases import packed_request
 
 from modelopt_lite.kernels import block_launch, block_scores, request_statistics, statistics
 from modelopt_lite.kernels.blocks import BlockGrid, KeyBlocks
-from modelopt_lite.kernels.selection import select_blocks
+from modelopt_lite.kernels.selection import _excess, select_blocks
 from modelopt_lite.methods import FlashPrefill, MeanPoolTopK, SinkWindow, XAttention
 from modelopt_lite.plan import AttentionPlan, SkipRule
 
@@ -59,6 +59,21 @@ def test_skipped_blocks(dtype, options, size, rows, dim):
     expected = select_blocks(request._replace(q=request.q.double(), k=request.k.double())).mask()
     assert torch.equal(found, expected)
     assert 0 < found.sum() < BlockGrid(request, size, rows).seen().sum() * len(found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 300}, {"softcap": 5.0}, {"is_causal": False}], ids=str)
+@pytest.mark.parametrize(("size", "rows", "dim"), [(128, 128, 128), (128, 128, 64), (32, 64, 80)])
+def test_excess(dtype, options, size, rows, dim):
+    """The excess is that of FP64 scores."""
+    plan = AttentionPlan(skip=SkipRule(2.0, size, rows), num_sink_tokens=3, dense_window_size=20)
+    request = packed_request(heads=(4, 2), dims=(dim, dim), dtype=dtype, plan=plan, exact=False, **options)
+    request = request._replace(q=request.q * 3)
+    grid = BlockGrid(request, size, rows)
+    double = BlockGrid(request._replace(q=request.q.double(), k=request.k.double()), size, rows)
+    seen, found = grid.seen(), block_launch.excess(grid)
+    expected = _excess(double.request, double, seen, seen.expand(4, *seen.shape))
+    torch.testing.assert_close(found[:, seen].double(), expected[:, seen], rtol=1e-5, atol=1e-4)
 
 
 def above(scores, seen, forced, fraction):
