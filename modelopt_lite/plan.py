@@ -84,7 +84,7 @@ class BlockSelector:
         """Whether every block that is seen is forced in sequences of up to so many keys, whose last are the queries."""
         blocks = -(-keys // self.block_size)
         forced = self.first_blocks
-        if self.recent_blocks and (is_causal or keys <= self.block_rows):
+        if is_causal and self.recent_blocks:  # else queries may stand before all keys
             # From the first diagonal block of the last query block on, and the recent ones before it.
             last_diagonal = max(0, keys - 1) // self.block_rows * (self.block_rows // self.block_size)
             forced += blocks - last_diagonal + self.recent_blocks - 1
@@ -308,7 +308,7 @@ class AttentionPlan:
             is_causal: whether a query sees only keys at its own position and before.
         """
         if (self.blocks is None or self.blocks.forces_all(keys, is_causal)) and (
-            self.skip is None or keys <= self.skip.block_rows
+            self.skip is None or (is_causal and keys <= self.skip.block_rows)
         ):
             return self.with_all_blocks if self.chooses_blocks else self
         return self
