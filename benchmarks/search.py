@@ -111,6 +111,7 @@ def main() -> None:
         rows.append(
             {
                 "what": what,
+                "candidates": list(candidates),
                 "budget": found.budget,
                 "in_search": {"kl": found.run.kl, "perplexity_percent": found.run.perplexity_percent},
                 "in_search_again": {key: again[key][0] for key in ("kl", "perplexity_percent")},

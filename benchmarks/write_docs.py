@@ -287,14 +287,58 @@ def perplexity_table() -> str:
 
 
 def blocks_table() -> str:
-    """Return what methods that skip blocks cost in perplexity, by the committed run."""
+    """Return what methods that skip blocks cost by length, by the committed run, and what they keep at the shortest."""
     rows = [row for row in ExperimentResult.load(RUNS / "blocks").quality if row.variant != "dense"]
+    lengths = sorted({row.length for row in rows})
     lines = []
-    for row in rows:
-        method, knob = row.variant.rsplit(" ", 1)
+    for variant in dict.fromkeys(row.variant for row in rows):
+        found = {row.length: row for row in rows if row.variant == variant}
+        method, knob = variant.rsplit(" ", 1)
         method = {"mean_pool": "mean_pool_top_k"}.get(method, method)
-        lines.append([f"`{method}`", knob, change(row), f"{row.divergence.value:.4f}"])
-    return markdown(["method", "knob", "perplexity", "KL"], lines, left=1)
+        changes = [f"{found[n].change_percent.value:+.2f} %" if n in found else MISSING for n in lengths]
+        shortest = found[lengths[0]]
+        shares = [MISSING if x is None else f"{100 * x:.1f} %" for x in (shortest.mass_kept, shortest.sparsity)]
+        lines.append([f"`{method}`", knob, *changes, f"{shortest.divergence.value:.4f}", *shares])
+    names = [f"at {length}" for length in lengths]
+    return markdown(["method", "knob", *names, "KL", "mass kept", "scores dropped"], lines, left=1)
+
+
+def ruler_table() -> str:
+    """Return the mean score over the RULER-like tasks that block methods were run on, by length."""
+    found: dict[str, dict[int, list[float]]] = {}
+    for row in ExperimentResult.load(RUNS / "ruler-blocks").tasks:
+        found.setdefault(row.variant, {}).setdefault(row.length, []).append(100 * row.score.value)
+    lines = []
+    for variant, scores in found.items():
+        means = [sum(values) / len(values) for values in scores.values()]
+        lines.append([variant, *(f"{mean:.1f} %" for mean in [*means, sum(means) / len(means)])])
+    return markdown(["variant", *map(str, next(iter(found.values()))), "mean"], lines, left=1)
+
+
+def calibration_table() -> str:
+    """Return what calibrated methods skip of texts that the calibration did not read; of source code in brackets."""
+    lines = []
+    for (method, length), group in by_problem(rows_of("calibration-nvidia-h200"), "method", "length"):
+        cells = [f"{row['speeches']:.3f} ({row['code']:.3f})" for row in group]
+        lines.append([f"`{method.partition(',')[0]}`", str(length), *cells])
+    targets = sorted({row["target"] for row in rows_of("calibration-nvidia-h200")})
+    return markdown(["method", "tokens", *(f"target {target}" for target in targets)], lines, left=1)
+
+
+def search_table() -> str:
+    """Return what searched configurations cost beside one method everywhere, on texts that the search did not read."""
+    lines = []
+    for row in rows_of("search-nvidia-h200"):
+        for name, found in row["evaluated"].items():
+            everywhere = f"{name} everywhere" if name != "searched" else f"searched, {' '.join(row['candidates'])}"
+            value, low, high = found["perplexity_percent"]
+            cells = [
+                f"{value:+.2f} % [{low:+.2f}, {high:+.2f}]",
+                f"{found['kl'][0]:.4f}",
+                f"{100 * found['sparsity']:.1f} %",
+            ]
+            lines.append([everywhere, *cells])
+    return markdown(["configuration", "perplexity", "KL", "scores dropped"], lines, left=1)
 
 
 @functools.cache
@@ -336,6 +380,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu": cpu_table,
     "perplexity": perplexity_table,
     "blocks": blocks_table,
+    "ruler": ruler_table,
+    "calibration": calibration_table,
+    "search": search_table,
 }
 """The tables by the names that pages mark their places with."""
 MARKED = re.compile(r"<!-- begin ([^\n]+) -->\n.*?<!-- end \1 -->", re.DOTALL)

@@ -1,14 +1,16 @@
 // Attention that keeps the two largest of every four scores, on Hopper's sparse tensor cores: for sparse_cores.py.
 //
-// As in hopper.py, persistent programs take items, 128 queries of one head, longest first; one thread finds them, one
-// loads, two warpgroups compute 64 queries each; masked tiles come first, and their row maximum stays the reference of
-// the others.
+// As in hopper.py, persistent programs take items, 64 queries of one head for each warpgroup that computes, longest first;
+// one thread finds them, one loads; masked tiles come first, and their row maximum stays the reference of the others.
 // What differs: of a group of four only the two weights that are kept are computed, and multiplied with the values by
 // wgmma.sp, which takes them compressed, with four bits a group that say which two they are.
 //
 // A thread has to own whole groups. Key 16s + 4t + 2p + e of a tile (s < 8, t < 4, p < 2, e < 2) lies in row
 // 64p + 8s + 2t + e of it in shared memory, so that all scores of a group lie in lane t of a quad; values lie in their
 // natural order. A dense tile of weights is the sum of two sparse ones, of places 0, 1 and of places 2, 3.
+//
+// The compiler is told DIM, the head dimension, 64 or 128; WARPGROUPS, how many compute, 2 or 3; and FP16 for that type, BF16
+// being the default. Weights beyond FP16 become infinite, and so does the output: then the item is computed again.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -19,7 +21,7 @@ struct alignas(64) TensorMap {
 
 struct Problem {
   const void *starts_q, *lengths_q, *starts_k, *lengths_k;  // [batch]
-  unsigned short* out;                                       // BF16
+  unsigned short* out;                                       // BF16 or FP16
   float* lse;                                                // [tokens, heads], or null
   int* counter;
   const int *visits, *order;  // as visits_launch.py has them, or null: all tiles are visited
@@ -33,21 +35,28 @@ struct Problem {
   float no_factor;  // 0, which the compiler is not to know
 };
 
-constexpr int DIM = 128, TILE = 128, ROWS = 64, STAGES = 2, SLOTS = 2;
-constexpr u32 BOX = ROWS * TILE;  // bytes of 64 rows of 64 elements
-constexpr u32 TILE_BYTES = 2 * TILE * DIM;
+constexpr int TILE = 128, ROWS = 64, ITEM_ROWS = ROWS * WARPGROUPS, COMPUTE_THREADS = 128 * WARPGROUPS;
+constexpr int STAGES = 256 / DIM, SLOTS = 2, PARTS = DIM / 64;
+constexpr bool MAY_BE_LISTED = ITEM_ROWS == 128;  // visits.py has lists for so many queries
+constexpr u32 BOX = 2 * ROWS * 64;  // bytes of 64 rows of 64 elements, a part of what is that long
+constexpr u32 TILE_BYTES = 2 * TILE * DIM, QUERY_BYTES = 2 * ROWS * DIM, ITEM_QUERY_BYTES = WARPGROUPS * QUERY_BYTES;
 constexpr u32 FIRST_TWO = 0x44444444, LAST_TWO = 0xEEEEEEEE;  // metadata: places 0, 1 and places 2, 3 of every group
 constexpr u32 ALL = 0xFFFFFFFF;
+#ifdef FP16
+#define TYPE "f16"
+#else
+#define TYPE "bf16"
+#endif
 #define NONE __uint_as_float(0xFF800000)  // -inf
 constexpr float LARGEST = 8.5e37f;  // 2^126: the approximate inverse of larger sums is 0
 
 // Shared memory, from a multiple of 1024 on; sparse_cores.py asks for SHARED bytes and 1023 more.
-constexpr u32 QUERIES = 0, KEYS = SLOTS * TILE_BYTES, VALUES = KEYS + STAGES * TILE_BYTES;
+constexpr u32 QUERIES = 0, KEYS = SLOTS * ITEM_QUERY_BYTES, VALUES = KEYS + STAGES * TILE_BYTES;
 constexpr u32 LOADED = VALUES + STAGES * TILE_BYTES, KEYS_FREE = LOADED + 8 * STAGES, VALUES_FREE = KEYS_FREE + 8 * STAGES;
 constexpr u32 FOUND = VALUES_FREE + 8 * STAGES, POSTED = FOUND + 8 * SLOTS, DONE = POSTED + 8 * SLOTS;
 constexpr u32 ITEM_BYTES = 96;
-constexpr u32 ITEMS = DONE + 8 * SLOTS, VERDICTS = ITEMS + ITEM_BYTES * SLOTS, SHARED = VERDICTS + 32 * SLOTS;
-static_assert(SHARED <= 6 * TILE_BYTES + 512, "");
+constexpr u32 ITEMS = DONE + 8 * SLOTS, VERDICTS = ITEMS + ITEM_BYTES * SLOTS, SHARED = VERDICTS + 16 * WARPGROUPS * SLOTS;
+static_assert(SHARED <= KEYS + 2 * STAGES * TILE_BYTES + 512, "");
 static_assert(sizeof(Problem) == 168, "");
 constexpr int HEADER = 5, UNLISTED = 1;  // of visits.py
 
@@ -94,7 +103,7 @@ __device__ __forceinline__ float exp2_of(float x) {
 }
 __device__ __forceinline__ u32 rounded(float low, float high) {
   u32 pair;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  asm("cvt.rn." TYPE "x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
   return pair;
 }
 
@@ -105,21 +114,36 @@ __device__ __forceinline__ u64 matrix(u32 address, u32 leading_bytes, u32 stride
 
 #define FOUR(kind, x, i) kind(x[i]), kind(x[(i) + 1]), kind(x[(i) + 2]), kind(x[(i) + 3])
 #define SIXTEEN(kind, x, i) FOUR(kind, x, i), FOUR(kind, x, (i) + 4), FOUR(kind, x, (i) + 8), FOUR(kind, x, (i) + 12)
-#define SIXTY_FOUR(kind, x) SIXTEEN(kind, x, 0), SIXTEEN(kind, x, 16), SIXTEEN(kind, x, 32), SIXTEEN(kind, x, 48)
-#define REGISTERS                                                                                                 \
-  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
-  "%24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, "  \
-  "%46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-#define DENSE(a, b, accumulate) \
-  "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " REGISTERS a ", " b ", " accumulate ", 1, 1, 0, 0;\n"
-#define SPARSE(a, b, metadata, selector)                                                                              \
-  "wgmma.mma_async.sp.sync.aligned.m64n128k32.f32.bf16.bf16 " REGISTERS a ", " b ", " metadata ", " selector ", yes, " \
-  "1, 1, 1;\n"
+#define THIRTY_TWO(kind, x, i) SIXTEEN(kind, x, i), SIXTEEN(kind, x, (i) + 16)
+#define SIXTY_FOUR(kind, x) THIRTY_TWO(kind, x, 0), THIRTY_TWO(kind, x, 32)
+#define REGISTERS_32                                                                                              \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
+  "%24, %25, %26, %27, %28, %29, %30, %31"
+#define REGISTERS_64                                                                                                   \
+  REGISTERS_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, " \
+               "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define DENSE(a, b, accumulate)                                                                                     \
+  "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " {" REGISTERS_64 "}, " a ", " b ", " accumulate ", " \
+  "1, 1, 0, 0;\n"
+#define SPARSE(n, output, a, b, metadata, selector)                                                          \
+  "wgmma.mma_async.sp.sync.aligned.m64n" n "k32.f32." TYPE "." TYPE " {" output "}, " a ", " b ", " metadata \
+  ", " selector ", yes, 1, 1, 1;\n"
+#define SPARSE_64(...) SPARSE("64", REGISTERS_32, __VA_ARGS__)
+#define SPARSE_128(...) SPARSE("128", REGISTERS_64, __VA_ARGS__)
 
 // Products are issued in one assembly statement each, so that the compiler sees no registers in use in between.
 
-// scores = queries * keys, [64, 128] * [128, 128]
+// scores = queries * keys, [64, DIM] * [DIM, 128]
 __device__ __forceinline__ void multiply_keys(float (&scores)[64], u64 q, u64 k) {
+#if DIM == 64
+  asm volatile(
+      "{\n.reg .pred no, yes;\nsetp.ne.b32 no, 0, 0;\nsetp.ne.b32 yes, 1, 0;\nwgmma.fence.sync.aligned;\n"
+      DENSE("%64", "%68", "no") DENSE("%65", "%69", "yes") DENSE("%66", "%70", "yes") DENSE("%67", "%71", "yes")
+      "wgmma.commit_group.sync.aligned;\n}\n"
+      : SIXTY_FOUR("=f", scores)
+      : "l"(q), "l"(q + 2), "l"(q + 4), "l"(q + 6), "l"(k), "l"(k + 2), "l"(k + 4), "l"(k + 6)
+      : "memory");
+#else
   asm volatile(
       "{\n.reg .pred no, yes;\nsetp.ne.b32 no, 0, 0;\nsetp.ne.b32 yes, 1, 0;\nwgmma.fence.sync.aligned;\n"
       DENSE("%64", "%72", "no") DENSE("%65", "%73", "yes") DENSE("%66", "%74", "yes") DENSE("%67", "%75", "yes")
@@ -129,40 +153,71 @@ __device__ __forceinline__ void multiply_keys(float (&scores)[64], u64 q, u64 k)
       : "l"(q), "l"(q + 2), "l"(q + 4), "l"(q + 6), "l"(q + 512), "l"(q + 514), "l"(q + 516), "l"(q + 518), "l"(k),
         "l"(k + 2), "l"(k + 4), "l"(k + 6), "l"(k + 1024), "l"(k + 1026), "l"(k + 1028), "l"(k + 1030)
       : "memory");
+#endif
 }
 
-// output += weights * values, [64, 128] * [128, 128], of weights compressed to [64, 64]
-__device__ __forceinline__ void multiply_values(float (&output)[64], const u32 (&weights)[16], const u32 (&which)[2], u64 v) {
+// output += weights * values, [64, 128] * [128, DIM], of weights compressed to [64, 64]
+__device__ __forceinline__ void multiply_values(
+    float (&output)[DIM / 2], const u32 (&weights)[16], const u32 (&which)[2], u64 v) {
+#if DIM == 64
   asm volatile(
       "{\n.reg .pred yes;\nsetp.ne.b32 yes, 1, 0;\nwgmma.fence.sync.aligned;\n"
-      SPARSE("{%64, %65, %66, %67}", "%80", "%84", "0") SPARSE("{%68, %69, %70, %71}", "%81", "%84", "1")
-      SPARSE("{%72, %73, %74, %75}", "%82", "%85", "0") SPARSE("{%76, %77, %78, %79}", "%83", "%85", "1")
+      SPARSE_64("{%32, %33, %34, %35}", "%48", "%52", "0") SPARSE_64("{%36, %37, %38, %39}", "%49", "%52", "1")
+      SPARSE_64("{%40, %41, %42, %43}", "%50", "%53", "0") SPARSE_64("{%44, %45, %46, %47}", "%51", "%53", "1")
+      "wgmma.commit_group.sync.aligned;\n}\n"
+      : THIRTY_TWO("+f", output, 0)
+      : SIXTEEN("r", weights, 0), "l"(v), "l"(v + 256), "l"(v + 512), "l"(v + 768), "r"(which[0]), "r"(which[1])
+      : "memory");
+#else
+  asm volatile(
+      "{\n.reg .pred yes;\nsetp.ne.b32 yes, 1, 0;\nwgmma.fence.sync.aligned;\n"
+      SPARSE_128("{%64, %65, %66, %67}", "%80", "%84", "0") SPARSE_128("{%68, %69, %70, %71}", "%81", "%84", "1")
+      SPARSE_128("{%72, %73, %74, %75}", "%82", "%85", "0") SPARSE_128("{%76, %77, %78, %79}", "%83", "%85", "1")
       "wgmma.commit_group.sync.aligned;\n}\n"
       : SIXTY_FOUR("+f", output)
       : SIXTEEN("r", weights, 0), "l"(v), "l"(v + 256), "l"(v + 512), "l"(v + 768), "r"(which[0]), "r"(which[1])
       : "memory");
+#endif
 }
 
 // The same with dense weights: those of places 0, 1 of all groups, and those of places 2, 3.
 __device__ __forceinline__ void multiply_values(
-    float (&output)[64], const u32 (&first)[16], const u32 (&last)[16], u32 first_two, u32 last_two, u64 v) {
+    float (&output)[DIM / 2], const u32 (&first)[16], const u32 (&last)[16], u32 first_two, u32 last_two, u64 v) {
+#if DIM == 64
   asm volatile(
       "{\n.reg .pred yes;\nsetp.ne.b32 yes, 1, 0;\nwgmma.fence.sync.aligned;\n"
-      SPARSE("{%64, %65, %66, %67}", "%96", "%100", "0") SPARSE("{%80, %81, %82, %83}", "%96", "%101", "0")
-      SPARSE("{%68, %69, %70, %71}", "%97", "%100", "0") SPARSE("{%84, %85, %86, %87}", "%97", "%101", "0")
-      SPARSE("{%72, %73, %74, %75}", "%98", "%100", "0") SPARSE("{%88, %89, %90, %91}", "%98", "%101", "0")
-      SPARSE("{%76, %77, %78, %79}", "%99", "%100", "0") SPARSE("{%92, %93, %94, %95}", "%99", "%101", "0")
+      SPARSE_64("{%32, %33, %34, %35}", "%64", "%68", "0") SPARSE_64("{%48, %49, %50, %51}", "%64", "%69", "0")
+      SPARSE_64("{%36, %37, %38, %39}", "%65", "%68", "0") SPARSE_64("{%52, %53, %54, %55}", "%65", "%69", "0")
+      SPARSE_64("{%40, %41, %42, %43}", "%66", "%68", "0") SPARSE_64("{%56, %57, %58, %59}", "%66", "%69", "0")
+      SPARSE_64("{%44, %45, %46, %47}", "%67", "%68", "0") SPARSE_64("{%60, %61, %62, %63}", "%67", "%69", "0")
+      "wgmma.commit_group.sync.aligned;\n}\n"
+      : THIRTY_TWO("+f", output, 0)
+      : SIXTEEN("r", first, 0), SIXTEEN("r", last, 0), "l"(v), "l"(v + 256), "l"(v + 512), "l"(v + 768), "r"(first_two),
+        "r"(last_two)
+      : "memory");
+#else
+  asm volatile(
+      "{\n.reg .pred yes;\nsetp.ne.b32 yes, 1, 0;\nwgmma.fence.sync.aligned;\n"
+      SPARSE_128("{%64, %65, %66, %67}", "%96", "%100", "0") SPARSE_128("{%80, %81, %82, %83}", "%96", "%101", "0")
+      SPARSE_128("{%68, %69, %70, %71}", "%97", "%100", "0") SPARSE_128("{%84, %85, %86, %87}", "%97", "%101", "0")
+      SPARSE_128("{%72, %73, %74, %75}", "%98", "%100", "0") SPARSE_128("{%88, %89, %90, %91}", "%98", "%101", "0")
+      SPARSE_128("{%76, %77, %78, %79}", "%99", "%100", "0") SPARSE_128("{%92, %93, %94, %95}", "%99", "%101", "0")
       "wgmma.commit_group.sync.aligned;\n}\n"
       : SIXTY_FOUR("+f", output)
       : SIXTEEN("r", first, 0), SIXTEEN("r", last, 0), "l"(v), "l"(v + 256), "l"(v + 512), "l"(v + 768), "r"(first_two),
         "r"(last_two)
       : "memory");
+#endif
 }
 
 // Wait until all but BEHIND of the products issued are done, which the tile depends on.
 template <int BEHIND>
 __device__ __forceinline__ void wait_for(float (&tile)[64]) {
   asm volatile("wgmma.wait_group.sync.aligned %64;" : SIXTY_FOUR("+f", tile) : "n"(BEHIND) : "memory");
+}
+template <int BEHIND>
+__device__ __forceinline__ void wait_for(float (&tile)[32]) {
+  asm volatile("wgmma.wait_group.sync.aligned %32;" : THIRTY_TWO("+f", tile, 0) : "n"(BEHIND) : "memory");
 }
 
 // Here ends the use of registers that products read: the compiler may not use them for something else before.
@@ -328,19 +383,19 @@ __device__ __forceinline__ int entry(const Problem& p, const void* numbers, int 
   return p.wide >> which & 1 ? (int)((const long long*)numbers)[index] : ((const int*)numbers)[index];
 }
 
-// What there is to compute for 128 queries of one head, which they see in which tiles: masked ones first, the last keys,
+// What there is to compute for ITEM_ROWS queries of one head, which they see in which tiles: masked ones first, the last keys,
 // then what is before the hot tiles, then the band around the queries backwards; then the hot tiles. As in hopper.py.
 struct Item {
   int number, head, first_row, start_k;                      // first_row: of the queries; start_k: row of the first key
   int before, rows;                                         // of these, how many come before the sequence and its end
   int first_position, length, window;                       // of the first query, the keys, and the dense window
   int hot_begin, band_begin, band_end, last, masked, tiles;  // tiles: 0 if there is nothing to do; twice, it is the end
-  int spared;                                               // masked ones, the last, that are not for the second warpgroup
+  int spared[WARPGROUPS - 1];                                // masked ones, the last, that are not for later warpgroups
   int online;                                               // whether to use the ordinary online softmax
   const int* visits;                                        // its tiles, if they are listed
   // The first key of a tile, plus UNLISTED if it is not listed.
   __device__ __forceinline__ int tile(int index) const {
-    if (visits != nullptr) return visits[index];
+    if (MAY_BE_LISTED && visits != nullptr) return visits[index];
     const int before_hot = (index - 1) * TILE, hot = hot_begin + (index - masked) * TILE;
     if (index == 0) return last;
     if (index >= masked) return hot >= band_begin ? hot + band_end - band_begin : hot;
@@ -358,7 +413,7 @@ __device__ __forceinline__ Item find_item(int number, bool online, const Problem
   const int in_wave = number - wave * p.tiles_per_head * p.heads_per_wave;
   const int heads_in_wave = min(p.heads_per_wave, p.batch * p.heads - wave * p.heads_per_wave);
   const int head = wave * p.heads_per_wave + in_wave % heads_in_wave, sequence = head / p.heads;
-  const int row_start = (p.tiles_per_head - 1 - in_wave / heads_in_wave) * TILE;
+  const int row_start = (p.tiles_per_head - 1 - in_wave / heads_in_wave) * ITEM_ROWS;
   const int query_length = entry(p, p.lengths_q, 1, sequence);
   Item item;
   item.number = number;
@@ -372,7 +427,7 @@ __device__ __forceinline__ Item find_item(int number, bool online, const Problem
   item.visits = nullptr;
   item.first_position = item.length - item.rows;
   item.window = query_length == 1 && !p.sparse_decode ? item.length : p.window;
-  const int last_position = item.first_position + min(TILE, item.rows) - 1;
+  const int last_position = item.first_position + min(ITEM_ROWS, item.rows) - 1;
   const int keys_end = p.causal ? last_position + 1 : item.length;
   const int full_end = max(min((keys_end + TILE - 1) / TILE, item.length / TILE), 0) * TILE;
   const int hot_begin = min((p.num_sinks + TILE - 1) / TILE * TILE, full_end);
@@ -384,8 +439,11 @@ __device__ __forceinline__ Item find_item(int number, bool online, const Problem
   item.band_end = clamp(band_end, item.band_begin, item.last);
   item.masked = 1 + (item.hot_begin + item.band_end - item.band_begin) / TILE;
   // Of the band, which comes backwards, later queries need less.
-  const int late_begin = max(item.first_position + ROWS - max(item.window - 1, 0), 0) / TILE * TILE;
-  item.spared = (clamp(late_begin, item.band_begin, item.band_end) - item.band_begin) / TILE;
+#pragma unroll
+  for (int after = 0; after < WARPGROUPS - 1; after++) {
+    const int late_begin = max(item.first_position + ROWS * (after + 1) - max(item.window - 1, 0), 0) / TILE * TILE;
+    item.spared[after] = (clamp(late_begin, item.band_begin, item.band_end) - item.band_begin) / TILE;
+  }
   item.tiles = item.masked + (item.band_begin - item.hot_begin + item.last - item.band_end) / TILE;
   return item;
 }
@@ -401,7 +459,7 @@ __device__ __forceinline__ Item find_listed_item(int number, bool online, const 
   const int sequence = visits[0], row_start = visits[1];
   item.tiles = visits[2];
   item.masked = online ? item.tiles : visits[3];
-  item.spared = online ? 0 : visits[4];
+  item.spared[0] = online ? 0 : visits[4];
   item.visits = visits + HEADER;
   item.last = item.visits[0];
   const int query_length = entry(p, p.lengths_q, 1, sequence);
@@ -417,7 +475,7 @@ __device__ __forceinline__ Item find_listed_item(int number, bool online, const 
 
 // Find items, one ahead of what is computed, as that takes two or three accesses to memory: the part of one thread.
 __device__ __forceinline__ void find_items(const Problem& p, unsigned char* memory, u32 base) {
-  const bool listed = p.visits != nullptr;
+  const bool listed = MAY_BE_LISTED && p.visits != nullptr;
   const int items = p.heads * (listed ? p.list_rows : p.batch * p.tiles_per_head);
   auto find = [&](int number, bool online) {
     return listed ? find_listed_item(number, online, p) : find_item(number, online, p);
@@ -428,7 +486,9 @@ __device__ __forceinline__ void find_items(const Problem& p, unsigned char* memo
     barrier_wait(base + DONE + 8 * slot, (post / SLOTS & 1) ^ 1);
     int overflowed = 0;
     if (post >= SLOTS)
-      for (int warp = 0; warp < 8; warp++) overflowed |= read_shared(base + VERDICTS + 32 * slot + 4 * warp);
+      for (int warp = 0; warp < 4 * WARPGROUPS; warp++)
+        overflowed |= read_shared(base + VERDICTS + 16 * WARPGROUPS * slot + 4 * warp);
+#if WARPGROUPS == 2
     Item* mail = (Item*)(memory + ITEMS + ITEM_BYTES * slot);
     Item item = {};
     if (overflowed) {
@@ -443,6 +503,25 @@ __device__ __forceinline__ void find_items(const Problem& p, unsigned char* memo
     *mail = item;
     barrier_arrive(base + FOUND + 8 * slot, true);
     idle = item.tiles == 0 ? idle + 1 : 0;
+#else  // the same with fewer registers
+    Item& mail = *(Item*)(memory + ITEMS + ITEM_BYTES * slot);
+    int tiles = 0;
+    if (overflowed) {
+      mail = find(mail.number, true);
+      tiles = mail.tiles;
+    }
+    while (tiles == 0) {
+      const int number = atomicAdd(p.counter, 1);
+      if (number >= items) break;
+      const Item item = find(listed ? p.order[number] : number, false);
+      if (item.rows <= 0) continue;
+      mail = item;
+      tiles = item.tiles;
+    }
+    if (tiles == 0) mail.tiles = 0;
+    barrier_arrive(base + FOUND + 8 * slot, true);
+    idle = tiles == 0 ? idle + 1 : 0;
+#endif
   }
 }
 
@@ -461,10 +540,10 @@ __device__ __forceinline__ void load_items(
       barrier_arrive(posted, true);
       continue;
     }
-    barrier_expect(posted, TILE_BYTES);
-    for (int box = 0; box < 4; box++)
-      load_box(base + QUERIES + slot * TILE_BYTES + BOX * box, query_map, item.head * p.query_head_stride + ROWS * (box % 2),
-               item.first_row + ROWS * (box / 2), posted);
+    barrier_expect(posted, ITEM_QUERY_BYTES);
+    for (int box = 0; box < WARPGROUPS * PARTS; box++)
+      load_box(base + QUERIES + slot * ITEM_QUERY_BYTES + BOX * box, query_map,
+               item.head * p.query_head_stride + 64 * (box % PARTS), item.first_row + ROWS * (box / PARTS), posted);
     const int kv_head = item.head / p.heads_per_kv;
     int row_before = 0;
     for (int index = 0; index <= item.tiles; index++, step++) {
@@ -482,7 +561,7 @@ __device__ __forceinline__ void load_items(
         const bool in_tail = row + TILE > p.key_rows;
         const TensorMap* map = in_tail ? &key_tail_map : &key_map;
         const int column = kv_head * (in_tail ? DIM : p.key_head_stride), from = in_tail ? row - p.tail_start : row;
-        for (int box = 0; box < 4; box++) {
+        for (int box = 0; box < 2 * PARTS; box++) {
           // Rows have several addresses in these maps: a sequence may begin anywhere.
           const int first = from + box % 2 * 2;
           asm volatile(
@@ -494,8 +573,8 @@ __device__ __forceinline__ void load_items(
       }
       if (index > 0) {
         barrier_wait(base + VALUES_FREE + 8 * stage, parity);
-        for (int half = 0; half < 2; half++)
-          load_box(base + VALUES + stage * TILE_BYTES + 2 * BOX * half, value_map, kv_head * p.value_head_stride + 64 * half,
+        for (int part = 0; part < PARTS; part++)
+          load_box(base + VALUES + stage * TILE_BYTES + 2 * BOX * part, value_map, kv_head * p.value_head_stride + 64 * part,
                    row_before, loaded);
       }
       row_before = row;
@@ -521,6 +600,7 @@ struct Ring {
   }
 };
 
+#if WARPGROUPS == 2
 // Clear a warpgroup's half of the values that lie past the sequence: zero times what is there need not be zero.
 __device__ __forceinline__ void clear_values(u32 values, int rows, const Thread& thread) {
   const int first = max(rows, ROWS * thread.warpgroup) + thread.index / 64;
@@ -529,10 +609,21 @@ __device__ __forceinline__ void clear_values(u32 values, int rows, const Thread&
   fence_async();
   synchronize(3, 256);
 }
+#else
+// Clear the values that lie past the sequence, all warpgroups together: zero times what is there need not be zero.
+__device__ __forceinline__ void clear_values(u32 values, int rows, const Thread& thread) {
+  constexpr int IN_ROW = DIM / 2;  // threads, four bytes each
+  const int index = 128 * thread.warpgroup + thread.index;
+  for (int row = rows + index / IN_ROW; row < TILE; row += COMPUTE_THREADS / IN_ROW)
+    write_shared(values + index % IN_ROW / 32 * 2 * BOX + row * 128 + index % 32 * 4, 0);
+  fence_async();
+  synchronize(1 + WARPGROUPS, COMPUTE_THREADS);
+}
+#endif
 
 // Multiply queries with keys of a hot tile, weights with the values of the tile before, and take the softmax.
 __device__ __forceinline__ void advance(
-    Ring& ring, const Thread& thread, u64 query, float (&output)[64], const float (&shift)[2], float (&sum)[2],
+    Ring& ring, const Thread& thread, u64 query, float (&output)[DIM / 2], const float (&shift)[2], float (&sum)[2],
     u32 (&weights)[16], u32 (&which)[2], u32 (&next)[16], u32 (&next_which)[2]) {
   float scores[64];
   ring.wait();
@@ -550,7 +641,7 @@ __device__ __forceinline__ void advance(
 }
 
 __device__ __forceinline__ void finish(
-    Ring& ring, const Thread& thread, float (&output)[64], u32 (&weights)[16], const u32 (&which)[2]) {
+    Ring& ring, const Thread& thread, float (&output)[DIM / 2], u32 (&weights)[16], const u32 (&which)[2]) {
   ring.wait();
   multiply_values(output, weights, which, ring.values());
   ring.free_keys(thread);
@@ -563,7 +654,13 @@ __device__ __forceinline__ void finish(
 __device__ __forceinline__ bool attend_item(
     const Item& item, u32 query_at, Ring& ring, const Thread& thread, const Problem& p, u32 zero) {
   const int row = ROWS * thread.warpgroup + 16 * thread.warp + thread.quad;
-  int masked = item.masked - (thread.warpgroup > 0 ? item.spared : 0);
+#if WARPGROUPS == 2
+  int masked = item.masked - (thread.warpgroup > 0 ? item.spared[0] : 0);
+#else
+  int masked = item.masked;
+  if (thread.warpgroup == 1) masked -= item.spared[0];
+  if (thread.warpgroup == 2) masked -= item.spared[1];
+#endif
   // Alike in all threads of a warp, which the compiler cannot know of what comes from memory.
   masked = __shfl_sync(ALL, masked, 0);
   const int tiles = __shfl_sync(ALL, item.tiles, 0);
@@ -589,7 +686,7 @@ __device__ __forceinline__ bool attend_item(
     return masks;
   };
 
-  float output[64], sum[2] = {0, 0}, top[2] = {NONE, NONE}, shift[2], rescale[2];
+  float output[DIM / 2], sum[2] = {0, 0}, top[2] = {NONE, NONE}, shift[2], rescale[2];
   u32 first[16], last[16];
   auto finish_masked = [&] {
     wait_for<0>(output);
@@ -598,7 +695,7 @@ __device__ __forceinline__ bool attend_item(
     ring.free_values(thread);
   };
 #pragma unroll
-  for (int i = 0; i < 64; i++) output[i] = 0;
+  for (int i = 0; i < DIM / 2; i++) output[i] = 0;
   {
     float scores[64];
     ring.wait();
@@ -622,17 +719,22 @@ __device__ __forceinline__ bool attend_item(
     const Masks masks = masks_of(item.tile(index));
     wait_for<1>(scores);
     ring.free_keys(thread);
-    u32 next_first[16], next_last[16];
-    soften_masked(scores, thread, masks, top, shift, rescale, sum, next_first, next_last);
-    finish_masked();
-    // Not by moves, which it would leave out: products of weights from two places it puts one after the other.
+    if (WARPGROUPS == 2) {
+      u32 next_first[16], next_last[16];
+      soften_masked(scores, thread, masks, top, shift, rescale, sum, next_first, next_last);
+      finish_masked();
+      // Not by moves, which it would leave out: products of weights from two places it puts one after the other.
 #pragma unroll
-    for (int i = 0; i < 16; i++) {
-      first[i] = next_first[i] + zero;
-      last[i] = next_last[i] + zero;
+      for (int i = 0; i < 16; i++) {
+        first[i] = next_first[i] + zero;
+        last[i] = next_last[i] + zero;
+      }
+    } else {  // there are no registers for two sets of weights
+      finish_masked();
+      soften_masked(scores, thread, masks, top, shift, rescale, sum, first, last);
     }
 #pragma unroll
-    for (int i = 0; i < 64; i++) output[i] *= rescale[i / 2 % 2];
+    for (int i = 0; i < DIM / 2; i++) output[i] *= rescale[i / 2 % 2];
   }
   int hot = tiles - masked;
   const bool hot_tiles = hot > 0;
@@ -651,10 +753,15 @@ __device__ __forceinline__ bool attend_item(
       multiply_values(output, first, last, first_two, last_two, ring.values());
       wait_for<1>(scores);
       ring.free_keys(thread);
-      soften(scores, thread, shift, sum, even, which_even);
-      release(even);
-      pin(sum, even, which_even);
-      finish_masked();
+      if (WARPGROUPS == 2) {
+        soften(scores, thread, shift, sum, even, which_even);
+        release(even);
+        pin(sum, even, which_even);
+        finish_masked();
+      } else {
+        finish_masked();
+        soften(scores, thread, shift, sum, even, which_even);
+      }
     }
 #pragma unroll 1
     while (true) {
@@ -674,7 +781,7 @@ __device__ __forceinline__ bool attend_item(
   bool suspicious = false;
   float total[2], nothing[4] = {0, 0, 0, 0};
 #pragma unroll
-  for (int i = 0; i < 64; i++) nothing[i % 4] = __fmaf_rn(output[i], 0.0f, nothing[i % 4]);  // or NaN, if not finite
+  for (int i = 0; i < DIM / 2; i++) nothing[i % 4] = __fmaf_rn(output[i], 0.0f, nothing[i % 4]);  // or NaN, if not finite
 #pragma unroll
   for (int r = 0; r < 2; r++) {
     sum[r] += __shfl_xor_sync(ALL, sum[r], 1);
@@ -694,7 +801,7 @@ __device__ __forceinline__ bool attend_item(
   synchronize(1 + thread.warpgroup, 128);
   const int in_warp = thread.index % 32, row_of_lane = 16 * thread.warp + in_warp % 16;
 #pragma unroll
-  for (int j = 0; j < 16; j += 2) {
+  for (int j = 0; j < DIM / 8; j += 2) {
     const u32 at = query_at + j / 8 * BOX + row_of_lane * 128 + ((j % 8 + in_warp / 16 ^ row_of_lane % 8) << 4);
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at),
                  "r"(rounded(output[4 * j] * total[0], output[4 * j + 1] * total[0])),
@@ -704,20 +811,22 @@ __device__ __forceinline__ bool attend_item(
                  : "memory");
   }
   __syncwarp();
-  u32 lines[32];
+  constexpr int IN_LINE = DIM / 8, LINES = 32 / IN_LINE;  // threads that take a line, and lines at a time
+  const int chunk = in_warp % IN_LINE;
+  u32 lines[DIM / 4];
 #pragma unroll
-  for (int i = 0; i < 8; i++) {
-    const int line = 16 * thread.warp + 2 * i + in_warp / 16, chunk = in_warp % 16;
+  for (int i = 0; i < 16 / LINES; i++) {
+    const int line = 16 * thread.warp + LINES * i + in_warp / IN_LINE;
     const u32 at = query_at + chunk / 8 * BOX + line * 128 + ((chunk % 8 ^ line % 8) << 4);
     asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : FOUR("=r", lines, 4 * i) : "r"(at) : "memory");
   }
   fence_async();  // before the next queries are loaded there
-  const int first_line = ROWS * thread.warpgroup + 16 * thread.warp + in_warp / 16;
+  const int first_line = ROWS * thread.warpgroup + 16 * thread.warp + in_warp / IN_LINE;
   unsigned short* out = p.out + item.head * p.out_head_stride + (item.first_row + first_line) * p.out_token_stride;
 #pragma unroll
-  for (int i = 0; i < 8; i++)
-    if (first_line + 2 * i >= item.before && first_line + 2 * i < item.rows)
-      asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(out + 2 * i * p.out_token_stride + in_warp % 16 * 8),
+  for (int i = 0; i < 16 / LINES; i++)
+    if (first_line + LINES * i >= item.before && first_line + LINES * i < item.rows)
+      asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(out + LINES * i * p.out_token_stride + chunk * 8),
                    FOUR("r", lines, 4 * i)
                    : "memory");
   return !item.online && hot_tiles && suspicious;  // else there is no other way to compute it
@@ -745,16 +854,17 @@ __device__ __forceinline__ void attend_items(const Problem& p, const unsigned ch
     const Item item = *(const Item*)(memory + ITEMS + ITEM_BYTES * slot);
     bool overflowed = false;
     if (item.tiles > 0)
-      overflowed = attend_item(item, base + QUERIES + slot * TILE_BYTES + warpgroup * 2 * BOX, ring, thread, p, zero);
+      overflowed = attend_item(item, base + QUERIES + slot * ITEM_QUERY_BYTES + warpgroup * QUERY_BYTES, ring, thread, p, zero);
     idle = item.tiles == 0 ? idle + 1 : 0;
     __syncwarp();  // a vote orders no memory
     overflowed = __any_sync(ALL, overflowed);
-    if (thread.elected) write_shared(base + VERDICTS + 32 * slot + 16 * warpgroup + 4 * thread.warp, overflowed);
+    const u32 verdict = WARPGROUPS == 2 ? 32 * slot + 16 * warpgroup : 16 * (WARPGROUPS * slot + warpgroup);
+    if (thread.elected) write_shared(base + VERDICTS + verdict + 4 * thread.warp, overflowed);
     barrier_arrive(base + DONE + 8 * slot, thread.elected);
   }
 }
 
-extern "C" __global__ void __launch_bounds__(384, 1) attend(
+extern "C" __global__ void __launch_bounds__(128 + COMPUTE_THREADS, 1) attend(
     const __grid_constant__ TensorMap query_map, const __grid_constant__ TensorMap key_map,
     const __grid_constant__ TensorMap key_tail_map, const __grid_constant__ TensorMap value_map,
     const __grid_constant__ Problem problem) {
@@ -764,13 +874,13 @@ extern "C" __global__ void __launch_bounds__(384, 1) attend(
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < STAGES; stage++) {
       barrier_init(base + LOADED + 8 * stage, 1);
-      barrier_init(base + KEYS_FREE + 8 * stage, 8);  // a thread of each warp that computes
-      barrier_init(base + VALUES_FREE + 8 * stage, 8);
+      barrier_init(base + KEYS_FREE + 8 * stage, 4 * WARPGROUPS);  // a thread of each warp that computes
+      barrier_init(base + VALUES_FREE + 8 * stage, 4 * WARPGROUPS);
     }
     for (int slot = 0; slot < SLOTS; slot++) {
       barrier_init(base + FOUND + 8 * slot, 1);
       barrier_init(base + POSTED + 8 * slot, 1);
-      barrier_init(base + DONE + 8 * slot, 8);
+      barrier_init(base + DONE + 8 * slot, 4 * WARPGROUPS);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     fence_async();
@@ -778,11 +888,11 @@ extern "C" __global__ void __launch_bounds__(384, 1) attend(
   __syncthreads();
   const int role = __shfl_sync(ALL, threadIdx.x / 128, 0);
   if (role == 0) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(WARPGROUPS == 2 ? 40 : 32));
     if (threadIdx.x == 0) load_items(query_map, key_map, key_tail_map, value_map, problem, memory, base);
     if (threadIdx.x == 32) find_items(problem, memory, base);
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(WARPGROUPS == 2 ? 232 : 160));
     attend_items(problem, memory, base, role - 1);
   }
 }

@@ -14,7 +14,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,20 +34,55 @@ try:
 except ImportError:  # an optional extra; newer CUDA builds of PyTorch bring it along
     nvrtc = None
 
-HEAD_DIM = 128
 ROWS, TILE = 64, 128
-"""Queries of a warpgroup, and of an item; a tile has as many keys as an item queries."""
-SHARED_BYTES = 6 * 32768 + 512 + 1023
-THREADS = 384
+"""Queries of a warpgroup, and keys of a tile."""
 # Of CUDA's driver interface, cuda.h
-BFLOAT16, NO_INTERLEAVE, SWIZZLE_128_BYTES, L2_256_BYTES, FILL_WITH_ZEROS = 9, 0, 3, 3, 0
+FLOAT16, BFLOAT16, NO_INTERLEAVE, SWIZZLE_128_BYTES, L2_256_BYTES, FILL_WITH_ZEROS = 6, 9, 0, 3, 3, 0
 MAX_DYNAMIC_SHARED_SIZE_BYTES, CAPTURE_MODE_RELAXED = 8, 2
 
 COMPILER_OPTIONS = (b"--gpu-architecture=sm_90a", b"--std=c++17", b"--use_fast_math", b"--ptxas-options=-v")
 
-_kernels: dict[torch.device, ctypes.c_void_p | None] = {}
-
 logger = logging.getLogger(__name__)
+
+
+class Variant(NamedTuple):
+    """What is known of a problem when the kernel is compiled.
+
+    Attributes:
+        dtype: ``torch.bfloat16`` or ``torch.float16``.
+        head_dim: 64 or 128.
+        warpgroups: how many compute, 2 or 3: an item has 64 queries for each.
+    """
+
+    dtype: torch.dtype
+    head_dim: int
+    warpgroups: int
+
+    @property
+    def item_rows(self) -> int:
+        """Queries of an item."""
+        return ROWS * self.warpgroups
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory: two items' queries, the stages of keys and values, barriers, and what alignment may take."""
+        stages = 256 // self.head_dim
+        return 2 * self.head_dim * (2 * self.item_rows + 2 * stages * TILE) + 512 + 1023
+
+    @property
+    def options(self) -> tuple[bytes, ...]:
+        """What the compiler is told."""
+        sizes = (b"-DDIM=%d" % self.head_dim, b"-DWARPGROUPS=%d" % self.warpgroups)
+        return (*COMPILER_OPTIONS, *sizes, *((b"-DFP16",) if self.dtype == torch.float16 else ()))
+
+
+def variant_of(request: AttentionRequest) -> Variant:
+    """Return the variant that runs a request; a head dimension of 64 leaves registers for a third warpgroup."""
+    head_dim = request.q.shape[2]
+    return Variant(request.q.dtype, head_dim, 3 if head_dim == 64 else 2)
+
+
+_kernels: dict[tuple[torch.device, Variant], ctypes.c_void_p | None] = {}
 
 
 class _Problem(ctypes.Structure):
@@ -81,8 +116,14 @@ def refusal(request: AttentionRequest) -> str | None:
         return "it is made for GPUs of compute capability 9.0"
     if r.plan.group != 4 or r.plan.keeps_top != 2:
         return "the plan is not 2:4"
-    if r.q.dtype != torch.bfloat16 or not r.q.shape[2] == r.v.shape[2] == HEAD_DIM:
-        return f"it takes torch.bfloat16 and head dimensions of {HEAD_DIM}"
+    if r.q.dtype not in (torch.bfloat16, torch.float16):
+        return f"the tensors are {r.q.dtype}, not torch.float16 or torch.bfloat16"
+    if r.q.shape[2] != r.v.shape[2] or r.q.shape[2] not in (64, 128):
+        return f"head dimensions are {r.q.shape[2]} and {r.v.shape[2]}, not both 64 or both 128"
+    if r.q.dtype == torch.float16 and r.q.shape[2] == 128:
+        return "a head dimension of 128 runs with torch.bfloat16 alone"  # until a GPU has tested it with torch.float16
+    if r.blocks is not None and r.q.shape[2] == 64:
+        return "lists of key blocks run with a head dimension of 128 alone: visits are for items of 128 queries"
     for name, value in (("sliding_window", r.sliding_window), ("softcap", r.softcap), ("s_aux", r.s_aux)):
         if value is not None:
             return f"there is a {name}"
@@ -90,18 +131,19 @@ def refusal(request: AttentionRequest) -> str | None:
         return "first positions are given"
     if not all(is_aligned(x) and _width(x) < 2**31 for x in (r.q, r.k, r.v)):
         return "addresses or strides of q, k or v are not multiples of 16 bytes"
-    if _kernel(r.q.device) is None:
+    if _kernel(r.q.device, variant_of(r)) is None:
         return "it could not be compiled or loaded (a warning says why), or a CUDA graph is being captured"
     return None
 
 
 def pays(request: AttentionRequest) -> bool:
-    """Whether the kernel is the fastest: not with 64 queries, which leave half of a program idle, nor few tiles."""
+    """Whether the kernel is the fastest: not with short sequences, which leave programs idle, nor with few items."""
     r = request
     if not r.q.is_cuda:  # Triton's interpreter runs other kernels there
         return False
-    tiles = r.q.shape[0] * r.q.shape[1] / TILE
-    return r.q.shape[0] > ROWS * r.starts_q.shape[0] and tiles > 1.5 * processors(r.q.device)
+    items = r.q.shape[0] * r.q.shape[1] / variant_of(r).item_rows
+    shortest = ROWS if r.q.shape[2] == 128 else 1024  # on average; more of the larger items of 64 is masked
+    return r.q.shape[0] > shortest * r.starts_q.shape[0] and items > 1.5 * processors(r.q.device)
 
 
 def prepare(request: AttentionRequest) -> Callable[[AttentionRequest], tuple[Tensor, Tensor | None]]:
@@ -111,9 +153,10 @@ def prepare(request: AttentionRequest) -> Callable[[AttentionRequest], tuple[Ten
         RuntimeError: by the function returned, if the kernel cannot be launched.
         ValueError: if there may be more tiles than 32 bits count.
     """
-    r, heads = request, request.q.shape[1]
-    batch, tiles = r.starts_q.shape[0], cdiv(min(r.max_q, r.q.shape[0]), TILE)
-    options = options_of(r, hopper_settings(r.q.dtype, HEAD_DIM, r.group))
+    r, variant = request, variant_of(request)
+    heads, head_dim = r.q.shape[1:]
+    batch, tiles = r.starts_q.shape[0], cdiv(min(r.max_q, r.q.shape[0]), variant.item_rows)
+    options = options_of(r, hopper_settings(r.q.dtype, head_dim, r.group, r.blocks is not None))
     tail_start = max(0, r.k.shape[0] - TILE)
     prepare_work = WorkPreparation(r, options, tail_start)
     schedule = None if r.blocks is None else Schedule(r, options)
@@ -121,8 +164,8 @@ def prepare(request: AttentionRequest) -> Callable[[AttentionRequest], tuple[Ten
     num_sinks, window, _ = distances(r)
     packing = (r.starts_q, r.lengths_q, r.starts_k, r.lengths_k)
     numbers = _Problem(
-        out_token_stride=heads * HEAD_DIM,
-        out_head_stride=HEAD_DIM,
+        out_token_stride=heads * head_dim,
+        out_head_stride=head_dim,
         query_head_stride=r.q.stride(1),
         key_head_stride=r.k.stride(1),
         value_head_stride=r.v.stride(1),
@@ -152,7 +195,7 @@ def prepare(request: AttentionRequest) -> Callable[[AttentionRequest], tuple[Ten
         _key_map(r.k.new_empty(tail_shape)),
         _tensor_map(r.v, [r.v.shape[0]], [r.v.stride(0)], [TILE]),
     ]
-    launch = _Launch(r.q.device, min(items, processors(r.q.device)), numbers, maps)
+    launch = _Launch(r.q.device, variant, min(items, processors(r.q.device)), numbers, maps)
 
     def run(r: AttentionRequest) -> tuple[Tensor, Tensor | None]:
         out, lse = new_results(r)
@@ -169,12 +212,15 @@ def prepare(request: AttentionRequest) -> Callable[[AttentionRequest], tuple[Ten
 class _Launch:
     """The kernel's arguments in the memory that the driver reads them from; only addresses change between launches."""
 
-    def __init__(self, device: torch.device, programs: int, numbers: _Problem, maps: list[Any]) -> None:
-        self.device, self.numbers, self.maps = device, numbers, maps
+    def __init__(
+        self, device: torch.device, variant: Variant, programs: int, numbers: _Problem, maps: list[Any]
+    ) -> None:
+        self.device, self.variant, self.numbers, self.maps = device, variant, numbers, maps
         self.lock = threading.Lock()
         arguments = (*maps, numbers)
         self.slots = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
-        self.sizes = tuple(map(ctypes.c_uint, (programs, 1, 1, THREADS, 1, 1, SHARED_BYTES)))
+        threads = 128 * (1 + variant.warpgroups)
+        self.sizes = tuple(map(ctypes.c_uint, (programs, 1, 1, threads, 1, 1, variant.shared_bytes)))
 
     def __call__(
         self,
@@ -204,13 +250,13 @@ class _Launch:
             numbers.lse = None if lse is None else lse.data_ptr()
             if visits is not None:
                 numbers.visits, numbers.order = visits.tiles.data_ptr(), visits.order.data_ptr()
-            kernel = _kernel(self.device)
+            kernel = _kernel(self.device, self.variant)
             failed = driver.cuLaunchKernel(kernel, *self.sizes, ctypes.c_void_p(stream), self.slots, None)
         _check(failed, "; MODELOPT_LITE_KERNEL=hopper chooses another")
 
 
-def compiled() -> tuple[bytes, str]:
-    """Compile the kernel for compute capability 9.0, with no need for a GPU.
+def compiled(variant: Variant) -> tuple[bytes, str]:
+    """Compile a variant of the kernel for compute capability 9.0, with no need for a GPU.
 
     Returns:
         The machine code, and what the compiler says about it.
@@ -218,7 +264,7 @@ def compiled() -> tuple[bytes, str]:
     Raises:
         RuntimeError: if it cannot be compiled.
     """
-    return _compile(_source(), COMPILER_OPTIONS, "CUBIN")
+    return _compile(_source(), variant.options, "CUBIN")
 
 
 def _compile(source: bytes, options: tuple[bytes, ...], result: str) -> tuple[bytes, str]:
@@ -250,25 +296,26 @@ def _compiler() -> bytes:
     return _compile(b"", (b"--gpu-architecture=compute_90a",), "PTX")[0]
 
 
-def _kernel(device: torch.device) -> ctypes.c_void_p | None:
+def _kernel(device: torch.device, variant: Variant) -> ctypes.c_void_p | None:
     """Return the kernel on a device, or None if it could not be loaded, or can not while a graph is captured."""
-    if device not in _kernels:
+    key = (device, variant)
+    if key not in _kernels:
         if torch.cuda.is_current_stream_capturing():
             return None
-        _kernels[device] = _load(device)
-    return _kernels[device]
+        _kernels[key] = _load(device, variant)
+    return _kernels[key]
 
 
-def _load(device: torch.device) -> ctypes.c_void_p | None:
+def _load(device: torch.device, variant: Variant) -> ctypes.c_void_p | None:
     """Load the kernel on a device; warn and return None if that fails."""
     try:
         if nvrtc is None:
             raise RuntimeError("cuda-bindings is not installed (extra sparse-cores)")
-        code, module, kernel = _code(), ctypes.c_void_p(), ctypes.c_void_p()
+        code, module, kernel = _code(variant), ctypes.c_void_p(), ctypes.c_void_p()
         with _in_context(device), _beside_captures():
             _check(_driver().cuModuleLoadData(ctypes.byref(module), ctypes.c_char_p(code)))
             _check(_driver().cuModuleGetFunction(ctypes.byref(kernel), module, b"attend"))
-            _check(_driver().cuFuncSetAttribute(kernel, MAX_DYNAMIC_SHARED_SIZE_BYTES, SHARED_BYTES))
+            _check(_driver().cuFuncSetAttribute(kernel, MAX_DYNAMIC_SHARED_SIZE_BYTES, variant.shared_bytes))
     except (RuntimeError, OSError) as error:  # OSError: there is no driver
         logger.warning("2:4 is left to other kernels than sparse_cores, which would be faster: %s", error)
         return None
@@ -320,9 +367,9 @@ def _check(failed: int, remedy: str = "") -> None:
 
 
 @functools.cache
-def _code() -> bytes:
-    source = _source()
-    return cached(COMPILED_KERNELS, (source, _compiler(), *COMPILER_OPTIONS), lambda: compiled()[0])
+def _code(variant: Variant) -> bytes:
+    key = (_source(), _compiler(), *variant.options)
+    return cached(COMPILED_KERNELS, key, lambda: compiled(variant)[0])
 
 
 def _width(x: Tensor) -> int:
@@ -355,7 +402,7 @@ def _tensor_map(x: Tensor, sizes: list[int], strides: list[int], box: list[int])
     _check(
         _driver().cuTensorMapEncodeTiled(
             tensor_map,
-            BFLOAT16,
+            BFLOAT16 if x.dtype == torch.bfloat16 else FLOAT16,
             ctypes.c_uint32(rank),
             ctypes.c_void_p(x.data_ptr()),
             (ctypes.c_uint64 * rank)(_width(x), *sizes),

@@ -35,24 +35,11 @@ class FlashPrefill(BlockMethod, CalibratedMethod):
         "alpha",
         "log",
         (
-            1e-7,
-            1e-6,
-            1e-5,
-            3e-5,
-            *(10 ** (0.25 * i - 4) for i in range(13)),
-            0.15,
-            0.2,
-            0.25,
-            0.3,
-            0.4,
-            0.5,
-            0.6,
-            0.7,
-            0.8,
-            0.9,
+            1e-7, 1e-6, 1e-5, 3e-5, *(10 ** (0.25 * i - 4) for i in range(13)),
+            0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9,
         ),
         high=1.0,
-    )
+    )  # fmt: skip
 
     method: Literal["flash_prefill"] = Field(default="flash_prefill", description="the method's name")
     alpha: float = Field(

@@ -290,7 +290,7 @@ def test_prepare_copies_keys_alone(absent_gpu, monkeypatch, rows):
     q, k, v = torch.randn(70, 4, 128).to(BF16), *torch.randn(rows, 4, 128).to(BF16).split(2, 1)
     request = one_sequence(q, k, v, top_n_plan(2, 4, 0, 0), lengths_q=torch.tensor([1]), max_q=1)
     sparse_cores.prepare(request)(request)
-    ((_, _, numbers, _, *_, key_tail, _),) = launches
+    ((_, _, _, numbers, *_, key_tail, _),) = launches
     start = numbers.tail_start
     assert start == max(0, rows - 128)
     assert key_tail.shape == (256, 2, 128)

@@ -19,12 +19,19 @@ from test_gpu import check, poison, run
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import modelopt_lite as mtsa
-from modelopt_lite.kernels import choice, hopper_launch, sparse_cores
+from modelopt_lite.kernels import KeyBlocks, choice, hopper_launch, sparse_cores
 from modelopt_lite.kernels.choice import choose
+from modelopt_lite.kernels.reference import kept_scores
 from modelopt_lite.kernels.top_n import top_n_plan
 
 __all__ = ["poison"]
 LONG = ((1000, 1000), (129, 1500), (1, 700), (0, 0), (300, 900), (128, 128), (257, 1153))
+
+VARIANTS = [
+    sparse_cores.Variant(torch.bfloat16, 128, 2),
+    sparse_cores.Variant(torch.bfloat16, 64, 3),
+    sparse_cores.Variant(torch.float16, 64, 3),
+]
 
 
 @pytest.fixture
@@ -38,6 +45,14 @@ def on_sparse_cores(monkeypatch):
     monkeypatch.setenv("MODELOPT_LITE_KERNEL", "sparse_cores")
     yield
     assert calls
+
+
+@pytest.fixture(params=VARIANTS, ids=lambda variant: "-".join(map(str, variant)))
+def each_variant(request, monkeypatch):
+    """Have requests of every type and head dimension, and every variant run."""
+    variant = request.param
+    monkeypatch.setitem(shape, "dtype", variant.dtype)
+    monkeypatch.setitem(shape, "dims", (variant.head_dim, variant.head_dim))
 
 
 @pytest.fixture
@@ -59,13 +74,18 @@ def few_programs(monkeypatch):
     return set_number
 
 
-def of_128(**options):
-    return make(dims=(128, 128), **{"lengths": LONG, **options})
+BF16_128 = VARIANTS[0]
+shape = {"dims": (128, 128), "dtype": torch.bfloat16}
 
 
-def test_machine_code():
+def packed(**options):
+    return make(**{**shape, "lengths": LONG, **options})
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_machine_code(variant):
     """No spills and no traffic in the hot loop, which has two tiles of 64 queries and 128 keys."""
-    code, log = sparse_cores.compiled()
+    code, log = sparse_cores.compiled(variant)
     assert not re.search("C75", log), log  # products one after the other
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(code)
@@ -73,8 +93,9 @@ def test_machine_code():
         usage = run_tool("cuobjdump", "-res-usage", file.name)
         sass = run_tool("nvdisasm", "--no-dataflow", "--print-code", file.name)
     loop = classify(Counter(instruction.partition(".")[0] for instruction in hot_loop(sass)))
-    assert "REG:168" in usage
-    assert loop["matrix"] == 2 * (8 + 4)
+    assert ("REG:168" if variant.warpgroups == 2 else "REG:128") in usage
+    assert "STACK:0 " in usage
+    assert loop["matrix"] == 2 * (variant.head_dim // 16 + 4)
     assert loop["spills"] == 0
     assert loop["shuffles"] == 2 * 3  # that bring metadata together
     assert loop["shared memory"] == 2 * 5  # stores that pin the order and never happen
@@ -89,8 +110,7 @@ def test_both_languages_lay_out_the_problem_alike():
     ("changes", "refused"),
     [
         ({}, None),
-        ({"dtype": torch.float16}, "it takes torch.bfloat16 and head dimensions of 128"),
-        ({"head_dim": 64}, "it takes torch.bfloat16 and head dimensions of 128"),
+        ({"dtype": torch.float16}, "a head dimension of 128 runs with torch.bfloat16 alone"),
         ({"n_of_m": (1, 4)}, "the plan is not 2:4"),
         ({"n_of_m": (4, 8)}, "the plan is not 2:4"),
         ({"n_of_m": (0, 4)}, "the plan is not 2:4"),
@@ -99,7 +119,7 @@ def test_both_languages_lay_out_the_problem_alike():
 )
 def test_when_it_is_chosen(absent_gpu, monkeypatch, changes, refused):
     monkeypatch.setattr(hopper_launch, "HOPPER_TRITON", True)
-    monkeypatch.setattr(sparse_cores, "_kernels", {torch.device("cpu"): ctypes.c_void_p()})
+    monkeypatch.setattr(sparse_cores, "_kernel", lambda device, variant: ctypes.c_void_p())
     dim, dtype = changes.get("head_dim", 128), changes.get("dtype", torch.bfloat16)
     plan = top_n_plan(*changes.get("n_of_m", (2, 4)), 0, 64)
 
@@ -128,6 +148,36 @@ def test_when_it_is_chosen(absent_gpu, monkeypatch, changes, refused):
         assert chosen(64 * 100, "sparse_cores", **extra) == "hopper"
     positions = {"first_k": torch.zeros_like(request_of(64 * 100).starts_k)}
     assert chosen(64 * 100, "sparse_cores", **positions) == "portable"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_when_it_is_chosen_for_a_head_dimension_of_64(absent_gpu, monkeypatch, dtype):
+    monkeypatch.setattr(sparse_cores, "_kernel", lambda device, variant: ctypes.c_void_p())
+    plan = top_n_plan(2, 4, 0, 64)
+
+    def request_of(sequences, length):
+        q = torch.empty(sequences * length, 4, 64, dtype=dtype).as_subclass(OnGpu)
+        starts = torch.arange(0, sequences * length, length)
+        packing = {"starts": starts, "lengths": torch.full_like(starts, length), "max": length}
+        return one_sequence(q, q, q, plan, **{f"{name}_{side}": x for name, x in packing.items() for side in "qk"})
+
+    expected = {(10, 1024): False, (10, 1025): True, (1, 192 * 50): True, (1, 192 * 49): False}  # 198 items
+    assert {what: choose(request_of(*what)).name == "sparse_cores" for what in expected} == expected
+    request = request_of(1, 192 * 50)
+    blocks = KeyBlocks.from_mask(torch.ones(1, 75, 75, dtype=torch.bool), request.starts_q, 128, 128)
+    assert sparse_cores.refusal(request._replace(blocks=blocks)).startswith("lists of key blocks run with a head dim")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "reason"),
+    [
+        (torch.float32, 128, "the tensors are torch.float32, not torch.float16 or torch.bfloat16"),
+        (torch.bfloat16, 96, "head dimensions are 96 and 96, not both 64 or both 128"),
+    ],
+)
+def test_types_and_sizes_that_it_is_not_made_for(absent_gpu, dtype, head_dim, reason):
+    q = torch.zeros(8, 4, head_dim, dtype=dtype).as_subclass(OnGpu)
+    assert sparse_cores.refusal(one_sequence(q, q, q, top_n_plan(2, 4, 0, 64))) == reason
 
 
 class BrokenBindings:
@@ -174,7 +224,7 @@ def without_a_gpu(absent_gpu, monkeypatch, fresh):
         ({"nvrtc": None}, "cuda-bindings is not installed (extra sparse-cores)"),
         ({"nvrtc": BrokenBindings}, "no libnvrtc"),
         (
-            {"nvrtc": BrokenBindings, "_code": lambda: b"", "_driver": OldDriver},
+            {"nvrtc": BrokenBindings, "_code": lambda variant: b"", "_driver": OldDriver},
             "kernel: 'sparse_cores' does not run: too new (222)",
         ),
     ],
@@ -190,7 +240,7 @@ def test_without_the_kernel(without_a_gpu, monkeypatch, caplog, changes, reason)
 def test_it_is_loaded_once_and_not_in_a_graph(without_a_gpu, monkeypatch, caplog):
     codes = []
     monkeypatch.setattr(sparse_cores, "nvrtc", BrokenBindings)
-    monkeypatch.setattr(sparse_cores, "_code", lambda: codes.append(1) or b"")
+    monkeypatch.setattr(sparse_cores, "_code", lambda variant: codes.append(1) or b"")
     monkeypatch.setattr(sparse_cores, "_driver", Driver)
     for capturing, can in ((True, False), (False, True), (True, True), (False, True)):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
@@ -202,11 +252,16 @@ def test_it_is_loaded_once_and_not_in_a_graph(without_a_gpu, monkeypatch, caplog
 def test_what_machine_code_is_kept_by(monkeypatch, tmp_path):
     """Another source, other options or another compiler do not find it; the same find it without compiling."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(sparse_cores, "compiled", lambda: (compiled.append(1), (b"code %d" % len(compiled), ""))[1])
     compiled = []
 
+    def compile_variant(variant):
+        compiled.append(variant)
+        return b"code %d" % len(compiled), ""
+
+    monkeypatch.setattr(sparse_cores, "compiled", compile_variant)
+
     def code():
-        return sparse_cores._code.__wrapped__()
+        return sparse_cores._code.__wrapped__(BF16_128)
 
     assert [code(), code()] == [b"code 1"] * 2
     others = {"_source": lambda: b"other", "_compiler": lambda: b"newer", "COMPILER_OPTIONS": (b"-O1",)}
@@ -222,7 +277,7 @@ def test_the_compiler_names_its_build():
 
 
 @pytest.mark.gpu
-@pytest.mark.usefixtures("on_sparse_cores")
+@pytest.mark.usefixtures("on_sparse_cores", "each_variant")
 class TestOnAGpu:
     @pytest.mark.parametrize("lengths", [RAGGED, LONG], ids=["short", "long"])
     @pytest.mark.parametrize("is_causal", [True, False])
@@ -230,16 +285,33 @@ class TestOnAGpu:
     @pytest.mark.parametrize(("sinks", "window"), [(0, 64), (0, 0), (5, 1), (0, 100), (70, 300), (200, 63)])
     def test_contract(self, lengths, is_causal, heads, sinks, window):
         plan = top_n_plan(2, 4, sinks, window)
-        check(of_128(lengths=lengths, is_causal=is_causal, heads=heads, plan=plan))
+        check(packed(lengths=lengths, is_causal=is_causal, heads=heads, plan=plan))
+
+    @pytest.mark.parametrize("is_causal", [True, False])
+    @pytest.mark.parametrize(("sinks", "window"), [(0, 64), (5, 1)])
+    def test_exactly_the_kept_keys_have_weights(self, is_causal, sinks, window):
+        """Many scores tie. Values that are 1 in one place make the output show the weights, so many keys at a time."""
+        dim, plan = shape["dims"][0], top_n_plan(2, 4, sinks, window)
+        request = packed(lengths=((900, 900),), plan=plan, is_causal=is_causal)
+        ((rows, keys, _, _),) = request.sequences()
+        kept = kept_scores(request.q[rows].double(), request.k[keys].double(), request) > -torch.inf
+        for first in range(0, 900, dim):
+            shown = min(dim, 900 - first)
+            values = torch.zeros_like(request.v)
+            values[keys.start + first : keys.start + first + shown, :, :shown] = torch.eye(
+                shown, device="cuda", dtype=values.dtype
+            )[:, None]
+            weights = run(request._replace(v=values))[0][rows, :, :shown]
+            assert torch.equal(weights.transpose(0, 1) > 0, kept[..., first : first + shown])
 
     @pytest.mark.parametrize("programs", [1, 3])
     def test_few_programs(self, few_programs, programs):
         few_programs(programs)
-        check(of_128(plan=top_n_plan(2, 4, 5, 64)))
+        check(packed(plan=top_n_plan(2, 4, 5, 64)))
 
     def test_more_queries_than_keys(self):
         lengths = ((300, 128), (5, 0), (700, 64), (2, 1))
-        check(of_128(lengths=lengths, is_causal=False, plan=top_n_plan(2, 4, 3, 20)))
+        check(packed(lengths=lengths, is_causal=False, plan=top_n_plan(2, 4, 3, 20)))
 
     @pytest.mark.parametrize("is_causal", [True, False])
     @pytest.mark.parametrize("before", [0, 3, 125, 600])
@@ -247,16 +319,16 @@ class TestOnAGpu:
         """The last sequence ends with the tensor, where the last tile is loaded from a copy."""
         plan = top_n_plan(2, 4, 5, 20)
         for length in (1, 2, 5, 127, 128, 130, 255, 257, 383, 500):
-            request = of_128(lengths=((before, before), (length, length)), is_causal=is_causal, plan=plan)
+            request = packed(lengths=((before, before), (length, length)), is_causal=is_causal, plan=plan)
             end = int(request.starts_k[1]) + length
             check(request._replace(k=request.k[:end].clone(), v=request.v[:end].clone()))
 
     def test_long_integers(self):
-        request = of_128(plan=top_n_plan(2, 4, 3, 20))
+        request = packed(plan=top_n_plan(2, 4, 3, 20))
         check(request._replace(starts_q=request.starts_q.long(), lengths_k=request.lengths_k.long()))
 
     def test_keys_may_begin_anywhere(self):
-        request = of_128(lengths=((700, 700),), plan=top_n_plan(2, 4, 0, 64))
+        request = packed(lengths=((700, 700),), plan=top_n_plan(2, 4, 0, 64))
         expected = run(request)
         for offset in range(1, 17):
             k, v = (torch.cat([x.new_full((offset, *x.shape[1:]), torch.nan), x]) for x in (request.k, request.v))
@@ -264,9 +336,9 @@ class TestOnAGpu:
             assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
 
     def test_nothing_to_compute(self):
-        request = of_128(lengths=((0, 5), (0, 300)), plan=top_n_plan(2, 4, 0, 64))
+        request = packed(lengths=((0, 5), (0, 300)), plan=top_n_plan(2, 4, 0, 64))
         none = torch.zeros(0, device="cuda", dtype=torch.int32)
-        check(of_128(lengths=((1, 300),), plan=request.plan))
+        check(packed(lengths=((1, 300),), plan=request.plan))
         empty = {"starts_q": none, "lengths_q": none, "max_q": 0, "starts_k": none, "lengths_k": none, "max_k": 0}
         for nothing in (request, request._replace(**empty)):
             output, lse = run(nothing)
@@ -275,12 +347,12 @@ class TestOnAGpu:
 
     def test_sums_that_nearly_overflow(self):
         """A hot key's score is by a factor of nearly 2^127 above all others."""
-        request = of_128(lengths=((1000, 1000),), plan=top_n_plan(2, 4, 0, 64))
+        request = packed(lengths=((1000, 1000),), plan=top_n_plan(2, 4, 0, 64))
         q, k = request.q, request.k
         for rows, keys, _, _ in request.sequences():
             q[rows], k[keys] = 0.0, 0.0
-            q[rows, :, 0], k[keys.start + 100, :, 0] = 16.0, 88.0
-        assert 126 < 16 * 88 * request.softmax_scale / math.log(2) < 127
+            q[rows, :, 0], k[keys.start + 100, :, 0] = 16.0, 5.5 / request.softmax_scale
+        assert 126 < 16 * (5.5 / request.softmax_scale) * request.softmax_scale / math.log(2) < 127
         check(request)
 
     @pytest.mark.parametrize("towards", ["later", "earlier"])
@@ -289,7 +361,7 @@ class TestOnAGpu:
     def test_scores_far_apart(self, few_programs, programs, towards, sinks, window):
         """Scores jump by far more than an exponential holds, up or down. Few programs repair many items."""
         few_programs(programs)
-        request = of_128(lengths=((1000, 1000), (200, 600)), plan=top_n_plan(2, 4, sinks, window))
+        request = packed(lengths=((1000, 1000), (200, 600)), plan=top_n_plan(2, 4, sinks, window))
         q, k = request.q, request.k
         ramp = torch.arange(k.shape[0], device="cuda") // 150
         ramp = ramp if towards == "later" else ramp.flip(0)
@@ -298,19 +370,20 @@ class TestOnAGpu:
         check(request)
 
     def test_all_keys_alike(self):
-        request = of_128(plan=top_n_plan(2, 4, 0, 8))
+        request = packed(plan=top_n_plan(2, 4, 0, 8))
         request.k[~request.k.isnan()] = 0.5
         check(request)
 
     def test_decode_may_be_sparse(self):
         plan = top_n_plan(2, 4, 0, 8)
-        check(of_128(lengths=((1, 500), (300, 300)), plan=replace(plan, sparse_decode=True)))
+        check(packed(lengths=((1, 500), (300, 300)), plan=replace(plan, sparse_decode=True)))
 
     def test_any_strides(self):
         torch.manual_seed(0)
         length = 700
         for sliced in (False, True):
-            q, k, v = (torch.randint(-2, 3, (h, length, 128), device="cuda").bfloat16() / 2 for h in (4, 2, 2))
+            sizes = ((h, length, shape["dims"][0]) for h in (4, 2, 2))
+            q, k, v = (torch.randint(-2, 3, size, device="cuda").to(shape["dtype"]) / 2 for size in sizes)
             if sliced:
                 q, k, v = torch.cat([q, k, v]).transpose(0, 1).split([4, 2, 2], dim=1)
             else:
@@ -318,11 +391,8 @@ class TestOnAGpu:
             assert not q.is_contiguous()
             check(one_sequence(q, k, v, top_n_plan(2, 4, 1, 20)))
 
-    def test_offsets_beyond_two_to_the_31(self):
-        test_gpu.test_offsets_beyond_two_to_the_31()
-
     def test_the_same_bits_every_time_and_in_a_graph(self):
-        request = of_128(plan=top_n_plan(2, 4, 4, 64), exact=False)
+        request = packed(plan=top_n_plan(2, 4, 4, 64), exact=False)
         first = run(request)
         for _ in range(20):
             assert all(torch.equal(x, y) for x, y in zip(first, run(request), strict=True))
@@ -338,18 +408,14 @@ class TestOnAGpu:
 
     def test_chunks_alone(self):
         lengths, plan = ((900, 900), (700, 700), (37, 37)), top_n_plan(2, 4, 4, 64)
-        request = of_128(lengths=lengths, plan=plan)
+        request = packed(lengths=lengths, plan=plan)
         for in_q, in_k, *_ in request.sequences():
             for cut in (0, (in_q.stop - in_q.start) // 2 + 1):
                 check(one_sequence(request.q[in_q][cut:], request.k[in_k], request.v[in_k], plan))
 
     @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-    def test_the_tensors_device_and_not_the_current_one(self):
-        test_gpu.test_the_tensors_device_and_not_the_current_one()
-
-    @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
     def test_named_for_another_device_than_the_current_one(self, fresh):
-        request = of_128(plan=top_n_plan(2, 4, 4, 64), device="cuda:1")
+        request = packed(plan=top_n_plan(2, 4, 4, 64), device="cuda:1")
         assert torch.cuda.current_device() == 0
         assert sparse_cores.refusal(request) is None
         sparse_cores.prepare(request)(request)
@@ -357,7 +423,7 @@ class TestOnAGpu:
 
     def test_in_a_thread_of_its_own(self, fresh):
         """That has made no call to CUDA before the kernel is loaded."""
-        request = of_128(plan=top_n_plan(2, 4, 4, 64))
+        request = packed(plan=top_n_plan(2, 4, 4, 64))
         failed = []
 
         def target():
@@ -376,9 +442,9 @@ class TestOnAGpu:
         """With the mode of capture that forbids most to other threads: the graph is whole, and the kernel loads."""
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         monkeypatch.setattr(sparse_cores, "_code", sparse_cores._code.__wrapped__)
+        request = packed(plan=top_n_plan(2, 4, 4, 64))
         if kept:
-            sparse_cores._code()
-        request = of_128(plan=top_n_plan(2, 4, 4, 64))
+            sparse_cores._code(sparse_cores.variant_of(request))
         x = torch.arange(1000.0, device="cuda")
         torch.use_deterministic_algorithms(False)
         refusals = []
@@ -398,7 +464,7 @@ class TestOnAGpu:
 
     def test_not_loaded_in_a_graph(self, monkeypatch, fresh):
         """A graph is captured before the kernel was loaded: another runs there, and this one elsewhere."""
-        request = of_128(plan=top_n_plan(2, 4, 4, 64))
+        request = packed(plan=top_n_plan(2, 4, 4, 64))
         monkeypatch.setenv("MODELOPT_LITE_KERNEL", "portable")
         expected, _ = run(request)
         monkeypatch.setenv("MODELOPT_LITE_KERNEL", "sparse_cores")
@@ -414,14 +480,15 @@ class TestOnAGpu:
 
     def test_chosen_by_itself(self, monkeypatch):
         monkeypatch.delenv("MODELOPT_LITE_KERNEL")
-        check(of_128(lengths=((1500, 1500), (700, 900)), heads=(16, 4), plan=top_n_plan(2, 4, 4, 64)))
+        check(packed(lengths=((1500, 1500), (700, 900)), heads=(32, 8), plan=top_n_plan(2, 4, 4, 64)))
 
     def test_in_a_model(self, monkeypatch):
         """Left-padded prompts: logits err no more than twice what they do with the portable kernel."""
         torch.manual_seed(0)
         sizes = {"hidden_size": 512, "intermediate_size": 512, "vocab_size": 1000, "max_position_embeddings": 1024}
-        heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 128}
-        model = LlamaForCausalLM(LlamaConfig(**sizes, **heads)).to("cuda", torch.bfloat16).eval()
+        heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+        config = LlamaConfig(**sizes, **heads, head_dim=shape["dims"][0])
+        model = LlamaForCausalLM(config).to("cuda", shape["dtype"]).eval()
         mtsa.sparsify(model, mtsa.SPARSE_SOFTMAX_DEFAULT)
         ids = torch.randint(1000, (3, 700), device="cuda")
         mask = torch.arange(700, device="cuda") >= torch.tensor([[0], [301], [690]], device="cuda")
@@ -437,8 +504,21 @@ class TestOnAGpu:
         assert (found - expected).norm() <= 2 * (portable - expected).norm()
 
     def test_what_it_cannot_run_is_refused(self):
-        request = of_128(plan=top_n_plan(2, 4, 4, 64))
+        request = packed(plan=top_n_plan(2, 4, 4, 64))
         run(request)
         assert sparse_cores.refusal(request) is None
         assert sparse_cores.refusal(request._replace(sliding_window=9)) == "there is a sliding_window"
         check(request._replace(sliding_window=9))
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("on_sparse_cores")
+class TestOnAGpuAsOtherKernels:
+    """What is tested of every kernel, with sizes of its own."""
+
+    def test_offsets_beyond_two_to_the_31(self):
+        test_gpu.test_offsets_beyond_two_to_the_31()
+
+    @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+    def test_the_tensors_device_and_not_the_current_one(self):
+        test_gpu.test_the_tensors_device_and_not_the_current_one()

