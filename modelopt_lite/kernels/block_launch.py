@@ -5,7 +5,6 @@ The functions return what those of the same name in :mod:`modelopt_lite.kernels.
 
 from __future__ import annotations
 
-import os
 import struct
 from typing import TYPE_CHECKING
 
@@ -50,23 +49,9 @@ PARTIAL_BYTES = 1 << 29
 """About how many bytes :func:`antidiagonal_mass` keeps beside its result."""
 
 
-def is_wanted(x: Tensor) -> bool:
-    """Whether kernels are to run on a tensor: on a GPU, where ``MODELOPT_LITE_SELECTION`` is ``triton``.
-
-    Without it PyTorch operations choose blocks, as not all of these kernels have been compared with them on a GPU yet.
-
-    Raises:
-        ValueError: if the variable has another value than ``triton``, ``torch`` or none.
-    """
-    value = os.environ.get("MODELOPT_LITE_SELECTION", "")
-    if value not in ("", "torch", "triton"):
-        raise ValueError(f"MODELOPT_LITE_SELECTION: {value!r} is not allowed; triton, torch or nothing")
-    return x.is_cuda and value == "triton"
-
-
 def runs_on(x: Tensor) -> bool:
     """Whether kernels run on a tensor's device, which is new enough; which of them run, is up to types and sizes."""
-    return is_wanted(x) and compute_capability(x.device) >= OLDEST
+    return x.is_cuda and compute_capability(x.device) >= OLDEST
 
 
 def grid_tables(request: AttentionRequest, block_size: int, block_rows: int) -> GridTables:

@@ -1,7 +1,7 @@
 """What selectors of key blocks are made of: scores of pairs of blocks, and choices by these scores.
 
-Each function runs as PyTorch operations, or on a CUDA GPU as Triton kernels if the environment variable
-``MODELOPT_LITE_SELECTION`` is ``triton``, with the same result up to FP32 rounding. None of them waits for the device.
+Each function runs as Triton kernels on a CUDA GPU, and elsewhere as PyTorch operations, with the same result up to
+FP32 rounding. None of them waits for the device.
 A user's own method calls them in its ``scores`` and its ``choose``; the methods ``flash_prefill``, ``xattention`` and
 ``mean_pool_top_k`` consist of little else.
 """
@@ -203,7 +203,7 @@ def _in_order(values: Tensor, order: Tensor) -> Tensor:
 def skip_excess(grid: BlockGrid, selected: Tensor | None = None) -> Tensor | None:
     """Return what :func:`~modelopt_lite.kernels.block_launch.excess` finds, or None where its kernel does not run.
 
-    If kernels were asked for and this one cannot run, it says once why.
+    On a GPU where it cannot run, it says once why.
     """
     if tl is None or not block_launch.runs_on(grid.request.q) or not _can_run(block_launch.excess_refusal(grid)):
         return None
@@ -211,12 +211,12 @@ def skip_excess(grid: BlockGrid, selected: Tensor | None = None) -> Tensor | Non
 
 
 def _runs_kernels(grid: BlockGrid) -> bool:
-    """Whether the kernels score; says once why, if they were asked for and do not."""
-    return tl is not None and block_launch.is_wanted(grid.request.q) and _can_run(block_launch.refusal(grid))
+    """Whether the kernels score; says once why, if they do not on a GPU."""
+    return tl is not None and grid.request.q.is_cuda and _can_run(block_launch.refusal(grid))
 
 
 def _chooses_by_kernel(scores: Tensor) -> bool:
-    """Whether the kernel chooses; says once why, if it was asked for and does not."""
+    """Whether the kernel chooses; says once why, if it does not on a GPU."""
     if tl is None or not block_launch.runs_on(scores):
         return False
     reason = None

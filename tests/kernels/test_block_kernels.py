@@ -206,12 +206,6 @@ def test_largest_blocks(case):
     assert torch.equal((found | forced) & seen, (expected | forced) & seen)
 
 
-def test_unknown_selection_is_refused(monkeypatch):
-    monkeypatch.setenv("MODELOPT_LITE_SELECTION", "cuda")
-    with pytest.raises(ValueError, match="MODELOPT_LITE_SELECTION: 'cuda' is not allowed; triton, torch or nothing"):
-        block_launch.is_wanted(torch.zeros(1))
-
-
 @given(scored(signed=False))
 @settings(max_examples=60, deadline=None)
 def test_blocks_above(case):
