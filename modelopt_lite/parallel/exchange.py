@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, distributed
 
-from ..kernels import AttentionRequest, Backend, KeyBlocks, compute, gradients, mask_of_blocks
+from ..kernels import AttentionRequest, Backend, KeyBlocks, compute, gradients, select_blocks
 from ..plan import DENSE, AttentionPlan
 from ..recomputation import Observer
 from .shards import Pair, Run, Shards, calls_of, packing, reachable
@@ -338,7 +338,7 @@ class _Selected:
         for call in _calls_of_gathered(_gather_keys(request, shards, with_values=False), shards, False):
             if call.request.plan.chooses_blocks:
                 with torch.autocast(request.q.device.type, enabled=False):
-                    mask = mask_of_blocks(call.request)
+                    mask = select_blocks(call.request).mask()
                 numbers = [_blocks_of(queries, self.rows) for queries, _ in call.pairs]
                 for (queries, _), part in zip(call.pairs, mask[:, : sum(numbers)].split(numbers, 1), strict=True):
                     self.masks[queries] = part
