@@ -222,7 +222,8 @@ def main() -> None:
                     row |= {part: round(sum(each.values()) / len(each), 4), f"{part}_each": each}
                 rows.append(row | {"layers": [round(x, 3) for x in by_layer]})
                 mtsa.unsparsify(model)
-            clock.say(f"{name}, {kind} at {length}: {[(x['target'], x['speeches'], x['code']) for x in rows[-len(options.targets) :]]}")
+            found = [(x["target"], x["speeches"], x["code"]) for x in rows[-len(options.targets) :]]
+            clock.say(f"{name}, {kind} at {length}: {found}")
             recording.write(options.output, results, rows)
 
 
