@@ -321,19 +321,6 @@ def blocks_table() -> str:
     return markdown(["method", "knob", *names, "KL", "mass kept", "scores dropped"], lines, left=1)
 
 
-def block_tasks_table() -> str:
-    """Return the scores of methods that skip blocks on the tasks of the committed run, by length."""
-    rows = ExperimentResult.load(RUNS / "blocks").tasks
-    columns = sorted({(row.task, row.length) for row in rows})
-    lines = []
-    for variant in dict.fromkeys(row.variant for row in rows):
-        found = {(row.task, row.length): row.score.value for row in rows if row.variant == variant}
-        cells = [f"{100 * found[key]:.0f} %" if key in found else MISSING for key in columns]
-        lines.append([*_method_and_knob(variant), *cells])
-    names = [f"{task} {length}" for task, length in columns]
-    return markdown(["method", "knob", *names], lines, left=1)
-
-
 def ruler_table() -> str:
     """Return the mean score over all RULER-like tasks, by length."""
     found: dict[str, dict[int, list[float]]] = {}
@@ -412,7 +399,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "perplexity": perplexity_table,
     "blocks": blocks_table,
     "ruler": ruler_table,
-    "block tasks": block_tasks_table,
     "calibration": calibration_table,
     "search": search_table,
 }
