@@ -182,6 +182,19 @@ def two_of_four_table() -> str:
     return _kernels_table(rows, columns)
 
 
+def two_of_four_types_table() -> str:
+    """Return the speed of 2:4 on sparse tensor cores, relative to cuDNN's, for other types and head dimensions."""
+    columns = {(64, "bf16"): "64, BF16", (64, "fp16"): "64, FP16", (128, "fp16"): "128, FP16"}
+    rows = rows_of("sparse-cores-nvidia-h200", kernel="sparse_cores", query_heads=32, kv_heads=8, causal=True)
+    lines = []
+    for (length, batch), group in by_problem(rows, "seq_len", "batch"):
+        found = {(row["head_dim"], row["dtype"]): row["ratio_to_cudnn"] for row in group}
+        if found.keys() & columns:
+            tokens = str(length) if batch == 1 else f"{batch} x {length}"
+            lines.append([tokens, *(ratio(found.get(key)) for key in columns)])
+    return markdown(["tokens", *columns.values()], lines)
+
+
 def dense_table() -> str:
     """Return the speed of all dense kernels."""
     rows = rows_of("attention-nvidia-h200", **SHAPE, **{"pass": "forward"})
@@ -198,7 +211,7 @@ def patterns_table(kernel: str) -> str:
 def shapes_table() -> str:
     """Return what other shapes of attention change, at 8192 tokens."""
     rows = rows_of("attention-nvidia-h200", dtype="bf16", seq_len=8192, batch=1, **{"pass": "forward"})
-    rows += [row for row in rows_of("sparse-cores-nvidia-h200", seq_len=8192) if row["kernel"] == "sparse_cores"]
+    rows += rows_of("sparse-cores-nvidia-h200", dtype="bf16", seq_len=8192, kernel="sparse_cores")
     columns = [("hopper", "dense"), ("hopper", "2:4"), ("sparse_cores", "2:4"), ("hopper", "4:8"), ("triton", "2:4")]
     lines = []
     for (dim, heads, causal), group in by_problem(rows, "head_dim", "kv_heads", "causal"):
@@ -387,6 +400,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "decode of a model": functools.partial(model_table, "decode", layers=32),
     "lists": lists_table,
     "2:4": two_of_four_table,
+    "2:4 in other types": two_of_four_types_table,
     "dense kernels": dense_table,
     "patterns in the Hopper kernel": functools.partial(patterns_table, "hopper"),
     "patterns in the portable kernel": functools.partial(patterns_table, "triton"),
