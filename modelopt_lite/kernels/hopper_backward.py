@@ -316,7 +316,7 @@ def load_items(work, OPTIONS: gl.constexpr):
                 for member in range(heads_of[1]):
                     head = kv_head * heads_of[1] + member
                     if lists is not None:
-                        entries_ptr, masked, end = entries_of(head, sequence, tile, problem)
+                        entries_ptr, _masked, end = entries_of(head, sequence, tile, problem)
                         begin = end * 0
                     for place in range(begin, end):
                         query_tile = place
@@ -349,7 +349,7 @@ def add_items(work, ADDER: gl.constexpr, OPTIONS: gl.constexpr):
     They take turns: what passes until others may add takes longer than a step.
     """
     descriptor, memory, full, empty, turns_ptr, begins_ptr, tiles_of_queries, problem = work
-    sequences, heads_of, _, _, _, lists = problem
+    _, heads_of, _, _, _, lists = problem
     PHASES: gl.constexpr = 2 if lists is None else 1
     LINES: gl.constexpr = memory.shape[1]
     step = 0
@@ -364,7 +364,7 @@ def add_items(work, ADDER: gl.constexpr, OPTIONS: gl.constexpr):
                     first_tile = head * tiles_of_queries + begin_of_sequence
                     entry = 0
                     if lists is not None:
-                        entries_ptr, masked, end = entries_of(head, sequence, tile, problem)
+                        entries_ptr, _masked, end = entries_of(head, sequence, tile, problem)
                         begin = end * 0
                         entry = gl.load(entries_ptr)
                     for place in range(begin, end):
@@ -669,8 +669,8 @@ def attention_backward_hopper(
     """Compute gradients of packed queries, keys and values; see :mod:`.hopper_backward_launch`.
 
     Gradients of keys and values of no sequence are left as they are. Those of queries are added up in FP32, unscaled,
-    ``[heads, tiles_of_queries, ROWS * dim]`` in lines, through a descriptor. Of each head, tiles of all sequences follow
-    each other, and begin at ``begins_ptr``, ``[batch]``. Turns are ``[heads, tiles_of_queries]``, 0 at first.
+    ``[heads, tiles_of_queries, ROWS * dim]`` in lines, through a descriptor. Of each head, tiles of all sequences
+    follow each other, and begin at ``begins_ptr``, ``[batch]``. Turns are ``[heads, tiles_of_queries]``, 0 at first.
     """
     ELEMENT: gl.constexpr = query_descriptor.dtype
     DIM: gl.constexpr = OPTIONS.block_d

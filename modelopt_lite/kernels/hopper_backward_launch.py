@@ -89,7 +89,9 @@ def backward(
     # Rows of a descriptor begin at multiples of 16 bytes.
     width = cdiv(total, 4) * 4
     shift, delta = (r.q.new_empty(query_heads, width, dtype=torch.float32) for _ in range(2))
-    sums = r.q.new_empty(query_heads * query_tiles * ROWS.value * head_dim // LINE.value, LINE.value, dtype=torch.float32)
+    sums = r.q.new_empty(
+        query_heads * query_tiles * ROWS.value * head_dim // LINE.value, LINE.value, dtype=torch.float32
+    )
     turns = torch.empty(query_heads * query_tiles, dtype=torch.int32, device=r.q.device)
     begins = torch.empty(batch, dtype=torch.int32, device=r.q.device)
     lines = ROWS.value * head_dim // WARPGROUPS.value // LINE.value

@@ -293,7 +293,9 @@ def mark_tiles(
             found = tl.maximum(found, tl.max((blocks[None, :] == tiles[:, None]).to(tl.int32), 1))
         low = tiles * TILE
         listed = is_dense | (found != 0)
-        exempt = (low < num_sinks) | ((window > 0) & (low <= last_position) & (low + TILE - 1 > first_position - window))
+        exempt = (low < num_sinks) | (
+            (window > 0) & (low <= last_position) & (low + TILE - 1 > first_position - window)
+        )
         seen = (low <= reach_end) & (low + TILE > reach_begin) & (first_position <= last_position)
         visited = seen & (listed | exempt)
         plain = needs_no_mask(tiles, first_position, last_position, rules, SPARSE, OPTIONS) & listed & is_whole
