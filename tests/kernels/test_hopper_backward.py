@@ -43,9 +43,9 @@ VARIANTS = [
     (FP16, (2, 4), False, {}),
     (BF16, (2, 4), True, {"softcap": 30.0, "sliding_window": 100}),
 ]
-# Accesses to spilled registers in the hot loop, with the Triton of constraints.txt; of 460 to 1430 instructions. With a
+# Accesses to spilled registers in the hot loop, with the Triton of constraints.txt; of 440 to 1430 instructions. With a
 # softcap, scores stay until gradients are there.
-SPILLS = [3, 16, 4, 12, 82]
+SPILLS = [0, 4, 0, 5, 50]
 
 
 def compile_all():
@@ -307,7 +307,7 @@ def test_kernel_fits_the_gpu(compiled, index):
     # Instructions that take 16 dimensions, for two products; queries, for two more; and keys.
     assert loop["matrix"] == 8 + 8 + 4 + 4 + 8
     assert loop["shuffles"] == 0
-    assert loop["shared memory"] <= 16
+    assert loop["shared memory"] <= 12
     assert loop["spills"] <= SPILLS[index]
 
 
