@@ -33,7 +33,7 @@ from .tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["total", "width"])
+@triton.jit(do_not_specialize=["total"])
 def gradient_rows(
     grad_ptr,
     out_ptr,
@@ -43,7 +43,6 @@ def gradient_rows(
     strides,
     heads,
     total,
-    width,
     VALUE_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_DV: tl.constexpr,
@@ -59,7 +58,6 @@ def gradient_rows(
         strides: ``(token stride, head stride)`` of gradient and output.
         heads: query heads.
         total: query tokens.
-        width: numbers between those of one head and those of the next in shifts and deltas, at least ``total``.
         VALUE_DIM: columns.
         BLOCK_M: tokens a program.
         BLOCK_DV: columns of a tile.
@@ -78,7 +76,7 @@ def gradient_rows(
     out_pointers = out_ptr + head * out_strides[1] + (tokens[:, None] * out_strides[0] + offsets_d[None, :])
     grad = tl.load(grad_pointers, mask=mask, other=0.0).to(tl.float32)
     out = tl.load(out_pointers, mask=mask, other=0.0).to(tl.float32)
-    places = head * width + tokens
+    places = head * total + tokens
     tl.store(shift_ptr + places, tl.where(alive, lse * LOG2E, float("inf")), mask=exists)
     tl.store(delta_ptr + places, tl.sum(grad * out, 1), mask=exists)
 

@@ -33,10 +33,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .backward import gradient_rows, query_spans
+from .backward import query_spans
 from .hopper import PIECE, load_rows, spread, synchronize
 from .lists import floor_mod
-from .tiles import join_groups, key_of_row, scale_scores, select_scores, split_groups, weigh
+from .tiles import LOG2E, join_groups, key_of_row, scale_scores, select_scores, split_groups, weigh
 from .visits import TILES_FROM, sequence_of
 
 ROWS = tl.constexpr(64)
@@ -68,76 +68,113 @@ setp.ne.u32 others, $0, $2;
 AWAIT_SUMS = tl.constexpr("cp.async.bulk.wait_group 0; bar.warp.sync 0xffffffff; mov.b32 $0, 0;")
 
 
-@triton.jit(do_not_specialize=["batch", "total", "width", "tiles"])
+@triton.jit(do_not_specialize=["batch", "total", "tiles"])
 def prepare_gradients(
     grad_ptr, out_ptr, lse_ptr, shift_ptr, delta_ptr, grad_query_ptr, turns_ptr, begins_ptr, grad_key_ptr,
-    grad_value_ptr, strides, lengths, heads, batch, total, width, tiles, size, DIM: tl.constexpr,
+    grad_value_ptr, strides, starts_ptr, lengths, heads, batch, total, tiles, size, DIM: tl.constexpr,
 ):  # fmt: skip
-    """Prepare rows as :func:`~modelopt_lite.kernels.backward.gradient_rows` does, and clear what is added up.
+    """Prepare the rows of ``tiles`` tiles of queries of each head, and clear what nothing is written to.
 
-    First come its programs; they also clear the gradients of queries without a key. Then each sequence's finds the
-    number of its first tile of queries. The others clear the turns, ``tiles`` of each head, and ``CLEARED`` of the
-    ``size`` numbers of the gradients of keys and values each, as rows may belong to no sequence.
+    First come the programs of tiles. Shifts and deltas are those of
+    :func:`~modelopt_lite.kernels.backward.gradient_rows`, but ``[heads, tiles, ROWS]``, so that the tensor memory
+    accelerator can load them, which wants addresses that are multiples of 16 bytes; turns are 0. Then each sequence's
+    program finds the number of its first tile. Then come those that clear gradients of queries without a key, which may
+    belong to no sequence. The others clear ``CLEARED`` of the ``size`` numbers of gradients of keys and values each.
     """
     program = tl.program_id(0)
     row_programs = tl.cdiv(total, ROWS) * heads
-    if program < row_programs:
-        gradient_rows(
-            grad_ptr, out_ptr, lse_ptr, shift_ptr, delta_ptr, (strides[0], strides[1]), heads, total, width,
-            VALUE_DIM=DIM, BLOCK_M=ROWS, BLOCK_DV=DIM,
-        )  # fmt: skip
-        head = (program % heads).to(tl.int64)
-        rows = program.to(tl.int64) // heads * ROWS + tl.arange(0, ROWS)
-        has_keys = tl.load(lse_ptr + rows * heads + head, mask=rows < total, other=0.0) != float("-inf")
-        pointers = grad_query_ptr + head * strides[2][1] + rows[:, None] * strides[2][0] + tl.arange(0, DIM)[None, :]
-        zeros = tl.zeros([ROWS, DIM], grad_query_ptr.dtype.element_ty)
-        tl.store(pointers, zeros, mask=(has_keys == 0)[:, None])
-    elif program < row_programs + batch:
-        program -= row_programs
-        begin = program * 0
-        for first in range(0, program, 32):
+    columns = tl.arange(0, DIM)[None, :]
+    if program < tiles * heads:
+        head, tile = (program % heads).to(tl.int64), program // heads
+        sequence, begin = sequence_of_tile(lengths, tile, batch)
+        exists = sequence < batch
+        tokens, exist = tokens_of(tile - begin, starts_ptr, lengths, sequence, exists)
+        lse = tl.load(lse_ptr + tokens * heads + head, mask=exist, other=float("-inf"))
+        alive = lse != float("-inf")
+        grad_pointers = grad_ptr + head * strides[0][1] + (tokens[:, None] * strides[0][0] + columns)
+        out_pointers = out_ptr + head * strides[1][1] + (tokens[:, None] * strides[1][0] + columns)
+        grad = tl.load(grad_pointers, mask=alive[:, None], other=0.0).to(tl.float32)
+        out = tl.load(out_pointers, mask=alive[:, None], other=0.0).to(tl.float32)
+        places = (head * tiles + tile) * ROWS + tl.arange(0, ROWS)
+        tl.store(shift_ptr + places, tl.where(alive, lse * LOG2E, float("inf")))
+        tl.store(delta_ptr + places, tl.sum(grad * out, 1))
+        tl.store(turns_ptr + head * tiles + tile, 0)
+    elif program < tiles * heads + batch:
+        sequence = program - tiles * heads
+        begin = sequence * 0
+        for first in range(0, sequence, 32):
             numbers = first + tl.arange(0, 32)
-            found = tiles_of(lengths, numbers, numbers < program)
-            begin += tl.sum(found, 0)
-        tl.store(begins_ptr + program, begin)
+            begin += tl.sum(tiles_of(lengths, numbers, numbers < sequence), 0)
+        tl.store(begins_ptr + sequence, begin)
+    elif program < tiles * heads + batch + row_programs:
+        program -= tiles * heads + batch
+        head = (program % heads).to(tl.int64)
+        tokens = program.to(tl.int64) // heads * ROWS + tl.arange(0, ROWS)
+        dead = tl.load(lse_ptr + tokens * heads + head, mask=tokens < total, other=0.0) == float("-inf")
+        pointers = grad_query_ptr + head * strides[2][1] + (tokens[:, None] * strides[2][0] + columns)
+        tl.store(pointers, tl.zeros([ROWS, DIM], grad_query_ptr.dtype.element_ty), mask=dead[:, None])
     else:
-        numbers = (program - row_programs - batch).to(tl.int64) * CLEARED + tl.arange(0, CLEARED)
+        program -= tiles * heads + batch + row_programs
+        numbers = program.to(tl.int64) * CLEARED + tl.arange(0, CLEARED)
         zeros = tl.zeros([CLEARED], grad_key_ptr.dtype.element_ty)
         tl.store(grad_key_ptr + numbers, zeros, mask=numbers < size)
         tl.store(grad_value_ptr + numbers, zeros, mask=numbers < size)
-        tl.store(turns_ptr + numbers, tl.zeros([CLEARED], tl.int32), mask=numbers < tiles.to(tl.int64) * heads)
+
+
+@triton.jit
+def skipped_rows(lengths, sequences, exist):
+    """Return how many queries some sequences have, and how many rows before the first one their first tiles begin."""
+    length = tl.load(lengths[0] + sequences, mask=exist, other=0).to(tl.int32)
+    before = length * 0
+    if lengths[1] is not None:
+        before = floor_mod(tl.load(lengths[1] + sequences, mask=exist, other=0).to(tl.int32) - length, ROWS)
+    return length, before
 
 
 @triton.jit
 def tiles_of(lengths, sequences, exist):
-    """Return how many tiles of queries some sequences have; see :func:`rows_before`."""
-    length = tl.load(lengths[0] + sequences, mask=exist, other=0).to(tl.int32)
-    before = 0
-    if lengths[1] is not None:
-        before = floor_mod(tl.load(lengths[1] + sequences, mask=exist, other=0).to(tl.int32) - length, ROWS)
+    """Return how many tiles of queries some sequences have."""
+    length, before = skipped_rows(lengths, sequences, exist)
     return tl.where(length > 0, (before + length + ROWS - 1) // ROWS, 0)
 
 
-@triton.jit(do_not_specialize=["batch", "width", "tiles"])
+@triton.jit
+def sequence_of_tile(lengths, tile, batch):
+    """Return which sequence a tile of queries belongs to, ``batch`` if to none, and the number of its first tile."""
+    sequence, begin, before = tile * 0, tile * 0, tile * 0
+    for first in range(0, batch, 32):
+        numbers = first + tl.arange(0, 32)
+        found = tiles_of(lengths, numbers, numbers < batch)
+        ends = before + tl.cumsum(found, 0)
+        passed = (numbers < batch) & (ends <= tile)
+        sequence += tl.sum(passed.to(tl.int32), 0)
+        begin = tl.maximum(begin, tl.max(tl.where(passed, ends, 0), 0))
+        before += tl.sum(found, 0)
+    return sequence, begin
+
+
+@triton.jit
+def tokens_of(tile, starts_ptr, lengths, sequence, exists):
+    """Return the tokens of a sequence's tile, and which of them exist."""
+    length, before = skipped_rows(lengths, sequence, exists)
+    rows = tile * ROWS - before + tl.arange(0, ROWS)
+    tokens = tl.load(starts_ptr + sequence, mask=exists, other=0).to(tl.int64) + rows
+    return tokens, (rows >= 0) & (rows < length)
+
+
+@triton.jit(do_not_specialize=["batch", "tiles"])
 def round_gradients(
-    sums_ptr, shift_ptr, grad_ptr, begins_ptr, starts_ptr, lengths, scale, batch, width, tiles, heads, strides,
+    sums_ptr, shift_ptr, grad_ptr, begins_ptr, starts_ptr, lengths, scale, batch, tiles, heads, strides,
     DIM: tl.constexpr,
 ):  # fmt: skip
     """Scale and round gradients of queries, except those of queries without a key. A program takes a tile of a head."""
-    head = (tl.program_id(0) % heads).to(tl.int64)
-    tile = tl.program_id(0) // heads
+    head, tile = (tl.program_id(0) % heads).to(tl.int64), tl.program_id(0) // heads
     sequence = sequence_of(begins_ptr, tile, batch)
-    length = tl.load(lengths[0] + sequence).to(tl.int32)
-    before = 0
-    if lengths[1] is not None:
-        before = floor_mod(tl.load(lengths[1] + sequence).to(tl.int32) - length, ROWS)
-    places = tl.arange(0, ROWS)
-    rows = (tile - tl.load(begins_ptr + sequence)) * ROWS - before + places
-    tokens = tl.load(starts_ptr + sequence).to(tl.int64) + rows
-    exist = (rows >= 0) & (rows < length)
-    has_keys = tl.load(shift_ptr + head * width + tokens, mask=exist, other=float("inf")) != float("inf")
+    tokens, _ = tokens_of(tile - tl.load(begins_ptr + sequence), starts_ptr, lengths, sequence, True)
+    places = (head * tiles + tile) * ROWS + tl.arange(0, ROWS)
+    has_keys = tl.load(shift_ptr + places) != float("inf")
     columns = tl.arange(0, DIM)[None, :]
-    offsets = order_of(places[:, None], columns, DIM)
+    offsets = order_of(tl.arange(0, ROWS)[:, None], columns, DIM)
     sums = tl.load(sums_ptr + (head * tiles + tile) * (ROWS * DIM) + offsets, mask=has_keys[:, None], other=0.0)
     pointers = grad_ptr + head * strides[1] + (tokens[:, None] * strides[0] + columns)
     tl.store(pointers, (sums * scale).to(grad_ptr.dtype.element_ty), mask=has_keys[:, None])
@@ -291,7 +328,7 @@ def runs_of(number, begin, spans, end):
 @gluon.jit
 def load_items(work, OPTIONS: gl.constexpr):
     """Load the keys and values of each tile, then queries and gradients of the output: the part of one warp."""
-    descriptors, buffers, barriers, problem = work
+    descriptors, buffers, barriers, begins_ptr, tiles_of_queries, problem = work
     query_descriptor, grad_descriptor, shift_descriptor, delta_descriptor, keys, values = descriptors
     query_memory, grad_memory, shift_memory, delta_memory, key_memory, value_memory = buffers
     query_loaded, grad_loaded, freed, keys_loaded, keys_freed = barriers
@@ -306,6 +343,7 @@ def load_items(work, OPTIONS: gl.constexpr):
             if exists:
                 begin, end = tiles_that_see(tile, lengths, problem[4][2], OPTIONS)
                 first_query = gl.load(sequences[0] + sequence).to(gl.int32) - rows_before(lengths, problem)
+                begin_of_sequence = gl.load(begins_ptr + sequence)
                 first_key = gl.load(sequences[2] + sequence).to(gl.int32) + tile * KEYS
                 mbarrier.wait(keys_freed, (turn & 1) ^ 1)
                 mbarrier.expect(keys_loaded, 2 * WARPGROUPS * BYTES)
@@ -323,6 +361,7 @@ def load_items(work, OPTIONS: gl.constexpr):
                         if lists is not None:
                             query_tile = gl.load(entries_ptr + place) // TILES_FROM
                         row = first_query + query_tile * ROWS
+                        line = head * tiles_of_queries + begin_of_sequence + query_tile
                         stage = step % STAGES
                         mbarrier.wait(freed.index(stage), (step // STAGES & 1) ^ 1)
                         mbarrier.expect(query_loaded.index(stage), BYTES + ROWS * 4)
@@ -330,14 +369,14 @@ def load_items(work, OPTIONS: gl.constexpr):
                             query_descriptor, [row, head, 0], query_loaded.index(stage), query_memory.index(stage)
                         )
                         tma.async_copy_global_to_shared(
-                            shift_descriptor, [head, row], query_loaded.index(stage), shift_memory.index(stage)
+                            shift_descriptor, [line, 0], query_loaded.index(stage), shift_memory.index(stage)
                         )
                         mbarrier.expect(grad_loaded.index(stage), BYTES + ROWS * 4)
                         tma.async_copy_global_to_shared(
                             grad_descriptor, [row, head, 0], grad_loaded.index(stage), grad_memory.index(stage)
                         )
                         tma.async_copy_global_to_shared(
-                            delta_descriptor, [head, row], grad_loaded.index(stage), delta_memory.index(stage)
+                            delta_descriptor, [line, 0], grad_loaded.index(stage), delta_memory.index(stage)
                         )
                         step += 1
 
@@ -415,15 +454,6 @@ def clear_beyond(
         part.store(gl.where(exist[:, None], found, gl.zeros_like(found)))
     fence_async_shared()
     synchronize()
-
-
-@gluon.jit
-def load_numbers(memory, rows, query_length, other, MASKED: gl.constexpr):
-    """Load the shifts or deltas of a tile's rows; see :func:`modelopt_lite.kernels.backward.gradient_rows`."""
-    numbers = memory.reshape([ROWS]).load(rows.type.layout)
-    if MASKED:
-        numbers = gl.where((rows >= 0) & (rows < query_length), numbers, other)
-    return numbers
 
 
 @gluon.jit
@@ -527,7 +557,7 @@ def differentiate(
         mbarrier.wait(grad_loaded.index(stage), step // STAGES & 1)
         grad_weights = warpgroup_mma(grad, values, zeros, use_acc=False, is_async=True)
         products = warpgroup_mma_wait(1, deps=[products])
-    shift = load_numbers(shift_memory.index(stage), rows, query_length, float("inf"), MASKED)
+    shift = shift_memory.index(stage).reshape([ROWS]).load(rows.type.layout)
     weights, scores = weigh_scores(
         products, rows, first, shift, rules, numbers, hook_args, SCORE_HOOK, OPTIONS, MASKED, unlisted
     )  # fmt: skip
@@ -539,7 +569,7 @@ def differentiate(
     synchronize()
     grad_value = warpgroup_mma(own_weights.permute([1, 0]), grad, grad_value, is_async=True)
     grad_weights = warpgroup_mma_wait(1, deps=[grad_weights])
-    delta = load_numbers(delta_memory.index(stage), rows, query_length, 0.0, MASKED)
+    delta = delta_memory.index(stage).reshape([ROWS]).load(rows.type.layout)
     grad_scores = weights * (grad_weights - delta[:, None])
     if OPTIONS.softcap:
         tanh_of_scores = scores / numbers[1]
@@ -719,7 +749,7 @@ def attention_backward_hopper(
     tiles = (query_memory, grad_memory, shift_memory, delta_memory, key_memory, value_memory)
     loading = (query_loaded, grad_loaded, freed, keys_loaded, keys_freed)
     descriptors = (query_descriptor, grad_descriptor, shift_descriptor, delta_descriptor, keys, values)
-    to_load = (descriptors, tiles, loading, problem)
+    to_load = (descriptors, tiles, loading, begins_ptr, tiles_of_queries, problem)
     to_add = (sums_descriptor, sum_memory, sums_full, sums_empty, turns_ptr, begins_ptr, tiles_of_queries, problem)
     of_rows = (shift_memory, delta_memory)
     buffers = (query_memory, grad_memory, key_memory, value_memory, weight_memory, score_memory, sum_memory, of_rows)

@@ -86,9 +86,7 @@ def backward(
     query_tiles = total // ROWS.value + batch * (1 if r.blocks is None else 2)
     sequences = (r.starts_q, r.lengths_q, r.starts_k, r.lengths_k)
     lengths = (r.lengths_q, None if r.blocks is None else r.lengths_k)
-    # Rows of a descriptor begin at multiples of 16 bytes.
-    width = cdiv(total, 4) * 4
-    shift, delta = (r.q.new_empty(query_heads, width, dtype=torch.float32) for _ in range(2))
+    shift, delta = (r.q.new_empty(query_heads, query_tiles * ROWS.value, dtype=torch.float32) for _ in range(2))
     sums = r.q.new_empty(
         query_heads * query_tiles * ROWS.value * head_dim // LINE.value, LINE.value, dtype=torch.float32
     )
@@ -98,13 +96,16 @@ def backward(
     layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
     sums_descriptor = TensorDescriptor(sums, [*sums.shape], [*sums.stride()], [lines, LINE.value], layout)
     layout = NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
-    of_rows = (TensorDescriptor(x, [query_heads, total], [width, 1], [1, ROWS.value], layout) for x in (shift, delta))
+    of_rows = (
+        TensorDescriptor(x, [query_heads * query_tiles, ROWS.value], [ROWS.value, 1], [1, ROWS.value], layout)
+        for x in (shift, delta)
+    )
     grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in (r.q, r.k, r.v))
-    clearing = cdiv(max(grad_k.numel(), turns.numel()), CLEARED.value)
+    clearing = cdiv(grad_k.numel(), CLEARED.value)
     with torch.cuda.device_of(r.q):
-        prepare_gradients[(cdiv(total, ROWS.value) * query_heads + batch + clearing,)](
+        prepare_gradients[((query_tiles + cdiv(total, ROWS.value)) * query_heads + batch + clearing,)](
             grad, out, lse, shift, delta, grad_q, turns, begins, grad_k, grad_v,
-            tuple(x.stride()[:2] for x in (grad, out, grad_q)), lengths, query_heads, batch, total, width,
+            tuple(x.stride()[:2] for x in (grad, out, grad_q)), r.starts_q, lengths, query_heads, batch, total,
             query_tiles, grad_k.numel(), head_dim,
         )  # fmt: skip
         entries = list_entries(r, tiles, options)
@@ -121,10 +122,10 @@ def backward(
             _UNCOMPILABLE[plan.score_hook] = f"Gluon cannot compile the hook {plan.score_hook.__name__}: {error}"
             raise HookRefusedError(_UNCOMPILABLE[plan.score_hook]) from None
         round_gradients[(query_tiles * query_heads,)](
-            sums, shift, grad_q, begins, r.starts_q, lengths, r.softmax_scale, batch, width, query_tiles, query_heads,
+            sums, shift, grad_q, begins, r.starts_q, lengths, r.softmax_scale, batch, query_tiles, query_heads,
             grad_q.stride()[:2], head_dim,
         )  # fmt: skip
-    return grad_q, grad_k, grad_v, gradient_of_sink_logits(r, shift[:, :total], delta[:, :total])
+    return grad_q, grad_k, grad_v, gradient_of_sink_logits(r, shift, delta)
 
 
 def _descriptors(request: AttentionRequest, grad: Tensor, options: Options) -> tuple[Any, ...]:

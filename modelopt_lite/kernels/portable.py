@@ -216,7 +216,6 @@ def backward(
             tuple(x.stride()[:2] for x in (grad, out)),
             query_heads,
             total,
-            total,
             VALUE_DIM=value_dim,
             BLOCK_M=BLOCK_ROWS,
             BLOCK_DV=block_dv,

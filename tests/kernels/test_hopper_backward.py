@@ -260,25 +260,33 @@ def test_before_and_after(has_lists):
     starts, lengths_q, lengths_k = torch.tensor([70, 5, 3]), torch.tensor([100, 0, 64]), torch.tensor([190, 7, 64])
     # With lists, tiles begin at multiples of 64: those of the first sequence at rows -26 and 38.
     begins, before = ([0, 2, 2], 26) if has_lists else ([0, 2, 2], 0)
-    lengths, tiles = (lengths_q, lengths_k if has_lists else None), 4
+    lengths = (lengths_q, lengths_k if has_lists else None)
     grad, out = torch.randn(2, total, heads, dim).half()
     lse = torch.randn(total, heads)
     lse[:3] = lse[67:70] = lse[170:] = -torch.inf
     lse[80, 1] = -torch.inf
     alive = lse > -torch.inf
-    shift, delta = torch.full((2, heads, total), torch.nan)
+    tiles = 4
+    shift, delta = torch.full((2, heads, tiles, 64), torch.nan)
     grad_q = torch.full((total, heads, dim), torch.nan).half()
     turns, found = torch.full((heads, tiles), -1, dtype=torch.int32), torch.full((3,), -1, dtype=torch.int32)
     grad_k, grad_v = torch.full((2, 90, kv_heads, dim), torch.nan).half()
-    programs = 4 * heads + 3 + -(-grad_k.numel() // 8192)
+    programs = (tiles + 4) * heads + 3 + -(-grad_k.numel() // 8192)
     prepare_gradients[(programs,)](
         grad, out, lse, shift, delta, grad_q, turns, found, grad_k, grad_v,
-        tuple(x.stride()[:2] for x in (grad, out, grad_q)), lengths, heads, 3, total, total, tiles, grad_k.numel(), dim,
+        tuple(x.stride()[:2] for x in (grad, out, grad_q)), starts, lengths, heads, 3, total, tiles, grad_k.numel(),
+        dim,
     )  # fmt: skip
-    torch.testing.assert_close(shift, torch.where(alive, lse / math.log(2), torch.inf).T)
-    torch.testing.assert_close(delta, (grad.float() * out.float()).sum(2).masked_fill(~alive, 0.0).T)
-    assert not any(x.any() for x in (turns, grad_k, grad_v))
     assert found.tolist() == begins
+    shifts, deltas = torch.full((tiles * 64, heads), torch.inf), torch.zeros(tiles * 64, heads)
+    for number, (start, length) in enumerate(zip(starts.tolist(), lengths_q.tolist(), strict=True)):
+        first = begins[number] * 64 + (before if number == 0 else 0)
+        rows, places = slice(start, start + length), slice(first, first + length)
+        shifts[places] = torch.where(alive[rows], lse[rows] / math.log(2), torch.inf)
+        deltas[places] = (grad[rows].float() * out[rows].float()).sum(2).masked_fill(~alive[rows], 0.0)
+    torch.testing.assert_close(shift.flatten(1), shifts.T)
+    torch.testing.assert_close(delta.flatten(1), deltas.T)
+    assert not any(x.any() for x in (turns, grad_k, grad_v))
     assert not grad_q[~alive].any()
     assert grad_q[alive].isnan().all()
 
@@ -292,7 +300,7 @@ def test_before_and_after(has_lists):
     # [halves, 16 rows, blocks of 8 columns, rows, pairs of columns, row 8 further on, column]
     lines = sums.view(heads, tiles, 4, 2, 8, 2, 8, 4, 2).permute(0, 1, 5, 2, 6, 4, 7, 3, 8).contiguous()
     round_gradients[(tiles * heads,)](
-        lines, shift, grad_q, found, starts, lengths, 0.5, 3, total, tiles, heads, grad_q.stride()[:2], dim
+        lines, shift, grad_q, found, starts, lengths, 0.5, 3, tiles, heads, grad_q.stride()[:2], dim
     )
     torch.testing.assert_close(grad_q, (right * 0.5).masked_fill(~alive[..., None], 0.0).half())
 
