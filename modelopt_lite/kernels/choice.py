@@ -81,6 +81,7 @@ if tl is not None:
     )
 
 _prepared: dict[tuple[Any, ...], Run] = {}
+_prepared_backward: dict[tuple[Any, ...], hopper_backward_launch.Backward] = {}
 _reasons_told: set[str] = set()
 
 
@@ -208,8 +209,16 @@ def differentiate(
     request = request.readable()
     wanted = pinned == "hopper" or (pinned != "portable" and hopper_backward_launch.pays(request))
     if wanted and hopper_backward_launch.refusal(request) is None:
+        grad = hopper_backward_launch.readable(grad)
+        key = (_key(request, "triton"), *((x.stride(), x.data_ptr() & 15) for x in (grad, output, lse)))
+        run_hopper = _prepared_backward.get(key)
         try:
-            return hopper_backward_launch.backward(grad, output, lse, request)
+            if run_hopper is None:
+                run_hopper = hopper_backward_launch.prepare(grad, request)
+                if len(_prepared_backward) >= MAX_SIGNATURES:
+                    _prepared_backward.clear()
+                _prepared_backward[key] = run_hopper
+            return run_hopper(grad, output, lse, request)
         except HookRefusedError as error:
             logger.warning("the backward kernel for Hopper is left out: %s", error)
     return portable.backward(grad, output, lse, request)

@@ -58,7 +58,8 @@ def compile_all():
     def run(lengths, dtype, n_of_m, causal, options, window=64):
         plan = dataclasses.replace(top_n_plan(*(n_of_m or (0, 4)), 0, 0), dense_window_size=window if n_of_m else 0)
         request = zeros(lengths, plan, head_dim=128, dtype=dtype, is_causal=causal, softmax_scale=1.0, **options)
-        hopper_backward_launch.backward(request.q, request.q, torch.zeros(request.q.shape[:2]), request)
+        lse = torch.zeros(request.q.shape[:2])
+        hopper_backward_launch.prepare(request.q, request)(request.q, request.q, lse, request)
 
     kernels = (attention_backward_hopper, prepare_gradients, round_gradients)
     found = []
@@ -106,7 +107,8 @@ def test_refusal(absent_gpu, options, reason):
 def chosen(absent_gpu, monkeypatch):
     """Return which kernel differentiates a request."""
     monkeypatch.setattr(portable, "backward", lambda *arguments: "portable")
-    monkeypatch.setattr(hopper_backward_launch, "backward", lambda *arguments: "hopper")
+    monkeypatch.setattr(hopper_backward_launch, "prepare", lambda *arguments: lambda *arguments: "hopper")
+    monkeypatch.setattr(choice, "_prepared_backward", {})
     return lambda request: choice.differentiate(request.q, request.q, request.q, request)
 
 
@@ -123,7 +125,7 @@ def test_a_hook_that_cannot_be_compiled(chosen, monkeypatch, caplog):
     def refuse(*arguments):
         raise HookRefusedError("Gluon cannot compile the hook")
 
-    monkeypatch.setattr(hopper_backward_launch, "backward", refuse)
+    monkeypatch.setattr(hopper_backward_launch, "prepare", lambda *arguments: refuse)
     assert chosen(request_on_gpu()) == "portable"
     assert "the backward kernel for Hopper is left out: Gluon cannot compile the hook" in caplog.text
 

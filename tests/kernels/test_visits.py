@@ -180,12 +180,11 @@ def test_items_are_sorted(request, per_wave):
 
 
 def entries_of(request):
-    """Return what the backward visits, with NaN's like in what is not written."""
+    """Return what the backward visits."""
     options = options_of(request, hopper_backward_launch.SETTINGS)
     tiles = max(1, -(-request.max_k // TILE.value))
-    entries, numbers, starts, rows, rows_each, heads_per_list = hopper_backward_launch.list_entries(
-        request, tiles, options
-    )  # fmt: skip
+    prepared = hopper_backward_launch.Entries(request, tiles, options)
+    entries, numbers, starts, rows, rows_each, heads_per_list = prepared(request)
     return entries[:-1].view(*numbers.shape[:2], rows), numbers, starts * rows_each, heads_per_list
 
 
