@@ -98,6 +98,14 @@ def attempt(f, *a, **k):
 if __name__ == "__main__":
     if sys.argv[1] == "warm":
         for s in sys.argv[2:]: attempt(warm, s)
+    elif sys.argv[1] == "final":
+        say("imported")
+        for S in (2048, 1024): attempt(turns, S, ["dense", "2:4", "4:8"], heat=0.2)
+        for S in (4096, 2048, 8192): attempt(turns, S, ["dense", "2:4"], heat=0.2, dim=64)
+        attempt(turns, 4096, ["dense", "2:4", "4:8"], heat=0.2)
+        attempt(turns, 512, ["dense", "2:4"], heat=0.2)
+        import lists10 as L
+        attempt(L.go, 16384, [0.75])
     else:
         say("imported", torch.cuda.get_device_name(), torch.__version__)
         names = ["dense", "2:4", "4:8"]
