@@ -233,7 +233,9 @@ def test_the_interpreter_runs_kernels_and_models_on_a_cpu():
 def test_an_interpreter_that_does_not_work_with_numpy_is_refused(monkeypatch):
     monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
     monkeypatch.setattr(settings, "INTERPRETER_WORKS", False)
-    reason = r"the interpreter of Triton \S+ does not work with NumPy \S+; install Triton 3\.7 or later, or NumPy before 2.4"
+    reason = (
+        r"the interpreter of Triton \S+ does not work with NumPy \S+; install Triton 3\.7 or later, or NumPy before 2.4"
+    )
     assert re.fullmatch(reason, refusal(on_cpu()))
 
 
