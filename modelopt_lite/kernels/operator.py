@@ -7,6 +7,7 @@ and nothing traces, there is no operator in between.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,8 +19,9 @@ from ..plan import DENSE
 from . import choice
 from .arguments import check_request
 from .blocked import backward_blocked
-from .blocks import KeyBlocks, grid_shape
+from .blocks import KeyBlocks
 from .choice import Backend
+from .grid_tables import grid_shape
 from .language import tl
 from .request import SCHEMA, AttentionRequest
 from .selection import select_blocks
@@ -60,7 +62,7 @@ def compute(request: AttentionRequest, backend: Backend = "auto") -> tuple[Tenso
     """
     if request.plan.chooses_blocks and request.blocks is None:
         check_request(request)
-        request = request._replace(plan=DENSE) if request.is_decode(request.max_q) else _with_blocks(request)
+        request = _with_blocks(request)
     needs_gradient = _needs_gradient(request)
     if not (needs_gradient or is_traced(request.q)):
         return choice.run(request, backend)
@@ -98,16 +100,21 @@ def gradients(
 
 
 def _with_blocks(request: AttentionRequest) -> AttentionRequest:
-    """Return a request with the key blocks that its plan chooses; the choice has no gradient."""
+    """Return a request with the key blocks that its plan chooses, if there is a choice; it has no gradient."""
+    if request.is_decode(request.max_q):
+        return request._replace(plan=DENSE)
     if not is_traced(request.q):
-        return request._replace(blocks=_selected(request))
+        if request.first_q is None and request.first_k is None:
+            request = request._replace(plan=request.plan.for_keys(request.max_k, request.is_causal))
+        return request._replace(blocks=_selected(request)) if request.plan.chooses_blocks else request
     with torch.no_grad():
         counts, indices, starts = torch.ops.modelopt_lite.select_blocks(*request.flatten())
     return request._replace(blocks=KeyBlocks(counts, indices, starts, *request.grid))
 
 
 def _selected(request: AttentionRequest) -> KeyBlocks:
-    with torch.autocast(request.q.device.type, enabled=False):
+    device = request.q.device.type
+    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
         return select_blocks(request)
 
 
