@@ -336,6 +336,19 @@ def blocks_table() -> str:
     return markdown(["method", "knob", *names, "KL", "mass kept", "scores dropped"], lines, left=1)
 
 
+def block_tasks_table() -> str:
+    """Return the scores of methods that skip blocks on the tasks of the committed run, by length."""
+    rows = ExperimentResult.load(RUNS / "blocks").tasks
+    columns = sorted({(row.task, row.length) for row in rows})
+    lines = []
+    for variant in dict.fromkeys(row.variant for row in rows):
+        found = {(row.task, row.length): row.score.value for row in rows if row.variant == variant}
+        cells = [f"{100 * found[key]:.0f} %" if key in found else MISSING for key in columns]
+        lines.append([*_method_and_knob(variant), *cells])
+    names = [f"{task} {length}" for task, length in columns]
+    return markdown(["method", "knob", *names], lines, left=1)
+
+
 def ruler_table() -> str:
     """Return the mean score over all RULER-like tasks, by length."""
     found: dict[str, dict[int, list[float]]] = {}
@@ -418,6 +431,16 @@ def long_prompts_table() -> str:
     return markdown(names, lines)
 
 
+def windows_table() -> str:
+    """Return what single candidates with several dense windows cost in all layers, on the texts of the search."""
+    (row,) = rows_of("search-nvidia-h200", what="windows")
+    lines = [
+        [name, f"{run['perplexity_percent']:+.2f} %", f"{run['kl']:.4f}", f"{100 * run['sparsity']:.1f} %"]
+        for name, run in sorted(row["everywhere_in_search"].items(), key=lambda item: item[1]["sparsity"])
+    ]
+    return markdown(["everywhere", "perplexity", "KL", "scores dropped"], lines, left=1)
+
+
 @functools.cache
 def quality_of(run: str, variant: str) -> QualityRow:
     """Return how well one variant of a committed run predicts windows of 2048 tokens."""
@@ -459,8 +482,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "perplexity": perplexity_table,
     "blocks": blocks_table,
     "ruler": ruler_table,
+    "block tasks": block_tasks_table,
     "calibration": calibration_table,
     "search": search_table,
+    "windows": windows_table,
     "efficiency": efficiency_table,
     "long prompts": long_prompts_table,
 }
