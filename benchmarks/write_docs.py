@@ -290,11 +290,9 @@ def perplexity_table() -> str:
     """Return what N:M costs in perplexity, by the committed sweep."""
     names = {"dense": "dense", "2:4, window 64, sinks 0": "2:4", "2:4, window 256, sinks 0": "2:4, dense window of 256"}
     names |= {f"{name}, window 64, sinks 0": name for name in ("4:8", "8:16", "1:4")}
-    run = ExperimentResult.load(RUNS / "sweep")
-    rows = summarize_quality(run.records, list(names), run.config.seed)
     lines = []
     for variant, name in names.items():
-        found = {row.length: row for row in rows if row.variant == variant}
+        found = {row.length: row for row in quality_rows("sweep") if row.variant == variant}
         shares = (found[2048].mass_kept, found[2048].sparsity)
         cells = (MISSING if share is None else f"{100 * share:.1f} %" for share in shares)
         lines.append([name, change(found[2048]), change(found[8192]), *cells])
@@ -409,11 +407,15 @@ def long_prompts_table() -> str:
 
 
 @functools.cache
+def quality_rows(run: str) -> list[QualityRow]:
+    """Return how well all variants of a committed run predict its windows."""
+    result = ExperimentResult.load(RUNS / run)
+    return summarize_quality(result.records, [], result.config.seed)
+
+
 def quality_of(run: str, variant: str) -> QualityRow:
     """Return how well one variant of a committed run predicts windows of 2048 tokens."""
-    result = ExperimentResult.load(RUNS / run)
-    rows = summarize_quality(result.records, ["dense", variant], result.config.seed)
-    return next(row for row in rows if row.variant == variant and row.length == 2048)
+    return next(row for row in quality_rows(run) if row.variant == variant and row.length == 2048)
 
 
 def choice_table() -> str:
