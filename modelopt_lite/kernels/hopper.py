@@ -315,7 +315,7 @@ def announce(post, work, SPARSE: gl.constexpr, OPTIONS: gl.constexpr):
     """Post the next item and have its queries loaded, once what was in its place is done."""
     descriptors, buffers, mail, barriers, counter_ptr, problem = work
     query_descriptor, query_memory = descriptors[0], buffers[0]
-    posted_items, _, verdicts, _ = mail
+    posted_items, _, overflows, _ = mail
     posted, done, query_loaded, _, _, _, _ = barriers
     WARPGROUPS: gl.constexpr = OPTIONS.block_m // ROWS
     slot = post % SLOTS
@@ -328,7 +328,7 @@ def announce(post, work, SPARSE: gl.constexpr, OPTIONS: gl.constexpr):
         before = read_number(memory.slice(0, 1))
     if before >= 0:
         for w in gl.static_range(WARPGROUPS):
-            overflowed |= gl.max(verdicts.index(WARPGROUPS * slot + w).load(ROW), 0)
+            overflowed |= gl.max(overflows.index(WARPGROUPS * slot + w).load(ROW), 0)
     if overflowed != 0:
         item = before + ONLINE
     else:
@@ -423,14 +423,14 @@ def sum_in_thread(tile, OPTIONS: gl.constexpr):
 
 
 @gluon.jit
-def is_any(doubt, memory, OPTIONS: gl.constexpr):
-    """Say whether any group of a warpgroup's rows is in doubt.
+def is_any(undecided, memory, OPTIONS: gl.constexpr):
+    """Say whether any group of a warpgroup's rows is undecided.
 
     All wait for it, and a reduction would need five shuffles and two rounds through shared memory. Callers take turns
     with two places in memory, so that one is read by all before it is written again.
     """
     # [warps * lanes]
-    flags = gl.sum(sum_in_thread(doubt, OPTIONS).reshape([ROWS // 16, 2, 8, 4]), 1).reshape([ROWS // 16 * 32])
+    flags = gl.sum(sum_in_thread(undecided, OPTIONS).reshape([ROWS // 16, 2, 8, 4]), 1).reshape([ROWS // 16 * 32])
     flags = gl.inline_asm_elementwise(ANY_OF_WARP, "=r,f", [flags], dtype=gl.int32, is_pure=False, pack=1)
     memory.store(flags)
     found = 0
@@ -461,7 +461,7 @@ def spread(numbers, tile):
 
 
 @gluon.jit
-def soften(
+def update_softmax(
     scores, tile, positions, running_max, rules, numbers, hook_args, HOOK: gl.constexpr, QUICK: gl.constexpr,
     OPTIONS: gl.constexpr, MASKED: gl.constexpr, FROZEN: gl.constexpr,
 ):  # fmt: skip
@@ -504,14 +504,14 @@ def soften(
         if len(keep) > 0:
             weight = weigh(weight, keep[r])
         weights = weights + (weight,)
-    doubt = ()
+    undecided = ()
     if QUICK:
         k_pos = ()
         for r in gl.static_range(len(parts)):
             k_pos = k_pos + (groups + r,)
         found = HOOK(weights, q_pos, k_pos, hook_args)
         weights = found[: OPTIONS.group]
-        doubt = found[OPTIONS.group :]
+        undecided = found[OPTIONS.group :]
     # Summed place by place before they are joined, which is faster than in the order of columns; and in halves, as the
     # flags of a half are of one kind.
     sums = weights
@@ -522,7 +522,7 @@ def soften(
                 halves = halves + (sums[r] + sums[len(sums) // 2 + r],)
             sums = halves
     weights = gl.convert_layout(join_groups(weights, OPTIONS), SCORES, assert_trivial=True)
-    return weights, sum_in_thread(sums[0], OPTIONS), rescale, running_max, doubt
+    return weights, sum_in_thread(sums[0], OPTIONS), rescale, running_max, undecided
 
 
 @gluon.jit
@@ -538,7 +538,7 @@ def add_sum(partial_sum, tile_sum, rescale, ones_memory, FROZEN: gl.constexpr):
 @gluon.jit
 def advance(
     step, positions, query, weights, accumulator, running_max, partial_sum, rules, numbers, hook_args, key_memory,
-    value_memory, ones_memory, tiles_of_stages, doubts, loaded, freed, turn, WARPGROUP: gl.constexpr,
+    value_memory, ones_memory, tiles_of_stages, undecided_memory, loaded, freed, turn, WARPGROUP: gl.constexpr,
     SCORE_HOOK: gl.constexpr, QUICK_HOOK: gl.constexpr, OPTIONS: gl.constexpr, STAGES: gl.constexpr,
     MASKED: gl.constexpr, FROZEN: gl.constexpr,
 ):  # fmt: skip
@@ -568,11 +568,11 @@ def advance(
     scores = warpgroup_mma_wait(BEHIND, deps=[scores])
     QUICK: gl.constexpr = QUICK_HOOK is not None and not MASKED
     HOOK: gl.constexpr = QUICK_HOOK if QUICK else SCORE_HOOK
-    weights, tile_sum, rescale, new_max, doubt = soften(
+    weights, tile_sum, rescale, new_max, undecided = update_softmax(
         scores, tile, positions, running_max, rules, numbers, hook_args, HOOK, QUICK, OPTIONS, MASKED, FROZEN
     )  # fmt: skip
     if QUICK:
-        again = is_any(doubt[0], doubts.index(2 * WARPGROUP + step % 2), OPTIONS)
+        again = is_any(undecided[0], undecided_memory.index(2 * WARPGROUP + step % 2), OPTIONS)
     if ones_memory is None:
         new_sum = add_sum(partial_sum, tile_sum, rescale, ones_memory, FROZEN)
         gl.inline_asm_elementwise(PIN, "=r,=r,r,r", [new_sum], dtype=gl.int32, is_pure=False, pack=2)
@@ -587,7 +587,7 @@ def advance(
             # As rare as equal scores: not worth registers for scores that have become weights.
             scores = warpgroup_mma(query, keys, zeros, use_acc=False, is_async=True)
             scores = warpgroup_mma_wait(0, deps=[scores])
-            weights, tile_sum, rescale, new_max, _ = soften(
+            weights, tile_sum, rescale, new_max, _ = update_softmax(
                 scores, tile, positions, running_max, rules, numbers, hook_args, SCORE_HOOK, False, OPTIONS, MASKED,
                 FROZEN,
             )  # fmt: skip
@@ -618,10 +618,10 @@ def clear_rows(memory, first, length, WARPGROUP: gl.constexpr, OPTIONS: gl.const
 
 @gluon.jit
 def store_item(
-    accumulator, partial_sum, running_max, was_frozen, rows, row_start, query, verdict, pointers, out_strides, place,
+    accumulator, partial_sum, running_max, was_frozen, rows, row_start, query, overflows, pointers, out_strides, place,
     heads_of, OPTIONS: gl.constexpr,
 ):  # fmt: skip
-    """Store one warpgroup's results of an item, and its verdict; see :func:`attend_item`.
+    """Store one warpgroup's results of an item, and whether it overflowed; see :func:`attend_item`.
 
     Args:
         accumulator: the weighted sum of values.
@@ -631,7 +631,7 @@ def store_item(
         rows: the queries' rows in their sequence, whether or not they exist.
         row_start: the first of them.
         query: where the queries are in shared memory, which are not needed any more.
-        verdict: where to write which queries overflowed.
+        overflows: where to write which queries overflowed.
         pointers: to the output, the LSE or None, and the sinks' logits.
         out_strides: the output's.
         place: ``(head, first_query, query_length)``.
@@ -652,7 +652,7 @@ def store_item(
         suspicious = gl.convert_layout(gl.sum(accumulator * 0.0, 1), ROW) + total_weight * 0.0 != 0.0
         # Where all tiles were masked there is no other way to compute it.
         overflowed = (suspicious & stored & was_frozen).to(gl.int32)
-    verdict.store(overflowed)
+    overflows.store(overflowed)
     inverse = gl.where(total_weight == 0.0, 0.0, 1.0 / total_weight)
     out_rows = first_query.to(gl.int64) + rows
     if lse_ptr is not None:
@@ -674,13 +674,13 @@ def store_item(
 
 @gluon.jit
 def attend_item(
-    slot, step, clearings, query_memory, key_memory, value_memory, ones_memory, mail, verdict, barriers, pointers,
+    slot, step, clearings, query_memory, key_memory, value_memory, ones_memory, mail, overflows, barriers, pointers,
     out_strides, problem, numbers, hook_args, WARPGROUP: gl.constexpr, SCORE_HOOK: gl.constexpr,
     QUICK_HOOK: gl.constexpr, OPTIONS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Compute one warpgroup's queries of the item that is posted in a slot.
 
-    What is written to ``verdict`` is not 0 for queries whose sums overflowed: then the output is not valid.
+    What is written to ``overflows`` is not 0 for queries whose sums overflowed: then the output is not valid.
 
     Returns:
         How often this warpgroup has cleared rows, and the next step.
@@ -692,7 +692,7 @@ def attend_item(
     _, _, _, loaded, freed, turn, cleared = barriers
     sink_logits_ptr = pointers[2]
     heads_of, distances = problem[1], problem[5]
-    posted_items, tiles_of_stages, _, doubts = mail
+    posted_items, tiles_of_stages, _, undecided_memory = mail
     query = query_memory.reshape([ROWS, OPTIONS.block_d])
     memory = posted_items.index(slot)
     row_start, head, first_query, query_length, length, tiles, masked = read_numbers(memory, 1, 7)
@@ -747,11 +747,11 @@ def attend_item(
         # Nothing is to be selected where the first key is still in the window of the last query.
         selecting = first <= length - query_length + gl.minimum(row_start + ROWS, query_length) - 1 - window
     if selecting:
-        weights, tile_sum, rescale, running_max, _ = soften(
+        weights, tile_sum, rescale, running_max, _ = update_softmax(
             scores, tile, positions, running_max, rules, numbers, hook_args, SCORE_HOOK, False, OPTIONS, True, False
         )  # fmt: skip
     else:
-        weights, tile_sum, rescale, running_max, _ = soften(
+        weights, tile_sum, rescale, running_max, _ = update_softmax(
             scores, first, positions, running_max, rules, numbers, hook_args, None, False, OPTIONS, True, False
         )  # fmt: skip
     partial_sum = add_sum(partial_sum, tile_sum, rescale, ones_memory, False)
@@ -766,15 +766,15 @@ def attend_item(
     for _ in range(1, masked - spared):
         weights, accumulator, running_max, partial_sum = advance(
             step, positions, query, weights, accumulator, running_max, partial_sum, rules, numbers, hook_args,
-            key_memory, value_memory, ones_memory, tiles_of_stages, doubts, loaded, freed, turn, WARPGROUP, SCORE_HOOK,
-            QUICK_HOOK, OPTIONS, STAGES, True, False,
+            key_memory, value_memory, ones_memory, tiles_of_stages, undecided_memory, loaded, freed, turn, WARPGROUP,
+            SCORE_HOOK, QUICK_HOOK, OPTIONS, STAGES, True, False,
         )  # fmt: skip
         step += 1
     for _ in range(masked - spared, tiles):
         weights, accumulator, running_max, partial_sum = advance(
             step, positions, query, weights, accumulator, running_max, partial_sum, rules, numbers, hook_args,
-            key_memory, value_memory, ones_memory, tiles_of_stages, doubts, loaded, freed, turn, WARPGROUP, SCORE_HOOK,
-            QUICK_HOOK, OPTIONS, STAGES, False, OPTIONS.frozen,
+            key_memory, value_memory, ones_memory, tiles_of_stages, undecided_memory, loaded, freed, turn, WARPGROUP,
+            SCORE_HOOK, QUICK_HOOK, OPTIONS, STAGES, False, OPTIONS.frozen,
         )  # fmt: skip
         step += 1
 
@@ -791,7 +791,7 @@ def attend_item(
     mbarrier.arrive(freed.index(stage), count=1)
 
     store_item(
-        accumulator, partial_sum, running_max, tiles > masked - spared, rows, row_start, query, verdict, pointers,
+        accumulator, partial_sum, running_max, tiles > masked - spared, rows, row_start, query, overflows, pointers,
         out_strides, (head, first_query, query_length), heads_of, OPTIONS,
     )  # fmt: skip
     return clearings, step + 1
@@ -805,7 +805,7 @@ def attend_items(
     """Compute the items that are posted: the part of a warpgroup."""
     buffers, ones_memory, mail, barriers, pointers, out_strides, problem, numbers = work
     query_memory, key_memory, value_memory = buffers
-    posted_items, _, verdicts, _ = mail
+    posted_items, _, overflows, _ = mail
     posted, done, query_loaded, _, _, turn, _ = barriers
     WARPGROUPS: gl.constexpr = OPTIONS.block_m // ROWS
     if WARPGROUP == 0 and turn is not None:
@@ -822,7 +822,7 @@ def attend_items(
             mbarrier.wait(query_loaded.index(slot), post // SLOTS & 1)
             clearings, step = attend_item(
                 slot, step, clearings, query_memory.index(WARPGROUPS * slot + WARPGROUP), key_memory, value_memory,
-                ones_memory, mail, verdicts.index(WARPGROUPS * slot + WARPGROUP), barriers, pointers, out_strides,
+                ones_memory, mail, overflows.index(WARPGROUPS * slot + WARPGROUP), barriers, pointers, out_strides,
                 problem, numbers, hook_args, WARPGROUP, SCORE_HOOK, QUICK_HOOK, OPTIONS, STAGES,
             )  # fmt: skip
         mbarrier.arrive(done.index(slot), count=1)
@@ -860,8 +860,8 @@ def attention_forward_hopper(
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     posted_items = gl.allocate_shared_memory(gl.int32, [SLOTS, NUMBERS], NUMBER)
     tiles_of_stages = gl.allocate_shared_memory(gl.int32, [STAGES, 1], NUMBER)
-    verdicts = gl.allocate_shared_memory(gl.int32, [SLOTS * WARPGROUPS, ROWS], NUMBER)
-    doubts = gl.allocate_shared_memory(gl.int32, [2 * WARPGROUPS, 32 * ROWS // 16], NUMBER)
+    overflows = gl.allocate_shared_memory(gl.int32, [SLOTS * WARPGROUPS, ROWS], NUMBER)
+    undecided_memory = gl.allocate_shared_memory(gl.int32, [2 * WARPGROUPS, 32 * ROWS // 16], NUMBER)
     posted = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIER)
     done = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIER)
     query_loaded = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIER)
@@ -898,7 +898,7 @@ def attention_forward_hopper(
     values = (value_descriptor, value_tail_descriptor, tail_start)
     descriptors = (query_descriptor, keys, values)
     buffers = (query_memory, key_memory, value_memory)
-    mail = (posted_items, tiles_of_stages, verdicts, doubts)
+    mail = (posted_items, tiles_of_stages, overflows, undecided_memory)
     barriers = (posted, done, query_loaded, loaded, freed, turn, cleared)
     pointers = (out_ptr, lse_ptr, sink_logits_ptr)
     lists: gl.constexpr = None

@@ -35,7 +35,7 @@ from .hopper import (
     load_rows,
     read_number,
     read_numbers,
-    soften,
+    update_softmax,
     spread,
     store_item,
     sum_in_thread,
@@ -224,7 +224,7 @@ def advance(
 
 @gluon.jit
 def attend_item(
-    slot, item, counters, query_memory, memories, mail, votes, verdict, barriers, cleared, pointers, out_strides,
+    slot, item, counters, query_memory, memories, mail, votes, overflows, barriers, cleared, pointers, out_strides,
     problem, numbers, margin_ptr, WARPGROUP: gl.constexpr, OPTIONS: gl.constexpr,
 ):  # fmt: skip
     """Compute one warpgroup's queries of the item that is posted in a slot; see :func:`.hopper.attend_item`."""
@@ -296,7 +296,7 @@ def attend_item(
         post_vote(flags, vote, votes, decided, WARPGROUP)
         is_kept = find_vote(vote, votes, decided) | (first == diagonal)
         vote += 1
-        weights, tile_sum, rescale, running_max, _ = soften(
+        weights, tile_sum, rescale, running_max, _ = update_softmax(
             products, gl.where(is_kept, tile, first + UNLISTED), positions, running_max, rules, numbers, (), None,
             False, OPTIONS, True, False,
         )  # fmt: skip
@@ -340,7 +340,7 @@ def attend_item(
         vote += 1
 
     store_item(
-        accumulator, partial_sum, running_max, tiles > masked, rows, row_start, query, verdict, pointers, out_strides,
+        accumulator, partial_sum, running_max, tiles > masked, rows, row_start, query, overflows, pointers, out_strides,
         (head, first_query, query_length), problem[1], OPTIONS,
     )  # fmt: skip
     return step, value_step, vote, clearings
@@ -351,7 +351,7 @@ def attend_items(work, margin_ptr, WARPGROUP: gl.constexpr, OPTIONS: gl.constexp
     """Compute the items that are posted: the part of a warpgroup."""
     buffers, mail, votes, posts, barriers, cleared, pointers, out_strides, problem, numbers = work
     query_memory, key_memory, value_memory = buffers
-    posted_items, _, verdicts, _ = mail
+    posted_items, _, overflows, _ = mail
     posted, done, query_loaded = posts
     counters = (0, 0, 0, 0)
     post = 0
@@ -364,7 +364,7 @@ def attend_items(work, margin_ptr, WARPGROUP: gl.constexpr, OPTIONS: gl.constexp
             mbarrier.wait(query_loaded.index(slot), post // SLOTS & 1)
             counters = attend_item(
                 slot, item, counters, query_memory.index(WARPGROUPS * slot + WARPGROUP), (key_memory, value_memory),
-                mail, votes, verdicts.index(WARPGROUPS * slot + WARPGROUP), barriers, cleared, pointers, out_strides,
+                mail, votes, overflows.index(WARPGROUPS * slot + WARPGROUP), barriers, cleared, pointers, out_strides,
                 problem, numbers, margin_ptr, WARPGROUP, OPTIONS,
             )  # fmt: skip
         mbarrier.arrive(done.index(slot), count=1)
@@ -399,7 +399,7 @@ def skip_forward_hopper(
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     posted_items = gl.allocate_shared_memory(gl.int32, [SLOTS, NUMBERS], NUMBER)
     tiles_of_stages = gl.allocate_shared_memory(gl.int32, [KEY_STAGES, 1], NUMBER)
-    verdicts = gl.allocate_shared_memory(gl.int32, [SLOTS * WARPGROUPS, ROWS], NUMBER)
+    overflows = gl.allocate_shared_memory(gl.int32, [SLOTS * WARPGROUPS, ROWS], NUMBER)
     votes = gl.allocate_shared_memory(gl.int32, [VOTES, WARPGROUPS * ROWS // 16], NUMBER)
     posted = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIER)
     done = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIER)
@@ -430,7 +430,7 @@ def skip_forward_hopper(
     values = (value_descriptor, None, 0)
     descriptors = (query_descriptor, keys, values)
     buffers = (query_memory, key_memory, value_memory)
-    mail = (posted_items, tiles_of_stages, verdicts, None)
+    mail = (posted_items, tiles_of_stages, overflows, None)
     lists = (visits_ptr, order_ptr, list_rows, visits_stride, heads_per_list)
     problem = (sequences, heads_of, batch, tiles_per_head, heads_per_wave, (num_sinks, window, sliding_window), lists)
     barriers = (loaded, freed, values_loaded, values_freed, decided)

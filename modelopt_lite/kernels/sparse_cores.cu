@@ -55,7 +55,7 @@ constexpr u32 QUERIES = 0, KEYS = SLOTS * ITEM_QUERY_BYTES, VALUES = KEYS + STAG
 constexpr u32 LOADED = VALUES + STAGES * TILE_BYTES, KEYS_FREE = LOADED + 8 * STAGES, VALUES_FREE = KEYS_FREE + 8 * STAGES;
 constexpr u32 FOUND = VALUES_FREE + 8 * STAGES, POSTED = FOUND + 8 * SLOTS, DONE = POSTED + 8 * SLOTS;
 constexpr u32 ITEM_BYTES = 96;
-constexpr u32 ITEMS = DONE + 8 * SLOTS, VERDICTS = ITEMS + ITEM_BYTES * SLOTS, SHARED = VERDICTS + 16 * WARPGROUPS * SLOTS;
+constexpr u32 ITEMS = DONE + 8 * SLOTS, OVERFLOWS = ITEMS + ITEM_BYTES * SLOTS, SHARED = OVERFLOWS + 16 * WARPGROUPS * SLOTS;
 static_assert(SHARED <= KEYS + 2 * STAGES * TILE_BYTES + 512, "");
 static_assert(sizeof(Problem) == 168, "");
 constexpr int HEADER = 5, UNLISTED = 1;  // of visits.py
@@ -268,7 +268,7 @@ __device__ __forceinline__ void choose(
 // Metadata of 32 keys come from two lanes of a quad: bits 4c to 4c + 3 of lane 2s + h are those of group 4h + c of the
 // lower row, 16 higher the upper row's, s being the selector. Each thread has four bits of each such word, and words
 // are brought together in two exchanges, as bytes of two steps.
-__device__ __forceinline__ void soften(
+__device__ __forceinline__ void update_softmax(
     const float (&scores)[64], const Thread& thread, const float (&shift)[2], float (&sum)[2], u32 (&weights)[16], u32 (&which)[2]) {
   u32 bits[4][2];
 #pragma unroll
@@ -335,7 +335,7 @@ __device__ __forceinline__ void weigh(
 }
 
 // Turn scores of a masked tile into dense weights, those of places 0, 1 and of places 2, 3, with the online softmax.
-__device__ __forceinline__ void soften_masked(
+__device__ __forceinline__ void update_softmax_masked(
     float (&scores)[64], const Thread& thread, const Masks& masks, float (&top)[2], float (&shift)[2],
     float (&rescale)[2], float (&sum)[2], u32 (&first)[16], u32 (&last)[16]) {
   // No query of the first warpgroup sees anything of the upper half of a tile on the diagonal.
@@ -487,7 +487,7 @@ __device__ __forceinline__ void find_items(const Problem& p, unsigned char* memo
     int overflowed = 0;
     if (post >= SLOTS)
       for (int warp = 0; warp < 4 * WARPGROUPS; warp++)
-        overflowed |= read_shared(base + VERDICTS + 16 * WARPGROUPS * slot + 4 * warp);
+        overflowed |= read_shared(base + OVERFLOWS + 16 * WARPGROUPS * slot + 4 * warp);
 #if WARPGROUPS == 2
     Item* mail = (Item*)(memory + ITEMS + ITEM_BYTES * slot);
     Item item = {};
@@ -631,7 +631,7 @@ __device__ __forceinline__ void advance(
   multiply_values(output, weights, which, ring.values());
   wait_for<1>(scores);
   ring.free_keys(thread);
-  soften(scores, thread, shift, sum, next, next_which);
+  update_softmax(scores, thread, shift, sum, next, next_which);
   release(next);
   pin(sum, next, next_which);
   wait_for<0>(output);
@@ -704,7 +704,7 @@ __device__ __forceinline__ bool attend_item(
     wait_for<0>(scores);
     ring.free_keys(thread);
     ring.free_values(thread);
-    soften_masked(scores, thread, masks, top, shift, rescale, sum, first, last);
+    update_softmax_masked(scores, thread, masks, top, shift, rescale, sum, first, last);
   }
   if ((item.last & -TILE) + TILE > item.length) {
     ring.wait();
@@ -721,7 +721,7 @@ __device__ __forceinline__ bool attend_item(
     ring.free_keys(thread);
     if (WARPGROUPS == 2) {
       u32 next_first[16], next_last[16];
-      soften_masked(scores, thread, masks, top, shift, rescale, sum, next_first, next_last);
+      update_softmax_masked(scores, thread, masks, top, shift, rescale, sum, next_first, next_last);
       finish_masked();
       // Not by moves, which it would leave out: products of weights from two places it puts one after the other.
 #pragma unroll
@@ -731,7 +731,7 @@ __device__ __forceinline__ bool attend_item(
       }
     } else {  // there are no registers for two sets of weights
       finish_masked();
-      soften_masked(scores, thread, masks, top, shift, rescale, sum, first, last);
+      update_softmax_masked(scores, thread, masks, top, shift, rescale, sum, first, last);
     }
 #pragma unroll
     for (int i = 0; i < DIM / 2; i++) output[i] *= rescale[i / 2 % 2];
@@ -754,13 +754,13 @@ __device__ __forceinline__ bool attend_item(
       wait_for<1>(scores);
       ring.free_keys(thread);
       if (WARPGROUPS == 2) {
-        soften(scores, thread, shift, sum, even, which_even);
+        update_softmax(scores, thread, shift, sum, even, which_even);
         release(even);
         pin(sum, even, which_even);
         finish_masked();
       } else {
         finish_masked();
-        soften(scores, thread, shift, sum, even, which_even);
+        update_softmax(scores, thread, shift, sum, even, which_even);
       }
     }
 #pragma unroll 1
@@ -858,8 +858,8 @@ __device__ __forceinline__ void attend_items(const Problem& p, const unsigned ch
     idle = item.tiles == 0 ? idle + 1 : 0;
     __syncwarp();  // a vote orders no memory
     overflowed = __any_sync(ALL, overflowed);
-    const u32 verdict = WARPGROUPS == 2 ? 32 * slot + 16 * warpgroup : 16 * (WARPGROUPS * slot + warpgroup);
-    if (thread.elected) write_shared(base + VERDICTS + verdict + 4 * thread.warp, overflowed);
+    const u32 flags = WARPGROUPS == 2 ? 32 * slot + 16 * warpgroup : 16 * (WARPGROUPS * slot + warpgroup);
+    if (thread.elected) write_shared(base + OVERFLOWS + flags + 4 * thread.warp, overflowed);
     barrier_arrive(base + DONE + 8 * slot, thread.elected);
   }
 }

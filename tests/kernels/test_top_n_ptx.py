@@ -109,7 +109,7 @@ def test_exact_rule(n, m, absent):
 
 
 @pytest.mark.parametrize(("n", "m"), [(n, m) for m in (8, 16) for n in range(1, m)])
-def test_quick_rule_is_right_or_in_doubt(n, m):
+def test_quick_rule_is_right_or_undecided(n, m):
     program = _keep_at_least_nth(n, m)
     for scores in groups(m, n):
         weights = [round(2**score, 2) for score in scores]  # so that some scores that differ have the same weight
@@ -124,7 +124,7 @@ def test_quick_rule_is_right_or_in_doubt(n, m):
 
 @pytest.mark.parametrize(("n", "m"), [(n, m) for m in (8, 16) for n in range(1, m)])
 def test_quick_rule_counts_nan(n, m):
-    """No group may count below ``n``, as that would hide another's doubt."""
+    """No group may count below ``n``, as that would hide another group that is undecided."""
     generator = random.Random(n)
     for _ in range(40):
         first = generator.randrange(m)
