@@ -278,8 +278,8 @@ def attend_item(
             gl.where((first == diagonal) & (tile == first), 0, UNLISTED),
         )  # fmt: skip
         reference = gl.maximum(reference, gl.convert_layout(gl.max(largest, 1), ROW))
-    # Rows without a query never ask for a tile.
-    bound = gl.where(stored, reference + margin / numbers[0], float("inf"))
+    # Nothing reaches NaN: rows without a query, which may hold anything, ask for no tile.
+    bound = gl.where(stored, reference + margin / numbers[0], float("nan"))
 
     for _ in range(masked):
         stage = step % KEY_STAGES

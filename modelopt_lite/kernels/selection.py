@@ -52,6 +52,26 @@ def chosen_blocks(request: AttentionRequest) -> tuple[Tensor, Tensor | None]:
 
 
 @torch.no_grad()
+def select_before_skipping(request: AttentionRequest) -> tuple[KeyBlocks, Tensor]:
+    """Return what a kernel needs that applies the plan's skip rule itself.
+
+    Args:
+        request: a checked request without lists, whose plan has a skip rule.
+
+    Returns:
+        The key blocks that the plan's selector keeps, or all that are seen, in lists that heads may share; and the
+        logarithms of the thresholds of query blocks, FP32 ``[query_blocks]``, ``-inf`` where nothing is skipped.
+    """
+    plan = request.plan
+    assert plan.skip is not None
+    grid = BlockGrid(request, *request.grid)
+    seen = grid.seen()
+    mask = seen[None] if plan.blocks is None else _selected(request, grid, seen, [plan.blocks])[0]
+    thresholds = _log_thresholds(grid, seen, plan.skip).masked_fill(grid.is_dense(), -torch.inf)
+    return KeyBlocks.from_mask(mask, grid.starts, *request.grid), thresholds.float()
+
+
+@torch.no_grad()
 def count_visited(request: AttentionRequest, plans: Sequence[AttentionPlan]) -> tuple[Tensor, Tensor]:
     """Count the key blocks that each of several plans visits, from one computation of the scores.
 
@@ -148,15 +168,18 @@ def _skipped(
     Returns:
         ``[rules, query_heads, query_blocks, key_blocks]``.
     """
-    lengths = grid.lengths(seen)
-    margins = torch.stack(
-        [rule.log_threshold(lengths).where(~grid.is_single, rule.of_decode().log_threshold(lengths)) for rule in rules]
-    ).to(grid.dtype)
+    margins = torch.stack([_log_thresholds(grid, seen, rule) for rule in rules]).to(grid.dtype)
     excess = skip_excess(grid, None if request.plan.blocks is None else selected)
     if excess is None:
         excess = _excess(request, grid, seen, selected)
     skipped = (excess < margins[:, None, :, None]) & (excess > -torch.inf)
     return skipped & selected & ~grid.is_dense()[:, None]
+
+
+def _log_thresholds(grid: BlockGrid, seen: Tensor, rule: SkipRule) -> Tensor:
+    """Return ``ln(threshold)`` of each query block, FP64 ``[query_blocks]``."""
+    lengths = grid.lengths(seen)
+    return rule.log_threshold(lengths).where(~grid.is_single, rule.of_decode().log_threshold(lengths))
 
 
 def _excess(request: AttentionRequest, grid: BlockGrid, seen: Tensor, selected: Tensor) -> Tensor:
