@@ -1,29 +1,26 @@
 """Skip-softmax in the attention forward for Hopper GPUs: it decides in the main loop, so each score is computed once.
 
-The structure is that of :mod:`modelopt_lite.kernels.hopper`, for BF16 and a head dimension of 128. A query's reference
-comes from masked tiles alone: these hold all keys that are exempt or in the diagonal block. So the references of an item
-are found first, from the keys of the masked tiles. Then each tile is decided as soon as its scores are there.
+The structure is that of :mod:`modelopt_lite.kernels.hopper`, for BF16 and a head dimension of 128. Masked tiles hold
+all keys that a query's reference comes from: those exempt or in the diagonal block. So the references of an item
+are found first, from the keys of its masked tiles. Then each tile is decided as soon as its scores are there.
 
-Both warpgroups of an item have to agree, as a key block is skipped for a whole query block. So each tells the other what
-it found, and the next tile's scores are computed while they wait. One warp loads keys, and another one values: those of
-masked tiles, and of the others that are not skipped.
+Both warpgroups of an item have to agree, as a key block is skipped for a whole query block. So each tells the other
+what it found, and the next tile's scores are computed while they wait. One warp loads keys. Another one loads values:
+those of masked tiles, and of the others that are not skipped.
 """
 
 from __future__ import annotations
 
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
 from .hopper import (
-    NOTHING,
     NUMBERS,
     ONLINE,
     ROWS,
@@ -35,11 +32,11 @@ from .hopper import (
     load_rows,
     read_number,
     read_numbers,
-    update_softmax,
     spread,
     store_item,
     sum_in_thread,
     synchronize,
+    update_softmax,
     visits_of,
     write_number,
 )

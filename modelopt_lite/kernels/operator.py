@@ -58,15 +58,18 @@ def compute(request: AttentionRequest, backend: Backend = "auto") -> tuple[Tenso
         ValueError: if an argument is wrong; the message names it.
         UnsupportedError: if the backend asked for cannot run the request.
     """
+    is_recorded = _needs_gradient(request) or is_traced(request.q)
     if request.plan.chooses_blocks and request.blocks is None:
         check_request(request)
-        request = request._replace(plan=DENSE) if request.is_decode(request.max_q) else _with_blocks(request)
-    needs_gradient = _needs_gradient(request)
-    if not (needs_gradient or is_traced(request.q)):
+        if request.is_decode(request.max_q):
+            request = request._replace(plan=DENSE)
+        elif is_recorded or not choice.skips_itself(request, backend):
+            request = _with_blocks(request)
+    if not is_recorded:
         return choice.run(request, backend)
     check_request(request)
     choice.check_backend(request, backend)
-    if needs_gradient:
+    if _needs_gradient(request):
         request = request._replace(with_lse=True)
     inputs = (*request.flatten(), backend)
     if torch.compiler.is_compiling():
