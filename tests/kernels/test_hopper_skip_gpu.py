@@ -24,7 +24,7 @@ PLANS = {
     "many exempt": AttentionPlan(skip=SkipRule(2.0), num_sink_tokens=200, dense_window_size=64),
     "nothing skipped": AttentionPlan(skip=SkipRule(1e-30), num_sink_tokens=4),
     "everything skipped": AttentionPlan(skip=SkipRule(1e30), num_sink_tokens=4),
-    "curve": AttentionPlan(skip=SkipRule(LengthCurve((1.0,), (-4.0,), (0.7,))), num_sink_tokens=4),
+    "curve": AttentionPlan(skip=SkipRule(LengthCurve((128.0, 1000.0), (-0.5, 0.5))), num_sink_tokens=4),
     "decode": AttentionPlan(skip=SkipRule(1.0, decode_threshold=0.9), num_sink_tokens=4, sparse_decode=True),
     "selector": dataclasses.replace(
         MeanPoolTopK(keep=0.6).plan(), skip=SkipRule(0.7), num_sink_tokens=4, dense_window_size=30
