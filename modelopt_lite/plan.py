@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -26,6 +27,7 @@ BLOCK_SIZE = 128
 """Default of keys in a key block and of queries in a query block."""
 
 _BY_HAND = "by hand "
+_ALL_BLOCKS = "all blocks of "
 _this_process = uuid.uuid4().hex
 _numbers = itertools.count()
 _plans: dict[str, AttentionPlan] = {}
@@ -77,6 +79,16 @@ class BlockSelector:
         for name in ("first_blocks", "recent_blocks"):
             if getattr(self, name) < 0:
                 raise ValueError(f"selector.{name}: {getattr(self, name)!r} is not allowed; an integer >= 0")
+
+    def forces_all(self, keys: int, is_causal: bool) -> bool:
+        """Whether every block that is seen is forced in sequences of up to so many keys, whose last are the queries."""
+        blocks = -(-keys // self.block_size)
+        forced = self.first_blocks
+        if is_causal and self.recent_blocks:  # else queries may stand before all keys
+            # From the first diagonal block of the last query block on, and the recent ones before it.
+            last_diagonal = max(0, keys - 1) // self.block_rows * (self.block_rows // self.block_size)
+            forced += blocks - last_diagonal + self.recent_blocks - 1
+        return forced >= blocks
 
 
 @dataclass(frozen=True)
@@ -286,6 +298,29 @@ class AttentionPlan:
         # The class travels by reference, so that its module is imported, and the method registered, first.
         return _unpickled, (self.name, self.made_by)
 
+    def for_keys(self, keys: int, is_causal: bool) -> AttentionPlan:
+        """Return a plan that keeps the same, and chooses no blocks where there is nothing to choose.
+
+        In short sequences all blocks that are seen are forced, and skip-softmax has none that is not diagonal.
+
+        Args:
+            keys: an upper bound of a sequence's keys. They begin at position 0, and the queries are the last of them.
+            is_causal: whether a query sees only keys at its own position and before.
+        """
+        if (self.blocks is None or self.blocks.forces_all(keys, is_causal)) and (
+            self.skip is None or (is_causal and keys <= self.skip.block_rows)
+        ):
+            return self.with_all_blocks if self.chooses_blocks else self
+        return self
+
+    @functools.cached_property
+    def with_all_blocks(self) -> AttentionPlan:
+        """The plan without selector and skip rule."""
+        if self.keep is None:
+            return DENSE
+        plan = replace(self, blocks=None, skip=None)
+        return plan if self.is_by_hand else keep_plan(plan, _ALL_BLOCKS + self.name, self.made_by)
+
 
 def keep_plan(plan: AttentionPlan, name: str, made_by: type[Any] | None = None) -> AttentionPlan:
     """Name a plan by the configuration that it was made from, and keep it."""
@@ -334,6 +369,8 @@ def plan_by_name(name: str) -> AttentionPlan:
             "this program uses an AttentionPlan that was made by hand, in another process or no longer there, and its "
             "functions did not travel with it; make the program with the plan of a registered method"
         )
+    if name.startswith(_ALL_BLOCKS):
+        return plan_by_name(name.removeprefix(_ALL_BLOCKS)).with_all_blocks
     try:
         configuration = json.loads(name)
         plan: AttentionPlan = get_sparse_method(configuration["method"]).model_validate(configuration).shared_plan()

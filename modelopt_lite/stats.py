@@ -212,10 +212,11 @@ class ModelStatistics:
 def collect_statistics(model: nn.Module) -> Iterator[ModelStatistics]:
     """Count what the sparse layers of a model keep, over every call inside the ``with`` block.
 
-    Each call computes its scores once more, on the torch backend, which costs about half of its attention. Prefills and
-    decode steps are counted apart; decode steps are counted only if the method is sparse in them. Not counted are
-    layers that are switched off, what gradient checkpointing computes again, and calls in other threads. Counting does
-    not wait for the device. A CUDA graph is refused, because its replays would not be counted.
+    On a GPU each call of a method that chooses blocks alone costs a sparse and a dense call of the kernels more. Any
+    other call computes its scores once more, on the torch backend, which costs about half of its attention there.
+    Prefills and decode steps are counted apart; decode steps are counted only if the method is sparse in them. Not
+    counted are layers that are switched off, what gradient checkpointing computes again, and calls in other threads.
+    Counting does not wait for the device. A CUDA graph is refused, because its replays would not be counted.
 
     Args:
         model: a model after :func:`~modelopt_lite.conversion.sparsify`. Without sparse layers nothing is counted.

@@ -17,7 +17,8 @@ from .choice import Backend, Run, prepared, run
 from .operator import compute, gradients, is_traced, pack
 from .request import MAX_QUERIES, AttentionRequest
 from .sdpa import sdpa
-from .selection import count_visited, select_blocks, statistics_of_blocks
+from .selection import count_visited, select_blocks
+from .statistics import statistics_of
 from .top_n import top_n_plan
 
 __all__ = [
@@ -165,8 +166,8 @@ def attention_statistics(
 ) -> AttentionStatistics:
     """Measure what a plan keeps, without computing the attention; arguments as in :func:`attention`.
 
-    Runs on any device without waiting for it, at about half the cost of a forward pass of the torch backend, more if
-    lengths differ.
+    Runs on any device without waiting for it. On a GPU it costs a sparse and a dense call of the kernels, if the plan
+    has no rule for keys within a group; else about half a forward pass of the torch backend, more if lengths differ.
 
     Raises:
         ValueError: if an argument is wrong; the message names it. Starts and lengths are checked value by value on the
@@ -187,7 +188,7 @@ def request_statistics(request: AttentionRequest) -> AttentionStatistics:
     if request.q.device.type == "cpu":
         request.check_values()
     with torch.autocast(request.q.device.type, enabled=False):
-        return statistics_of_blocks(request)
+        return statistics_of(request)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator] # it belongs to no graph

@@ -1,7 +1,8 @@
-"""Triton kernels that score key blocks, choose among them, and list what was chosen.
+"""Triton kernels that find the blocks of a request, score key blocks, choose among them, and list what was chosen.
 
 Each program finds its blocks by the tables of a :class:`~modelopt_lite.kernels.blocks.BlockGrid`, so the host
-knows no lengths and never waits. Logarithms are those of base 2. Programs with the most keys start first.
+knows no lengths and never waits. Logarithms are those of base 2. Programs with the most keys start first. Numbers that
+change with the length are not specialized, so that nothing is compiled again for another length.
 """
 
 from __future__ import annotations
@@ -10,6 +11,130 @@ import triton
 import triton.language as tl
 
 from .tiles import LOG2E
+from .visits import floor_div
+
+SEQUENCES = tl.constexpr(32)
+"""Sequences that a program of :func:`lay_out` looks at together."""
+
+
+@triton.jit
+def _positions(sequence, lengths_q_ptr, lengths_k_ptr, first_q_ptr, first_k_ptr, exists):
+    """Return the first position of a sequence's queries and the one behind the last, and the same of its keys."""
+    length_q = tl.load(lengths_q_ptr + sequence, mask=exists, other=0).to(tl.int32)
+    length_k = tl.load(lengths_k_ptr + sequence, mask=exists, other=0).to(tl.int32)
+    first_k = length_k * 0
+    if first_k_ptr is not None:
+        first_k = tl.load(first_k_ptr + sequence, mask=exists, other=0).to(tl.int32)
+    first_q = first_k + length_k - length_q
+    if first_q_ptr is not None:
+        first_q = tl.load(first_q_ptr + sequence, mask=exists, other=0).to(tl.int32)
+    return first_q, first_q + length_q, first_k, first_k + length_k
+
+
+@triton.jit
+def _lay_out_queries(
+    starts_ptr, tables_of_queries, rows, packing, sizes, program, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Write the tables of ``BLOCK`` query blocks; the first program also writes those of the sequences."""
+    sequence_ptr, origin_ptr, low_ptr, high_ptr = tables_of_queries
+    row_q_ptr, row_k_ptr = rows
+    starts_q_ptr, lengths_q_ptr, starts_k_ptr, lengths_k_ptr, first_q_ptr, first_k_ptr = packing
+    batch, query_blocks = sizes
+    number = program * BLOCK + tl.arange(0, BLOCK)
+    sequence = tl.zeros([BLOCK], tl.int32)
+    start = tl.zeros([BLOCK], tl.int32)
+    before = batch * 0
+    for begin in range(0, batch, SEQUENCES):
+        others = begin + tl.arange(0, SEQUENCES)
+        exist = others < batch
+        first_q, end_q, first_k, _end_k = _positions(
+            others, lengths_q_ptr, lengths_k_ptr, first_q_ptr, first_k_ptr, exist
+        )
+        blocks = floor_div(end_q - 1, ROWS) - floor_div(first_q, ROWS) + 1
+        blocks = tl.where(exist & (end_q > first_q), blocks, 0)
+        ends = before + tl.cumsum(blocks, 0)
+        before += tl.sum(blocks, 0)
+        # Rows behind the last block are those of the last sequence.
+        is_before = (ends[None, :] <= number[:, None]) & (others < batch - 1)[None, :]
+        sequence += tl.sum(is_before.to(tl.int32), 1)
+        start = tl.maximum(start, tl.max(tl.where(is_before, ends[None, :], 0), 1))
+        if program == 0:
+            tl.store(starts_ptr + others, ends - blocks, mask=exist)
+            begin_q = tl.load(starts_q_ptr + others, mask=exist, other=0).to(tl.int64)
+            begin_k = tl.load(starts_k_ptr + others, mask=exist, other=0).to(tl.int64)
+            tl.store(row_q_ptr + others, begin_q - first_q, mask=exist)
+            tl.store(row_k_ptr + others, begin_k - first_k, mask=exist)
+    exists = number < query_blocks
+    first, end, _, _ = _positions(sequence, lengths_q_ptr, lengths_k_ptr, first_q_ptr, first_k_ptr, exists)
+    origin = (floor_div(first, ROWS) + number - start) * ROWS
+    tl.store(sequence_ptr + number, sequence.to(tl.int64), mask=exists)
+    tl.store(origin_ptr + number, origin.to(tl.int64), mask=exists)
+    tl.store(low_ptr + number, tl.maximum(origin, first).to(tl.int64), mask=exists)
+    tl.store(high_ptr + number, (tl.minimum(origin + ROWS, end) - 1).to(tl.int64), mask=exists)
+
+
+@triton.jit
+def _lay_out_keys(tables_of_keys, packing, columns, program, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Write the tables of ``BLOCK`` key blocks of one sequence."""
+    origin_ptr, low_ptr, high_ptr = tables_of_keys
+    _, lengths_q_ptr, _, lengths_k_ptr, first_q_ptr, first_k_ptr = packing
+    programs_each = tl.cdiv(columns, BLOCK)
+    sequence = program // programs_each
+    column = program % programs_each * BLOCK + tl.arange(0, BLOCK)
+    exists = column < columns
+    _, _, first, end = _positions(sequence, lengths_q_ptr, lengths_k_ptr, first_q_ptr, first_k_ptr, sequence >= 0)
+    origin = (first // SIZE + column) * SIZE
+    place = sequence.to(tl.int64) * columns + column
+    tl.store(origin_ptr + place, origin.to(tl.int64), mask=exists)
+    tl.store(low_ptr + place, tl.maximum(origin, first).to(tl.int64), mask=exists)
+    tl.store(high_ptr + place, (tl.minimum(origin + SIZE, end) - 1).to(tl.int64), mask=exists)
+
+
+@triton.jit(do_not_specialize=["batch", "query_blocks", "columns"])
+def lay_out(
+    starts_ptr, tables_of_queries, tables_of_keys, rows, packing, batch, query_blocks, columns,
+    ROWS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write the tables of a grid, as :func:`modelopt_lite.kernels.grid_tables.grid_tables`.
+
+    The first programs write those of ``BLOCK`` query blocks each, the others those of ``BLOCK`` key blocks.
+    """
+    sizes = (batch, query_blocks)
+    programs = tl.maximum(tl.cdiv(query_blocks, BLOCK), 1)
+    program = tl.program_id(0)
+    if program < programs:
+        _lay_out_queries(starts_ptr, tables_of_queries, rows, packing, sizes, program, ROWS, BLOCK)
+    else:
+        _lay_out_keys(tables_of_keys, packing, columns, program - programs, SIZE, BLOCK)
+
+
+@triton.jit(do_not_specialize=["columns", "window", "first_blocks", "recent_blocks"])
+def mark_blocks(
+    seen_ptr, forced_ptr, sequence_ptr, origin_q_ptr, low_q_ptr, high_q_ptr, origin_k_ptr, low_k_ptr, high_k_ptr,
+    lengths_q_ptr, columns, window, first_blocks, recent_blocks,
+    ROWS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, CAUSAL: tl.constexpr, SLIDING: tl.constexpr,
+    SPARSE_DECODE: tl.constexpr,
+):  # fmt: skip
+    """Mark the blocks that a query block sees, and those of them that are kept in any case."""
+    block = tl.program_id(0)
+    sequence = tl.load(sequence_ptr + block)
+    origin = tl.load(origin_q_ptr + block).to(tl.int32)
+    low = tl.load(low_q_ptr + block).to(tl.int32)
+    high = tl.load(high_q_ptr + block).to(tl.int32)
+    keeps_all = (tl.load(lengths_q_ptr + sequence) == 1) & (SPARSE_DECODE == 0)
+    for begin in range(0, columns, BLOCK):
+        column = begin + tl.arange(0, BLOCK)
+        exists = column < columns
+        table = sequence * columns + column
+        low_k = tl.load(low_k_ptr + table, mask=exists, other=0).to(tl.int32)
+        high_k = tl.load(high_k_ptr + table, mask=exists, other=-1).to(tl.int32)
+        origin_k = tl.load(origin_k_ptr + table, mask=exists, other=0).to(tl.int32)
+        seen = _any_visible(low, high, low_k, high_k, window, CAUSAL, SLIDING)
+        is_recent = (origin_k >= origin - (recent_blocks - 1) * SIZE) & (origin_k < origin + ROWS)
+        forced = (origin_k < first_blocks * SIZE) | (is_recent & (recent_blocks > 0)) | keeps_all
+        place = block.to(tl.int64) * columns + column
+        tl.store(seen_ptr + place, seen.to(tl.int8), mask=exists)
+        tl.store(forced_ptr + place, (seen & forced).to(tl.int8), mask=exists)
 
 
 @triton.jit
@@ -20,15 +145,22 @@ def _tile_of_rows(pointer, rows, exists, stride, DIM: tl.constexpr, BLOCK_D: tl.
     return tl.load(pointer + rows[:, None] * stride + columns[None, :], mask=mask, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks_each"])
 def mean_rows(
-    x_ptr, mean_ptr, sequence_ptr, row_ptr, origin_ptr, low_ptr, high_ptr, stride, head_stride,
+    x_ptr, mean_ptr, sequence_ptr, row_ptr, origin_ptr, low_ptr, high_ptr, blocks_each, stride, head_stride,
     HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """Store the mean of the rows of one block and head, ``[blocks, HEADS, DIM]`` FP32; 0 without any row."""
+    """Store the mean of the rows of one block and head, ``[blocks, HEADS, DIM]`` FP32; 0 without any row.
+
+    Without a table of the sequences, each has ``blocks_each`` blocks.
+    """
     block = tl.program_id(0) // HEADS
+    if sequence_ptr is None:
+        sequence = block // blocks_each
+    else:
+        sequence = tl.load(sequence_ptr + block)
     head = (tl.program_id(0) % HEADS).to(tl.int64)
-    row = tl.load(row_ptr + tl.load(sequence_ptr + block))
+    row = tl.load(row_ptr + sequence).to(tl.int64)
     low, high = tl.load(low_ptr + block), tl.load(high_ptr + block)
     position = tl.load(origin_ptr + block) + tl.arange(0, SIZE)
     exists = (position >= low) & (position <= high)
@@ -36,6 +168,59 @@ def mean_rows(
     mean = tl.sum(x.to(tl.float32), 0) / tl.maximum(high - low + 1, 1).to(tl.float32)
     columns = tl.arange(0, BLOCK_D)
     tl.store(mean_ptr + tl.program_id(0).to(tl.int64) * DIM + columns, mean, mask=columns < DIM)
+
+
+@triton.jit(do_not_specialize=["numbers"])
+def split_numbers(x_ptr, parts_ptr, numbers, BLOCK: tl.constexpr):
+    """Store FP32 numbers as sums of two of another type: all first parts, then all second ones."""
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    exists = place < numbers
+    x = tl.load(x_ptr + place, mask=exists, other=0.0)
+    first = x.to(parts_ptr.dtype.element_ty)
+    tl.store(parts_ptr + place, first, mask=exists)
+    tl.store(parts_ptr + numbers + place, (x - first.to(tl.float32)).to(parts_ptr.dtype.element_ty), mask=exists)
+
+
+@triton.jit(do_not_specialize=["query_blocks", "columns", "window"])
+def multiply_means(
+    query_ptr, key_ptr, score_ptr, sequence_ptr, low_q_ptr, high_q_ptr, low_k_ptr, high_k_ptr, query_blocks, columns,
+    scale, softcap, window,
+    HEADS: tl.constexpr, REPEAT: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, SIZE: tl.constexpr, CAUSAL: tl.constexpr, SLIDING: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """Multiply ``BLOCK_M`` mean queries of one head with all mean keys that their blocks see.
+
+    Stores scores ``[HEADS, query_blocks, columns]``; means are FP32, ``[query_blocks, HEADS, DIM]`` and ``[batch,
+    columns, HEADS // REPEAT, DIM]``.
+    """
+    KV_HEADS: tl.constexpr = HEADS // REPEAT
+    head = (tl.program_id(0) % HEADS).to(tl.int64)
+    tile = tl.cdiv(query_blocks, BLOCK_M) - 1 - tl.program_id(0) // HEADS
+    block = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    exists = block < query_blocks
+    of_row = tl.load(sequence_ptr + block, mask=exists, other=0).to(tl.int32)
+    low = tl.load(low_q_ptr + block, mask=exists, other=0).to(tl.int32)
+    high = tl.load(high_q_ptr + block, mask=exists, other=-1).to(tl.int32)
+    query = _tile_of_rows(query_ptr + head * DIM, block.to(tl.int64), exists, HEADS * DIM, DIM, BLOCK_D)
+    score_ptr += (head * query_blocks + block) * columns
+    for sequence in tl.range(
+        tl.min(tl.where(exists, of_row, 1 << 30), 0), tl.max(tl.where(exists, of_row, -1), 0) + 1, num_stages=1
+    ):
+        is_own = exists & (of_row == sequence) & (low <= high)
+        tables = columns.to(tl.int64) * sequence
+        first = tl.load(low_k_ptr + tables).to(tl.int32)
+        end = tl.load(high_k_ptr + tables + columns - 1).to(tl.int32) + 1
+        lowest = tl.min(tl.where(is_own, low, 1 << 30), 0)
+        farthest = tl.max(tl.where(is_own, high, -(1 << 30)), 0)
+        begin, behind = _span(lowest, farthest, first, end, window, SIZE, CAUSAL, SLIDING)
+        behind = tl.where(lowest <= farthest, tl.minimum(behind, columns), begin)
+        for column in tl.range(begin, behind, BLOCK_N):
+            number = column + tl.arange(0, BLOCK_N)
+            keys = (tables + number) * KV_HEADS + head // REPEAT
+            key = _tile_of_rows(key_ptr, keys, number < columns, DIM, DIM, BLOCK_D)
+            scores = _scaled(tl.dot(query, key.T, input_precision="ieee"), scale, softcap, HAS_SOFTCAP)
+            tl.store(score_ptr[:, None] + number[None, :], scores, mask=is_own[:, None] & (number < columns)[None, :])
 
 
 @triton.jit
@@ -55,16 +240,22 @@ def _scaled(products, scale, softcap, HAS_SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def _sees(low_q, high_q, low_k, high_k, window, CAUSAL: tl.constexpr, SLIDING: tl.constexpr):
-    """As :func:`modelopt_lite.kernels.blocks.any_visible`, for a column of queries and a row of keys."""
-    seen = (low_q <= high_q)[:, None] & (low_k <= high_k)[None, :]
+def _any_visible(low_q, high_q, low_k, high_k, window, CAUSAL: tl.constexpr, SLIDING: tl.constexpr):
+    """As :func:`modelopt_lite.kernels.blocks.any_visible`."""
+    seen = (low_q <= high_q) & (low_k <= high_k)
     if CAUSAL:
-        seen = seen & (low_k[None, :] <= high_q[:, None])
+        seen = seen & (low_k <= high_q)
     if SLIDING:
-        seen = seen & (low_q[:, None] - high_k[None, :] < window)
+        seen = seen & (low_q - high_k < window)
         if not CAUSAL:
-            seen = seen & (low_k[None, :] - high_q[:, None] < window)
+            seen = seen & (low_k - high_q < window)
     return seen
+
+
+@triton.jit
+def _sees(low_q, high_q, low_k, high_k, window, CAUSAL: tl.constexpr, SLIDING: tl.constexpr):
+    """As :func:`_any_visible`, for a column of queries and a row of keys."""
+    return _any_visible(low_q[:, None], high_q[:, None], low_k[None, :], high_k[None, :], window, CAUSAL, SLIDING)
 
 
 @triton.jit
@@ -106,31 +297,29 @@ def _pooled_scores(
     return scores
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["query_blocks", "columns", "window"])
 def sum_softmax(
     query_ptr, pooled_ptr, mass_ptr, sequence_ptr, row_q_ptr, origin_q_ptr, low_q_ptr, high_q_ptr, low_k_ptr,
     high_k_ptr, stride, head_stride, part_stride, query_blocks, columns, scale, softcap, window,
-    HEADS: tl.constexpr, REPEAT: tl.constexpr, TOGETHER: tl.constexpr, PARTS: tl.constexpr, DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, SIZE: tl.constexpr, CAUSAL: tl.constexpr,
-    SLIDING: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    HEADS: tl.constexpr, REPEAT: tl.constexpr, PARTS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SIZE: tl.constexpr, CAUSAL: tl.constexpr, SLIDING: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """Sum the softmax weights of pooled keys over the queries of a block: ``[HEADS, query_blocks, columns]``.
 
-    A program takes ``TOGETHER`` heads, which share keys. The first pass finds the logarithm of each query's
-    denominator, the second one adds up weights; the products are cheaper to compute again than to keep.
+    The first pass finds the logarithm of each query's denominator, the second one adds up weights; the products are
+    cheaper to compute again than to keep.
     """
     KV_HEADS: tl.constexpr = HEADS // REPEAT
-    BLOCK_M: tl.constexpr = TOGETHER * ROWS
-    head = (tl.program_id(0) % (HEADS // TOGETHER) * TOGETHER).to(tl.int64)
-    block = query_blocks - 1 - tl.program_id(0) // (HEADS // TOGETHER)
+    head = (tl.program_id(0) % HEADS).to(tl.int64)
+    block = query_blocks - 1 - tl.program_id(0) // HEADS
     sequence = tl.load(sequence_ptr + block).to(tl.int64)
     low = tl.load(low_q_ptr + block).to(tl.int32)
     high = tl.load(high_q_ptr + block).to(tl.int32)
-    place = tl.arange(0, BLOCK_M)
-    position = tl.load(origin_q_ptr + block).to(tl.int32) + place % ROWS
+    position = tl.load(origin_q_ptr + block).to(tl.int32) + tl.arange(0, BLOCK_M)
     is_query = (position >= low) & (position <= high)
-    begins = (tl.load(row_q_ptr + sequence) + position) * stride + (head + place // ROWS) * head_stride
-    query = _tile_of_rows(query_ptr, begins, is_query, 1, DIM, BLOCK_D)
+    rows = tl.load(row_q_ptr + sequence).to(tl.int64) + position
+    query = _tile_of_rows(query_ptr + head * head_stride, rows, is_query, stride, DIM, BLOCK_D)
 
     low_k_ptr += sequence * columns
     high_k_ptr += sequence * columns
@@ -169,25 +358,23 @@ def sum_softmax(
     # Rows without a query, and queries that see nothing, weigh nothing.
     lse = tl.where(is_query & (total > 0.0), highest + tl.log2(total), float("inf"))
 
-    heads_here = head + tl.arange(0, TOGETHER)
-    mass_ptrs = mass_ptr + ((heads_here * query_blocks + block) * columns)[:, None] + tl.arange(0, BLOCK_N)[None, :]
+    mass_ptr += (head * query_blocks + block) * columns
     for column in tl.range(begin, hot, BLOCK_N):
         scores = _pooled_scores(
             query, pooled_ptr, part_stride, KV_HEADS * DIM, column, columns, position, low_k_ptr, high_k_ptr, scale,
             softcap, window, PARTS, DIM, BLOCK_D, BLOCK_N, CAUSAL, SLIDING, HAS_SOFTCAP, MASKED=False,
         )  # fmt: skip
-        weights = tl.reshape(tl.exp2(scores - lse[:, None]), [TOGETHER, ROWS, BLOCK_N])
-        tl.store(mass_ptrs + column, tl.sum(weights, 1))
+        tl.store(mass_ptr + column + tl.arange(0, BLOCK_N), tl.sum(tl.exp2(scores - lse[:, None]), 0))
     for column in tl.range(hot, behind, BLOCK_N):
         scores = _pooled_scores(
             query, pooled_ptr, part_stride, KV_HEADS * DIM, column, columns, position, low_k_ptr, high_k_ptr, scale,
             softcap, window, PARTS, DIM, BLOCK_D, BLOCK_N, CAUSAL, SLIDING, HAS_SOFTCAP, MASKED=True,
         )  # fmt: skip
-        weights = tl.reshape(tl.exp2(scores - lse[:, None]), [TOGETHER, ROWS, BLOCK_N])
-        tl.store(mass_ptrs + column, tl.sum(weights, 1), mask=(column + tl.arange(0, BLOCK_N) < behind)[None, :])
+        number = column + tl.arange(0, BLOCK_N)
+        tl.store(mass_ptr + number, tl.sum(tl.exp2(scores - lse[:, None]), 0), mask=number < behind)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_block", "blocks_here", "query_blocks", "columns", "tiles", "window"])
 def antidiagonal_tile(
     query_ptr, key_ptr, partial_ptr, highest_ptr, sequence_ptr, row_q_ptr, origin_q_ptr, low_q_ptr, high_q_ptr,
     row_k_ptr, low_k_ptr, high_k_ptr, stride_q, head_stride_q, stride_k, head_stride_k, first_block, blocks_here,
@@ -273,7 +460,7 @@ def antidiagonal_tile(
             tl.store(highest_ptr + group * tiles + tile, highest, mask=is_own)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_block", "blocks_here", "query_blocks", "columns", "tiles", "window"])
 def join_antidiagonals(
     partial_ptr, highest_ptr, mass_ptr, sequence_ptr, origin_q_ptr, low_q_ptr, high_q_ptr, low_k_ptr, high_k_ptr,
     first_block, blocks_here, query_blocks, columns, tiles, window,
@@ -336,8 +523,18 @@ def _weights(
 
 
 @triton.jit
+def _number_of(block, bits, numbers_ptr):
+    """Return the FP64 number of a query block, or the one for all, whose bits are given."""
+    if numbers_ptr is None:
+        number = bits.to(tl.int64).to(tl.float64, bitcast=True)
+    else:
+        number = tl.load(numbers_ptr + block)
+    return number
+
+
+@triton.jit(do_not_specialize=["share", "query_blocks", "columns"])
 def choose_largest(
-    score_ptr, seen_ptr, forced_ptr, share_ptr, chosen_ptr, query_blocks, columns,
+    score_ptr, seen_ptr, forced_ptr, chosen_ptr, share_ptr, share, query_blocks, columns,
     BY_MASS: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Keep the blocks of one query block and head with the largest scores, the forced ones first, up to a share.
@@ -360,8 +557,7 @@ def choose_largest(
     weight = tl.where(seen, 1.0, 0.0).to(tl.float64)
     if BY_MASS:
         weight = score.to(tl.float64)
-    share = tl.load(share_ptr + block)
-    target = tl.sum(weight, 0) * share
+    target = tl.sum(weight, 0) * _number_of(block, share, share_ptr)
     if not BY_MASS:
         target = tl.ceil(target - 1e-9)  # 0.7 * 10 is a little more than 7
     held = tl.sum(tl.where(forced, weight, 0.0), 0)
@@ -384,27 +580,60 @@ def choose_largest(
     tl.store(chosen_ptr + place, kept.to(tl.int8), mask=exists)
 
 
+@triton.jit(do_not_specialize=["fraction", "query_blocks", "columns"])
+def choose_above(score_ptr, seen_ptr, chosen_ptr, fraction_ptr, fraction, query_blocks, columns, BLOCK_T: tl.constexpr):
+    """Keep the blocks of one query block and head whose score is at least a fraction of the largest one, or of 0."""
+    block = tl.program_id(0) % query_blocks
+    place = tl.program_id(0).to(tl.int64) * columns
+    highest = tl.zeros([BLOCK_T], tl.float32)
+    for begin in tl.range(0, columns, BLOCK_T):
+        number = begin + tl.arange(0, BLOCK_T)
+        seen = tl.load(seen_ptr + block.to(tl.int64) * columns + number, mask=number < columns, other=0) != 0
+        highest = tl.maximum(highest, tl.load(score_ptr + place + number, mask=seen, other=0.0))
+    least = _number_of(block, fraction, fraction_ptr).to(tl.float32) * tl.max(highest, 0)
+    for begin in tl.range(0, columns, BLOCK_T):
+        number = begin + tl.arange(0, BLOCK_T)
+        score = tl.load(score_ptr + place + number, mask=number < columns, other=0.0)
+        tl.store(chosen_ptr + place + number, (score >= least).to(tl.int8), mask=number < columns)
+
+
 @triton.jit
-def list_rows(mask_ptr, count_ptr, index_ptr, columns, BLOCK_T: tl.constexpr):
-    """List the places of one row where a mask is set, ascending, and behind them all others; and count them."""
+def _kept(mask_ptr, seen_ptr, forced_ptr, row, of_all, columns, begin, BLOCK_T: tl.constexpr):
+    """Load which of some blocks are kept."""
+    number = begin + tl.arange(0, BLOCK_T)
+    exists = number < columns
+    kept = tl.load(mask_ptr + row * columns + number, mask=exists, other=0) != 0
+    if seen_ptr is not None:
+        kept = kept & (tl.load(seen_ptr + of_all * columns + number, mask=exists, other=0) != 0)
+        kept = kept | (tl.load(forced_ptr + of_all * columns + number, mask=exists, other=0) != 0)
+    return kept.to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["rows", "columns"])
+def list_rows(mask_ptr, seen_ptr, forced_ptr, count_ptr, index_ptr, rows, columns, BLOCK_T: tl.constexpr):
+    """List the places of one row where a mask is set, ascending, and behind them all others; and count them.
+
+    If there are masks of ``rows`` rows of what is seen and what is forced, a place counts that is chosen and seen, or
+    forced.
+    """
     row = tl.program_id(0).to(tl.int64)
+    of_all = row % rows
     offsets = tl.arange(0, BLOCK_T)
     count = 0
     for begin in tl.range(0, columns, BLOCK_T):
-        number = begin + offsets
-        count += tl.sum((tl.load(mask_ptr + row * columns + number, mask=number < columns, other=0) != 0).to(tl.int32))
+        count += tl.sum(_kept(mask_ptr, seen_ptr, forced_ptr, row, of_all, columns, begin, BLOCK_T))
     tl.store(count_ptr + row, count)
     before = 0
     for begin in tl.range(0, columns, BLOCK_T):
         number = begin + offsets
-        kept = (tl.load(mask_ptr + row * columns + number, mask=number < columns, other=0) != 0).to(tl.int32)
+        kept = _kept(mask_ptr, seen_ptr, forced_ptr, row, of_all, columns, begin, BLOCK_T)
         kept_before = before + tl.cumsum(kept, 0) - kept
         place = tl.where(kept != 0, kept_before, count + number - kept_before)
         tl.store(index_ptr + row * columns + place, number, mask=number < columns)
         before += tl.sum(kept)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["query_blocks", "columns"])
 def excess_of_blocks(
     query_ptr, key_ptr, selected_ptr, excess_ptr, sequence_ptr, row_q_ptr, origin_q_ptr, low_q_ptr, high_q_ptr,
     row_k_ptr, low_k_ptr, high_k_ptr, stride_q, head_stride_q, stride_k, head_stride_k, query_blocks, columns, scale,

@@ -1,11 +1,11 @@
-"""Launches the kernels that score key blocks, choose among them, and list what was chosen.
+"""Launches the kernels that find blocks, score key blocks, choose among them, and list what was chosen.
 
 The functions return what those of the same name in :mod:`modelopt_lite.kernels.block_scores` do.
 """
 
 from __future__ import annotations
 
-import os
+import struct
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,43 +13,84 @@ from torch import Tensor
 
 from .block_kernels import (
     antidiagonal_tile,
+    choose_above,
     choose_largest,
     excess_of_blocks,
     join_antidiagonals,
+    lay_out,
     list_rows,
+    mark_blocks,
     mean_rows,
+    multiply_means,
+    split_numbers,
     sum_softmax,
 )
-from .device import cdiv, compute_capability
+from .device import cdiv, compute_capability, launch
+from .grid_tables import GridTables, grid_shape
 
 if TYPE_CHECKING:
     from .blocks import BlockGrid
+    from .request import AttentionRequest
 
 OLDEST = 80
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_BLOCK = 128
 """Positions in a block up to which the kernels hold a block at a time."""
 MAX_HEAD_DIM = 256
+MEAN_ROWS = 16
+"""Query blocks of a program that multiplies means."""
 MAX_COLUMNS = 16384
 """Key blocks up to which a program holds all scores of a query block to choose the largest."""
 MAX_POSITION = 1 << 30
 """What distances and numbers of keys above it are taken for, so that they fit into 32 bits."""
+TABLE_BLOCK = 128
+"""Blocks whose tables a program writes."""
 PARTIAL_BYTES = 1 << 29
 """About how many bytes :func:`antidiagonal_mass` keeps beside its result."""
 
 
-def is_wanted(x: Tensor) -> bool:
-    """Whether kernels are to run on a tensor: on a GPU, where ``MODELOPT_LITE_SELECTION`` is ``triton``.
+def runs_on(x: Tensor) -> bool:
+    """Whether kernels run on a tensor's device, which is new enough; which of them run, is up to types and sizes."""
+    return x.is_cuda and compute_capability(x.device) >= OLDEST
 
-    Without it PyTorch operations choose blocks, as the kernels have run in Triton's interpreter alone so far.
 
-    Raises:
-        ValueError: if the variable has another value than ``triton``, ``torch`` or none.
-    """
-    value = os.environ.get("MODELOPT_LITE_SELECTION", "")
-    if value not in ("", "torch", "triton"):
-        raise ValueError(f"MODELOPT_LITE_SELECTION: {value!r} is not allowed; triton, torch or nothing")
-    return x.is_cuda and value == "triton"
+def grid_tables(request: AttentionRequest, block_size: int, block_rows: int) -> GridTables:
+    """As :func:`modelopt_lite.kernels.grid_tables.grid_tables`."""
+    r, batch, device = request, request.starts_q.shape[0], request.q.device
+    blocks, columns = grid_shape(r, block_size, block_rows)
+    shapes = ((blocks,),) * 4 + ((batch, columns),) * 3 + ((batch,),) * 2
+    starts = torch.empty(batch, dtype=torch.int32, device=device)
+    found = GridTables(starts, *(torch.empty(shape, dtype=torch.int64, device=device) for shape in shapes))
+    launch(
+        lay_out, max(1, cdiv(blocks, TABLE_BLOCK)) + batch * cdiv(columns, TABLE_BLOCK),
+        (
+            found.starts, (found.sequence, found.origin_q, found.low_q, found.high_q),
+            (found.origin_k, found.low_k, found.high_k), (found.row_q, found.row_k),
+            (r.starts_q, r.lengths_q, r.starts_k, r.lengths_k, r.first_q, r.first_k), batch, blocks, columns,
+        ),
+        (block_rows, block_size, TABLE_BLOCK), num_warps=4,
+    )  # fmt: skip
+    return found
+
+
+def marked(grid: BlockGrid, first_blocks: int, recent_blocks: int) -> tuple[Tensor, Tensor]:
+    """As :meth:`modelopt_lite.kernels.blocks.BlockGrid.marked`."""
+    request, (blocks, columns) = grid.request, grid.shape
+    seen, forced = (torch.empty(blocks, columns, dtype=torch.bool, device=request.q.device) for _ in range(2))
+    if seen.numel():
+        width = min(1024, _power(columns))
+        tables = (
+            grid.sequence, grid.origin_q, grid.low_q, grid.high_q, grid.origin_k, grid.low_k, grid.high_k,
+            request.lengths_q,
+        )  # fmt: skip
+        most = MAX_POSITION // grid.block_size
+        numbers = (columns, _masks(request)[2], min(first_blocks, most), min(recent_blocks, most))
+        masks = (request.is_causal, request.sliding_window is not None, request.plan.sparse_decode)
+        launch(
+            mark_blocks, blocks, (_bytes(seen), _bytes(forced), *tables, *numbers),
+            (grid.block_rows, grid.block_size, width, *masks), num_warps=max(1, width // 256),
+        )  # fmt: skip
+    return seen, forced
 
 
 def refusal(grid: BlockGrid) -> str | None:
@@ -73,25 +114,54 @@ def refusal(grid: BlockGrid) -> str | None:
 def mean_keys(grid: BlockGrid) -> Tensor:
     """As :func:`modelopt_lite.kernels.block_scores.mean_keys`."""
     batch, columns = grid.low_k.shape
-    sequence = torch.arange(batch, device=grid.low_k.device).repeat_interleave(columns, output_size=batch * columns)
-    tables = (sequence, grid.row_k, grid.origin_k, grid.low_k, grid.high_k)
-    return _means(grid.request.k, tables, grid.block_size).view(batch, columns, *grid.request.k.shape[1:])
+    tables = (None, grid.row_k, grid.origin_k, grid.low_k, grid.high_k)
+    means = _means(grid.request.k, tables, batch * columns, columns, grid.block_size)
+    return means.view(batch, columns, *grid.request.k.shape[1:])
 
 
 def mean_queries(grid: BlockGrid) -> Tensor:
     """As :func:`modelopt_lite.kernels.block_scores.mean_queries`."""
-    return _means(grid.request.q, (grid.sequence, grid.row_q, grid.origin_q, grid.low_q, grid.high_q), grid.block_rows)
+    tables = (grid.sequence, grid.row_q, grid.origin_q, grid.low_q, grid.high_q)
+    return _means(grid.request.q, tables, grid.shape[0], 0, grid.block_rows)
 
 
-def _means(x: Tensor, tables: tuple[Tensor, ...], size: int) -> Tensor:
-    blocks, (heads, dim) = tables[0].shape[0], x.shape[1:]
+def _means(x: Tensor, tables: tuple[Tensor | None, ...], blocks: int, blocks_each: int, size: int) -> Tensor:
+    heads, dim = x.shape[1:]
     means = torch.empty(blocks, heads, dim, dtype=torch.float32, device=x.device)
     x = _readable(x)
     if means.numel():
-        mean_rows[(blocks * heads,)](
-            x, means, *tables, x.stride(0), x.stride(1), HEADS=heads, DIM=dim, BLOCK_D=_block_d(dim), SIZE=size
-        )
+        launch(
+            mean_rows, blocks * heads, (x, means, *tables, blocks_each, *x.stride()[:2]),
+            (heads, dim, _block_d(dim), size), num_warps=4,
+        )  # fmt: skip
     return means
+
+
+def mean_scores(grid: BlockGrid) -> Tensor:
+    """As :func:`modelopt_lite.kernels.block_scores.mean_scores`."""
+    request, keys, queries = grid.request, mean_keys(grid), mean_queries(grid)
+    heads, dim = queries.shape[1:]
+    blocks, columns = grid.shape
+    scores = torch.empty(heads, blocks, columns, dtype=torch.float32, device=queries.device)
+    if scores.numel():
+        tables = (grid.sequence, grid.low_q, grid.high_q, grid.low_k, grid.high_k)
+        launch(
+            multiply_means, heads * cdiv(blocks, MEAN_ROWS),
+            (queries, keys, scores, *tables, blocks, columns, *_masks(request)),
+            (heads, heads // keys.shape[2], dim, _block_d(dim), MEAN_ROWS, 64, grid.block_size, *_mask_kinds(request)),
+            num_warps=4, num_stages=1,
+        )  # fmt: skip
+    return scores
+
+
+def _masks(request: AttentionRequest) -> tuple[float, float, int]:
+    """Return what kernels take at run time: scale, cap of the scores, and sliding window."""
+    return request.softmax_scale, request.softcap or 1.0, min(request.sliding_window or 0, MAX_POSITION)
+
+
+def _mask_kinds(request: AttentionRequest) -> tuple[bool, bool, bool]:
+    """Return what they know at compile time: whether it is causal, and has a sliding window and a cap."""
+    return request.is_causal, request.sliding_window is not None, request.softcap is not None
 
 
 def softmax_mass(grid: BlockGrid, pooled: Tensor) -> Tensor:
@@ -102,30 +172,24 @@ def softmax_mass(grid: BlockGrid, pooled: Tensor) -> Tensor:
     mass = torch.empty(heads, blocks, columns, dtype=torch.float32, device=q.device)
     if mass.numel() == 0:
         return mass
-    parts = pooled[None]
+    pooled, number = pooled.contiguous(), 1
     if itemsize == 2:  # two numbers of 16 bits hold what one of them rounds away
-        first = pooled.to(q.dtype)
-        parts = torch.stack([first, (pooled - first.float()).to(q.dtype)])
-    repeat = heads // pooled.shape[2]
-    settings = mass_settings(q, repeat, grid.block_rows)
-    sum_softmax[(heads // settings["TOGETHER"] * blocks,)](
-        q, parts.contiguous(), mass, grid.sequence, grid.row_q, grid.origin_q, grid.low_q, grid.high_q, grid.low_k,
-        grid.high_k, q.stride(0), q.stride(1), pooled.numel(), blocks, columns, request.softmax_scale,
-        request.softcap or 1.0, request.sliding_window or 0,
-        HEADS=heads, REPEAT=repeat, PARTS=len(parts), DIM=dim, BLOCK_D=_block_d(dim), ROWS=grid.block_rows,
-        SIZE=grid.block_size, CAUSAL=request.is_causal, SLIDING=request.sliding_window is not None,
-        HAS_SOFTCAP=request.softcap is not None, **settings,
+        parts, number = torch.empty(2, *pooled.shape, dtype=q.dtype, device=q.device), 2
+        launch(split_numbers, cdiv(pooled.numel(), 1024), (pooled, parts, pooled.numel()), (1024,), num_warps=4)
+        pooled = parts
+    kv_heads = pooled.shape[-2]
+    is_small = grid.block_rows < MAX_BLOCK or (itemsize == 2 and dim <= 128)
+    tables = (grid.sequence, grid.row_q, grid.origin_q, grid.low_q, grid.high_q, grid.low_k, grid.high_k)
+    numbers = (q.stride(0), q.stride(1), pooled.numel() // number, blocks, columns)
+    launch(
+        sum_softmax, heads * blocks, (q, pooled, mass, *tables, *numbers, *_masks(request)),
+        (
+            heads, heads // kv_heads, number, dim, _block_d(dim), grid.block_rows, 64 if itemsize == 2 else 16,
+            grid.block_size, *_mask_kinds(request),
+        ),
+        num_warps=4 if is_small else 8, num_stages=2 if itemsize == 2 else 1,
     )  # fmt: skip
     return mass
-
-
-def mass_settings(q: Tensor, repeat: int, rows: int) -> dict[str, int]:
-    """Return how :func:`sum_softmax` is launched for queries of which ``repeat`` heads share keys."""
-    is_half = q.element_size() == 2
-    return {
-        "TOGETHER": 1, "BLOCK_N": 64 if is_half else 16, "num_warps": 8 if rows == MAX_BLOCK else 4,
-        "num_stages": 2 if is_half else 1,
-    }  # fmt: skip
 
 
 def antidiagonal_mass(grid: BlockGrid, stride: int) -> Tensor:
@@ -141,26 +205,30 @@ def antidiagonal_mass(grid: BlockGrid, stride: int) -> Tensor:
     groups, joined = grid.block_rows // stride, tile * stride // grid.block_size
     tiles = cdiv(columns, joined)
     tables = (grid.sequence, grid.row_q, grid.origin_q, grid.low_q, grid.high_q)
-    masks = {
-        "STRIDE": stride, "ROWS": grid.block_rows, "SIZE": grid.block_size, "CAUSAL": request.is_causal,
-        "SLIDING": request.sliding_window is not None,
-    }  # fmt: skip
-    window, of_tile = request.sliding_window or 0, tile // groups
+    scale, softcap, window = _masks(request)
+    masks, of_tile = _mask_kinds(request), tile // groups
     step = max(1, PARTIAL_BYTES // (4 * heads * groups * columns * of_tile)) * of_tile
     for begin in range(0, blocks, step):
         here = min(step, blocks - begin)
         partial = torch.empty(heads, here * groups, columns, dtype=torch.float32, device=q.device)
         highest = torch.empty(heads, here * groups, tiles, dtype=torch.float32, device=q.device)
-        antidiagonal_tile[(cdiv(here, of_tile) * tiles * heads,)](
-            q, k, partial, highest, *tables, grid.row_k, grid.low_k, grid.high_k, q.stride(0), q.stride(1), k.stride(0),
-            k.stride(1), begin, here, blocks, columns, tiles, request.softmax_scale / stride, request.softcap or 1.0,
-            window, HEADS=heads, REPEAT=heads // k.shape[1], DIM=dim, BLOCK_K=min(64, _block_d(dim)), BLOCK_M=tile,
-            BLOCK_N=tile, HAS_SOFTCAP=request.softcap is not None, **masks, num_warps=8,
-            num_stages=1 if not is_half else 4 if _is_large(q) else 3,
+        numbers = (begin, here, blocks, columns, tiles)
+        launch(
+            antidiagonal_tile, cdiv(here, of_tile) * tiles * heads,
+            (
+                q, k, partial, highest, *tables, grid.row_k, grid.low_k, grid.high_k, *q.stride()[:2], *k.stride()[:2],
+                *numbers, scale / stride, softcap, window,
+            ),
+            (
+                heads, heads // k.shape[1], stride, dim, min(64, _block_d(dim)), tile, tile, grid.block_rows,
+                grid.block_size, *masks,
+            ),
+            num_warps=8, num_stages=1 if not is_half else 4 if _is_large(q) else 3,
         )  # fmt: skip
-        join_antidiagonals[(here * heads,)](
-            partial, highest, mass, grid.sequence, *tables[2:], grid.low_k, grid.high_k, begin, here, blocks, columns,
-            tiles, window, HEADS=heads, BLOCK_T=32, BLOCK_J=128, JOINED=joined, **masks, num_warps=4,
+        launch(
+            join_antidiagonals, here * heads,
+            (partial, highest, mass, grid.sequence, *tables[2:], grid.low_k, grid.high_k, *numbers, window),
+            (heads, stride, grid.block_rows, grid.block_size, 32, 128, joined, *masks[:2]), num_warps=4,
         )  # fmt: skip
     return mass
 
@@ -170,19 +238,47 @@ def largest(scores: Tensor, seen: Tensor, forced: Tensor, share: float | Tensor,
     heads, blocks, columns = scores.shape
     chosen = torch.empty(heads, blocks, columns, dtype=torch.bool, device=scores.device)
     if chosen.numel():
-        if not isinstance(share, Tensor):  # filled on the device, as a copy to it would wait
-            share = torch.full((blocks, 1), share, dtype=torch.float64, device=scores.device)
         width = _power(columns)
-        choose_largest[(heads * blocks,)](
-            scores.contiguous(), *(x.contiguous().view(torch.uint8) for x in (seen, forced)),
-            share.double().expand(blocks, 1).contiguous(), chosen.view(torch.int8), blocks, columns,
-            BY_MASS=by_mass, BLOCK_T=width, num_warps=min(16, max(1, width // 256)),
+        launch(
+            choose_largest, heads * blocks,
+            (
+                scores.contiguous(), _bytes(seen), _bytes(forced), _bytes(chosen), *_number_of_blocks(share, blocks),
+                blocks, columns,
+            ),
+            (by_mass, width), num_warps=min(16, max(1, width // 256)),
         )  # fmt: skip
     return chosen
 
 
-def listed(mask: Tensor) -> tuple[Tensor, Tensor]:
+def above(scores: Tensor, seen: Tensor, fraction: float | Tensor) -> Tensor:
+    """As :func:`modelopt_lite.kernels.block_scores.blocks_above`, FP32 scores alone."""
+    heads, blocks, columns = scores.shape
+    chosen = torch.empty(heads, blocks, columns, dtype=torch.bool, device=scores.device)
+    if chosen.numel():
+        width = min(1024, _power(columns))
+        number = _number_of_blocks(fraction, blocks)
+        launch(
+            choose_above, heads * blocks,
+            (scores.contiguous(), _bytes(seen), _bytes(chosen), *number, blocks, columns), (width,),
+            num_warps=max(1, width // 256),
+        )  # fmt: skip
+    return chosen
+
+
+def _number_of_blocks(number: float | Tensor, blocks: int) -> tuple[Tensor | None, int]:
+    """Return a number of each query block for a kernel: FP64 numbers, or the bits of one."""
+    if isinstance(number, Tensor):
+        return number.double().expand(blocks, 1).contiguous(), 0
+    return None, struct.unpack("<q", struct.pack("<d", number))[0]
+
+
+def listed(mask: Tensor, seen: Tensor | None = None, forced: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """List the places of the last dimension where a mask is set; see ``KeyBlocks``.
+
+    Args:
+        mask: booleans, ``[..., rows, columns]``.
+        seen: if given, only places count that are seen, ``[rows, columns]``.
+        forced: given together with it: and those that are forced.
 
     Returns:
         How many there are, int32 ``[...]``, and their numbers, followed by all others, int32 of the mask's shape.
@@ -191,12 +287,18 @@ def listed(mask: Tensor) -> tuple[Tensor, Tensor]:
     indices = torch.empty(mask.shape, dtype=torch.int32, device=mask.device)
     if indices.numel() == 0:
         return counts.zero_(), indices
-    width = min(1024, _power(mask.shape[-1]))
-    list_rows[(counts.numel(),)](
-        mask.contiguous().view(torch.uint8), counts, indices, mask.shape[-1], BLOCK_T=width,
+    rows, columns = mask.shape[-2:]
+    width = min(1024, _power(columns))
+    of_all = [None if x is None else _bytes(x) for x in (seen, forced)]
+    launch(
+        list_rows, counts.numel(), (_bytes(mask), *of_all, counts, indices, rows, columns), (width,),
         num_warps=max(1, width // 256),
     )  # fmt: skip
     return counts, indices
+
+
+def _bytes(mask: Tensor) -> Tensor:
+    return mask.contiguous().view(torch.int8)
 
 
 def excess_refusal(grid: BlockGrid) -> str | None:
@@ -227,24 +329,38 @@ def excess(grid: BlockGrid, selected: Tensor | None = None) -> Tensor:
     plan, (heads, dim), (blocks, columns) = request.plan, q.shape[1:], grid.shape
     found = torch.empty(heads, blocks, columns, dtype=torch.float32, device=q.device)
     if found.numel():
-        excess_of_blocks[(heads * blocks,)](
-            q, k, None if selected is None else selected.contiguous().view(torch.uint8), found, grid.sequence,
-            grid.row_q, grid.origin_q, grid.low_q, grid.high_q, grid.row_k, grid.low_k, grid.high_k, q.stride(0),
-            q.stride(1), k.stride(0), k.stride(1), blocks, columns, request.softmax_scale, request.softcap or 1.0,
-            min(plan.num_sink_tokens, MAX_POSITION), min(plan.dense_window_size, MAX_POSITION),
-            min(request.sliding_window or 0, MAX_POSITION), REPEAT=heads // k.shape[1], DIM=dim, BLOCK_D=_block_d(dim),
-            ROWS=grid.block_rows, SIZE=grid.block_size, CAUSAL=request.is_causal,
-            SLIDING=request.sliding_window is not None, HAS_SOFTCAP=request.softcap is not None,
-            **excess_settings(q, grid.block_rows, grid.block_size),
+        width, warps, stages = excess_settings(q, grid.block_rows, grid.block_size)
+        scale, softcap, window = _masks(request)
+        tables = (
+            grid.sequence,
+            grid.row_q,
+            grid.origin_q,
+            grid.low_q,
+            grid.high_q,
+            grid.row_k,
+            grid.low_k,
+            grid.high_k,
+        )
+        distances = (min(x, MAX_POSITION) for x in (plan.num_sink_tokens, plan.dense_window_size, window))
+        launch(
+            excess_of_blocks, heads * blocks,
+            (
+                q, k, None if selected is None else _bytes(selected), found, *tables, *q.stride()[:2], *k.stride()[:2],
+                blocks, columns, scale, softcap, *distances,
+            ),
+            (
+                heads // k.shape[1], dim, _block_d(dim), grid.block_rows, grid.block_size, width, *_mask_kinds(request),
+            ),
+            num_warps=warps, num_stages=stages,
         )  # fmt: skip
     return found
 
 
-def excess_settings(q: Tensor, rows: int, size: int) -> dict[str, int]:
-    """Return how :func:`excess_of_blocks` is launched for these queries and blocks."""
+def excess_settings(q: Tensor, rows: int, size: int) -> tuple[int, int, int]:
+    """Return keys of a step of :func:`excess_of_blocks`, its warps and its stages, for these queries and blocks."""
     if q.element_size() == 2:
-        return {"BLOCK_N": size, "num_warps": 4 if q.shape[2] <= 128 else 8, "num_stages": 2}
-    return {"BLOCK_N": 16, "num_warps": 8 if rows == MAX_BLOCK else 4, "num_stages": 1}
+        return size, 4 if q.shape[2] <= 128 else 8, 2
+    return 16, 8 if rows == MAX_BLOCK else 4, 1
 
 
 def _is_large(x: Tensor) -> bool:

@@ -1,7 +1,7 @@
 """What selectors of key blocks are made of: scores of pairs of blocks, and choices by these scores.
 
-Each function runs as PyTorch operations, or on a CUDA GPU as Triton kernels if the environment variable
-``MODELOPT_LITE_SELECTION`` is ``triton``, with the same result up to FP32 rounding. None of them waits for the device.
+Each function runs as Triton kernels on a CUDA GPU, and elsewhere as PyTorch operations, with the same result up to
+FP32 rounding. None of them waits for the device.
 A user's own method calls them in its ``scores`` and its ``choose``; the methods ``flash_prefill``, ``xattention`` and
 ``mean_pool_top_k`` consist of little else.
 """
@@ -53,6 +53,8 @@ def mean_scores(grid: BlockGrid) -> Tensor:
     Returns:
         ``[query_heads, query_blocks, key_blocks]``, FP32 (FP64 for FP64 inputs).
     """
+    if _runs_kernels(grid):
+        return block_launch.mean_scores(grid)
     keys, queries, found = mean_keys(grid), mean_queries(grid), []
     queries = queries.unflatten(1, (keys.shape[2], -1))[:, :, :, None]
     for part in grid.parts(grid.request.q.shape[1] * grid.shape[1]):
@@ -123,6 +125,22 @@ def antidiagonal_mass(grid: BlockGrid, stride: int) -> Tensor:
     return torch.cat(found).flatten(1, 2).transpose(0, 1)
 
 
+def blocks_above(scores: Tensor, seen: Tensor, fraction: float | Tensor) -> Tensor:
+    """Choose the blocks whose score is at least a fraction of the largest one.
+
+    Args:
+        scores: ``[heads, query_blocks, key_blocks]``, >= 0 where seen.
+        seen: where any query sees any key, ``[query_blocks, key_blocks]``.
+        fraction: from 0 to 1; a number, or one of each query block, ``[query_blocks, 1]``.
+
+    Returns:
+        Booleans like ``scores``. What they say of blocks that are not seen does not matter.
+    """
+    if _chooses_by_kernel(scores):
+        return block_launch.above(scores, seen, fraction)
+    return scores >= fraction * scores.masked_fill(~seen, 0.0).amax(-1, keepdim=True)
+
+
 def heaviest_blocks(scores: Tensor, seen: Tensor, forced: Tensor, share: float | Tensor) -> Tensor:
     """Choose the blocks with the largest mass, the forced ones before all others, until they hold enough of it.
 
@@ -185,21 +203,21 @@ def _in_order(values: Tensor, order: Tensor) -> Tensor:
 def skip_excess(grid: BlockGrid, selected: Tensor | None = None) -> Tensor | None:
     """Return what :func:`~modelopt_lite.kernels.block_launch.excess` finds, or None where its kernel does not run.
 
-    If kernels were asked for and this one cannot run, it says once why.
+    On a GPU where it cannot run, it says once why.
     """
-    if tl is None or not block_launch.is_wanted(grid.request.q) or not _can_run(block_launch.excess_refusal(grid)):
+    if tl is None or not block_launch.runs_on(grid.request.q) or not _can_run(block_launch.excess_refusal(grid)):
         return None
     return block_launch.excess(grid, selected)
 
 
 def _runs_kernels(grid: BlockGrid) -> bool:
-    """Whether the kernels score; says once why, if they were asked for and do not."""
-    return tl is not None and block_launch.is_wanted(grid.request.q) and _can_run(block_launch.refusal(grid))
+    """Whether the kernels score; says once why, if they do not on a GPU."""
+    return tl is not None and grid.request.q.is_cuda and _can_run(block_launch.refusal(grid))
 
 
 def _chooses_by_kernel(scores: Tensor) -> bool:
-    """Whether the kernel chooses; says once why, if it was asked for and does not."""
-    if tl is None or not block_launch.is_wanted(scores):
+    """Whether the kernel chooses; says once why, if it does not on a GPU."""
+    if tl is None or not block_launch.runs_on(scores):
         return False
     reason = None
     if scores.dtype != torch.float32:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from .grid_tables import grid_tables
 from .language import tl
 
 if tl is not None:
@@ -15,6 +16,8 @@ if tl is not None:
 
 if TYPE_CHECKING:
     from .request import AttentionRequest
+
+T = TypeVar("T")
 
 PART_ELEMENTS = 1 << 24
 """About how many numbers a selector's fast form holds at a time, beyond its inputs and scores."""
@@ -64,6 +67,21 @@ class KeyBlocks(NamedTuple):
         return cls(counts, indices, starts.to(torch.int32), block_size, block_rows)
 
     @classmethod
+    def of_choice(cls, chosen: Tensor, seen: Tensor, forced: Tensor, grid: BlockGrid) -> KeyBlocks:
+        """List the blocks that are chosen and seen, or forced; as :meth:`from_mask`.
+
+        Args:
+            chosen: ``[heads, query_blocks, key_blocks]``, booleans.
+            seen: from :meth:`BlockGrid.marked`, like what is forced.
+            forced: which of these are kept in any case.
+            grid: the blocks.
+        """
+        if _runs_kernels(chosen):
+            counts, indices = block_launch.listed(chosen, seen, forced)
+            return cls(counts, indices, grid.starts, grid.block_size, grid.block_rows)
+        return cls.from_mask((chosen & seen) | forced, grid.starts, grid.block_size, grid.block_rows)
+
+    @classmethod
     def from_masks(cls, masks: Sequence[Tensor], block_size: int, block_rows: int) -> KeyBlocks:
         """List what the masks of several sequences keep.
 
@@ -103,10 +121,14 @@ class KeyBlocks(NamedTuple):
 
 def _listed(mask: Tensor) -> tuple[Tensor, Tensor]:
     """Return how often a mask is set along its last dimension, and where: those numbers first, then all others."""
-    if tl is not None and block_launch.is_wanted(mask):
+    if _runs_kernels(mask):
         return block_launch.listed(mask)
     counts = mask.sum(-1, dtype=torch.int32)
     return counts, (~mask).to(torch.uint8).argsort(dim=-1, stable=True).to(torch.int32)
+
+
+def _runs_kernels(x: Tensor) -> bool:
+    return tl is not None and block_launch.runs_on(x)
 
 
 class QueryBlocks(NamedTuple):
@@ -158,7 +180,7 @@ class BlockGrid:
         request: the attention call.
         block_size: keys in a key block.
         block_rows: positions in a query block.
-        starts: number of each sequence's first query block, ``[batch]``.
+        starts: number of each sequence's first query block, int32 ``[batch]``.
         sequence: which sequence each query block belongs to, ``[query_blocks]``.
         origin_q: position where each query block begins, whether or not the call has this query, ``[query_blocks]``.
         low_q: position of its first query in the call, ``[query_blocks]``.
@@ -168,35 +190,26 @@ class BlockGrid:
         high_k: position of its last key.
         row_q: row of the packed queries where each sequence's position 0 would be, ``[batch]``.
         row_k: row of the packed keys where it would be.
-        is_single: whether the query block's sequence has a single query in the call, ``[query_blocks]``.
         dtype: type in which to compute: FP32, or FP64 for FP64 inputs.
     """
 
     def __init__(self, request: AttentionRequest, block_size: int, block_rows: int) -> None:
         self.request, self.block_size, self.block_rows = request, block_size, block_rows
         self.dtype = torch.promote_types(request.q.dtype, torch.float32)
-        batch, device = request.starts_q.shape[0], request.q.device
-        lengths_q, lengths_k = request.lengths_q.long(), request.lengths_k.long()
-        first_k = torch.zeros_like(lengths_k) if request.first_k is None else request.first_k.long()
-        first_q = first_k + lengths_k - lengths_q if request.first_q is None else request.first_q.long()
-        self.row_q, self.row_k = request.starts_q.long() - first_q, request.starts_k.long() - first_k
+        find = block_launch.grid_tables if _runs_kernels(request.q) else grid_tables
+        r = request
+        packing = (r.starts_q, r.lengths_q, r.starts_k, r.lengths_k, r.first_q, r.first_k)
+        sizes = (r.max_q, r.max_k, r.q.shape[0], r.k.shape[0], block_size, block_rows)
+        tables = self.once(packing, sizes, lambda: find(request, block_size, block_rows))
+        self.starts, self.sequence = tables.starts, tables.sequence
+        self.origin_q, self.low_q, self.high_q = tables.origin_q, tables.low_q, tables.high_q
+        self.origin_k, self.low_k, self.high_k = tables.origin_k, tables.low_k, tables.high_k
+        self.row_q, self.row_k = tables.row_q, tables.row_k
 
-        rows, columns = grid_shape(request, block_size, block_rows)
-        first_block = first_q.div(block_rows, rounding_mode="floor")
-        last_block = (first_q + lengths_q - 1).div(block_rows, rounding_mode="floor")
-        ends = (last_block - first_block + 1).where(lengths_q > 0, 0).cumsum(0)
-        number = torch.arange(rows, device=device)
-        self.sequence = torch.searchsorted(ends, number, right=True).clamp(max=max(0, batch - 1))
-        self.starts = torch.nn.functional.pad(ends, (1, 0))[:-1]
-        self.origin_q = (first_block - self.starts)[self.sequence] * block_rows + number * block_rows
-        self.low_q = self.origin_q.maximum(first_q[self.sequence])
-        self.high_q = (self.origin_q + block_rows).minimum((first_q + lengths_q)[self.sequence]) - 1
-        self.is_single = (lengths_q == 1)[self.sequence]
-
-        column = torch.arange(columns, device=device)
-        self.origin_k = (first_k[:, None] // block_size + column) * block_size
-        self.low_k = self.origin_k.maximum(first_k[:, None])
-        self.high_k = (self.origin_k + block_size).minimum((first_k + lengths_k)[:, None]) - 1
+    @property
+    def is_single(self) -> Tensor:
+        """Whether the query block's sequence has a single query in the call, ``[query_blocks]``."""
+        return (self.request.lengths_q == 1)[self.sequence]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -234,6 +247,32 @@ class BlockGrid:
         """Return the first and the recent key blocks, seen or not, ``[query_blocks, key_blocks]``."""
         first = self.origin_k[self.sequence] < first_blocks * self.block_size
         return first | self.diagonal(recent_blocks - 1) if recent_blocks else first
+
+    def marked(self, first_blocks: int, recent_blocks: int) -> tuple[Tensor, Tensor]:
+        """Return what is seen and what of that is kept in any case, booleans ``[query_blocks, key_blocks]``.
+
+        That are the blocks of :meth:`forced`, and all blocks of decode that stays dense.
+        """
+        r = self.request
+        masks = (first_blocks, recent_blocks, r.is_causal, r.sliding_window, r.plan.sparse_decode)
+        return self.once((self.starts,), masks, lambda: self._marked(first_blocks, recent_blocks))
+
+    def _marked(self, first_blocks: int, recent_blocks: int) -> tuple[Tensor, Tensor]:
+        if _runs_kernels(self.request.q):
+            return block_launch.marked(self, first_blocks, recent_blocks)
+        seen = self.seen()
+        return seen, (self.forced(first_blocks, recent_blocks) | self.is_dense()[:, None]) & seen
+
+    def once(self, tensors: tuple[Tensor | None, ...], numbers: tuple[Any, ...], find: Callable[[], T]) -> T:
+        """Return what was found for the same tensors and numbers before, where calls share it."""
+        known = self.request.grids
+        if known is None:
+            return find()
+        key = (*map(id, tensors), *numbers)
+        if key not in known:
+            known[key] = (tensors, find())  # as long as the tensors are held, no others have their identity
+        found: T = known[key][1]
+        return found
 
     def mean_keys(self) -> Tensor:
         """Return the mean of each block's keys, ``[batch, key_blocks, kv_heads, head_dim]``; 0 if there are none."""
@@ -349,15 +388,3 @@ def _split(origin: Tensor, low: Tensor, high: Tensor, size: int, each: int) -> t
     """Cut blocks into groups; return the first and last position in each, ``[..., size / each]``."""
     begin = origin[..., None] + torch.arange(0, size, each, device=origin.device)
     return begin.maximum(low[..., None]), (begin + each - 1).minimum(high[..., None])
-
-
-def grid_shape(request: AttentionRequest, block_size: int, block_rows: int) -> tuple[int, int]:
-    """Return upper bounds of the query blocks of all sequences and of the key blocks of one, from sizes alone."""
-    r, batch = request, request.starts_q.shape[0]
-    longest, keys = torch.sym_min(r.max_q, r.q.shape[0]), torch.sym_min(r.max_k, r.k.shape[0])
-    # A sequence may begin and end in the middle of a block.
-    each = torch.sym_min(longest, (longest + 2 * block_rows - 2) // block_rows)
-    rows = torch.sym_min(batch * each, r.q.shape[0] // block_rows + 2 * batch)
-    if r.first_k is None:
-        return rows, (keys + block_size - 1) // block_size
-    return rows, torch.sym_min(keys, (keys + 2 * block_size - 2) // block_size)

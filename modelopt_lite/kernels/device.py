@@ -82,6 +82,42 @@ class Launch:
             )  # fmt: skip
 
 
+_launches: dict[tuple[Any, ...], Launch] = {}
+MAX_LAUNCHES = 4096
+"""How many launches are remembered; then they are all forgotten."""
+
+
+def launch(kernel: Any, programs: int, arguments: tuple[Any, ...], constants: tuple[Any, ...], **options: int) -> None:
+    """Launch a kernel with the :class:`Launch` of arguments that are specialized alike.
+
+    Args:
+        kernel: as for :class:`Launch`.
+        programs: how many programs.
+        arguments: tensors, of which the first is on the device to use, numbers, None, and tuples of these.
+        constants: values of the kernel's last parameters.
+        options: as for :class:`Launch`.
+    """
+    device = arguments[0].device
+    key = (kernel.__name__, device, constants, *options.values(), _kinds(arguments))
+    found = _launches.get(key)
+    if found is None:
+        if len(_launches) >= MAX_LAUNCHES:
+            _launches.clear()
+        found = _launches[key] = Launch(kernel, device, *constants, **options)
+    found(programs, *arguments)
+
+
+def _kinds(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return all that Triton looks at to find the compiled kernel, and more: numbers as they are."""
+    kinds: list[Any] = []
+    for x in arguments:
+        if isinstance(x, Tensor):
+            kinds += (x.dtype, x.data_ptr() & 15)
+        else:
+            kinds.append(_kinds(x) if type(x) is tuple else x)
+    return tuple(kinds)
+
+
 def current_stream(device: torch.device) -> int:
     """Return the handle of the current stream of a GPU."""
     stream: int = triton.runtime.driver.active.get_current_stream(device.index)
@@ -100,4 +136,4 @@ def rebased(descriptor: Any, x: Tensor | None) -> Any:
 
 def cdiv(x: int, y: int) -> int:
     """Divide and round up."""
-    return int(triton.cdiv(x, y))
+    return -(-x // y)

@@ -7,6 +7,7 @@ and nothing traces, there is no operator in between.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,8 +19,9 @@ from ..plan import DENSE
 from . import choice
 from .arguments import check_request
 from .blocked import backward_blocked
-from .blocks import KeyBlocks, grid_shape
+from .blocks import KeyBlocks
 from .choice import Backend
+from .grid_tables import grid_shape
 from .language import tl
 from .request import SCHEMA, AttentionRequest
 from .selection import select_blocks
@@ -61,9 +63,8 @@ def compute(request: AttentionRequest, backend: Backend = "auto") -> tuple[Tenso
     is_recorded = _needs_gradient(request) or is_traced(request.q)
     if request.plan.chooses_blocks and request.blocks is None:
         check_request(request)
-        if request.is_decode(request.max_q):
-            request = request._replace(plan=DENSE)
-        elif is_recorded or not choice.skips_itself(request, backend):
+        request = _simplified(request)
+        if request.plan.chooses_blocks and (is_recorded or not choice.skips_itself(request, backend)):
             request = _with_blocks(request)
     if not is_recorded:
         return choice.run(request, backend)
@@ -100,8 +101,17 @@ def gradients(
     return grads
 
 
+def _simplified(request: AttentionRequest) -> AttentionRequest:
+    """Return a request whose plan chooses no blocks if there is no choice."""
+    if request.is_decode(request.max_q):
+        return request._replace(plan=DENSE)
+    if is_traced(request.q) or request.first_q is not None or request.first_k is not None:
+        return request
+    return request._replace(plan=request.plan.for_keys(request.max_k, request.is_causal))
+
+
 def _with_blocks(request: AttentionRequest) -> AttentionRequest:
-    """Return a request with the key blocks that its plan chooses; the choice has no gradient."""
+    """Return a request with the key blocks that its plan chooses, which has no gradient."""
     if not is_traced(request.q):
         return request._replace(blocks=_selected(request))
     with torch.no_grad():
@@ -110,7 +120,8 @@ def _with_blocks(request: AttentionRequest) -> AttentionRequest:
 
 
 def _selected(request: AttentionRequest) -> KeyBlocks:
-    with torch.autocast(request.q.device.type, enabled=False):
+    device = request.q.device.type
+    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
         return select_blocks(request)
 
 

@@ -101,6 +101,8 @@ class AttentionRequest(NamedTuple):
         with_lse: whether logarithms of the softmax denominators are wanted.
         blocks: the key blocks that each query block looks at; None: all. They are final: where there are lists, no
             kernel applies the plan's selector or skip rule.
+        grids: where calls with the same packing, such as the layers of a forward pass, share what they find out about
+            their blocks; None: nothing is shared.
     """
 
     q: Tensor
@@ -125,6 +127,7 @@ class AttentionRequest(NamedTuple):
     page_size: int = 0
     with_lse: bool = False
     blocks: KeyBlocks | None = None
+    grids: dict[Any, Any] | None = None
 
     def flatten(self) -> tuple[Any, ...]:
         """Return the fields as PyTorch's operators take them, in the order of :data:`SCHEMA`."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..plan import AttentionPlan, BlockSelector, SkipRule
 from .block_scores import skip_excess
-from .blocked import AttentionStatistics, statistics_blocked, tile_scores
+from .blocked import tile_scores
 from .blocks import BlockGrid, GridPart, KeyBlocks, visible_keys
 from .reference import SequenceBlocks, selected_blocks
 from .request import AttentionRequest
@@ -24,21 +24,26 @@ def select_blocks(request: AttentionRequest) -> KeyBlocks:
     Args:
         request: a checked request without lists, whose plan chooses blocks.
     """
-    request = request.without_pages()
-    selected, skipped = chosen_blocks(request)
-    mask = selected if skipped is None else selected & ~skipped
+    request, selector = request.without_pages(), request.plan.blocks
     grid = BlockGrid(request, *request.grid)
+    if selector is not None and selector.scores is not None and request.plan.skip is None and 0 not in grid.shape:
+        seen, forced = grid.marked(selector.first_blocks, selector.recent_blocks)
+        scores = _scores(selector, grid)
+        return KeyBlocks.of_choice(selector.choose(scores, seen, forced), seen, forced, grid)
+    selected, skipped = chosen_blocks(request, grid)
+    mask = selected if skipped is None else selected & ~skipped
     return KeyBlocks.from_mask(mask, grid.starts, *request.grid)
 
 
 @torch.no_grad()
-def chosen_blocks(request: AttentionRequest) -> tuple[Tensor, Tensor | None]:
+def chosen_blocks(request: AttentionRequest, grid: BlockGrid | None = None) -> tuple[Tensor, Tensor | None]:
     """Return which key blocks the plan's selector keeps, and which of all its skip rule skips, None without one.
 
     Both are booleans ``[heads, query_blocks, key_blocks]``, as in :class:`~modelopt_lite.kernels.blocks.KeyBlocks`.
+    The grid is that of the request.
     """
     plan = request.plan
-    grid = BlockGrid(request, *request.grid)
+    grid = grid or BlockGrid(request, *request.grid)
     seen = grid.seen()
     if plan.blocks is None or 0 in grid.shape:
         selected = seen.expand(request.q.shape[1], *seen.shape)
@@ -62,13 +67,23 @@ def select_before_skipping(request: AttentionRequest) -> tuple[KeyBlocks, Tensor
         The key blocks that the plan's selector keeps, or all that are seen, in lists that heads may share; and the
         logarithms of the thresholds of query blocks, FP32 ``[query_blocks]``, ``-inf`` where nothing is skipped.
     """
-    plan = request.plan
-    assert plan.skip is not None
-    grid = BlockGrid(request, *request.grid)
+    grid = BlockGrid(request.without_pages(), *request.grid)
+    selector, skip = request.plan.blocks, request.plan.skip
+    assert skip is not None
+    # Which blocks there are and their thresholds depend on the packing alone.
+    numbers = (skip, request.is_causal, request.sliding_window, request.plan.sparse_decode)
+    everything, log_thresholds = grid.once((grid.starts,), numbers, lambda: _before_skipping(grid, skip))
+    if selector is None or 0 in grid.shape:
+        return everything, log_thresholds
+    (mask,) = _selected(request, grid, grid.seen(), [selector])
+    return KeyBlocks.from_mask(mask, grid.starts, *request.grid), log_thresholds
+
+
+def _before_skipping(grid: BlockGrid, skip: SkipRule) -> tuple[KeyBlocks, Tensor]:
+    """Return lists of all key blocks that are seen, the same for all heads, and the logarithms of thresholds."""
     seen = grid.seen()
-    mask = seen[None] if plan.blocks is None else _selected(request, grid, seen, [plan.blocks])[0]
-    thresholds = _log_thresholds(grid, seen, plan.skip).masked_fill(grid.is_dense(), -torch.inf)
-    return KeyBlocks.from_mask(mask, grid.starts, *request.grid), thresholds.float()
+    log_thresholds = _log_thresholds(grid, seen, skip).masked_fill(grid.is_dense(), -torch.inf)
+    return KeyBlocks.from_mask(seen[None], grid.starts, grid.block_size, grid.block_rows), log_thresholds.float()
 
 
 @torch.no_grad()
@@ -107,40 +122,23 @@ def count_visited(request: AttentionRequest, plans: Sequence[AttentionPlan]) -> 
     return seen.sum(-1), visited.sum(-1)
 
 
-@torch.no_grad()
-def statistics_of_blocks(request: AttentionRequest) -> AttentionStatistics:
-    """Count what a request keeps, with its lists or those that its plan chooses, without waiting for the device."""
-    if request.blocks is None and not request.plan.chooses_blocks:
-        return statistics_blocked(request)
-    request = request.without_pages()
-    grid, heads = BlockGrid(request, *request.grid), request.q.shape[1]
-    skipped = None
-    if request.blocks is not None:
-        visited = request.blocks.mask()
-    else:
-        visited, skipped = chosen_blocks(request)
-        visited = visited if skipped is None else visited & ~skipped
-        request = request._replace(blocks=KeyBlocks.from_mask(visited, grid.starts, *request.grid))
-    counts = (
-        heads * grid.seen().sum(),
-        visited.sum((1, 2)).repeat_interleave(heads // visited.shape[0], output_size=heads),
-        grid.starts.new_zeros(heads) if skipped is None else skipped.sum((1, 2)),
-    )
-    return statistics_blocked(request, counts)
-
-
 def _selected(request: AttentionRequest, grid: BlockGrid, seen: Tensor, selectors: Sequence[BlockSelector]) -> Tensor:
     """Return what selectors keep that score alike, ``[selectors, heads, query_blocks, key_blocks]``."""
     first = selectors[0]
     if first.scores is None:
         selected = torch.stack([_selected_by_reference(request, grid, selector) for selector in selectors])
     else:
-        scores = first.scores(grid)
-        if first.per_kv_head:
-            scores = scores.unflatten(0, (request.k.shape[1], -1)).sum(1)
+        scores = _scores(first, grid)
         forced = grid.forced(first.first_blocks, first.recent_blocks) & seen
         selected = torch.stack([forced | selector.choose(scores, seen, forced) for selector in selectors])
     return (selected | grid.is_dense()[:, None]) & seen
+
+
+def _scores(selector: BlockSelector, grid: BlockGrid) -> Tensor:
+    """Return what a selector chooses by, ``[heads, query_blocks, key_blocks]``."""
+    assert selector.scores is not None
+    scores = selector.scores(grid)
+    return scores.unflatten(0, (grid.request.k.shape[1], -1)).sum(1) if selector.per_kv_head else scores
 
 
 def _selected_by_reference(request: AttentionRequest, grid: BlockGrid, selector: BlockSelector) -> Tensor:

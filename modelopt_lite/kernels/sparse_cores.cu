@@ -488,22 +488,6 @@ __device__ __forceinline__ void find_items(const Problem& p, unsigned char* memo
     if (post >= SLOTS)
       for (int warp = 0; warp < 4 * WARPGROUPS; warp++)
         overflowed |= read_shared(base + OVERFLOWS + 16 * WARPGROUPS * slot + 4 * warp);
-#if WARPGROUPS == 2
-    Item* mail = (Item*)(memory + ITEMS + ITEM_BYTES * slot);
-    Item item = {};
-    if (overflowed) {
-      item = find(mail->number, true);
-    } else {
-      for (int number = atomicAdd(p.counter, 1); number < items; number = atomicAdd(p.counter, 1)) {
-        item = find(listed ? p.order[number] : number, false);
-        if (item.rows > 0 && item.tiles > 0) break;
-        item.tiles = 0;
-      }
-    }
-    *mail = item;
-    barrier_arrive(base + FOUND + 8 * slot, true);
-    idle = item.tiles == 0 ? idle + 1 : 0;
-#else  // the same with fewer registers
     Item& mail = *(Item*)(memory + ITEMS + ITEM_BYTES * slot);
     int tiles = 0;
     if (overflowed) {
@@ -521,7 +505,6 @@ __device__ __forceinline__ void find_items(const Problem& p, unsigned char* memo
     if (tiles == 0) mail.tiles = 0;
     barrier_arrive(base + FOUND + 8 * slot, true);
     idle = tiles == 0 ? idle + 1 : 0;
-#endif
   }
 }
 
@@ -600,16 +583,6 @@ struct Ring {
   }
 };
 
-#if WARPGROUPS == 2
-// Clear a warpgroup's half of the values that lie past the sequence: zero times what is there need not be zero.
-__device__ __forceinline__ void clear_values(u32 values, int rows, const Thread& thread) {
-  const int first = max(rows, ROWS * thread.warpgroup) + thread.index / 64;
-  for (int row = first; row < ROWS * (thread.warpgroup + 1); row += 2)
-    write_shared(values + thread.index / 32 % 2 * 2 * BOX + row * 128 + thread.index % 32 * 4, 0);
-  fence_async();
-  synchronize(3, 256);
-}
-#else
 // Clear the values that lie past the sequence, all warpgroups together: zero times what is there need not be zero.
 __device__ __forceinline__ void clear_values(u32 values, int rows, const Thread& thread) {
   constexpr int IN_ROW = DIM / 2;  // threads, four bytes each
@@ -619,7 +592,6 @@ __device__ __forceinline__ void clear_values(u32 values, int rows, const Thread&
   fence_async();
   synchronize(1 + WARPGROUPS, COMPUTE_THREADS);
 }
-#endif
 
 // Multiply queries with keys of a hot tile, weights with the values of the tile before, and take the softmax.
 __device__ __forceinline__ void advance(
@@ -654,13 +626,9 @@ __device__ __forceinline__ void finish(
 __device__ __forceinline__ bool attend_item(
     const Item& item, u32 query_at, Ring& ring, const Thread& thread, const Problem& p, u32 zero) {
   const int row = ROWS * thread.warpgroup + 16 * thread.warp + thread.quad;
-#if WARPGROUPS == 2
-  int masked = item.masked - (thread.warpgroup > 0 ? item.spared[0] : 0);
-#else
   int masked = item.masked;
   if (thread.warpgroup == 1) masked -= item.spared[0];
-  if (thread.warpgroup == 2) masked -= item.spared[1];
-#endif
+  if (thread.warpgroup == 2) masked -= item.spared[WARPGROUPS - 2];
   // Alike in all threads of a warp, which the compiler cannot know of what comes from memory.
   masked = __shfl_sync(ALL, masked, 0);
   const int tiles = __shfl_sync(ALL, item.tiles, 0);
@@ -844,7 +812,9 @@ __device__ __forceinline__ void attend_items(const Problem& p, const unsigned ch
   thread.select0 = thread.high ? 0x2604 : 0x6240;
   thread.select1 = thread.high ? 0x3715 : 0x7351;
   thread.scale = p.scale;
-  thread.no_factor = p.no_factor;
+  // Kept in a register, as a number that all threads share would be moved to one for each group. Not for two warpgroups and
+  // a head dimension of 64, where that comes out by itself and this would cost 64 moves in the hot loop.
+  thread.no_factor = DIM == 64 && WARPGROUPS == 2 ? p.no_factor : p.no_factor * index;
   const u32 zero = p.no_factor != 0;
   Ring ring = {base, 0};
   int idle = 0;
@@ -858,8 +828,7 @@ __device__ __forceinline__ void attend_items(const Problem& p, const unsigned ch
     idle = item.tiles == 0 ? idle + 1 : 0;
     __syncwarp();  // a vote orders no memory
     overflowed = __any_sync(ALL, overflowed);
-    const u32 flags = WARPGROUPS == 2 ? 32 * slot + 16 * warpgroup : 16 * (WARPGROUPS * slot + warpgroup);
-    if (thread.elected) write_shared(base + OVERFLOWS + flags + 4 * thread.warp, overflowed);
+    if (thread.elected) write_shared(base + OVERFLOWS + 16 * (WARPGROUPS * slot + warpgroup) + 4 * thread.warp, overflowed);
     barrier_arrive(base + DONE + 8 * slot, thread.elected);
   }
 }

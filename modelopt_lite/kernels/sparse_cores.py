@@ -36,6 +36,8 @@ except ImportError:  # an optional extra; newer CUDA builds of PyTorch bring it 
 
 ROWS, TILE = 64, 128
 """Queries of a warpgroup, and keys of a tile."""
+LONG = 2048
+"""Queries of a sequence, on average, above which three warpgroups are faster than two."""
 # Of CUDA's driver interface, cuda.h
 FLOAT16, BFLOAT16, NO_INTERLEAVE, SWIZZLE_128_BYTES, L2_256_BYTES, FILL_WITH_ZEROS = 6, 9, 0, 3, 3, 0
 MAX_DYNAMIC_SHARED_SIZE_BYTES, CAPTURE_MODE_RELAXED = 8, 2
@@ -77,9 +79,14 @@ class Variant(NamedTuple):
 
 
 def variant_of(request: AttentionRequest) -> Variant:
-    """Return the variant that runs a request; a head dimension of 64 leaves registers for a third warpgroup."""
-    head_dim = request.q.shape[2]
-    return Variant(request.q.dtype, head_dim, 3 if head_dim == 64 else 2)
+    """Return the variant that runs a request.
+
+    A head dimension of 64 leaves registers for a third warpgroup. It pays for long sequences, as more of its larger
+    items is masked. Lists of visits are for items of 128 queries.
+    """
+    r, head_dim = request, request.q.shape[2]
+    long = r.q.shape[0] > LONG * r.starts_q.shape[0]
+    return Variant(r.q.dtype, head_dim, 3 if head_dim == 64 and long and r.blocks is None else 2)
 
 
 _kernels: dict[tuple[torch.device, Variant], ctypes.c_void_p | None] = {}
@@ -120,10 +127,6 @@ def refusal(request: AttentionRequest) -> str | None:
         return f"the tensors are {r.q.dtype}, not torch.float16 or torch.bfloat16"
     if r.q.shape[2] != r.v.shape[2] or r.q.shape[2] not in (64, 128):
         return f"head dimensions are {r.q.shape[2]} and {r.v.shape[2]}, not both 64 or both 128"
-    if r.q.dtype == torch.float16 and r.q.shape[2] == 128:
-        return "a head dimension of 128 runs with torch.bfloat16 alone"  # until a GPU has tested it with torch.float16
-    if r.blocks is not None and r.q.shape[2] == 64:
-        return "lists of key blocks run with a head dimension of 128 alone: visits are for items of 128 queries"
     for name, value in (("sliding_window", r.sliding_window), ("softcap", r.softcap), ("s_aux", r.s_aux)):
         if value is not None:
             return f"there is a {name}"
@@ -137,13 +140,12 @@ def refusal(request: AttentionRequest) -> str | None:
 
 
 def pays(request: AttentionRequest) -> bool:
-    """Whether the kernel is the fastest: not with short sequences, which leave programs idle, nor with few items."""
+    """Whether the kernel is the fastest: not with 64 queries, which leave half of a program idle, nor few tiles."""
     r = request
     if not r.q.is_cuda:  # Triton's interpreter runs other kernels there
         return False
     items = r.q.shape[0] * r.q.shape[1] / variant_of(r).item_rows
-    shortest = ROWS if r.q.shape[2] == 128 else 1024  # on average; more of the larger items of 64 is masked
-    return r.q.shape[0] > shortest * r.starts_q.shape[0] and items > 1.5 * processors(r.q.device)
+    return r.q.shape[0] > ROWS * r.starts_q.shape[0] and items > 1.5 * processors(r.q.device)
 
 
 def prepare(request: AttentionRequest) -> Callable[[AttentionRequest], tuple[Tensor, Tensor | None]]:

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..kernels.block_scores import mean_keys, softmax_mass, softmax_over
+from ..kernels.block_scores import blocks_above, mean_keys, softmax_mass, softmax_over
 from ..kernels.blocks import BlockGrid
 from ..kernels.reference import SequenceBlocks
 from ..registry import register_sparse_method
@@ -63,5 +63,4 @@ class FlashPrefill(BlockMethod, CalibratedMethod):
 
     def choose(self, scores: Tensor, seen: Tensor, forced: Tensor) -> Tensor:
         """Keep blocks with at least ``alpha`` times the largest score."""
-        alpha = self.knob_of(seen, scores.dtype)
-        return scores >= alpha * scores.masked_fill(~seen, 0.0).amax(-1, keepdim=True)
+        return blocks_above(scores, seen, self.knob_of(seen, scores.dtype))

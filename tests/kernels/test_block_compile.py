@@ -18,7 +18,7 @@ SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024}
 VARIANTS = [
     # capability, dtype, head_dim, stride, options
     (90, BF16, 128, 16, {}),
-    (90, BF16, 64, 4, {}),
+    (90, BF16, 64, 8, {}),
     (90, BF16, 80, 4, {"sliding_window": 1000, "softcap": 20.0}),
     (90, BF16, 256, 8, {"is_causal": False}),
     (90, FP32, 128, 16, {}),
@@ -32,7 +32,7 @@ def compile_variant(capability, dtype, head_dim, stride, options):
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
-    from modelopt_lite.kernels import AttentionRequest, block_kernels, block_launch
+    from modelopt_lite.kernels import AttentionRequest, block_launch
     from modelopt_lite.kernels.blocks import BlockGrid
     from modelopt_lite.plan import DENSE
 
@@ -48,32 +48,28 @@ def compile_variant(capability, dtype, head_dim, stride, options):
 
     compiled = {}
 
-    class CompileOnly:
-        def __init__(self, kernel):
-            self.kernel = kernel
-
-        def __getitem__(self, grid):
-            def launch(*arguments, **constants):
-                compiled[self.kernel.__name__] = self.kernel.warmup(*arguments, grid=grid, **constants)
-
-            return launch
+    def compile_only(kernel, programs, arguments, constants, **options):
+        compiled[kernel.__name__] = kernel.warmup(*arguments, *constants, grid=(programs,), **options)
 
     driver.set_active(AbsentGpu())
     block_launch._is_large = lambda x: capability == 90
-    for name, kernel in vars(block_kernels).items():
-        if name in vars(block_launch) and hasattr(kernel, "warmup"):
-            setattr(block_launch, name, CompileOnly(kernel))
+    block_launch.launch = compile_only
     length = 4096
     q, k = (torch.zeros(length, heads, head_dim, dtype=dtype) for heads in (8, 2))
     start, lengths = torch.zeros(1, dtype=torch.int64), torch.tensor([length])
     packing = {"starts_q": start, "lengths_q": lengths, "max_q": length, "starts_k": start, "lengths_k": lengths}
     masks = {"is_causal": True, "softmax_scale": 0.1, "sliding_window": None, "softcap": None, "s_aux": None, **options}
-    grid = BlockGrid(AttentionRequest(q=q, k=k, v=k, max_k=length, plan=DENSE, **packing, **masks), 128, 128)
+    request = AttentionRequest(q=q, k=k, v=k, max_k=length, plan=DENSE, **packing, **masks)
+    block_launch.grid_tables(request, 128, 128)
+    grid = BlockGrid(request, 128, 128)
+    seen, forced = block_launch.marked(grid, 1, 1)
+    block_launch.mean_scores(grid)
     block_launch.softmax_mass(grid, block_launch.mean_keys(grid))
     scores = block_launch.antidiagonal_mass(grid, stride)
-    block_launch.largest(scores, grid.seen(), grid.diagonal(), 0.9, by_mass=True)
+    block_launch.largest(scores, seen, forced, 0.9, by_mass=True)
+    chosen = block_launch.above(scores, seen, 0.9)
+    block_launch.listed(chosen, seen, forced)
     block_launch.excess(grid)
-    block_launch.listed(grid.seen())
     return {name: inspect(kernel) for name, kernel in compiled.items()}
 
 
@@ -93,13 +89,13 @@ def test_kernels_fit_the_gpu(compiled, index):
     capability, dtype, *_ = VARIANTS[index]
     found = compiled[index]
     assert set(found) == {
-        "mean_rows", "sum_softmax", "antidiagonal_tile", "join_antidiagonals", "choose_largest", "list_rows",
-        "excess_of_blocks",
-    }  # fmt: skip
+        "lay_out", "mark_blocks", "mean_rows", "multiply_means", "sum_softmax", "antidiagonal_tile",
+        "join_antidiagonals", "choose_largest", "choose_above", "list_rows", "excess_of_blocks",
+    } | ({"split_numbers"} if dtype != FP32 else set())  # fmt: skip
     for name, kernel in found.items():
         assert kernel["shared"] <= SHARED_LIMIT[capability]
-        # FP32 products are multiply-adds of registers, and masks take many.
-        assert kernel["spilled"] <= (256 if dtype == FP32 or name == "excess_of_blocks" else 0)
+        # FP32 products are multiply-adds of registers, and masks take many. Elsewhere two registers may be spilled.
+        assert kernel["spilled"] <= (256 if dtype == FP32 or name == "excess_of_blocks" else 8)
     for name in ("sum_softmax", "antidiagonal_tile", "excess_of_blocks"):
         assert (found[name]["products"] > 0) == (dtype != FP32)
 

@@ -13,7 +13,7 @@ from modelopt_lite.kernels import block_launch, block_scores
 from modelopt_lite.kernels.blocks import BlockGrid, KeyBlocks
 from modelopt_lite.kernels.reference import SequenceBlocks
 from modelopt_lite.kernels.selection import select_blocks
-from modelopt_lite.plan import AttentionPlan, BlockSelector, SkipRule
+from modelopt_lite.plan import DENSE, AttentionPlan, BlockSelector, SkipRule
 
 pytestmark = [
     pytest.mark.usefixtures("poison"),
@@ -48,6 +48,26 @@ def check_where_seen(found, expected, grid):
 def test_means(grid):
     torch.testing.assert_close(block_launch.mean_keys(grid), grid.mean_keys(), **FP32)
     torch.testing.assert_close(block_launch.mean_queries(grid), block_scores.mean_queries(grid), **FP32)
+
+
+@given(requests(longest=70), GRIDS, st.integers(0, 3), st.integers(0, 3), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_tables_and_marks(request, sizes, first_blocks, recent_blocks, sparse_decode):
+    request = request._replace(plan=dataclasses.replace(DENSE, sparse_decode=sparse_decode))
+    grid = BlockGrid(request, *sizes)
+    for name, found in block_launch.grid_tables(request, *sizes)._asdict().items():
+        expected = getattr(grid, name)
+        assert found.dtype == expected.dtype, name
+        assert torch.equal(found, expected), name
+    found = block_launch.marked(grid, first_blocks, recent_blocks)
+    for one, other in zip(found, grid.marked(first_blocks, recent_blocks), strict=True):
+        assert torch.equal(one, other)
+
+
+@given(grids())
+@some_cases
+def test_mean_scores(grid):
+    check_where_seen(block_launch.mean_scores(grid), block_scores.mean_scores(grid), grid)
 
 
 @given(grids())
@@ -113,7 +133,7 @@ def test_skipped_blocks(request):
     expected, grid = select_blocks(request), BlockGrid(request, *request.grid)
     assert block_launch.excess_refusal(grid) is None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(block_launch, "is_wanted", lambda x: True)
+        patch.setattr(block_launch, "runs_on", lambda x: True)
         found = select_blocks(request)
     assert torch.equal(found.mask(), expected.mask())
 
@@ -186,17 +206,24 @@ def test_largest_blocks(case):
     assert torch.equal((found | forced) & seen, (expected | forced) & seen)
 
 
-def test_unknown_selection_is_refused(monkeypatch):
-    monkeypatch.setenv("MODELOPT_LITE_SELECTION", "cuda")
-    with pytest.raises(ValueError, match="MODELOPT_LITE_SELECTION: 'cuda' is not allowed; triton, torch or nothing"):
-        block_launch.is_wanted(torch.zeros(1))
+@given(scored(signed=False))
+@settings(max_examples=60, deadline=None)
+def test_blocks_above(case):
+    scores, seen, _, fraction = case
+    found = block_launch.above(scores, seen, fraction)
+    if isinstance(fraction, torch.Tensor):
+        fraction = fraction.float()
+    assert torch.equal(found & seen, block_scores.blocks_above(scores, seen, fraction) & seen)
 
 
-@given(st.integers(0, 3), st.integers(0, 3), st.integers(0, 1100), st.sampled_from([0.0, 0.3, 1.0]))
+@given(st.integers(0, 3), st.integers(0, 3), st.integers(0, 1100), st.sampled_from([0.0, 0.3, 1.0]), st.booleans())
 @settings(max_examples=20, deadline=None)
-def test_lists(heads, rows, columns, share):
+def test_lists(heads, rows, columns, share, has_marks):
     mask = torch.rand(heads, rows, columns) < share
-    counts, indices = block_launch.listed(mask)
-    expected = KeyBlocks.from_mask(mask, torch.zeros(1), 16, 16)
+    seen, forced = torch.rand(rows, columns) < 0.8, torch.rand(rows, columns) < 0.1
+    marks = (seen, forced & seen) if has_marks else ()
+    counts, indices = block_launch.listed(mask, *marks)
+    kept = (mask & seen) | (forced & seen) if has_marks else mask
+    expected = KeyBlocks.from_mask(kept, torch.zeros(1), 16, 16)
     assert torch.equal(counts, expected.counts)
     assert torch.equal(indices, expected.indices)

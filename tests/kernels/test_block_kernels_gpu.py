@@ -4,18 +4,13 @@ import pytest
 import torch
 from cases import packed_request
 
-from modelopt_lite.kernels import block_launch, block_scores
+from modelopt_lite.kernels import block_launch, block_scores, request_statistics, statistics
 from modelopt_lite.kernels.blocks import BlockGrid, KeyBlocks
 from modelopt_lite.kernels.selection import _excess, select_blocks
-from modelopt_lite.methods import FlashPrefill, XAttention
+from modelopt_lite.methods import FlashPrefill, MeanPoolTopK, SinkWindow, XAttention
 from modelopt_lite.plan import AttentionPlan, SkipRule
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")]
-
-
-@pytest.fixture(autouse=True)
-def by_kernels(monkeypatch):
-    monkeypatch.setenv("MODELOPT_LITE_SELECTION", "triton")
 
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
@@ -29,12 +24,17 @@ def test_scores(dtype, options, grid_size):
     grid = BlockGrid(request, *grid_size)
     exact = BlockGrid(request._replace(q=request.q.double(), k=request.k.double()), *grid_size)
     assert block_launch.refusal(grid) is None
-    seen = grid.seen()
+    seen, forced = grid.marked(1, 2)
+    assert torch.equal(seen, grid.seen())
+    on_cpu = BlockGrid(_on_cpu(request), *grid_size)
+    assert all(torch.equal(x.cpu(), y) for x, y in zip((seen, forced), on_cpu.marked(1, 2), strict=True))
     # Pooled keys have 16 bits in the products with BF16.
     tolerance = {"rtol": 2e-4, "atol": 1e-4} if dtype == torch.bfloat16 else {"rtol": 2e-5, "atol": 2e-5}
     mass = block_scores.softmax_mass(grid, block_scores.mean_keys(grid))
     expected = block_scores.softmax_mass(exact, exact.mean_keys())
     torch.testing.assert_close(mass[:, seen].double(), expected[:, seen], **tolerance)
+    scores, expected = block_scores.mean_scores(grid), block_scores.mean_scores(exact)
+    torch.testing.assert_close(scores[:, seen].double(), expected[:, seen], rtol=2e-5, atol=2e-5)
     for stride in (4, 16):
         mass = block_scores.antidiagonal_mass(grid, stride)
         expected = block_scores.antidiagonal_mass(exact, stride)
@@ -71,6 +71,14 @@ def test_excess(dtype, options, size, rows, dim):
     torch.testing.assert_close(found[:, seen].double(), expected[:, seen], rtol=1e-5, atol=1e-4)
 
 
+def above(scores, seen, forced, fraction):
+    return block_scores.blocks_above(scores, seen, fraction)
+
+
+def _on_cpu(request):
+    return request._replace(**{name: x.cpu() for name, x in request._asdict().items() if isinstance(x, torch.Tensor)})
+
+
 @pytest.mark.parametrize("columns", [1, 70, 1000, 9000])
 def test_choices_and_lists(columns):
     """Masses are eighths, so that every decision is exact, and many of them equal."""
@@ -78,7 +86,7 @@ def test_choices_and_lists(columns):
     scores = torch.randint(0, 9, (3, 5, columns), device="cuda", generator=generator) / 8
     seen = torch.rand(5, columns, device="cuda", generator=generator) < 0.8
     forced = (torch.rand(5, columns, device="cuda", generator=generator) < 0.1) & seen
-    for choose in (block_scores.heaviest_blocks, block_scores.largest_blocks):
+    for choose in (block_scores.heaviest_blocks, block_scores.largest_blocks, above):
         for share in (0.0, 0.25, 0.9, torch.rand(5, 1, device="cuda", generator=generator, dtype=torch.float64)):
             found, expected = (choose(x, seen, forced, share) for x in (scores, scores.double()))
             assert torch.equal((found | forced) & seen, (expected | forced) & seen)
@@ -88,7 +96,7 @@ def test_choices_and_lists(columns):
     assert torch.equal(found.indices.cpu(), expected.indices)
 
 
-@pytest.mark.parametrize("method", [FlashPrefill(), XAttention()], ids=lambda method: method.method)
+@pytest.mark.parametrize("method", [FlashPrefill(), XAttention(), MeanPoolTopK()], ids=lambda method: method.method)
 def test_selection_does_not_wait_for_the_gpu(method, monkeypatch):
     request = packed_request(heads=(4, 2), dims=(64, 64), dtype=torch.bfloat16, exact=False, plan=method.shared_plan())
     select_blocks(request)  # compiles the kernels
@@ -100,6 +108,27 @@ def test_selection_does_not_wait_for_the_gpu(method, monkeypatch):
         torch.cuda.set_sync_debug_mode("default")
     again = select_blocks(request)
     assert all(torch.equal(a, b) for a, b in zip(found[:3], again[:3], strict=True))
-    monkeypatch.setenv("MODELOPT_LITE_SELECTION", "torch")
+    monkeypatch.setattr(block_launch, "runs_on", lambda x: False)
+    monkeypatch.setattr(block_scores, "_runs_kernels", lambda grid: False)
     by_torch = select_blocks(request).mask()
     assert (found.mask() != by_torch).float().mean() < 0.01  # near ties alone
+
+
+@pytest.mark.parametrize(
+    "method", [MeanPoolTopK(dense_window_size=70, num_sink_tokens=3), SinkWindow(dense_window_size=70)]
+)
+def test_statistics(method, monkeypatch):
+    """Those from two softmax denominators are those from all scores, and take no wait for the GPU."""
+    request = packed_request(
+        heads=(4, 2), dims=(128, 128), dtype=torch.bfloat16, exact=False, plan=method.shared_plan()
+    )
+    request_statistics(request)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = request_statistics(request)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    monkeypatch.setattr(statistics, "_suits_kernels", lambda request: False)
+    for name, x in request_statistics(request)._asdict().items():
+        torch.testing.assert_close(getattr(found, name), x, rtol=1e-4, atol=1e-4, msg=name)

@@ -6,13 +6,16 @@ from itertools import pairwise
 import pytest
 import torch
 from block_cases import GRIDS, kept_by_brute_force, plans, requests, with_lists
+from cases import one_sequence
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from modelopt_lite.kernels import KeyBlocks, attention, blocked, compute, operator, request_statistics
+from modelopt_lite.kernels import KeyBlocks, attention, blocked, compute, operator, request_statistics, statistics
 from modelopt_lite.kernels.blocks import BlockGrid
 from modelopt_lite.kernels.reference import attention_reference, kept_scores, listed_blocks
 from modelopt_lite.kernels.selection import select_blocks
+from modelopt_lite.kernels.top_n import top_n_plan
+from modelopt_lite.methods import SinkWindow
 from modelopt_lite.plan import DENSE, AttentionPlan, BlockSelector, SkipRule
 
 # FP32 rounding of exponentials, sums and products of numbers of order 1 over at most 90 keys.
@@ -369,6 +372,69 @@ def test_plans_that_are_wrong():
         AttentionPlan(blocks=selector, skip=SkipRule(0.1))
 
 
+@given(
+    st.sampled_from(GRIDS),
+    st.integers(0, 4),
+    st.integers(0, 5),
+    st.integers(1, 130),
+    st.booleans(),
+    st.none() | st.integers(1, 99),
+)
+@settings(max_examples=100, deadline=None)
+def test_where_all_blocks_are_forced(sizes, first_blocks, recent_blocks, keys, is_causal, sliding_window):  # fmt: skip
+    """Then nothing is to be chosen, in whole sequences and in their last chunks; else there is a block to choose."""
+    selector = BlockSelector(sums, at_least_the_mean, None, *sizes, first_blocks, recent_blocks)
+    q = torch.zeros(keys, 1, 8)
+    options = {
+        "is_causal": is_causal,
+        "sliding_window": sliding_window,
+        "plan": AttentionPlan(blocks=selector, sparse_decode=True),
+    }
+    for queries in {keys, (keys + 1) // 2}:
+        grid = BlockGrid(one_sequence(q[:queries], q, q, **options), *sizes)
+        seen, forced = grid.marked(first_blocks, recent_blocks)
+        if selector.forces_all(keys, is_causal):
+            assert torch.equal(seen, forced)
+        elif queries == keys and sliding_window is None and (is_causal or keys > sizes[1]):
+            assert not torch.equal(seen, forced)
+
+
+@given(requests(longest=40), st.integers(0, 2), st.integers(0, 3), st.booleans())
+@many_cases
+def test_plan_of_short_sequences_keeps_the_same(request, first_blocks, recent_blocks, has_rule):
+    selector = BlockSelector(sums, at_least_the_mean, None, 16, 16, first_blocks, recent_blocks)
+    rule = top_n_plan(2, 4, 1, 3) if has_rule else DENSE
+    plan = dataclasses.replace(rule, blocks=selector, skip=SkipRule(0.5, 16, 16) if recent_blocks == 2 else None)
+    request = request._replace(plan=plan, first_q=None, first_k=None)
+    assume(not request.is_causal or bool((request.lengths_q <= request.lengths_k).all()))
+    short = plan.for_keys(request.max_k, request.is_causal)
+    assert short.name == plan.name or not short.chooses_blocks
+    expected, _ = attention_reference(request)
+    found, _ = attention_reference(request._replace(plan=short))
+    torch.testing.assert_close(found, expected, **FP32)
+
+
+@given(plans(), st.data())
+@many_cases
+def test_statistics_by_denominators(plan, data):
+    """The same counts as from all scores, and the same mass but for rounding."""
+    plan = dataclasses.replace(plan, keep=None, group=1)
+    kind = data.draw(st.sampled_from(["lists", "selector", "nothing"]))
+    if kind == "lists":
+        request = data.draw(with_lists(plan=plan))
+    elif kind == "selector":
+        request = data.draw(requests(plan=dataclasses.replace(plan, blocks=data.draw(selectors()))))
+    else:
+        numbers = {"num_sink_tokens": plan.num_sink_tokens, "dense_window_size": plan.dense_window_size}
+        request = data.draw(requests(plan=SinkWindow(**numbers).plan()))
+    expected = request_statistics(request)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(statistics, "_suits_kernels", lambda request: True)
+        found = request_statistics(request)
+    for name, x in found._asdict().items():
+        torch.testing.assert_close(x, getattr(expected, name), rtol=1e-5, atol=1e-5, msg=name)
+
+
 @given(selectors().flatmap(skipping).flatmap(lambda plan: requests(plan=plan)), st.integers(2, 5))
 @few_cases
 def test_several_query_blocks_at_a_time_skip_alike(request, step):
@@ -377,3 +443,16 @@ def test_several_query_blocks_at_a_time_skip_alike(request, step):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("modelopt_lite.kernels.selection._rows_at_a_time", lambda *_: step)
         assert torch.equal(select_blocks(request).mask(), expected)
+
+
+@given(st.lists(selectors().flatmap(lambda x: requests(plan=AttentionPlan(blocks=x))), min_size=2, max_size=4))
+@few_cases
+def test_what_calls_share_changes_nothing(calls):
+    """Also where calls have some of their tensors in common, and others not."""
+    shared = {}
+    calls += [call._replace(lengths_q=call.lengths_q.masked_fill(call.lengths_q == 1, 0)) for call in calls]
+    calls += [call._replace(plan=calls[0].plan, is_causal=True, sliding_window=7) for call in calls]
+    for call in [*calls, *calls]:
+        for found, expected in zip(select_blocks(call._replace(grids=shared)), select_blocks(call), strict=True):
+            assert not isinstance(found, torch.Tensor) or torch.equal(found, expected)
+    assert shared

@@ -28,9 +28,9 @@ __all__ = ["poison"]
 LONG = ((1000, 1000), (129, 1500), (1, 700), (0, 0), (300, 900), (128, 128), (257, 1153))
 
 VARIANTS = [
-    sparse_cores.Variant(torch.bfloat16, 128, 2),
-    sparse_cores.Variant(torch.bfloat16, 64, 3),
-    sparse_cores.Variant(torch.float16, 64, 3),
+    sparse_cores.Variant(dtype, head_dim, warpgroups)
+    for dtype in (torch.bfloat16, torch.float16)
+    for head_dim, warpgroups in ((128, 2), (64, 2), (64, 3))
 ]
 
 
@@ -53,6 +53,9 @@ def each_variant(request, monkeypatch):
     variant = request.param
     monkeypatch.setitem(shape, "dtype", variant.dtype)
     monkeypatch.setitem(shape, "dims", (variant.head_dim, variant.head_dim))
+    monkeypatch.setattr(sparse_cores, "LONG", 0 if variant.warpgroups == 3 else 2**31)
+    monkeypatch.setattr(choice, "_prepared", {})
+    return variant
 
 
 @pytest.fixture
@@ -100,6 +103,7 @@ def test_machine_code(variant):
     assert loop["shuffles"] == 2 * 3  # that bring metadata together
     assert loop["shared memory"] == 2 * 5  # stores that pin the order and never happen
     assert loop["exponentials"] == 2 * 32
+    assert loop["FMA pipe"] <= 2 * 205  # so no number that all threads share is moved to a register for each group
 
 
 def test_both_languages_lay_out_the_problem_alike():
@@ -110,7 +114,8 @@ def test_both_languages_lay_out_the_problem_alike():
     ("changes", "refused"),
     [
         ({}, None),
-        ({"dtype": torch.float16}, "a head dimension of 128 runs with torch.bfloat16 alone"),
+        ({"dtype": torch.float16}, None),
+        ({"head_dim": 64}, None),
         ({"n_of_m": (1, 4)}, "the plan is not 2:4"),
         ({"n_of_m": (4, 8)}, "the plan is not 2:4"),
         ({"n_of_m": (0, 4)}, "the plan is not 2:4"),
@@ -136,8 +141,9 @@ def test_when_it_is_chosen(absent_gpu, monkeypatch, changes, refused):
     can, extras = refused is None, ({"sliding_window": 9}, {"softcap": 2.0}, {"s_aux": torch.zeros(4)})
     assert sparse_cores.refusal(request_of(65)) == refused
     assert chosen(64) == "portable"
-    assert chosen(65, tokens=65 * 96) != "sparse_cores"  # fewer than 198 tiles
-    assert [chosen(length) == "sparse_cores" for length in (65, 64 * 100)] == [can, can]
+    enough = 192 * 50
+    assert chosen(65, tokens=128 * 49) != "sparse_cores"  # fewer than 198 items
+    assert [chosen(length, tokens=enough) == "sparse_cores" for length in (65, enough)] == [can, can]
     assert chosen(64 * 100, "hopper") == "hopper"
     assert chosen(64 * 100, "portable") == "portable"
     assert chosen(1, "sparse_cores") == ("sparse_cores" if can else "portable")
@@ -150,22 +156,20 @@ def test_when_it_is_chosen(absent_gpu, monkeypatch, changes, refused):
     assert chosen(64 * 100, "sparse_cores", **positions) == "portable"
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_when_it_is_chosen_for_a_head_dimension_of_64(absent_gpu, monkeypatch, dtype):
-    monkeypatch.setattr(sparse_cores, "_kernel", lambda device, variant: ctypes.c_void_p())
-    plan = top_n_plan(2, 4, 0, 64)
-
-    def request_of(sequences, length):
-        q = torch.empty(sequences * length, 4, 64, dtype=dtype).as_subclass(OnGpu)
-        starts = torch.arange(0, sequences * length, length)
-        packing = {"starts": starts, "lengths": torch.full_like(starts, length), "max": length}
-        return one_sequence(q, q, q, plan, **{f"{name}_{side}": x for name, x in packing.items() for side in "qk"})
-
-    expected = {(10, 1024): False, (10, 1025): True, (1, 192 * 50): True, (1, 192 * 49): False}  # 198 items
-    assert {what: choose(request_of(*what)).name == "sparse_cores" for what in expected} == expected
-    request = request_of(1, 192 * 50)
-    blocks = KeyBlocks.from_mask(torch.ones(1, 75, 75, dtype=torch.bool), request.starts_q, 128, 128)
-    assert sparse_cores.refusal(request._replace(blocks=blocks)).startswith("lists of key blocks run with a head dim")
+@pytest.mark.parametrize(
+    ("head_dim", "tokens", "lists", "warpgroups"),
+    [(64, 4098, False, 3), (64, 4096, False, 2), (64, 4098, True, 2), (128, 4098, False, 2)],
+)
+def test_which_variant_runs(head_dim, tokens, lists, warpgroups):
+    """Two sequences; lists are for items of 128 queries."""
+    starts = torch.tensor([0, tokens // 2])
+    lengths = torch.full_like(starts, tokens // 2)
+    q = torch.empty(tokens, 1, head_dim, dtype=torch.float16)
+    both = {f"{name}_{side}": x for name, x in (("starts", starts), ("lengths", lengths)) for side in "qk"}
+    request = one_sequence(q, q, q, top_n_plan(2, 4, 0, 64), **both)
+    blocks = KeyBlocks.from_mask(torch.ones(1, 1, 1, dtype=torch.bool), starts, 128, 128) if lists else None
+    expected = sparse_cores.Variant(torch.float16, head_dim, warpgroups)
+    assert sparse_cores.variant_of(request._replace(blocks=blocks)) == expected
 
 
 @pytest.mark.parametrize(
