@@ -47,7 +47,9 @@ WARPGROUPS = gl.constexpr(2)
 KEY_STAGES = gl.constexpr(3)
 VALUE_STAGES = gl.constexpr(2)
 VOTES = gl.constexpr(4)
-"""Decisions that are posted and not yet read by all."""
+"""Tiles that a warpgroup has voted on and whose votes are not yet read by all."""
+UNKNOWN = gl.constexpr(2)
+"""In place of a vote of 0 or 1: this warpgroup has not voted yet."""
 
 
 @gluon.jit
@@ -122,11 +124,11 @@ def load_values(work, OPTIONS: gl.constexpr):
                 mbarrier.arrive(keys_freed.index(stage), count=1)
                 key_step += 1
             for index in range(masked + loads_of_hot(tiles - masked)):
-                is_wanted = find_vote(vote, votes, decided)
-                mbarrier.arrive(keys_freed.index(key_step % KEY_STAGES), count=1)
-                vote += 1
-                key_step += 1
-                if (index < masked) | is_wanted:
+                is_wanted = gl.where(index < masked, 1, 0)
+                for warpgroup in gl.static_range(WARPGROUPS):
+                    if is_wanted == 0:
+                        is_wanted = find_vote(vote, votes, decided, warpgroup)
+                if is_wanted != 0:
                     stage = step % VALUE_STAGES
                     tile = find_tile(index, place, masked, problem, OPTIONS)
                     row = first_key + tile // OPTIONS.block_n * OPTIONS.block_n
@@ -134,28 +136,40 @@ def load_values(work, OPTIONS: gl.constexpr):
                     mbarrier.expect(loaded.index(stage), VALUE_BYTES)
                     load_rows(values, row, kv_head, loaded.index(stage), value_memory.index(stage), OPTIONS)
                     step += 1
+                for warpgroup in gl.static_range(WARPGROUPS):
+                    mbarrier.wait(decided.index(vote % VOTES + warpgroup * VOTES), vote // VOTES & 1)
+                mbarrier.arrive(keys_freed.index(key_step % KEY_STAGES), count=1)
+                vote += 1
+                key_step += 1
         mbarrier.arrive(done.index(slot), count=1)
         post += 1
 
 
 @gluon.jit
 def post_vote(flags, vote, votes, decided, WARPGROUP: gl.constexpr):
-    """Tell whether any of this warpgroup's ``flags``, ``[ROWS, 4]``, two a thread, is above 0."""
-    slot = vote % VOTES
+    """Tell whether any of this warpgroup's ``flags``, ``[ROWS, 4]``, two a thread, is above 0; return it as 0 or 1."""
     # [warps, lanes]
     of_warps = gl.sum(flags.reshape([ROWS // 16, 2, 8, 4]), 1).reshape([ROWS // 16, 32])
-    votes.index(slot).slice(ROWS // 16 * WARPGROUP, ROWS // 16).store(gl.max(of_warps, 1))
-    mbarrier.arrive(decided.index(slot), count=1)
+    place = vote % VOTES + WARPGROUP * VOTES
+    votes.index(place).store(gl.max(of_warps, 1))
+    found = read_vote(votes.index(place))
+    mbarrier.arrive(decided.index(place), count=1)
+    return found
 
 
 @gluon.jit
-def find_vote(vote, votes, decided):
-    """Wait for both warpgroups' votes, and say whether any is for keeping the tile."""
-    ALL: gl.constexpr = ROWS // 16 * WARPGROUPS
-    LAYOUT: gl.constexpr = gl.BlockedLayout([ALL], [32], [gl.num_warps()], [0])
-    slot = vote % VOTES
-    mbarrier.wait(decided.index(slot), vote // VOTES & 1)
-    return gl.max(votes.index(slot).load(LAYOUT), 0) > 0
+def find_vote(vote, votes, decided, WARPGROUP: gl.constexpr):
+    """Wait for a warpgroup's vote and return it, 0 or 1."""
+    place = vote % VOTES + WARPGROUP * VOTES
+    mbarrier.wait(decided.index(place), vote // VOTES & 1)
+    return read_vote(votes.index(place))
+
+
+@gluon.jit
+def read_vote(memory):
+    """Return 1 if any of a warpgroup's warps has told a number above 0."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([ROWS // 16], [32], [gl.num_warps()], [0])
+    return gl.minimum(gl.max(memory.load(LAYOUT), 0), 1)
 
 
 @gluon.jit
@@ -175,14 +189,14 @@ def multiply(step, query, zeros, key_memory, loaded, OPTIONS: gl.constexpr):
 
 @gluon.jit
 def vote_on(products, bound, exists, vote, votes, decided, WARPGROUP: gl.constexpr):
-    """Tell whether any product of a tile reaches its query's bound."""
+    """Tell whether any product of a tile reaches its query's bound, and return it."""
     largest = largest_in_thread(products)
-    post_vote(((largest >= spread(bound, largest)) & exists).to(gl.int32), vote, votes, decided, WARPGROUP)
+    return post_vote(((largest >= spread(bound, largest)) & exists).to(gl.int32), vote, votes, decided, WARPGROUP)
 
 
 @gluon.jit
 def advance(
-    products, has_voted, exists, exists_next, state, query, zeros, shift, bound, to_log2, memories, votes, barriers,
+    products, own, exists, exists_next, state, query, zeros, shift, bound, to_log2, memories, votes, barriers,
     WARPGROUP: gl.constexpr, OPTIONS: gl.constexpr,
 ):  # fmt: skip
     """Take a tile whose products are there into the softmax, or skip it, and multiply queries with the next keys.
@@ -195,9 +209,12 @@ def advance(
     key_memory, value_memory = memories
     loaded, freed, values_loaded, values_freed, decided = barriers
     coming = multiply(step, query, zeros, key_memory, loaded, OPTIONS)
-    if has_voted == 0:
-        vote_on(products, bound, exists, vote, votes, decided, WARPGROUP)
-    if find_vote(vote, votes, decided):
+    if own == UNKNOWN:
+        own = vote_on(products, bound, exists, vote, votes, decided, WARPGROUP)
+    is_kept = own
+    if own == 0:
+        is_kept = find_vote(vote, votes, decided, 1 - WARPGROUP)
+    if is_kept != 0:
         weights = gl.exp2(products * to_log2 - spread(shift, products))
         partial_sum += gl.convert_layout(sum_in_thread(weights, OPTIONS), partial_sum.type.layout, assert_trivial=True)
         weights = gl.convert_layout(weights.to(query.dtype), OPERAND, assert_trivial=True)
@@ -207,16 +224,15 @@ def advance(
         accumulator = warpgroup_mma(weights, values, accumulator, is_async=True)
         following = warpgroup_mma_wait(1, deps=[coming])
         mbarrier.arrive(freed.index(step % KEY_STAGES), count=1)
-        vote_on(following, bound, exists_next, vote + 1, votes, decided, WARPGROUP)
-        has_voted = 1
+        own = vote_on(following, bound, exists_next, vote + 1, votes, decided, WARPGROUP)
         accumulator = warpgroup_mma_wait(0, deps=[accumulator])
         mbarrier.arrive(values_freed.index(stage), count=1)
         value_step += 1
     else:
         following = warpgroup_mma_wait(0, deps=[coming])
         mbarrier.arrive(freed.index(step % KEY_STAGES), count=1)
-        has_voted = 0
-    return following, has_voted, (step + 1, value_step, vote + 1, accumulator, partial_sum)
+        own = own * 0 + UNKNOWN
+    return following, own, (step + 1, value_step, vote + 1, accumulator, partial_sum)
 
 
 @gluon.jit
@@ -290,8 +306,8 @@ def attend_item(
         is_other = (behind >= window) & (first + offsets >= num_sinks)
         reaches = is_other & (products >= spread(bound, products))
         flags = gl.max(gl.max(reaches.to(gl.int32).reshape([ROWS, OPTIONS.block_n // 8, 4, 2]), 3), 1)
-        post_vote(flags, vote, votes, decided, WARPGROUP)
-        is_kept = find_vote(vote, votes, decided) | (first == diagonal)
+        own = post_vote(flags, vote, votes, decided, WARPGROUP)
+        is_kept = (own + find_vote(vote, votes, decided, 1 - WARPGROUP) > 0) | (first == diagonal)
         vote += 1
         weights, tile_sum, rescale, running_max, _ = update_softmax(
             products, gl.where(is_kept, tile, first + UNLISTED), positions, running_max, rules, numbers, (), None,
@@ -319,20 +335,20 @@ def attend_item(
         products = multiply(step, query, zeros, key_memory, loaded, OPTIONS)
         products = warpgroup_mma_wait(0, deps=[products])
         mbarrier.arrive(freed.index(step % KEY_STAGES), count=1)
-        has_voted = 0
+        own = hot * 0 + UNKNOWN
         state = (step + 1, value_step, vote, accumulator, partial_sum)
         for index in range(0, hot, 2):
             # Twice, so that products need not change their registers.
-            following, has_voted, state = advance(
-                products, has_voted, True, index + 1 < hot, state, query, zeros, running_max, bound, to_log2, memories,
+            following, own, state = advance(
+                products, own, True, index + 1 < hot, state, query, zeros, running_max, bound, to_log2, memories,
                 votes, barriers, WARPGROUP, OPTIONS,
             )  # fmt: skip
-            products, has_voted, state = advance(
-                following, has_voted, index + 1 < hot, index + 2 < hot, state, query, zeros, running_max, bound,
+            products, own, state = advance(
+                following, own, index + 1 < hot, index + 2 < hot, state, query, zeros, running_max, bound,
                 to_log2, memories, votes, barriers, WARPGROUP, OPTIONS,
             )  # fmt: skip
         step, value_step, vote, accumulator, partial_sum = state
-        if has_voted == 0:  # on the product that is ahead, which the loader of values expects
+        if own == UNKNOWN:  # on the product that is ahead, which the loader of values expects
             vote_on(products, bound, False, vote, votes, decided, WARPGROUP)
         vote += 1
 
@@ -397,7 +413,7 @@ def skip_forward_hopper(
     posted_items = gl.allocate_shared_memory(gl.int32, [SLOTS, NUMBERS], NUMBER)
     tiles_of_stages = gl.allocate_shared_memory(gl.int32, [KEY_STAGES, 1], NUMBER)
     overflows = gl.allocate_shared_memory(gl.int32, [SLOTS * WARPGROUPS, ROWS], NUMBER)
-    votes = gl.allocate_shared_memory(gl.int32, [VOTES, WARPGROUPS * ROWS // 16], NUMBER)
+    votes = gl.allocate_shared_memory(gl.int32, [WARPGROUPS * VOTES, ROWS // 16], NUMBER)
     posted = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIER)
     done = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIER)
     query_loaded = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIER)
@@ -405,7 +421,7 @@ def skip_forward_hopper(
     freed = gl.allocate_shared_memory(gl.int64, [KEY_STAGES, 1], BARRIER)
     values_loaded = gl.allocate_shared_memory(gl.int64, [VALUE_STAGES, 1], BARRIER)
     values_freed = gl.allocate_shared_memory(gl.int64, [VALUE_STAGES, 1], BARRIER)
-    decided = gl.allocate_shared_memory(gl.int64, [VOTES, 1], BARRIER)
+    decided = gl.allocate_shared_memory(gl.int64, [WARPGROUPS * VOTES, 1], BARRIER)
     cleared = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     for slot in gl.static_range(SLOTS):
         mbarrier.init(posted.index(slot), count=1)
@@ -417,8 +433,8 @@ def skip_forward_hopper(
     for stage in gl.static_range(VALUE_STAGES):
         mbarrier.init(values_loaded.index(stage), count=1)
         mbarrier.init(values_freed.index(stage), count=WARPGROUPS)
-    for slot in gl.static_range(VOTES):
-        mbarrier.init(decided.index(slot), count=WARPGROUPS)
+    for place in gl.static_range(WARPGROUPS * VOTES):
+        mbarrier.init(decided.index(place), count=1)
     mbarrier.init(cleared, count=WARPGROUPS)
     fence_async_shared()
     synchronize()
