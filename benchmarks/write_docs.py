@@ -161,6 +161,19 @@ def lists_table() -> str:
     return markdown(["tokens", "skipped", *names.values(), "time of our dense kernel"], lines)
 
 
+def skip_softmax_table() -> str:
+    """Return how much faster attention with skip-softmax is than dense attention, the decisions included."""
+    rows = rows_of("skip-nvidia-h200", head_dim=128, inputs="recorded", **{"pass": "forward"})
+    lines = []
+    for (length,), group in by_problem(rows, "seq_len"):
+        dense = next(row["ms"] for row in group if row["method"] == "dense")
+        for row in sorted(group, key=lambda row: row["share_skipped"]):
+            if row["method"] == "skip_softmax":
+                share = f"{row['share_skipped']:.0%}".replace("%", " %")
+                lines.append([str(length), share, ratio(row["speedup_over_dense"]), milliseconds(dense)])
+    return markdown(["tokens", "skipped", "speed", "time of our dense kernel"], lines)
+
+
 def _speeds(rows: Iterable[Row]) -> dict[tuple[str, str], float | None]:
     return {(row["kernel"], row["name"]): row["ratio_to_cudnn"] for row in rows}
 
@@ -435,6 +448,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "padded batch": functools.partial(model_table, "batch", layers=32),
     "decode of a model": functools.partial(model_table, "decode", layers=32),
     "lists": lists_table,
+    "skip-softmax": skip_softmax_table,
     "2:4": two_of_four_table,
     "2:4 in other types": two_of_four_types_table,
     "dense kernels": dense_table,

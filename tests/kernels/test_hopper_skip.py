@@ -29,7 +29,7 @@ SMALL = {"block_size": 16, "block_rows": 16}
 PLAN = AttentionPlan(skip=SkipRule(0.5), num_sink_tokens=4)
 SELECTOR = MeanPoolTopK().plan()
 SHARED_LIMIT = 227 * 1024
-SPILLED = 128
+SPILLED = 160
 """Bytes that a thread spills at most, a few of them in the main loop."""
 
 
@@ -130,8 +130,9 @@ def test_kernel_fits_the_gpu(compiled, index):
     assert found["shared"] <= SHARED_LIMIT
     assert found["registers"] == 168
     assert found["spilled"] <= SPILLED
-    assert loop["matrix"] == 24  # queries times keys, and where a tile is kept weights times values
-    assert loop["shuffles"] == 0
+    # queries times keys: of two tiles that are skipped, or of one of them, beside weights times values of the other
+    assert loop["matrix"] in (16, 24)
+    assert loop["shuffles"] == loop["spills"] == 0
 
 
 @pytest.mark.slow
