@@ -633,45 +633,6 @@ def list_rows(mask_ptr, seen_ptr, forced_ptr, count_ptr, index_ptr, rows, column
         before += tl.sum(kept)
 
 
-@triton.jit(do_not_specialize=["rows", "columns", "batch", "halvings"])
-def transpose_lists(
-    counts_ptr, indices_ptr, starts_ptr, begins_ptr, transposed_ptr, rows, columns, batch, halvings,
-    BLOCK: tl.constexpr, SEQUENCES: tl.constexpr,
-):  # fmt: skip
-    """List the rows that list one column of one head, and where each sequence's part of that list begins.
-
-    Whether a row lists it is found by bisection, as lists are ascending. The last number stored is where the last part
-    ends.
-    """
-    program = tl.program_id(0).to(tl.int64)
-    head, column = program // columns, program % columns
-    transposed_ptr += program * rows
-    begins_ptr += program * (batch + 1)
-    listed_before = column.to(tl.int32) * 0
-    for first in tl.range(0, rows, BLOCK):
-        row = first + tl.arange(0, BLOCK)
-        exists = row < rows
-        list_ptrs = indices_ptr + (head * rows + row) * columns
-        count = tl.load(counts_ptr + head * rows + row, mask=exists, other=0)
-        low, high = tl.zeros([BLOCK], tl.int32), count
-        for _ in tl.range(halvings):  # until low is the first place of a block not before this one
-            middle = (low + high) // 2
-            is_before = tl.load(list_ptrs + middle, mask=low < high, other=columns) < column
-            low = tl.where((low < high) & is_before, middle + 1, low)
-            high = tl.where(is_before, high, middle)
-        listed = (tl.load(list_ptrs + low, mask=low < count, other=-1) == column).to(tl.int32)
-        before = listed_before + tl.cumsum(listed, 0) - listed
-        tl.store(transposed_ptr + before, row, mask=listed != 0)
-        for number in tl.range(0, batch, SEQUENCES):
-            sequence = number + tl.arange(0, SEQUENCES)
-            start = tl.load(starts_ptr + sequence, mask=sequence < batch, other=-1)
-            is_here = (start >= first) & ((start < first + BLOCK) | (first + BLOCK >= rows))
-            here = tl.sum(tl.where(row[None, :] < start[:, None], listed[None, :], 0), 1)
-            tl.store(begins_ptr + sequence, listed_before + here, mask=is_here)
-        listed_before += tl.sum(listed, 0)
-    tl.store(begins_ptr + batch, listed_before)
-
-
 @triton.jit(do_not_specialize=["query_blocks", "columns"])
 def excess_of_blocks(
     query_ptr, key_ptr, selected_ptr, excess_ptr, sequence_ptr, row_q_ptr, origin_q_ptr, low_q_ptr, high_q_ptr,

@@ -24,13 +24,12 @@ from .block_kernels import (
     multiply_means,
     split_numbers,
     sum_softmax,
-    transpose_lists,
 )
 from .device import cdiv, compute_capability, launch
 from .grid_tables import GridTables, grid_shape
 
 if TYPE_CHECKING:
-    from .blocks import BlockGrid, KeyBlocks
+    from .blocks import BlockGrid
     from .request import AttentionRequest
 
 OLDEST = 80
@@ -296,20 +295,6 @@ def listed(mask: Tensor, seen: Tensor | None = None, forced: Tensor | None = Non
         num_warps=max(1, width // 256),
     )  # fmt: skip
     return counts, indices
-
-
-def transposed(blocks: KeyBlocks) -> tuple[Tensor, Tensor]:
-    """As ``KeyBlocks.transposed``; what follows a list means nothing."""
-    (heads, rows, columns), batch = blocks.indices.shape, blocks.starts.shape[0]
-    device = blocks.indices.device
-    begins = torch.zeros(heads, columns, batch + 1, dtype=torch.int32, device=device)
-    indices = torch.empty(heads, columns, rows, dtype=torch.int32, device=device)
-    if indices.numel():
-        width = min(256, _power(rows))
-        lists = (x.contiguous() for x in (blocks.counts, blocks.indices, blocks.starts))
-        numbers = (rows, columns, batch, columns.bit_length())
-        launch(transpose_lists, heads * columns, (*lists, begins, indices, *numbers), (width, 16), num_warps=2)
-    return begins, indices
 
 
 def _bytes(mask: Tensor) -> Tensor:

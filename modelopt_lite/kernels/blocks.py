@@ -103,8 +103,6 @@ class KeyBlocks(NamedTuple):
 
     def transposed(self) -> QueryBlocks:
         """Return for each key block the query blocks that list it, without waiting for the device."""
-        if _runs_kernels(self.indices):
-            return QueryBlocks(*block_launch.transposed(self))
         mask = self.mask().transpose(1, 2)
         _, indices = _listed(mask)
         before = torch.nn.functional.pad(mask.cumsum(-1, dtype=torch.int32), (1, 0))

@@ -32,7 +32,7 @@ def compile_variant(capability, dtype, head_dim, stride, options):
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
-    from modelopt_lite.kernels import AttentionRequest, KeyBlocks, block_launch
+    from modelopt_lite.kernels import AttentionRequest, block_launch
     from modelopt_lite.kernels.blocks import BlockGrid
     from modelopt_lite.plan import DENSE
 
@@ -68,7 +68,7 @@ def compile_variant(capability, dtype, head_dim, stride, options):
     scores = block_launch.antidiagonal_mass(grid, stride)
     block_launch.largest(scores, seen, forced, 0.9, by_mass=True)
     chosen = block_launch.above(scores, seen, 0.9)
-    block_launch.transposed(KeyBlocks(*block_launch.listed(chosen, seen, forced), grid.starts, 128, 128))
+    block_launch.listed(chosen, seen, forced)
     block_launch.excess(grid)
     return {name: inspect(kernel) for name, kernel in compiled.items()}
 
@@ -91,7 +91,6 @@ def test_kernels_fit_the_gpu(compiled, index):
     assert set(found) == {
         "lay_out", "mark_blocks", "mean_rows", "multiply_means", "sum_softmax", "antidiagonal_tile",
         "join_antidiagonals", "choose_largest", "choose_above", "list_rows", "excess_of_blocks",
-        "transpose_lists",
     } | ({"split_numbers"} if dtype != FP32 else set())  # fmt: skip
     for name, kernel in found.items():
         assert kernel["shared"] <= SHARED_LIMIT[capability]

@@ -227,20 +227,3 @@ def test_lists(heads, rows, columns, share, has_marks):
     expected = KeyBlocks.from_mask(kept, torch.zeros(1), 16, 16)
     assert torch.equal(counts, expected.counts)
     assert torch.equal(indices, expected.indices)
-
-
-@given(st.data())
-@some_cases
-def test_transposed_lists(data):
-    heads, batch, columns = (data.draw(st.integers(low, high)) for low, high in ((1, 2), (0, 20), (0, 40)))
-    lengths = data.draw(st.lists(st.sampled_from([0, 1, 2, 5, 70]), min_size=batch, max_size=batch))
-    rows = sum(lengths) + data.draw(st.integers(0, 2))
-    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
-    mask = torch.rand(heads, rows, columns, generator=generator) < data.draw(st.sampled_from([0.0, 0.3, 1.0]))
-    starts = torch.tensor(lengths, dtype=torch.int64)
-    blocks = KeyBlocks.from_mask(mask, starts.cumsum(0) - starts, 16, 16)
-    begins, indices = block_launch.transposed(blocks)
-    expected = blocks.transposed()
-    assert torch.equal(begins, expected.begins)
-    listed = torch.arange(rows) < begins[..., -1:]
-    assert torch.equal(indices[listed], expected.indices[listed])

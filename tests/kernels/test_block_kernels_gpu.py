@@ -132,15 +132,3 @@ def test_statistics(method, monkeypatch):
     monkeypatch.setattr(statistics, "_suits_kernels", lambda request: False)
     for name, x in request_statistics(request)._asdict().items():
         torch.testing.assert_close(getattr(found, name), x, rtol=1e-4, atol=1e-4, msg=name)
-
-
-@pytest.mark.parametrize("lengths", [[9, 0, 1, 600, 300], [1024]])
-def test_transposed_lists(lengths):
-    counts = torch.tensor(lengths, device="cuda")
-    mask = torch.rand(4, sum(lengths), 700, device="cuda") < 0.3
-    blocks = KeyBlocks.from_mask(mask, counts.cumsum(0) - counts, 128, 128)
-    begins, indices = blocks.transposed()
-    expected = blocks.on_cpu().transposed()
-    assert torch.equal(begins.cpu(), expected.begins)
-    listed = torch.arange(sum(lengths)) < expected.begins[..., -1:]
-    assert torch.equal(indices.cpu()[listed], expected.indices[listed])
