@@ -161,6 +161,18 @@ def lists_table() -> str:
     return markdown(["tokens", "skipped", *names.values(), "time of our dense kernel"], lines)
 
 
+def skip_softmax_table() -> str:
+    """Return how much faster attention with skip-softmax is than dense attention, the decisions included."""
+    lines = []
+    for (length,), group in by_problem(rows_of("skip-softmax-nvidia-h200"), "seq_len"):
+        dense = next(row["ms"] for row in group if row["method"] == "dense")
+        for share in sorted({row["share_skipped"] for row in group if row["method"] == "lists"}):
+            found = {r["method"]: ratio(r["speedup_over_dense"]) for r in group if r["share_skipped"] == share}
+            skipped = f"{share:.0%}".replace("%", " %")
+            lines.append([str(length), skipped, found["skip_softmax"], found["lists"], milliseconds(dense)])
+    return markdown(["tokens", "skipped", "decided in the loop", "lists given", "time of our dense kernel"], lines)
+
+
 def _speeds(rows: Iterable[Row]) -> dict[tuple[str, str], float | None]:
     return {(row["kernel"], row["name"]): row["ratio_to_cudnn"] for row in rows}
 
@@ -445,6 +457,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "padded batch": functools.partial(model_table, "batch", layers=32),
     "decode of a model": functools.partial(model_table, "decode", layers=32),
     "lists": lists_table,
+    "skip-softmax": skip_softmax_table,
     "2:4": two_of_four_table,
     "2:4 in other types": two_of_four_types_table,
     "dense kernels": dense_table,
