@@ -62,11 +62,18 @@ def hopper_settings(dtype: torch.dtype, head_dim: int, group: int, has_lists: bo
 def refusal(request: AttentionRequest) -> str | None:
     """Say why the Gluon kernel cannot run a request, or None if it can."""
     r = request
-    if (reason := gpu_refusal(r)) is not None:
-        return reason
     if (reason := lists_refusal(r)) is not None:
         return reason
-    hooks = (r.plan.score_hook, r.plan.quick_hook)
+    if (reason := device_refusal(r)) is not None:
+        return reason
+    return _UNCOMPILABLE.get((r.plan.score_hook, r.plan.quick_hook))
+
+
+def device_refusal(request: AttentionRequest) -> str | None:
+    """Say why no Gluon kernel can run on a request's device or with its tensors, or None if each is to be asked."""
+    r = request
+    if (reason := gpu_refusal(r)) is not None:
+        return reason
     if not r.q.is_cuda or compute_capability(r.q.device) != HOPPER:
         return "it is made for GPUs of compute capability 9.0"
     if not HOPPER_TRITON:
@@ -80,7 +87,7 @@ def refusal(request: AttentionRequest) -> str | None:
         return "addresses or strides of q, k or v are not multiples of 16 bytes"
     if r.has_positions:
         return "first positions are given, or there is a sliding window without causality"
-    return _UNCOMPILABLE.get(hooks)
+    return None
 
 
 def pays(request: AttentionRequest) -> bool:

@@ -1,6 +1,0 @@
-F = "tests/kernels/test_hopper_backward_gpu.py::"
-A = ["test_ragged[2:4-True-dtype1]", "test_ragged[dense-True-dtype1]", "test_ragged[4:8-True-dtype1]", "test_ragged[2:4-False-dtype1]", "test_ragged[2:4-True-dtype0]",
-     "test_the_same_keys_as_in_the_forward[{}-n_of_m0-dtype1]", "test_heads[heads0]", "test_all_keys_alike[4-8]", "test_slices_of_a_fused_projection", "test_other_hooks[plan0]", "test_ragged[dense-True-dtype0]", "test_random_scores[dtype0]"]
-B = ["test_options[{'sliding_window': 130, 'softcap': 5.0, 's_aux': True}-2:4]", "test_sinks_and_window[True-200-300]", "test_the_same_keys_as_in_the_forward[{}-n_of_m1-dtype1]",
-     "test_options[{'sliding_window': 100}-2:4]", "test_options[{'sliding_window': 1}-2:4]", "test_options[{'softcap': 2.0}-dense]", "test_ragged[dense-False-dtype1]", "test_n_of_m[1-2]", "test_all_keys_alike[2-4]", "test_sinks_and_window[False-200-300]", "test_options[{'s_aux': True}-dense]", "test_other_hooks[plan2]", "test_ragged[4:8-False-dtype1]"]
-FREE = ["test_long[dense]", "test_long[2:4]", "test_long[4:8]", "test_random_scores[dtype1]", "test_the_same_bits_every_time[dense]", "test_the_same_bits_every_time[2:4]", "test_the_same_bits_every_time[4:8]"]
