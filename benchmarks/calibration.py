@@ -4,7 +4,8 @@
 
 Each method is calibrated on the activations of the dense model, and refined on those of the sparse one, with speeches
 and source code. What is achieved is counted in real sparse runs, on speeches of other presidents and on other modules.
-Lengths are done in turn, and no more is begun after ``--seconds``.
+Lengths are done in turn, and no more is begun after ``--seconds``. ``--states`` keeps what was counted, so that several
+processes may run what was calibrated before at a length or a target each.
 
 For a machine without the texts, ``--write-tokens FILE`` writes their tokens, and ``--tokens FILE`` reads them.
 """
@@ -167,6 +168,8 @@ def main() -> None:
     """Calibrate, run, write."""
     parser = arguments("calibration")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    parser.add_argument("--run-at", type=int, nargs="*", help="the lengths that sparse runs have, if not all of them")
+    parser.add_argument("--targets", type=float, nargs="+", default=TARGETS)
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--calibrate-on", type=int, default=4, help="number of speeches")
     parser.add_argument("--states", type=Path, help="folder for what was measured, to go on from")
@@ -205,12 +208,12 @@ def main() -> None:
                 clock.say(f"{name}, {kind}: {found['fit']}")
                 recording.write(options.output, results, rows)
     others = {name: text for kind in ("speeches", "code") for name, text in texts[kind].items()}
-    for length in options.lengths:
+    for length in options.lengths if options.run_at is None else options.run_at:
         for (name, kind), config in configs.items():
             if clock.seconds > options.seconds:
                 clock.say(f"no time for {name} at {length}")
                 continue
-            for target in TARGETS:
+            for target in options.targets:
                 mtsa.sparsify(model, config.with_target(target))
                 by_text, by_layer = achieved(model, [text[:length] for text in others.values()])
                 row = {"method": name, "calibrated": kind, "target": target, "length": length}
@@ -219,7 +222,8 @@ def main() -> None:
                     row |= {part: round(sum(each.values()) / len(each), 4), f"{part}_each": each}
                 rows.append(row | {"layers": [round(x, 3) for x in by_layer]})
                 mtsa.unsparsify(model)
-            clock.say(f"{name}, {kind} at {length}: {[(x['target'], x['speeches'], x['code']) for x in rows[-3:]]}")
+            found = [(x["target"], x["speeches"], x["code"]) for x in rows[-len(options.targets) :]]
+            clock.say(f"{name}, {kind} at {length}: {found}")
             recording.write(options.output, results, rows)
 
 

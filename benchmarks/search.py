@@ -1,9 +1,10 @@
 """Search a method for each layer, and compare with one method everywhere at the same sparsity, on other speeches.
 
-    python benchmarks/search.py [--model smollm2-135m] [--dtype float32] [--what 4 16 blocks]
+    python benchmarks/search.py [--model smollm2-135m] [--dtype float32] [--what 4 16 windows blocks]
 
-Three searches: N of 4 and N of 16 keys, both at the density of 2:4, and xattention at that of a target of one half. All
-choose on the first 2048 tokens of some speeches. What they cost is then measured on speeches of other presidents.
+Four searches: N of 4 keys, N of 16 keys, and N of 16 keys with several dense windows, all at the density of 2:4; and
+xattention at that of a target of one half. All choose on the first 2048 tokens of some speeches. What they cost is then
+measured on speeches of other presidents.
 """
 
 from __future__ import annotations
@@ -24,7 +25,14 @@ from modelopt_lite.experiment.quality import bootstrap, compare_predictions, map
 
 LENGTH = 2048
 RESULTS = Path(__file__).parents[1] / "examples" / "results" / "search"
-N_OF_M = {"4": ("2:4", "1:4", "3:4"), "16": ("2:4", "4:16", "6:16", "8:16", "10:16", "12:16")}
+N_OF_M = {
+    "4": ("2:4", "1:4", "3:4"),
+    "16": ("2:4", "4:16", "6:16", "8:16", "10:16", "12:16"),
+    "windows": (
+        "2:4", "4:16", "8:16", "12:16", "4:16, window 256", "8:16, window 256", "2:16, window 256",
+        "4:16, window 512", "2:16, window 512", "1:16, window 512",
+    ),
+}  # fmt: skip
 BLOCKS = {"method": "xattention", "per_kv_head": True}
 TARGETS = (0.3, 0.5, 0.7)
 
@@ -67,9 +75,9 @@ def evaluate(model: Any, configs: dict[str, mtsa.SparsityConfig], windows: list[
 def main() -> None:
     """Search, evaluate, write."""
     parser = arguments("search")
-    parser.add_argument("--what", nargs="+", default=["4", "16", "blocks"])
+    parser.add_argument("--what", nargs="+", default=[*N_OF_M, "blocks"])
     parser.add_argument("--windows", type=int, default=4, help="of 2048 tokens, for each search")
-    parser.add_argument("--evaluate", type=int, default=8, help="windows of other speeches, 8 at most")
+    parser.add_argument("--evaluate", type=int, default=16, help="windows of other speeches, 16 at most")
     parser.add_argument("--length", type=int, default=LENGTH)
     parser.add_argument("--configs", type=Path, default=RESULTS, help="folder for the configurations that are found")
     parser.add_argument("--states", type=Path, help="folder for what was measured, to go on from")
@@ -77,7 +85,7 @@ def main() -> None:
     model, texts = prepare(options)
     clock, length = Clock(), options.length
     reading = [text[:length] for text in texts["calibration"].values()][: options.windows]
-    others = [text[i * length : (i + 1) * length] for i in range(2) for text in texts["speeches"].values()]
+    others = [text[i * length : (i + 1) * length] for i in range(4) for text in texts["speeches"].values()]
     others = others[: options.evaluate]
     results = recording.header(recording.device_name(model.device.type)) | {
         "model": options.model,
@@ -125,8 +133,9 @@ def main() -> None:
 
 
 def _n_of_m(name: str) -> dict[str, Any]:
-    n, m = map(int, name.split(":"))
-    return {"method": "sparse_softmax", "sparsity_n": n, "sparsity_m": m}
+    ratio, _, window = name.partition(", window ")
+    n, m = map(int, ratio.split(":"))
+    return {"method": "sparse_softmax", "sparsity_n": n, "sparsity_m": m, "dense_window_size": int(window or 64)}
 
 
 if __name__ == "__main__":

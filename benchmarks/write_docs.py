@@ -182,6 +182,19 @@ def two_of_four_table() -> str:
     return _kernels_table(rows, columns)
 
 
+def two_of_four_types_table() -> str:
+    """Return the speed of 2:4 on sparse tensor cores, relative to cuDNN's, for other types and head dimensions."""
+    columns = {(64, "bf16"): "64, BF16", (64, "fp16"): "64, FP16", (128, "fp16"): "128, FP16"}
+    rows = rows_of("sparse-cores-nvidia-h200", kernel="sparse_cores", query_heads=32, kv_heads=8, causal=True)
+    lines = []
+    for (length, batch), group in by_problem(rows, "seq_len", "batch"):
+        found = {(row["head_dim"], row["dtype"]): row["ratio_to_cudnn"] for row in group}
+        if found.keys() & columns:
+            tokens = str(length) if batch == 1 else f"{batch} x {length}"
+            lines.append([tokens, *(ratio(found.get(key)) for key in columns)])
+    return markdown(["tokens", *columns.values()], lines)
+
+
 def dense_table() -> str:
     """Return the speed of all dense kernels."""
     rows = rows_of("attention-nvidia-h200", **SHAPE, **{"pass": "forward"})
@@ -198,7 +211,7 @@ def patterns_table(kernel: str) -> str:
 def shapes_table() -> str:
     """Return what other shapes of attention change, at 8192 tokens."""
     rows = rows_of("attention-nvidia-h200", dtype="bf16", seq_len=8192, batch=1, **{"pass": "forward"})
-    rows += [row for row in rows_of("sparse-cores-nvidia-h200", seq_len=8192) if row["kernel"] == "sparse_cores"]
+    rows += rows_of("sparse-cores-nvidia-h200", dtype="bf16", seq_len=8192, kernel="sparse_cores")
     columns = [("hopper", "dense"), ("hopper", "2:4"), ("sparse_cores", "2:4"), ("hopper", "4:8"), ("triton", "2:4")]
     lines = []
     for (dim, heads, causal), group in by_problem(rows, "head_dim", "kv_heads", "causal"):
@@ -286,27 +299,58 @@ def perplexity_table() -> str:
     return markdown(["variant", "at 2048 tokens", "at 8192 tokens", "mass kept", "scores dropped"], lines, left=1)
 
 
+BLOCK_METHODS = {"mean_pool": "mean_pool_top_k"}
+"""What variants of the run of block methods call a method by another name."""
+
+
+def _method_and_knob(variant: str) -> list[str]:
+    method, _, knob = variant.rpartition(" ")
+    return [f"`{BLOCK_METHODS.get(method, method)}`", knob] if method else [variant, ""]
+
+
+def _change_or_perplexity(row: QualityRow | None) -> str:
+    if row is None:
+        return MISSING
+    return f"{row.perplexity.value:.2f}" if row.variant == "dense" else f"{row.change_percent.value:+.2f} %"
+
+
 def blocks_table() -> str:
-    """Return what methods that skip blocks cost by length, by the committed run, and what they keep at the shortest."""
-    rows = [row for row in ExperimentResult.load(RUNS / "blocks").quality if row.variant != "dense"]
+    """Return what methods that skip blocks cost by length, by the committed run, and what they keep."""
+    rows = ExperimentResult.load(RUNS / "blocks").quality
     lengths = sorted({row.length for row in rows})
     lines = []
     for variant in dict.fromkeys(row.variant for row in rows):
         found = {row.length: row for row in rows if row.variant == variant}
-        method, knob = variant.rsplit(" ", 1)
-        method = {"mean_pool": "mean_pool_top_k"}.get(method, method)
-        changes = [f"{found[n].change_percent.value:+.2f} %" if n in found else MISSING for n in lengths]
-        shortest = found[lengths[0]]
-        shares = [MISSING if x is None else f"{100 * x:.1f} %" for x in (shortest.mass_kept, shortest.sparsity)]
-        lines.append([f"`{method}`", knob, *changes, f"{shortest.divergence.value:.4f}", *shares])
+        cells = [_change_or_perplexity(found.get(length)) for length in lengths]
+        ends = [found.get(length) for length in (lengths[0], lengths[-1])]
+        for form, values in (
+            ("{:.4f}", [row and row.divergence.value for row in ends]),
+            ("{:.1f} %", [row and row.mass_kept and 100 * row.mass_kept for row in ends]),
+            ("{:.1f} %", [row and row.sparsity and 100 * row.sparsity for row in ends]),
+        ):
+            cells.append(", ".join(MISSING if x is None else form.format(x) for x in values))
+        lines.append([*_method_and_knob(variant), *cells])
     names = [f"at {length}" for length in lengths]
     return markdown(["method", "knob", *names, "KL", "mass kept", "scores dropped"], lines, left=1)
 
 
+def block_tasks_table() -> str:
+    """Return the scores of methods that skip blocks on the tasks of the committed run, by length."""
+    rows = ExperimentResult.load(RUNS / "blocks").tasks
+    columns = sorted({(row.task, row.length) for row in rows})
+    lines = []
+    for variant in dict.fromkeys(row.variant for row in rows):
+        found = {(row.task, row.length): row.score.value for row in rows if row.variant == variant}
+        cells = [f"{100 * found[key]:.0f} %" if key in found else MISSING for key in columns]
+        lines.append([*_method_and_knob(variant), *cells])
+    names = [f"{task} {length}" for task, length in columns]
+    return markdown(["method", "knob", *names], lines, left=1)
+
+
 def ruler_table() -> str:
-    """Return the mean score over the RULER-like tasks that block methods were run on, by length."""
+    """Return the mean score over all RULER-like tasks, by length."""
     found: dict[str, dict[int, list[float]]] = {}
-    for row in ExperimentResult.load(RUNS / "ruler-blocks").tasks:
+    for row in ExperimentResult.load(RUNS / "ruler").tasks:
         found.setdefault(row.variant, {}).setdefault(row.length, []).append(100 * row.score.value)
     lines = []
     for variant, scores in found.items():
@@ -369,6 +413,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "decode of a model": functools.partial(model_table, "decode", layers=32),
     "lists": lists_table,
     "2:4": two_of_four_table,
+    "2:4 in other types": two_of_four_types_table,
     "dense kernels": dense_table,
     "patterns in the Hopper kernel": functools.partial(patterns_table, "hopper"),
     "patterns in the portable kernel": functools.partial(patterns_table, "triton"),
@@ -381,6 +426,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "perplexity": perplexity_table,
     "blocks": blocks_table,
     "ruler": ruler_table,
+    "block tasks": block_tasks_table,
     "calibration": calibration_table,
     "search": search_table,
 }

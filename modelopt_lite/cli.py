@@ -362,8 +362,14 @@ def _mean_scores(result: ExperimentResult) -> dict[str, float]:
 def _basics(model: str, sparse: Sequence[str], dtype: str, device: str, output_dir: Path | None) -> dict[str, Any]:
     """Return the parts of an experiment that all commands for one model share."""
     content: dict[str, Any] = {"models": model, "dtype": dtype, "device": device}
-    content["variants"] = {_variant_name(source): source for source in sparse}
+    content["variants"] = _by_name(sparse)
     return content | ({} if output_dir is None else {"output_dir": str(output_dir)})
+
+
+def _by_name(sources: Sequence[str]) -> dict[str, str]:
+    """Return configurations by their names: what they are, or of files the names, if no two are equal."""
+    names = [_variant_name(source) for source in sources]
+    return {source if names.count(name) > 1 else name: source for name, source in zip(names, sources, strict=True)}
 
 
 def _variant_name(source: str) -> str:
@@ -488,9 +494,9 @@ def generate(
         loaded, tokenizer = _load_model(model, dtype, device)
         inputs = tokenizer(text, return_tensors="pt").to(loaded.device)
         rows = []
-        for name in ("dense", *sparse):
-            if name != "dense":
-                mtsa.sparsify(loaded, name)
+        for name, source in {"dense": None, **_by_name(sparse)}.items():
+            if source is not None:
+                mtsa.sparsify(loaded, source)
             # The first call only warms up, for a single token.
             first = _seconds(lambda: loaded.generate(**inputs, max_new_tokens=1, do_sample=False))[0]
             first = min(first, _seconds(lambda: loaded.generate(**inputs, max_new_tokens=1, do_sample=False))[0])
@@ -498,7 +504,7 @@ def generate(
             new = output[0, inputs.input_ids.shape[1] :]
             rows.append(
                 {
-                    "variant": _variant_name(name),
+                    "variant": name,
                     "first_token_seconds": first,
                     "seconds": whole,
                     "tokens": len(new),
@@ -561,6 +567,8 @@ def calibrate(
     with _user_errors(), _resumable(state):
         if form not in ("table", "exponential"):
             raise ConfigError(f"--form: {form!r} is not allowed; must be table or exponential")
+        if not 0 < target < 1:
+            raise ConfigError(f"--target: {target!r} is not allowed; a number > 0 and < 1")
         _check_new(output)
         loaded, tokenizer = _load_model(model, dtype, device)
         result = mtsa.calibrate(
@@ -616,10 +624,17 @@ def search(
 ) -> None:
     """Choose a method for each layer within a budget, and write the configuration."""
     with _user_errors(), _resumable(state):
-        candidates = {_variant_name(source): source for source in candidate}
+        candidates = _by_name(candidate)
         share: float | str | None = sparsity
         if sparsity is not None and sparsity not in candidates:
-            (share,) = _numbers("--sparsity", sparsity, float)
+            try:
+                share = float(sparsity)
+            except ValueError:
+                raise ConfigError(
+                    f"--sparsity: {sparsity!r} is not allowed; a share of the scores, 0 to 1, or one of "
+                    f"{', '.join(candidates)}"
+                ) from None
+        _late("layer_search").check_budget(sparsity=share, speedup=speedup, kl=kl, perplexity=perplexity)
         _check_new(output)
         loaded, tokenizer = _load_model(model, dtype, device)
         result = mtsa.search(

@@ -191,7 +191,7 @@ def search(
         ConfigError: if an argument is wrong, or no choice of candidates meets the budget.
         UnsupportedError: if the model has a layer that is not supported.
     """
-    kind, wanted = _budget(sparsity=sparsity, speedup=speedup, kl=kl, perplexity=perplexity)
+    kind, wanted = check_budget(sparsity=sparsity, speedup=speedup, kl=kl, perplexity=perplexity)
     check_dense(model)
     entries = _entries(candidates)
     if isinstance(wanted, str) and wanted not in entries:
@@ -235,7 +235,12 @@ def _without_dense(values: Mapping[str, float]) -> dict[str, float]:
     return {name: value for name, value in values.items() if name != DENSE_LAYER}
 
 
-def _budget(**given: float | str | None) -> tuple[Budget, float | str]:
+def check_budget(**given: float | str | None) -> tuple[Budget, float | str]:
+    """Return the only budget that is given, by the name of its argument.
+
+    Raises:
+        ConfigError: if it is not the only one, or out of its range.
+    """
     chosen = {name: value for name, value in given.items() if value is not None}
     if len(chosen) != 1:
         raise ConfigError(f"budget: must be exactly one of {', '.join(given)}; {_are_given(chosen)} given")

@@ -357,7 +357,7 @@ def _read(file: Path, problem: str) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except OSError as error:
-        allowed = f"must be a readable text file or {TEXT_PREFIX}DOCUMENT"
+        allowed = f"must be a text file, a folder of them, {TEXT_PACKAGE}, {TEXT_PREFIX}DOCUMENT or {LIBRARY_TEXTS}"
         raise ConfigError(f"{problem}; {allowed} ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{problem}; must be UTF-8 text ({error.reason})") from error

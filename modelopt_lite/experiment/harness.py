@@ -18,6 +18,7 @@ from ..errors import ConfigError
 from .assets import HUB_TIMEOUT, AssetError
 from .config import HarnessConfig
 from .records import HarnessScore
+from .tasks import TASKS
 
 FILE_LOADERS = ("json", "csv", "parquet", "text", "arrow", "pandas", "imagefolder")
 
@@ -67,7 +68,7 @@ class Harness:
                 where = "" if self._config.include_path is None else f" or in {self._config.include_path}"
                 raise ConfigError(
                     f"lm_eval.tasks.{i}: {name!r} is not allowed; must be a task, group or tag of "
-                    f"lm-evaluation-harness {self._lm_eval.__version__}{where}"
+                    f"lm-evaluation-harness {self._lm_eval.__version__}{where}; generated tasks are {', '.join(TASKS)}"
                 )
 
     def _check_network(self) -> None:

@@ -98,7 +98,9 @@ class ModelWork:
             raise ConfigError(f"models: {name!r} is not allowed; a model without a tokenizer is for speed alone")
         self.windows = self._cut(documents)
         self._check_lengths()
-        for variant in config.variants:  # one that does not fit is found before hours of work, kernels get compiled
+        for variant in config.variants:  # one that does not fit is found before anything runs
+            self.switch(variant)
+        for variant in config.variants:  # the same for what only shows in a run; kernels get compiled
             keeper.prepare(f"checking {variant}", 0, 0)
             self.switch(variant)
             self.logits(torch.zeros(1, WARM_UP, dtype=torch.long, device=self.model.device)[:, : self._context()])

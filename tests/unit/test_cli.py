@@ -63,7 +63,7 @@ BAD = {
         variant(method="sparse_softmax", sparsity_n=5),
         "c.yaml: variants.v.sparse_cfg.*.sparsity_n: 5 is not allowed; must be at most sparsity_m = 4",
     ),
-    "missing text file": (quality(text="no.txt"), "quality.text.0: 'no.txt' is not allowed; must be a readable text"),
+    "missing text file": (quality(text="no.txt"), "quality.text.0: 'no.txt' is not allowed; must be a text file,"),
     "unknown address": (quality(text="sotu:2"), "quality.text.0: 'sotu:2' is not allowed; must be one of"),
     "missing model": ({"models": "/no/model"}, "models: '/no/model' is not allowed; must be smollm2-135m or"),
     "text too short": (quality(window_lengths=120, windows=9), "quality.text.0: "),
@@ -260,6 +260,31 @@ def test_eval(model_folder, tmp_path, monkeypatch):
     assert json.loads(low.stdout)["tasks"][0]["samples"] == 2
     assert invoke("eval", model_folder, *arguments, "--accuracy-lower-bound", 0.0).exit_code == 0
     assert one_line(invoke("eval", model_folder, "--lengths", "x")).startswith("--lengths: 'x' is not allowed")
+
+
+def test_configurations_of_one_name_in_two_folders_are_two_variants(model_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder, n in (("a", 1), ("b", 3)):
+        Path(folder).mkdir()
+        mtsa.SparsityConfig.load({"method": "sparse_softmax", "sparsity_n": n}).save(Path(folder) / "x.yaml")
+    arguments = ("--tasks", "copy", "--lengths", 400, "--limit", 1, "--device", "cpu", "--json")
+    rows = json.loads(invoke("eval", model_folder, "--sparse", "a/x.yaml", "--sparse", "b/x.yaml", *arguments).stdout)
+    assert [row["variant"] for row in rows["tasks"]] == ["dense", "a/x.yaml", "b/x.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("search", "--candidate", "2:4"), "budget: must be exactly one of"),
+        (("search", "--candidate", "2:4", "--sparsity", "1:4"), "--sparsity: '1:4' is not allowed; a share of the"),
+        (("search", "--candidate", "2:4", "--sparsity", "2"), "sparsity: 2.0 is not allowed; a number > 0 and < 1"),
+        (("calibrate", "--target", "1"), "--target: 1.0 is not allowed; a number > 0 and < 1"),
+        (("calibrate", "--form", "line"), "--form: 'line' is not allowed"),
+    ],
+)
+def test_mistakes_are_found_before_a_model_is_loaded(tmp_path, arguments, message):
+    command, *options = arguments
+    assert one_line(invoke(command, "/no/model", tmp_path / "out.yaml", *options)).startswith(message)
 
 
 def test_bench(model_folder, tmp_path, monkeypatch):
