@@ -508,23 +508,25 @@ def round_weights(weights, ELEMENT: gl.constexpr, OPTIONS: gl.constexpr):
     """Round a tile of weights, the first of a tuple; masks that may follow it say which become 0."""
     tile = weights[0]
     if len(weights) == 1:
-        return tile.to(ELEMENT)
-    parts = split_groups(tile, OPTIONS)
-    ROUND: gl.constexpr = ROUND_KEPT_BF16 if ELEMENT == gl.bfloat16 else ROUND_KEPT_FP16
-    rounded = ()
-    for pair in gl.static_range(len(parts) // 2):
-        both = gl.inline_asm_elementwise(
-            ROUND, "=r,f,f,r", [parts[2 * pair], parts[2 * pair + 1], weights[1 + pair]], dtype=gl.int32, is_pure=True,
-            pack=1,
-        )  # fmt: skip
-        for upper in gl.static_range(2):
-            rounded = rounded + ((both >> 16 * upper).to(gl.int16).to(ELEMENT, bitcast=True),)
-    return gl.convert_layout(join_groups(rounded, OPTIONS), tile.type.layout, assert_trivial=True)
+        result = tile.to(ELEMENT)
+    else:
+        parts = split_groups(tile, OPTIONS)
+        ROUND: gl.constexpr = ROUND_KEPT_BF16 if ELEMENT == gl.bfloat16 else ROUND_KEPT_FP16
+        rounded = ()
+        for pair in gl.static_range(len(parts) // 2):
+            both = gl.inline_asm_elementwise(
+                ROUND, "=r,f,f,r", [parts[2 * pair], parts[2 * pair + 1], weights[1 + pair]], dtype=gl.int32,
+                is_pure=True, pack=1,
+            )  # fmt: skip
+            for upper in gl.static_range(2):
+                rounded = rounded + ((both >> 16 * upper).to(gl.int16).to(ELEMENT, bitcast=True),)
+        result = gl.convert_layout(join_groups(rounded, OPTIONS), tile.type.layout, assert_trivial=True)
+    return result
 
 
 @gluon.jit
-def is_undecided(counted, memory, KEPT: gl.constexpr, OPTIONS: gl.constexpr):
-    """Say whether more than ``KEPT`` weights of any group of a warpgroup's rows are kept.
+def is_undecided(counted, memory, OPTIONS: gl.constexpr):
+    """Say whether more weights of any group of a warpgroup's rows are kept than ``OPTIONS.keeps_top``.
 
     Args:
         counted: of each group, how many are kept, or the sum of the masks of those that are not.
@@ -536,10 +538,10 @@ def is_undecided(counted, memory, KEPT: gl.constexpr, OPTIONS: gl.constexpr):
     GROUPS: gl.constexpr = OPTIONS.block_n // OPTIONS.group // 2  # of a thread
     if counted.dtype == gl.float32:
         flags = gl.inline_asm_elementwise(
-            ANY_ABOVE, "=r,f,f", [numbers, gl.to_tensor(1.0 * GROUPS * KEPT)], dtype=gl.int32, is_pure=False, pack=1
+            ANY_ABOVE, "=r,f,f", [numbers, gl.to_tensor(1.0 * GROUPS * OPTIONS.keeps_top)], dtype=gl.int32, is_pure=False, pack=1
         )
     else:
-        dropped = gl.to_tensor(GROUPS * (OPTIONS.group - KEPT))
+        dropped = gl.to_tensor(GROUPS * (OPTIONS.group - OPTIONS.keeps_top))
         flags = gl.inline_asm_elementwise(
             ANY_FEWER, "=r,r,r", [numbers, dropped], dtype=gl.int32, is_pure=False, pack=1
         )
@@ -581,8 +583,8 @@ def update_softmax(
     Returns:
         A tuple of the weights, laid out as the scores, and if ``MASKS``, the masks by which :func:`round_weights` drops
         some of them; what a thread has of their sums, which is not valid then; the factor for what was summed before,
-        and the new maximum. If ``HOOK`` is the ``QUICK`` one, what :func:`is_undecided` is to look at, else None. If
-        ``FROZEN``, the maximum stays and the factor is 1.
+        and the new maximum; and in a tuple, what :func:`is_undecided` is to look at if ``HOOK`` is the ``QUICK`` one.
+        If ``FROZEN``, the maximum stays and the factor is 1.
     """
     SCORES: gl.constexpr = scores.type.layout
     scores, to_log2 = scale_scores(scores, numbers, OPTIONS)
@@ -616,14 +618,18 @@ def update_softmax(
         if len(keep) > 0:
             weight = weigh(weight, keep[r])
         weights = weights + (weight,)
-    counted = None
+    counted = ()
     masks = ()
     if QUICK:
-        bound = HOOK(weights, q_pos, groups, hook_args)
+        k_pos = ()
+        for r in gl.static_range(len(parts)):
+            k_pos = k_pos + (groups + r,)
+        bound = HOOK(weights, q_pos, k_pos, hook_args)
         if MASKS:
-            masks, counted = find_below(weights, bound, OPTIONS)
+            masks, number = find_below(weights, bound, OPTIONS)
         else:
-            weights, counted = keep_from(weights, bound, OPTIONS)
+            weights, number = keep_from(weights, bound, OPTIONS)
+        counted = (number,)
     # Summed place by place before they are joined, which is faster than in the order of columns; and in halves, as the
     # flags of a half are of one kind.
     sums = weights
@@ -685,7 +691,7 @@ def advance(
         scores, tile, positions, running_max, rules, numbers, hook_args, HOOK, QUICK, OPTIONS, MASKED, FROZEN, MASKS
     )  # fmt: skip
     if QUICK:
-        again = is_undecided(counted, undecided_memory.index(2 * WARPGROUP + step % 2), hook_args[0], OPTIONS)
+        again = is_undecided(counted[0], undecided_memory.index(2 * WARPGROUP + step % 2), OPTIONS)
     if ones_memory is None:
         new_sum = add_sum(partial_sum, tile_sum, rescale, ones_memory, FROZEN)
         gl.inline_asm_elementwise(PIN, "=r,=r,r,r", [new_sum], dtype=gl.int32, is_pure=False, pack=2)
@@ -967,7 +973,7 @@ def attention_forward_hopper(
     # Beside a selection from groups of up to 4 and a head_dim of 64, with three warpgroups, the matrix units have time
     # to sum weights; rounded, which the LSE could not bear.
     ones_memory: gl.constexpr = None
-    if lse_ptr is None and SCORE_HOOK is not None and QUICK_HOOK is None and WARPGROUPS == 3:
+    if lse_ptr is None and SCORE_HOOK is not None and (QUICK_HOOK is not None or WARPGROUPS == 3):
         LINES: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
         ones_memory = gl.allocate_shared_memory(
             ELEMENT, [8, OPTIONS.block_n], gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
