@@ -9,11 +9,14 @@ tile before; so a stage of the ring holds the keys of tile ``t`` and the values 
 The structure is FlashAttention-3's (https://arxiv.org/abs/2407.08608). What differs is the selection of scores, the
 phases (:func:`modelopt_lite.kernels.tiles.key_spans`), and ``OPTIONS.frozen``: masked tiles come first, and their row
 maximum stays the reference of the others, as in :mod:`modelopt_lite.kernels.forward`. An item whose sums overflow is
-posted a second time, to be computed with the ordinary online softmax. A hot tile of which a plan's quick hook is not
-sure is computed a second time at once, while its keys are still there.
+posted a second time, to be computed with the ordinary online softmax. A hot tile in which a plan's quick hook keeps too
+many keys is computed a second time at once, while its keys are still there.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -76,6 +79,7 @@ PIN_ROUNDED = tl.constexpr(
 )
 PIN_ROUNDED_OPERANDS = tl.constexpr(",".join(["=r"] * 32 + ["r"] * 32 + ["r"] * 64))
 
+
 def _keep_from(m: int) -> str:
     """Write PTX that makes the weights of a group of ``m`` that are below a bound 0, and counts the others.
 
@@ -96,21 +100,26 @@ def _find_below(m: int) -> str:
     the upper half if the second one is; the sum of the masks; then the weights, and the bound. A weight is below if its
     difference with the bound has a sign. NaN has none.
     """
-    half = m // 2
-    lines = [".reg .f32 x, y; .reg .b32 first, second;"]
-    for pair in range(half):
+    pairs = m // 2
+    lines = [".reg .f32 x, y; .reg .b32 first, second;", f"mov.b32 ${pairs}, 0;"]
+    for pair in range(pairs):
         for difference, bits, place in (("x", "first", 2 * pair), ("y", "second", 2 * pair + 1)):
-            lines += [f"sub.rn.f32 {difference}, ${half + 1 + place}, ${half + 1 + m};", f"mov.b32 {bits}, {difference};"]
+            lines += [f"sub.rn.f32 {difference}, ${pairs + 1 + place}, ${pairs + 1 + m};"]
+            lines += [f"mov.b32 {bits}, {difference};"]
         lines += [f"prmt.b32 ${pair}, first, second, 0xFFBB;"]  # the sign of the last byte of each, twice
-    lines += [f"add.s32 ${half}, $0, $1;", *(f"add.s32 ${half}, ${half}, ${pair};" for pair in range(2, half))]
+        lines += [f"add.s32 ${pairs}, ${pairs}, ${pair};"]
     return "{ " + " ".join(lines) + " }"
 
 
-# For groups of 8 and of 16
-KEEP_FROM = tl.constexpr(tuple(map(_keep_from, (8, 16))))
-KEEP_FROM_OPERANDS = tl.constexpr(tuple(",".join(["=&f"] * (m + 1) + ["f"] * (m + 1)) for m in (8, 16)))
-FIND_BELOW = tl.constexpr(tuple(map(_find_below, (8, 16))))
-FIND_BELOW_OPERANDS = tl.constexpr(tuple(",".join(["=&r"] * (m // 2 + 1) + ["f"] * (m + 1)) for m in (8, 16)))
+def _of_each(program: Callable[[int], str]) -> Any:
+    """Make a constant of a program for every size of a group."""
+    return tl.constexpr(tuple(program(m) if m in (2, 4, 8, 16) else "" for m in range(17)))
+
+
+KEEP_FROM = _of_each(_keep_from)
+KEEP_FROM_OPERANDS = _of_each(lambda m: ",".join(["=&f"] * (m + 1) + ["f"] * (m + 1)))
+FIND_BELOW = _of_each(_find_below)
+FIND_BELOW_OPERANDS = _of_each(lambda m: ",".join(["=&r"] * (m // 2 + 1) + ["f"] * (m + 1)))
 
 # Two weights, rounded, or 0 where their half of a mask is all ones.
 ROUND_KEPT = "{ .reg .b32 both, kept; cvt.rn.TYPE.f32 both, $2, $1; not.b32 kept, $3; and.b32 $0, both, kept; }"
@@ -476,7 +485,7 @@ def sum_in_thread(tile, OPTIONS: gl.constexpr):
 def keep_from(weights, bound, OPTIONS: gl.constexpr):
     """Return a group's weights, 0 where they are below a bound, and how many are not."""
     found = gl.inline_asm_elementwise(
-        KEEP_FROM[OPTIONS.group // 16], KEEP_FROM_OPERANDS[OPTIONS.group // 16], weights + (bound,),
+        KEEP_FROM[OPTIONS.group], KEEP_FROM_OPERANDS[OPTIONS.group], weights + (bound,),
         dtype=(gl.float32,) * (OPTIONS.group + 1), is_pure=True, pack=1,
     )  # fmt: skip
     return found[: OPTIONS.group], found[OPTIONS.group]
@@ -487,7 +496,7 @@ def find_below(weights, bound, OPTIONS: gl.constexpr):
     """Return masks of a group's weights that are below a bound, for two places each, and the sum of the masks."""
     PAIRS: gl.constexpr = OPTIONS.group // 2
     found = gl.inline_asm_elementwise(
-        FIND_BELOW[OPTIONS.group // 16], FIND_BELOW_OPERANDS[OPTIONS.group // 16], weights + (bound,),
+        FIND_BELOW[OPTIONS.group], FIND_BELOW_OPERANDS[OPTIONS.group], weights + (bound,),
         dtype=(gl.int32,) * (PAIRS + 1), is_pure=True, pack=1,
     )  # fmt: skip
     return found[:PAIRS], found[PAIRS]
@@ -504,22 +513,20 @@ def no_masks(tile, OPTIONS: gl.constexpr):
 
 
 @gluon.jit
-def round_weights(weights, ELEMENT: gl.constexpr, OPTIONS: gl.constexpr):
+def round_weights(weights, dtype: gl.constexpr, OPTIONS: gl.constexpr):
     """Round a tile of weights, the first of a tuple; masks that may follow it say which become 0."""
     tile = weights[0]
     if len(weights) == 1:
-        result = tile.to(ELEMENT)
+        result = tile.to(dtype)
     else:
         parts = split_groups(tile, OPTIONS)
-        ROUND: gl.constexpr = ROUND_KEPT_BF16 if ELEMENT == gl.bfloat16 else ROUND_KEPT_FP16
+        ROUND: gl.constexpr = ROUND_KEPT_BF16 if dtype == gl.bfloat16 else ROUND_KEPT_FP16
         rounded = ()
         for pair in gl.static_range(len(parts) // 2):
-            both = gl.inline_asm_elementwise(
-                ROUND, "=r,f,f,r", [parts[2 * pair], parts[2 * pair + 1], weights[1 + pair]], dtype=gl.int32,
-                is_pure=True, pack=1,
-            )  # fmt: skip
+            operands = [parts[2 * pair], parts[2 * pair + 1], weights[1 + pair]]
+            both = gl.inline_asm_elementwise(ROUND, "=r,f,f,r", operands, dtype=gl.int32, is_pure=True, pack=1)
             for upper in gl.static_range(2):
-                rounded = rounded + ((both >> 16 * upper).to(gl.int16).to(ELEMENT, bitcast=True),)
+                rounded = rounded + ((both >> 16 * upper).to(gl.int16).to(dtype, bitcast=True),)
         result = gl.convert_layout(join_groups(rounded, OPTIONS), tile.type.layout, assert_trivial=True)
     return result
 
@@ -528,23 +535,19 @@ def round_weights(weights, ELEMENT: gl.constexpr, OPTIONS: gl.constexpr):
 def is_undecided(counted, memory, OPTIONS: gl.constexpr):
     """Say whether more weights of any group of a warpgroup's rows are kept than ``OPTIONS.keeps_top``.
 
-    Args:
-        counted: of each group, how many are kept, or the sum of the masks of those that are not.
-        memory: all wait for the answer, and a reduction would need five shuffles and two rounds through shared memory.
-            Callers take turns with two places in memory, so that one is read by all before it is written again.
+    ``counted`` is of each group the number of weights that are kept, or the sum of the masks of the others. All wait
+    for the answer, and a reduction would need five shuffles and two rounds through shared memory. Callers take turns
+    with two places in memory, so that one is read by all before it is written again.
     """
     # [warps * lanes]
     numbers = gl.sum(sum_in_thread(counted, OPTIONS).reshape([ROWS // 16, 2, 8, 4]), 1).reshape([ROWS // 16 * 32])
     GROUPS: gl.constexpr = OPTIONS.block_n // OPTIONS.group // 2  # of a thread
     if counted.dtype == gl.float32:
-        flags = gl.inline_asm_elementwise(
-            ANY_ABOVE, "=r,f,f", [numbers, gl.to_tensor(1.0 * GROUPS * OPTIONS.keeps_top)], dtype=gl.int32, is_pure=False, pack=1
-        )
+        operands = [numbers, gl.to_tensor(1.0 * GROUPS * OPTIONS.keeps_top)]
+        flags = gl.inline_asm_elementwise(ANY_ABOVE, "=r,f,f", operands, dtype=gl.int32, is_pure=False, pack=1)
     else:
-        dropped = gl.to_tensor(GROUPS * (OPTIONS.group - OPTIONS.keeps_top))
-        flags = gl.inline_asm_elementwise(
-            ANY_FEWER, "=r,r,r", [numbers, dropped], dtype=gl.int32, is_pure=False, pack=1
-        )
+        operands = [numbers, gl.to_tensor(GROUPS * (OPTIONS.group - OPTIONS.keeps_top))]
+        flags = gl.inline_asm_elementwise(ANY_FEWER, "=r,r,r", operands, dtype=gl.int32, is_pure=False, pack=1)
     memory.store(flags)
     found = 0
     for warp in gl.static_range(ROWS // 16):
@@ -970,8 +973,8 @@ def attention_forward_hopper(
         for warpgroup in gl.static_range(WARPGROUPS):
             mbarrier.init(turn.index(warpgroup), count=1)
     mbarrier.init(cleared, count=WARPGROUPS)
-    # Beside a selection from groups of up to 4 and a head_dim of 64, with three warpgroups, the matrix units have time
-    # to sum weights; rounded, which the LSE could not bear.
+    # Beside a selection, with a head_dim of 64 or from groups of 8 and more, the matrix units have time to sum weights;
+    # rounded, which the LSE could not bear.
     ones_memory: gl.constexpr = None
     if lse_ptr is None and SCORE_HOOK is not None and (QUICK_HOOK is not None or WARPGROUPS == 3):
         LINES: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
