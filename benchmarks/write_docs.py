@@ -56,6 +56,8 @@ MODEL = "llama-3.1-8b"
 SHAPE = {"dtype": "bf16", "query_heads": 32, "kv_heads": 8, "causal": True, "head_dim": 128}
 """The shape of attention in tables that do not say otherwise."""
 VARIANTS = {"dense": "our dense", "4:8": "4:8", "2:4": "2:4"}
+EXCHANGES = ("ring", "gather")
+"""Of context parallelism."""
 """How tables call the variants of ``benchmarks/model.py``; others keep their names."""
 KERNELS = {"triton": "portable", "hopper": "Hopper", "sparse_cores": "sparse tensor cores"}
 PEERS = {"cudnn": "cuDNN", "fa2": "FlashAttention-2", "fa3": "FlashAttention-3", "flex": "FlexAttention"}
@@ -334,19 +336,6 @@ def blocks_table() -> str:
     return markdown(["method", "knob", *names, "KL", "mass kept", "scores dropped"], lines, left=1)
 
 
-def block_tasks_table() -> str:
-    """Return the scores of methods that skip blocks on the tasks of the committed run, by length."""
-    rows = ExperimentResult.load(RUNS / "blocks").tasks
-    columns = sorted({(row.task, row.length) for row in rows})
-    lines = []
-    for variant in dict.fromkeys(row.variant for row in rows):
-        found = {(row.task, row.length): row.score.value for row in rows if row.variant == variant}
-        cells = [f"{100 * found[key]:.0f} %" if key in found else MISSING for key in columns]
-        lines.append([*_method_and_knob(variant), *cells])
-    names = [f"{task} {length}" for task, length in columns]
-    return markdown(["method", "knob", *names], lines, left=1)
-
-
 def ruler_table() -> str:
     """Return the mean score over all RULER-like tasks, by length."""
     found: dict[str, dict[int, list[float]]] = {}
@@ -383,6 +372,40 @@ def search_table() -> str:
             ]
             lines.append([everywhere, *cells])
     return markdown(["configuration", "perplexity", "KL", "scores dropped"], lines, left=1)
+
+
+def efficiency_table() -> str:
+    """Return how well context parallelism uses several GPUs in a prefill, by length and attention."""
+    lines = []
+    rows = rows_of("long-nvidia-h200", what="prefill")
+    for (length, layers, gpus), group in by_problem(rows, "length", "layers", "gpus"):
+        for variant in dict.fromkeys(row["variant"] for row in group):
+            found = {row["exchange"]: row for row in group if row["variant"] == variant}
+            cells = (ratio(found[exchange]["efficiency"]) if exchange in found else MISSING for exchange in EXCHANGES)
+            alone = found["alone"]["s"] / layers
+            name = VARIANTS.get(variant, variant)
+            lines.append([name, str(length), str(gpus), *cells, f"{1e3 * alone:.0f} ms"])
+    names = ["attention", "tokens", "GPUs", *(f"`{exchange}`" for exchange in EXCHANGES), "one GPU, a layer"]
+    return markdown(names, lines, left=1)
+
+
+def long_prompts_table() -> str:
+    """Return how long the first token and further ones take after long prompts, over a divided cache."""
+    lines = []
+    for (length,), group in by_problem(rows_of("long-nvidia-h200", what="generate"), "length"):
+        for row in group:
+            lines.append(
+                [
+                    str(length),
+                    VARIANTS.get(row["variant"], row["variant"]),
+                    str(row["layers"]),
+                    f"{row['time_to_first_token_s']:.1f} s",
+                    milliseconds(row["decode_ms"]),
+                    f"{row['peak_gib']:.0f} GiB",
+                ]
+            )
+    names = ["tokens", "attention", "layers", "first token", "each further token", "memory of a GPU"]
+    return markdown(names, lines)
 
 
 @functools.cache
@@ -426,9 +449,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "perplexity": perplexity_table,
     "blocks": blocks_table,
     "ruler": ruler_table,
-    "block tasks": block_tasks_table,
     "calibration": calibration_table,
     "search": search_table,
+    "efficiency": efficiency_table,
+    "long prompts": long_prompts_table,
 }
 """The tables by the names that pages mark their places with."""
 MARKED = re.compile(r"<!-- begin ([^\n]+) -->\n.*?<!-- end \1 -->", re.DOTALL)

@@ -296,10 +296,11 @@ def _divided_head(module: nn.Module) -> str | None:
     dim = getattr(module, "head_dim", None) or getattr(config, "head_dim", None)
     if not isinstance(heads, int) or not isinstance(dim, int):
         return None
-    for weight in module.parameters():
+    for owner, weight in [(part, weight) for part in module.modules() for weight in part.parameters(recurse=False)]:
         if not isinstance(weight, DTensor) or weight.shape[0] != heads * dim:
             continue
-        names = weight.device_mesh.mesh_dim_names or ()
+        # Some versions of Transformers give the mesh no names, but all mark the modules that they divide.
+        names = weight.device_mesh.mesh_dim_names or (("tp",) if getattr(owner, "_is_hooked", False) else ())
         for name, size, placement in zip(names, weight.device_mesh.shape, weight.placements, strict=False):
             if name == "tp" and placement.is_shard(0) and heads % size:
                 return (

@@ -75,7 +75,7 @@ def run_experiment(
     if jobs > 1 and share is None:
         folder = create_run_folder(experiment) if folder is None else folder
         try:
-            _run_shares(folder, jobs, progress)
+            _run_shares(experiment, folder, jobs, progress)
         except KeyboardInterrupt:
             raise Interrupted(folder) from None
     runner = _Runner(experiment, harness, progress, on_records, folder, jobs, share)
@@ -103,12 +103,11 @@ class Interrupted(KeyboardInterrupt):
         self.folder = folder
 
 
-def _run_shares(folder: Path, jobs: int, progress: Progress) -> None:
+def _run_shares(config: ExperimentConfig, folder: Path, jobs: int, progress: Progress) -> None:
     """Let other processes do a share each, and wait; what one leaves undone is done afterwards."""
-    gpus = torch.cuda.device_count()
     processes = []
     for i in range(jobs):
-        environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": str(i % gpus)} if gpus > 1 else {})}
+        environment = os.environ | gpu_of_share(config, i)
         command = [sys.executable, "-m", "modelopt_lite.experiment.share", str(folder), str(jobs), str(i)]
         log = (folder / f"share-{i}.log").open("w", encoding="utf-8")
         processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
@@ -123,6 +122,19 @@ def _run_shares(folder: Path, jobs: int, progress: Progress) -> None:
             process.terminate()  # does nothing to one that has ended
         for process in processes:
             process.wait()
+
+
+def gpu_of_share(config: ExperimentConfig, share: int) -> dict[str, str]:
+    """Return the environment that gives one of several processes a GPU of its own, of those that this process may use.
+
+    An experiment that names its GPU or a device map keeps all of them.
+    """
+    gpus = torch.cuda.device_count()
+    if gpus < 2 or config.device != "cuda" or config.device_map is not None:
+        return {}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    names = visible if len(visible) == gpus else list(map(str, range(gpus)))
+    return {"CUDA_VISIBLE_DEVICES": names[share % gpus].strip()}
 
 
 class _Runner:

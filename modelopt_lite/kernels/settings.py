@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,10 @@ from .request import AttentionRequest
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 OLDEST = 80
 """Compute capability from which on GPUs have what the kernels need."""
+TRITON, NUMPY = (tuple(map(int, version(name).split(".")[:2])) for name in ("triton", "numpy"))
+INTERPRETER_WORKS = TRITON >= (3, 7) or NUMPY < (2, 4)
+"""Whether kernels run in Triton's interpreter. Before 3.7 it converts an array of one element to a Python integer where
+a loop begins or ends, and NumPy refuses that from 2.4 on."""
 FAR = 2**30
 """A distance in tokens beyond all others, with room to add the difference of two positions to it in 32 bits."""
 SHORT = 2**25
@@ -131,6 +136,9 @@ def gpu_refusal(request: AttentionRequest) -> str | None:
             return f"the GPU's compute capability is {compute_capability(r.q.device) / 10}, not {OLDEST / 10} or later"
     elif not triton.knobs.runtime.interpret:
         return f"the tensors are on {r.q.device}, not on a CUDA GPU, and TRITON_INTERPRET=1 is not set"
+    elif not INTERPRETER_WORKS:
+        versions = f"Triton {version('triton')} does not work with NumPy {version('numpy')}"
+        return f"the interpreter of {versions}; install Triton 3.7 or later, or NumPy before 2.4"
     if r.plan.keep is not None and r.plan.score_hook is None:
         return "the method has no score_hook, only a rule in PyTorch"
     for name, x in (("q", r.q), ("k", r.k), ("v", r.v)):

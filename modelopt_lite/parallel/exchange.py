@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections import defaultdict
 from typing import Any, NamedTuple
 
@@ -61,8 +62,9 @@ def attend_gathered(
     request = _gather_keys(request, shards)
     needs_gradient = torch.is_grad_enabled() and (request.q.requires_grad or request.k.requires_grad)
     output = request.q.new_zeros(*request.q.shape[:2], request.v.shape[2])
-    for is_single, part in _parts_of_gathered(request, shards, needs_gradient):
-        if statistics is not None and not is_single:
+    for call in _calls_of_gathered(request, shards, needs_gradient):
+        part = call.request
+        if statistics is not None and not call.is_single:
             part = statistics.observe(part)
         output = output + compute(part, backend)[0]
     if needs_gradient and not shards.queries[shards.rank]:
@@ -71,22 +73,21 @@ def attend_gathered(
     return output
 
 
-def _parts_of_gathered(
-    request: AttentionRequest, shards: Shards, needs_gradient: bool
-) -> list[tuple[bool, AttentionRequest]]:
-    """Return the requests that all queries of this process make with all keys, and whether sequences have one query.
+def _calls_of_gathered(request: AttentionRequest, shards: Shards, needs_gradient: bool) -> list[_Call]:
+    """Return what all queries of this process compute with all keys.
 
     Causal queries are the last tokens of the keys that they are given, so that no kernel needs to be told positions.
     """
     device, is_causal = request.q.device, request.is_causal
+    # Gradients of keys that two runs share would be incomplete on a GPU, and selectors are faster with a single one.
+    shares_keys = not needs_gradient and not request.plan.chooses_blocks
 
-    def fields() -> list[tuple[bool, dict[str, Any]]]:
+    def fields() -> list[tuple[bool, list[Pair], dict[str, Any]]]:
         _, starts = shards.rows_of_keys(device)
         parts: defaultdict[tuple[bool, int], list[Pair]] = defaultdict(list)
         seen: defaultdict[int, int] = defaultdict(int)
         for queries in shards.queries[shards.rank]:
-            # Gradients of keys that two sequences share would be incomplete on a GPU.
-            number = seen[queries.sequence] if needs_gradient else 0
+            number = 0 if shares_keys else seen[queries.sequence]
             seen[queries.sequence] += 1
             length = queries.end if is_causal else shards.ends[queries.sequence]
             keys = Run(queries.sequence, 0, length, 0, starts[queries.sequence])
@@ -96,12 +97,12 @@ def _parts_of_gathered(
             packed = packing(pairs, shards.slots_q, 0, device)
             if is_causal:
                 packed |= {"first_q": None, "first_k": None}
-            found.append((is_single, packed))
+            found.append((is_single, pairs, packed))
         return found
 
     return [
-        (is_single, request._replace(plan=_plan_for(request.plan, is_single), **packed))
-        for is_single, packed in shards.remembered(("gathered", device, is_causal, needs_gradient), fields)
+        _Call(is_single, slice(None), request._replace(plan=_plan_for(request.plan, is_single), **packed), pairs)
+        for is_single, pairs, packed in shards.remembered(("gathered", device, is_causal, shares_keys), fields)
     ]
 
 
@@ -154,14 +155,19 @@ class _Merge:
         q, dtype = request.q, torch.promote_types(request.q.dtype, torch.float32)
         self.output = q.new_zeros(*q.shape[:2], request.v.shape[2], dtype=dtype)
         self.lse = q.new_full(q.shape[:2], -torch.inf, dtype=dtype)
+        self._is_empty = True
 
-    def add(self, output: Tensor, lse: Tensor) -> None:
-        """Add the result over other keys; one of no value has an output of 0."""
-        both = torch.logaddexp(self.lse, lse)
-        reference = both.masked_fill(both == -torch.inf, 0.0)
-        self.output.mul_(torch.exp(self.lse - reference)[..., None])
-        self.output.add_(output * torch.exp(lse - reference)[..., None])
-        self.lse = both
+    def add(self, output: Tensor, lse: Tensor, rows: slice = slice(None)) -> None:
+        """Add the result of some rows over other keys; one of no value has an output of 0."""
+        total, total_lse = self.output[rows], self.lse[rows]
+        if self._is_empty:
+            total.copy_(output)
+            total_lse.copy_(lse)
+        else:
+            share = torch.sigmoid(lse - total_lse).nan_to_num(0.0)  # not a number where neither has a value
+            total.lerp_(output.to(total.dtype), share[..., None])
+            torch.logaddexp(total_lse, lse, out=total_lse)
+        self._is_empty = False
 
     def add_sinks(self, s_aux: Tensor | None) -> None:
         """Add learnable sinks, which have no value."""
@@ -177,7 +183,7 @@ def attend_replicated(request: AttentionRequest, shards: Shards, backend: Backen
     """
     merge = _Merge(request)
     for call in _calls(request._replace(s_aux=None, with_lse=True), shards, shards.rank):
-        merge.add(*_result(call.request, backend))
+        merge.add(*_result(call.request, backend), call.rows)
     parts = [torch.cat([merge.output, merge.lse[..., None]], -1)]
     if shards.size > 1:
         parts = list(gather_rows(parts[0], shards.group).chunk(shards.size))
@@ -189,15 +195,17 @@ def attend_replicated(request: AttentionRequest, shards: Shards, backend: Backen
 
 
 class _Call(NamedTuple):
-    """One computation of the ring.
+    """One computation.
 
     Attributes:
         is_single: whether its sequences have a single query, over all processes.
-        request: queries, keys and values that it looks at.
+        rows: the rows of this process' queries that it looks at.
+        request: these queries, and the keys and values.
         pairs: the pairs of runs in it.
     """
 
     is_single: bool
+    rows: slice
     request: AttentionRequest
     pairs: list[Pair]
 
@@ -206,48 +214,85 @@ def _calls(request: AttentionRequest, shards: Shards, source: int) -> list[_Call
     """Return what this process' queries compute with the keys and values of the process ``source``."""
     device, is_causal, window = request.q.device, request.is_causal, request.sliding_window
 
-    def fields() -> list[tuple[bool, list[Pair], dict[str, Any]]]:
+    def fields() -> list[tuple[bool, slice, list[Pair], dict[str, Any]]]:
+        forms: defaultdict[tuple[bool, _Form], list[Pair]] = defaultdict(list)
+        for queries in shards.queries[shards.rank]:
+            is_single = shards.is_single(queries)
+            plan = _plan_for(request.plan, is_single)
+            for keys in _keys_for(queries, shards.keys[source], is_single, window is None):
+                for part in _parts_of(queries, keys, request):
+                    pair = Pair(part, keys)
+                    if reachable(pair, is_causal, window):
+                        forms[is_single, _form_of(pair, request._replace(plan=plan))].append(pair)
         found = []
-        for is_single in (False, True):
-            pairs = [
-                Pair(queries, keys)
-                for queries in shards.queries[shards.rank]
-                for keys in _keys_for(queries, shards.keys[source], is_single, window is None)
-                if shards.is_single(queries) == is_single and reachable(Pair(queries, keys), is_causal, window)
-            ]
+        for (is_single, form), pairs in forms.items():
             for call in calls_of(pairs):
-                found.append((is_single, call, packing(call, shards.slots_q, shards.slots_k, device)))
+                packed = packing(call, shards.slots_q, shards.slots_k, device)
+                starts = [q.row * shards.slots_q + q.slot for q, _ in call]
+                rows = slice(min(starts), max(start + q.length for start, (q, _) in zip(starts, call, strict=True)))
+                packed |= {"starts_q": packed["starts_q"] - rows.start, "plan": form.plan, "is_causal": form.is_causal}
+                if not form.has_positions:
+                    packed |= {"first_q": None, "first_k": None}
+                found.append((is_single, rows, call, packed))
         return found
 
-    calls = []
-    for is_single, pairs, packed in shards.remembered(("calls", device, is_causal, window, source), fields):
-        part = request._replace(plan=_plan_for(request.plan, is_single), **packed)
-        calls.append(_Call(is_single, _without_positions(part, pairs), pairs))
-    return calls
+    known = ("calls", device, is_causal, window, request.plan.name, source)
+    return [
+        _Call(is_single, rows, request._replace(q=request.q[rows], **packed), pairs)
+        for is_single, rows, pairs, packed in shards.remembered(known, fields)
+    ]
 
 
-def _without_positions(request: AttentionRequest, pairs: list[Pair]) -> AttentionRequest:
-    """Return the same computation without positions, which the fastest kernels do not know, where that is possible.
+class _Form(NamedTuple):
+    """How a pair is computed.
+
+    Attributes:
+        plan: with the exemptions that are within reach.
+        is_causal: whether that matters.
+        has_positions: whether the kernel has to know positions, which the fastest ones do not.
+    """
+
+    plan: AttentionPlan
+    is_causal: bool
+    has_positions: bool
+
+
+def _form_of(pair: Pair, request: AttentionRequest) -> _Form:
+    """Return how a pair is computed: without positions where that is possible.
 
     It is where queries are the last tokens of their keys, or see them all. Positions inside of groups and blocks stay
     what they are, because runs of keys begin at the beginning of a block. Exemptions out of reach are left out.
     """
-    plan = request.plan
+    plan, (queries, keys) = request.plan, pair
+    as_it_is = _Form(plan, request.is_causal, True)
     knows_positions = plan.keep is not None and not plan.keeps_top  # a rule of a user's own may look at them
-    from_start = all(keys.first == 0 for _, keys in pairs)
-    no_sinks = all(keys.first >= plan.num_sink_tokens for _, keys in pairs)
-    if knows_positions or not request.is_causal or not (from_start or no_sinks):
-        return request
-    sinks = 0 if no_sinks else plan.num_sink_tokens
-    if all(queries.end == keys.end for queries, keys in pairs):
-        plan = _with_exemptions(plan, sinks, plan.dense_window_size)
-        return request._replace(plan=plan, first_q=None, first_k=None)
+    sinks = plan.num_sink_tokens if keys.first < plan.num_sink_tokens else 0
+    if knows_positions or not request.is_causal or (sinks and keys.first > 0):
+        return as_it_is
+    if queries.end == keys.end:
+        return _Form(_with_exemptions(plan, sinks, plan.dense_window_size), True, False)
     _, block_rows = request.grid
-    has_other_grid = plan.chooses_blocks and any((keys.length - q.length) % block_rows for q, keys in pairs)
-    nearest = min(queries.first - keys.end + 1 for queries, keys in pairs)
+    has_other_grid = plan.chooses_blocks and (keys.length - queries.length) % block_rows
+    nearest = queries.first - keys.end + 1
     if request.sliding_window is not None or nearest < max(1, plan.dense_window_size) or has_other_grid:
-        return request
-    return request._replace(plan=_with_exemptions(plan, sinks, 0), is_causal=False, first_q=None, first_k=None)
+        return as_it_is
+    return _Form(_with_exemptions(plan, sinks, 0), False, False)
+
+
+def _parts_of(queries: Run, keys: Run, request: AttentionRequest) -> list[Run]:
+    """Divide a run of queries such that few have to be computed with positions, by slower kernels.
+
+    These are the queries whose dense window reaches into keys that all of them see, and those of a last block that is
+    not whole, if there are lists of blocks.
+    """
+    plan, (_, block_rows) = request.plan, request.grid
+    if not request.is_causal or request.sliding_window is not None or queries.first < keys.end:
+        return [queries]
+    reaching = plan.dense_window_size - (queries.first - keys.end + 1)
+    begin = 0 if plan.is_dense or reaching <= 0 else -(-reaching // block_rows) * block_rows
+    end = queries.length // block_rows * block_rows if plan.chooses_blocks else queries.length
+    edges = sorted({0, min(begin, queries.length), max(end, 0), queries.length})
+    return [queries.part(*edge) for edge in itertools.pairwise(edges)]
 
 
 def _keys_for(queries: Run, keys: tuple[Run, ...], is_single: bool, any_position: bool) -> list[Run]:
@@ -275,15 +320,7 @@ def attend_in_ring(request: AttentionRequest, shards: Shards, backend: Backend) 
 
     Arguments and result as of :func:`attend_gathered`.
     """
-    blocks: dict[bool, _Selected] = {}
-    if request.plan.chooses_blocks:
-        # Selectors look at all keys, but at no values.
-        with torch.no_grad():
-            detached = request._replace(q=request.q.detach(), k=request.k.detach(), v=request.k.detach(), s_aux=None)
-            gathered = _gather_keys(detached, shards, with_values=False)
-            for is_single, part in _parts_of_gathered(gathered, shards, False):
-                if part.plan.chooses_blocks:
-                    blocks[is_single] = _Selected(part, shards, is_single)
+    blocks = _Selected(request, shards) if request.plan.chooses_blocks else None
     job = _Job(request._replace(q=None, k=None, v=None, s_aux=None), shards, backend, blocks)  # type: ignore[arg-type]
     output: Tensor = _Ring.apply(request.q, request.k, request.v, request.s_aux, job)  # type: ignore[no-untyped-call]
     return output
@@ -292,31 +329,28 @@ def attend_in_ring(request: AttentionRequest, shards: Shards, backend: Backend) 
 class _Selected:
     """The key blocks that this process' queries visit, from which those of a pair of runs are taken."""
 
-    def __init__(self, request: AttentionRequest, shards: Shards, is_single: bool) -> None:
-        """Choose blocks.
-
-        Args:
-            request: queries of this process with all keys.
-            shards: how the batch is divided.
-            is_single: whether these are the queries of the sequences that have a single one, or of the others.
-        """
+    @torch.no_grad()
+    def __init__(self, request: AttentionRequest, shards: Shards) -> None:
+        """Choose blocks; selectors look at the keys of all processes, but at no values."""
         self.size, self.rows = request.grid
-        with torch.autocast(request.q.device.type, enabled=False):
-            self.mask = select_blocks(request).mask()
-        self.starts: dict[Run, int] = {}
-        start = 0
-        for queries in shards.queries[shards.rank]:
-            if shards.is_single(queries) == is_single:
-                self.starts[queries] = start
-                start += _blocks_of(queries, self.rows)
+        self.masks: dict[Run, Tensor] = {}
+        request = request._replace(q=request.q.detach(), k=request.k.detach(), v=request.k.detach(), s_aux=None)
+        for call in _calls_of_gathered(_gather_keys(request, shards, with_values=False), shards, False):
+            if call.request.plan.chooses_blocks:
+                with torch.autocast(request.q.device.type, enabled=False):
+                    mask = select_blocks(call.request).mask()
+                numbers = [_blocks_of(queries, self.rows) for queries, _ in call.pairs]
+                for (queries, _), part in zip(call.pairs, mask[:, : sum(numbers)].split(numbers, 1), strict=True):
+                    self.masks[queries] = part
 
     def of(self, pairs: list[Pair]) -> KeyBlocks:
         """Return the lists of some pairs."""
         masks = []
         for queries, keys in pairs:
-            row, column = self.starts[queries], keys.first // self.size
+            whole = next(run for run in self.masks if run.overlaps(queries))
+            row, column = queries.first // self.rows - whole.first // self.rows, keys.first // self.size
             rows, columns = _blocks_of(queries, self.rows), _blocks_of(keys, self.size)
-            masks.append(self.mask[:, row : row + rows, column : column + columns])
+            masks.append(self.masks[whole][:, row : row + rows, column : column + columns])
         return KeyBlocks.from_masks(masks, self.size, self.rows)
 
 
@@ -331,20 +365,22 @@ class _Job(NamedTuple):
         request: masks, scale and plan.
         shards: how the batch is divided.
         backend: which kernels run.
-        blocks: the key blocks to visit, by whether sequences have a single query, where the plan chooses any.
+        blocks: the key blocks to visit, None if the plan chooses none.
     """
 
     request: AttentionRequest
     shards: Shards
     backend: Backend
-    blocks: dict[bool, _Selected]
+    blocks: _Selected | None
 
-    def calls(self, q: Tensor, k: Tensor, v: Tensor, source: int) -> list[AttentionRequest]:
+    def calls(self, q: Tensor, k: Tensor, v: Tensor, source: int) -> list[_Call]:
         """Return what this process computes with the keys and values of the process ``source``."""
         request = self.request._replace(q=q, k=k, v=v, with_lse=True)
         return [
-            part._replace(blocks=self.blocks[is_single].of(pairs)) if part.plan.chooses_blocks else part
-            for is_single, part, pairs in _calls(request, self.shards, source)
+            call._replace(request=call.request._replace(blocks=self.blocks.of(call.pairs)))
+            if self.blocks is not None and call.request.plan.chooses_blocks
+            else call
+            for call in _calls(request, self.shards, source)
         ]
 
 
@@ -359,7 +395,7 @@ class _Ring(torch.autograd.Function):
         for step in range(shards.size):
             arriving = None if step == shards.size - 1 else _send(passing.buffer, shards)
             for call in job.calls(q, *passing.tensors(), (shards.rank - step) % shards.size):
-                merge.add(*_result(call, job.backend))
+                merge.add(*_result(call.request, job.backend), call.rows)
             if arriving is not None:
                 passing.buffer = arriving.wait()
         output = merge.output.to(q.dtype)
@@ -379,8 +415,9 @@ class _Ring(torch.autograd.Function):
             arriving = None if step == shards.size - 1 else _send(passing.buffer, shards)
             own = _Passing(*(torch.zeros_like(x) for x in sums.tensors()))
             for call in ctx.job.calls(q, *passing.tensors(), (shards.rank - step) % shards.size):
-                found = gradients(grad, output, lse, call, ctx.job.backend)
-                grad_q += found[0]
+                rows = call.rows
+                found = gradients(grad[rows], output[rows], lse[rows], call.request, ctx.job.backend)
+                grad_q[rows] += found[0]
                 for total, part in zip(own.tensors(), found[1:3], strict=True):
                     total += part
             if arriving is not None:

@@ -38,6 +38,21 @@ class Run(NamedTuple):
         """Position behind the last token."""
         return self.first + self.length
 
+    def part(self, begin: int, end: int) -> Run:
+        """Return the tokens ``begin`` to ``end - 1`` of the run."""
+        return self._replace(first=self.first + begin, slot=self.slot + begin, length=end - begin)
+
+    def precedes(self, other: Run) -> bool:
+        """Whether another run continues this one, in its sequence and in its row."""
+        same = (self.sequence, self.row) == (other.sequence, other.row)
+        return same and (self.end, self.slot + self.length) == (other.first, other.slot)
+
+    def overlaps(self, other: Run) -> bool:
+        """Whether any slot is in both runs."""
+        return self.row == other.row and max(self.slot, other.slot) < min(
+            self.slot + self.length, other.slot + other.length
+        )
+
 
 class Segment(NamedTuple):
     """The tokens of one sequence that a forward pass adds.
@@ -185,7 +200,11 @@ def cut(
                 low, high = max(start, part * chunk), min(end, (part + 1) * chunk)
                 owner, half = (part, 0) if part < size else (2 * size - 1 - part, chunk)
                 first, slot = segment.first + low - start, half + low - part * chunk
-                runs[owner].append(Run(segment.sequence, first, high - low, number, slot))
+                run = Run(segment.sequence, first, high - low, number, slot)
+                if runs[owner] and runs[owner][-1].precedes(run):
+                    before = runs[owner].pop()
+                    run = before._replace(length=before.length + run.length)
+                runs[owner].append(run)
     parts = sources.unflatten(1, (2 * size, chunk))
     by_process = torch.stack([torch.cat([parts[:, i], parts[:, 2 * size - 1 - i]], 1) for i in range(size)])
     return by_process, tuple(map(tuple, runs))
@@ -228,7 +247,7 @@ def calls_of(pairs: Iterable[Pair]) -> list[list[Pair]]:
     calls: list[list[Pair]] = []
     for pair in pairs:
         for call in calls:
-            if all(pair.queries != other.queries and pair.keys != other.keys for other in call):
+            if not any(pair.queries.overlaps(other.queries) or pair.keys.overlaps(other.keys) for other in call):
                 call.append(pair)
                 break
         else:

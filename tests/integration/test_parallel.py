@@ -16,11 +16,11 @@ from modelopt_lite.parallel import exchange, shards
 from modelopt_lite.plan import DENSE
 
 
-@pytest.fixture(scope="module")
-def outcomes():
-    """Run all checks once; return the errors of all processes by number of processes and check."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # a pool of threads would not survive the fork
-    command = [sys.executable, parallel_checks.__file__]
+def run_checks(*worlds, **environment):
+    """Run all checks of so many processes; return the errors of each process by number of processes and check."""
+    command = [sys.executable, parallel_checks.__file__, *map(str, worlds)]
+    # A pool of threads would not survive the fork.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr
     found = defaultdict(list)
@@ -30,13 +30,35 @@ def outcomes():
     return found
 
 
+@pytest.fixture(scope="module")
+def outcomes():
+    return run_checks(CUDA_VISIBLE_DEVICES="")
+
+
+@pytest.fixture(scope="module")
+def outcomes_on_gpus():
+    return run_checks(2)
+
+
+def assert_passed(errors, world):
+    assert not any(errors), "\n".join(error for error in errors if error)
+    assert len(errors) == world, "did not run, because a check before it failed"
+
+
 @pytest.mark.slow
 @pytest.mark.xdist_group("parallel")
 @pytest.mark.parametrize(("world", "name"), parallel_checks.CHECKS, ids=lambda value: str(value))
 def test_processes_agree_with_one(outcomes, world, name):
-    errors = outcomes[world, name]
-    assert len(errors) == world
-    assert not any(errors), "\n".join(error for error in errors if error)
+    assert_passed(outcomes[world, name], world)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.xdist_group("parallel on GPUs")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("name", [name for world, name in parallel_checks.CHECKS if world == 2])
+def test_gpus_agree_with_one(outcomes_on_gpus, name):
+    assert_passed(outcomes_on_gpus[2, name], 2)
 
 
 PLANS = {
@@ -56,22 +78,28 @@ def ring_of(processes, length, rank):
 
 
 @pytest.mark.parametrize("plan", PLANS)
-def test_the_ring_needs_positions_only_for_sinks_windows_and_rules_that_know_them(plan):
-    """Without them the fastest kernels run."""
+@pytest.mark.parametrize("length", [8192, 8000])
+def test_the_ring_needs_positions_for_few_queries_only(plan, length):
+    """Without them the fastest kernels run; a rule that knows positions needs them everywhere."""
     nothing = torch.empty(0, 1, 64)
     nowhere = torch.empty(0, dtype=torch.int64)
     packing = (nowhere, nowhere, 0, nowhere, nowhere, 0)
     request = AttentionRequest(nothing, nothing, nothing, None, *packing, True, 1.0, None, None, PLANS[plan])
     for rank in range(4):
+        mine = ring_of(4, length, rank)
         seen = 0
         for source in range(4):
-            for call in exchange._calls(request, ring_of(4, 8192, rank), source):
-                seen += sum(pair.queries.length * pair.keys.length for pair in call.pairs)
-                reaches = any(k.first == 0 or 0 < q.first - k.end + 1 < 64 for q, k in call.pairs)
-                expected = {"dense": False, "window": True, "2:4": reaches, "blocks": reaches}[plan]
-                if not expected:
-                    assert not call.request.has_positions, (rank, source, call.pairs)
-        assert seen == (2 * 4 + 1) * 1024**2  # nine chunks of keys for the two chunks of queries
+            for call in exchange._calls(request, mine, source):
+                for queries, keys in call.pairs:
+                    # Queries are before their keys nowhere, and the same tokens, or behind all of them.
+                    same = queries[:3] == keys[:3]
+                    seen += keys.length * (keys.length + 1) // 2 if same else queries.length * keys.length
+                    assert call.rows.start <= queries.slot
+                    assert queries.slot + queries.length <= call.rows.stop
+                if call.request.has_positions and plan != "window":
+                    assert max(queries.length for queries, _ in call.pairs) <= 128, call.pairs
+        expected = sum(position + 1 for run in mine.queries[rank] for position in range(run.first, run.end))
+        assert seen == expected
 
 
 def test_chunks_are_balanced_and_whole_blocks():

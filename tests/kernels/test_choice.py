@@ -2,15 +2,17 @@
 
 import logging
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
+import triton
 from cases import OnGpu, arguments, one_sequence
 
 from modelopt_lite import UnsupportedError
-from modelopt_lite.kernels import AttentionRequest, attention, choice, hopper_launch, portable
+from modelopt_lite.kernels import AttentionRequest, attention, choice, hopper_launch, portable, settings
 from modelopt_lite.kernels.choice import BLOCKED, GPU_KERNELS, choose, refusal
 from modelopt_lite.kernels.top_n import top_n_plan
 from modelopt_lite.plan import AttentionPlan
@@ -220,9 +222,21 @@ def run_with(interpret, program):
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
 
+@pytest.mark.skipif(
+    not settings.INTERPRETER_WORKS, reason="the interpreter of Triton before 3.7 does not work with NumPy 2.4 or later"
+)
 def test_the_interpreter_runs_kernels_and_models_on_a_cpu():
     done = run_with("1", INTERPRETED)
     assert done.stdout == "equal\n", done.stderr[-4000:]
+
+
+def test_an_interpreter_that_does_not_work_with_numpy_is_refused(monkeypatch):
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
+    monkeypatch.setattr(settings, "INTERPRETER_WORKS", False)
+    reason = (
+        r"the interpreter of Triton \S+ does not work with NumPy \S+; install Triton 3\.7 or later, or NumPy before 2.4"
+    )
+    assert re.fullmatch(reason, refusal(on_cpu()))
 
 
 def test_without_the_interpreter_triton_needs_a_gpu():

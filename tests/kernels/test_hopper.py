@@ -219,7 +219,8 @@ def test_boxes_hold_the_rows_of_their_tiles(launch_for, monkeypatch, group, head
     shape = (-(-group // 2), block_n // group, min(group, 2))
     pair, number, place = (torch.arange(size).view(-1, *(1,) * (2 - dim)) for dim, size in enumerate(shape))
     heads = 1000 * torch.arange(3)
-    for rows in range(1, 401):
+    # Every remainder of a group's size, and the ends of tiles.
+    for rows in sorted({*range(1, 401, 3), *(end + more for end in (64, 128, 192, 256, 384) for more in (-1, 0, 1))}):
         # [rows, heads, 2]; keys and values lie beside each other, and nothing lies behind the last row
         marks = torch.arange(rows)[:, None, None] + heads[:, None] + torch.tensor([0, 500])
         k, v = marks.to(torch.int16).repeat_interleave(head_dim, 2)[:, 1:].split(head_dim, 2)

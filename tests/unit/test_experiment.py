@@ -46,7 +46,7 @@ from modelopt_lite.experiment.quality import (
     summarize_tasks,
 )
 from modelopt_lite.experiment.records import Answer, Failure, RunFile, Speed, Window, read_results
-from modelopt_lite.experiment.runner import Interrupted
+from modelopt_lite.experiment.runner import Interrupted, gpu_of_share
 from modelopt_lite.experiment.speed import summarize_speed
 from modelopt_lite.experiment.tasks import DEPTH_TASKS, TASKS, TaskSample, make_sample, score
 from modelopt_lite.stats import ModelStatistics
@@ -430,6 +430,27 @@ def test_a_failed_cell_is_noted_and_the_rest_goes_on(settings, monkeypatch):
     again = run_experiment(result.folder / "config.yaml", resume=result.folder)
     assert again.failures == []
     assert {row.variant for row in again.quality} == {"dense", "1:4", "2:4"}
+
+
+@pytest.mark.parametrize(
+    ("visible", "gpus", "change", "found"),
+    [
+        (None, 2, {}, ["0", "1", "0"]),
+        ("2,5", 2, {}, ["2", "5", "2"]),
+        ("GPU-8a, GPU-8b", 2, {}, ["GPU-8a", "GPU-8b", "GPU-8a"]),
+        ("3", 1, {}, [None] * 3),
+        (None, 0, {}, [None] * 3),
+        ("2,5", 2, {"device": "cuda:1"}, [None] * 3),
+        ("2,5", 2, {"device_map": "auto"}, [None] * 3),
+    ],
+)
+def test_shares_take_the_gpus_that_their_parent_may_use(settings, monkeypatch, visible, gpus, change, found):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    config = ExperimentConfig.load({**settings, "device": "cuda", **change})
+    assert [gpu_of_share(config, i).get("CUDA_VISIBLE_DEVICES") for i in range(3)] == found
 
 
 def test_processes_share_a_run(settings):
