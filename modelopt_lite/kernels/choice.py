@@ -114,7 +114,7 @@ def run(request: AttentionRequest, backend: Backend = "auto") -> Result:
     check_rule(request.plan, request.q.device)
     tried: list[str] = []
     while True:
-        kernel = choose(request, backend, pinned, without=tried)
+        kernel = choose(request.readable(), backend, pinned, without=tried)
         new = _prepare(kernel, request)
         try:
             result = new(request)
