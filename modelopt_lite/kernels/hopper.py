@@ -973,8 +973,8 @@ def attention_forward_hopper(
         for warpgroup in gl.static_range(WARPGROUPS):
             mbarrier.init(turn.index(warpgroup), count=1)
     mbarrier.init(cleared, count=WARPGROUPS)
-    # Beside a selection and a head_dim of 64, with three warpgroups, the matrix units have time to sum weights; rounded,
-    # which the LSE could not bear.
+    # Beside a selection and a head_dim of 64, with three warpgroups, the matrix units have time to sum weights: as they
+    # are rounded, which the LSE could not bear.
     ones_memory: gl.constexpr = None
     if lse_ptr is None and SCORE_HOOK is not None and WARPGROUPS == 3:
         LINES: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
