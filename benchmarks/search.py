@@ -91,7 +91,6 @@ def main() -> None:
         "model": options.model,
         "dtype": options.dtype,
         "length": length,
-        "searched_on": CALIBRATED_ON[: options.windows],
         "evaluated_on": list(texts["speeches"]),
         "evaluation_windows": len(others),
     }
@@ -119,6 +118,7 @@ def main() -> None:
         rows.append(
             {
                 "what": what,
+                "searched_on": CALIBRATED_ON[: options.windows],
                 "candidates": list(candidates),
                 "budget": found.budget,
                 "in_search": {"kl": found.run.kl, "perplexity_percent": found.run.perplexity_percent},

@@ -35,7 +35,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from modelopt_lite.experiment.assets import prepare_built_in_model, read_corpus
 from modelopt_lite.kernels import AttentionRequest, KeyBlocks, attention, compute, visited_blocks
 from modelopt_lite.kernels.top_n import top_n_plan
-from modelopt_lite.methods import FlashPrefill, MeanPoolTopK, XAttention
+from modelopt_lite.methods import FlashPrefill, MeanPoolTopK, SkipSoftmax, XAttention
 from modelopt_lite.plan import BLOCK_SIZE, DENSE, AttentionPlan
 
 try:
@@ -44,7 +44,7 @@ try:
 except ImportError:  # an optional peer
     flash_attention_4 = None
 
-AnyBlockMethod: TypeAlias = FlashPrefill | XAttention | MeanPoolTopK
+AnyBlockMethod: TypeAlias = FlashPrefill | XAttention | MeanPoolTopK | SkipSoftmax
 
 HEADS = (32, 8)
 DENSE_CALL = "dense"
@@ -222,6 +222,7 @@ METHODS: dict[str, Callable[[Problem], Iterator[Entry]]] = {
     "flash_prefill": functools.partial(chosen_by, method=FlashPrefill()),
     "xattention": functools.partial(chosen_by, method=XAttention(stride=16)),
     "mean_pool_top_k": functools.partial(chosen_by, method=MeanPoolTopK()),
+    "skip_softmax": functools.partial(chosen_by, method=SkipSoftmax()),
 }
 """What is measured, by name."""
 PEERS: dict[str, Callable[[Problem], Iterator[Entry]]] = {"flex": flex_of, "fa4": flash_attention_4_of}

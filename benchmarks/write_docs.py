@@ -161,6 +161,18 @@ def lists_table() -> str:
     return markdown(["tokens", "skipped", *names.values(), "time of our dense kernel"], lines)
 
 
+def skip_softmax_table() -> str:
+    """Return how much faster attention with skip-softmax is than dense attention, the decisions included."""
+    lines = []
+    for (length,), group in by_problem(rows_of("skip-softmax-nvidia-h200"), "seq_len"):
+        dense = next(row["ms"] for row in group if row["method"] == "dense")
+        for share in sorted({row["share_skipped"] for row in group if row["method"] == "lists"}):
+            found = {r["method"]: ratio(r["speedup_over_dense"]) for r in group if r["share_skipped"] == share}
+            skipped = f"{share:.0%}".replace("%", " %")
+            lines.append([str(length), skipped, found["skip_softmax"], found["lists"], milliseconds(dense)])
+    return markdown(["tokens", "skipped", "decided in the loop", "lists given", "time of our dense kernel"], lines)
+
+
 def _speeds(rows: Iterable[Row]) -> dict[tuple[str, str], float | None]:
     return {(row["kernel"], row["name"]): row["ratio_to_cudnn"] for row in rows}
 
@@ -290,11 +302,9 @@ def perplexity_table() -> str:
     """Return what N:M costs in perplexity, by the committed sweep."""
     names = {"dense": "dense", "2:4, window 64, sinks 0": "2:4", "2:4, window 256, sinks 0": "2:4, dense window of 256"}
     names |= {f"{name}, window 64, sinks 0": name for name in ("4:8", "8:16", "1:4")}
-    run = ExperimentResult.load(RUNS / "sweep")
-    rows = summarize_quality(run.records, list(names), run.config.seed)
     lines = []
     for variant, name in names.items():
-        found = {row.length: row for row in rows if row.variant == variant}
+        found = {row.length: row for row in quality_rows("sweep") if row.variant == variant}
         shares = (found[2048].mass_kept, found[2048].sparsity)
         cells = (MISSING if share is None else f"{100 * share:.1f} %" for share in shares)
         lines.append([name, change(found[2048]), change(found[8192]), *cells])
@@ -358,19 +368,29 @@ def calibration_table() -> str:
     return markdown(["method", "tokens", *(f"target {target}" for target in targets)], lines, left=1)
 
 
+SEARCHES = {
+    "4": "1:4, 2:4, 3:4",
+    "16": "2:4, and 4, 6, 8, 10 or 12 of 16",
+    "windows": "2:4, and N of 16 with a dense window of 64, 256 or 512",
+    "blocks": "`xattention` calibrated to 0.3, 0.5 and 0.7",
+}
+"""The candidates of the searches of ``benchmarks/search.py``, in words."""
+
+
 def search_table() -> str:
     """Return what searched configurations cost beside one method everywhere, on texts that the search did not read."""
     lines = []
     for row in rows_of("search-nvidia-h200"):
         for name, found in row["evaluated"].items():
-            everywhere = f"{name} everywhere" if name != "searched" else f"searched, {' '.join(row['candidates'])}"
+            label = f"{name} everywhere" if name != "searched" else f"searched: {SEARCHES[row['what']]}"
             value, low, high = found["perplexity_percent"]
             cells = [
                 f"{value:+.2f} % [{low:+.2f}, {high:+.2f}]",
                 f"{found['kl'][0]:.4f}",
                 f"{100 * found['sparsity']:.1f} %",
             ]
-            lines.append([everywhere, *cells])
+            if [label, *cells] not in lines:  # what is everywhere is the same for several searches
+                lines.append([label, *cells])
     return markdown(["configuration", "perplexity", "KL", "scores dropped"], lines, left=1)
 
 
@@ -409,11 +429,15 @@ def long_prompts_table() -> str:
 
 
 @functools.cache
+def quality_rows(run: str) -> list[QualityRow]:
+    """Return how well all variants of a committed run predict its windows."""
+    result = ExperimentResult.load(RUNS / run)
+    return summarize_quality(result.records, [], result.config.seed)
+
+
 def quality_of(run: str, variant: str) -> QualityRow:
     """Return how well one variant of a committed run predicts windows of 2048 tokens."""
-    result = ExperimentResult.load(RUNS / run)
-    rows = summarize_quality(result.records, ["dense", variant], result.config.seed)
-    return next(row for row in rows if row.variant == variant and row.length == 2048)
+    return next(row for row in quality_rows(run) if row.variant == variant and row.length == 2048)
 
 
 def choice_table() -> str:
@@ -435,6 +459,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "padded batch": functools.partial(model_table, "batch", layers=32),
     "decode of a model": functools.partial(model_table, "decode", layers=32),
     "lists": lists_table,
+    "skip-softmax": skip_softmax_table,
     "2:4": two_of_four_table,
     "2:4 in other types": two_of_four_types_table,
     "dense kernels": dense_table,

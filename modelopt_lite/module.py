@@ -47,7 +47,8 @@ class SparseAttentionFlags:
         counters: what the open blocks of :func:`count` fill, in any context, likewise.
         is_sharded: whether calls need to be told how the tokens are divided among processes.
         checkpoints: PyTorch's objects for the checkpoints that will run a call again.
-        decisions: what a call does that nobody observes, dense and sparse.
+        dense_decision: what a dense call does that nobody observes.
+        sparse_decision: what a sparse one does.
     """
 
     name: str
@@ -62,12 +63,14 @@ class SparseAttentionFlags:
     counters: tuple[Observer, ...] = ()
     is_sharded: bool = False
     checkpoints: WeakSet[Any] = field(default_factory=WeakSet)
-    decisions: tuple[Decision, Decision] = field(init=False)
+    dense_decision: Decision = field(init=False)
+    sparse_decision: Decision = field(init=False)
 
     def __post_init__(self) -> None:
         """Make the decisions of nearly all calls once."""
         backend = self.method.backend
-        self.decisions = (Decision(False, DENSE, backend), Decision(True, self.sparse_plan, backend))
+        self.dense_decision = Decision(False, DENSE, backend)
+        self.sparse_decision = Decision(True, self.sparse_plan, backend)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy starts with; it makes the plan anew and knows nothing of calls that are running."""
@@ -246,11 +249,11 @@ def present_decision(module: nn.Module) -> Decision:
         is_dense, observer = flags in context.get(_dense, ()), context.get(_counters, _NONE).get(flags)
     if observer is not None or is_dense:
         return _observed(flags, is_dense, observer)
-    return flags.decisions[flags.enabled]
+    return flags.sparse_decision if flags.enabled else flags.dense_decision
 
 
 def _observed(flags: SparseAttentionFlags, is_dense: bool, observer: Observer | None) -> Decision:
-    decision = flags.decisions[flags.enabled and not is_dense]
+    decision = flags.sparse_decision if flags.enabled and not is_dense else flags.dense_decision
     return decision._replace(statistics=observer) if decision.is_on else decision
 
 

@@ -200,7 +200,7 @@ class BlockGrid:
         r = request
         packing = (r.starts_q, r.lengths_q, r.starts_k, r.lengths_k, r.first_q, r.first_k)
         sizes = (r.max_q, r.max_k, r.q.shape[0], r.k.shape[0], block_size, block_rows)
-        tables = self._once(packing, sizes, lambda: find(request, block_size, block_rows))
+        tables = self.once(packing, sizes, lambda: find(request, block_size, block_rows))
         self.starts, self.sequence = tables.starts, tables.sequence
         self.origin_q, self.low_q, self.high_q = tables.origin_q, tables.low_q, tables.high_q
         self.origin_k, self.low_k, self.high_k = tables.origin_k, tables.low_k, tables.high_k
@@ -255,7 +255,7 @@ class BlockGrid:
         """
         r = self.request
         masks = (first_blocks, recent_blocks, r.is_causal, r.sliding_window, r.plan.sparse_decode)
-        return self._once((self.starts,), masks, lambda: self._marked(first_blocks, recent_blocks))
+        return self.once((self.starts,), masks, lambda: self._marked(first_blocks, recent_blocks))
 
     def _marked(self, first_blocks: int, recent_blocks: int) -> tuple[Tensor, Tensor]:
         if _runs_kernels(self.request.q):
@@ -263,7 +263,7 @@ class BlockGrid:
         seen = self.seen()
         return seen, (self.forced(first_blocks, recent_blocks) | self.is_dense()[:, None]) & seen
 
-    def _once(self, tensors: tuple[Tensor | None, ...], numbers: tuple[Any, ...], find: Callable[[], T]) -> T:
+    def once(self, tensors: tuple[Tensor | None, ...], numbers: tuple[Any, ...], find: Callable[[], T]) -> T:
         """Return what was found for the same tensors and numbers before, where calls share it."""
         known = self.request.grids
         if known is None:

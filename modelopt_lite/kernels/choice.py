@@ -18,7 +18,7 @@ from .language import tl
 from .request import AttentionRequest, HookRefusedError
 
 if tl is not None:
-    from . import decode_launch, hopper_launch, portable, sparse_cores
+    from . import decode_launch, hopper_launch, hopper_skip_launch, portable, sparse_cores
 
 Backend: TypeAlias = Literal["auto", "triton", "torch"]
 Result: TypeAlias = "tuple[Tensor, Tensor | None]"
@@ -75,6 +75,7 @@ GPU_KERNELS: tuple[Kernel, ...] = ()
 if tl is not None:
     GPU_KERNELS = (
         Kernel("decode", decode_launch.refusal, decode_launch.pays, decode_launch.prepare, reads_pages=True),
+        Kernel("hopper_skip", hopper_skip_launch.refusal, _always, hopper_skip_launch.prepare),
         Kernel("sparse_cores", sparse_cores.refusal, sparse_cores.pays, sparse_cores.prepare),
         Kernel("hopper", hopper_launch.refusal, hopper_launch.pays, hopper_launch.prepare),
         Kernel("portable", portable.refusal, _always, portable.prepare),
@@ -188,6 +189,14 @@ def refusal(request: AttentionRequest) -> str | None:
             return None
         reasons.append(reason)
     return reasons[0] if reasons else "Triton is not installed"
+
+
+def skips_itself(request: AttentionRequest, backend: Backend) -> bool:
+    """Whether the kernel that runs a request applies its plan's skip rule itself, and so needs no lists."""
+    if tl is None or backend == "torch" or not request.q.is_cuda:
+        return False
+    pinned = os.environ.get("MODELOPT_LITE_KERNEL", "")
+    return pinned in ("", "hopper_skip") and hopper_skip_launch.refusal(request) is None
 
 
 def differentiates_on_gpu(request: AttentionRequest, backend: Backend) -> bool:

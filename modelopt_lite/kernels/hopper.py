@@ -741,6 +741,62 @@ def clear_rows(memory, first, length, WARPGROUP: gl.constexpr, OPTIONS: gl.const
 
 
 @gluon.jit
+def store_item(
+    accumulator, partial_sum, running_max, was_frozen, rows, row_start, query, overflows, pointers, out_strides, place,
+    heads_of, OPTIONS: gl.constexpr,
+):  # fmt: skip
+    """Store one warpgroup's results of an item, and whether it overflowed; see :func:`attend_item`.
+
+    Args:
+        accumulator: the weighted sum of values.
+        partial_sum: parts of the sums of weights, ``[ROWS, ...]``.
+        running_max: what weights are relative to, in log2 space.
+        was_frozen: whether any tile left it as it was.
+        rows: the queries' rows in their sequence, whether or not they exist.
+        row_start: the first of them.
+        query: where the queries are in shared memory, which are not needed any more.
+        overflows: where to write which queries overflowed.
+        pointers: to the output, the LSE or None, and the sinks' logits.
+        out_strides: the output's.
+        place: ``(head, first_query, query_length)``.
+        heads_of: how many query heads there are, and how many share keys.
+        OPTIONS: the kernel's.
+    """
+    ROW: gl.constexpr = rows.type.layout
+    # whole lines, for what is neither a factor nor a product
+    LINES: gl.constexpr = gl.BlockedLayout([1, 8], [256 // OPTIONS.block_dv, OPTIONS.block_dv // 8], [4, 1], [1, 0])
+    out_ptr, lse_ptr, _ = pointers
+    head, first_query, query_length = place
+    # [ROWS]
+    total_weight = gl.convert_layout(gl.sum(partial_sum, 1), ROW)
+    stored = (rows >= 0) & (rows < query_length)
+    overflowed = gl.full([ROWS], 0, gl.int32, ROW)
+    if OPTIONS.frozen:
+        # Zero times a finite number is zero.
+        suspicious = gl.convert_layout(gl.sum(accumulator * 0.0, 1), ROW) + total_weight * 0.0 != 0.0
+        # Where all tiles were masked there is no other way to compute it.
+        overflowed = (suspicious & stored & was_frozen).to(gl.int32)
+    overflows.store(overflowed)
+    inverse = gl.where(total_weight == 0.0, 0.0, 1.0 / total_weight)
+    out_rows = first_query.to(gl.int64) + rows
+    if lse_ptr is not None:
+        lse = (running_max + gl.log2(total_weight)) * LN2
+        gl.store(lse_ptr + out_rows * heads_of[0] + head, lse, mask=stored)
+
+    # Through shared memory, in the place of the queries, to be written in whole lines.
+    query.store((accumulator * spread(inverse, accumulator)).to(query.dtype))
+    result = query.load(LINES)
+    fence_async_shared()  # before the next queries are loaded there
+    rows = row_start + gl.arange(0, ROWS, gl.SliceLayout(1, LINES))
+    out_rows = first_query.to(gl.int64) + rows
+    offsets_d = gl.arange(0, OPTIONS.block_dv, gl.SliceLayout(0, LINES))
+    out_pointers = (
+        out_ptr + head.to(gl.int64) * out_strides[1] + (out_rows[:, None] * out_strides[0] + offsets_d[None, :])
+    )
+    gl.store(out_pointers, result, mask=((rows >= 0) & (rows < query_length))[:, None])
+
+
+@gluon.jit
 def attend_item(
     slot, step, clearings, query_memory, key_memory, value_memory, ones_memory, mail, overflows, barriers, pointers,
     out_strides, problem, numbers, hook_args, WARPGROUP: gl.constexpr, SCORE_HOOK: gl.constexpr,
@@ -758,8 +814,8 @@ def attend_item(
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, OUTPUT, 2)
     ROW: gl.constexpr = gl.SliceLayout(1, SCORES)
     _, _, _, loaded, freed, turn, cleared = barriers
-    out_ptr, lse_ptr, sink_logits_ptr = pointers
-    _, heads_of, _, _, _, distances, _ = problem
+    sink_logits_ptr = pointers[2]
+    heads_of, distances = problem[1], problem[5]
     posted_items, tiles_of_stages, _, undecided_memory = mail
     query = query_memory.reshape([ROWS, OPTIONS.block_d])
     memory = posted_items.index(slot)
@@ -773,10 +829,11 @@ def attend_item(
     # [ROWS]; what lies before the first row or past the last one counts as that one and is not stored.
     rows = row_start + gl.arange(0, ROWS, ROW)
     positions = length - query_length + gl.maximum(gl.minimum(rows, query_length - 1), 0)
-    # whole lines, for what is neither a factor nor a product
-    LINES: gl.constexpr = gl.BlockedLayout([1, 8], [256 // OPTIONS.block_dv, OPTIONS.block_dv // 8], [4, 1], [1, 0])
     if QUICK_HOOK is not None:  # noqa: SIM102 - conditions at compile time and at run time do not mix
         if (row_start + ROWS > query_length) | (row_start < 0):
+            LINES: gl.constexpr = gl.BlockedLayout(
+                [1, 8], [256 // OPTIONS.block_dv, OPTIONS.block_dv // 8], [4, 1], [1, 0]
+            )
             # Around a sequence's queries there are often zeros, whose scores are all equal, and never sure.
             line = row_start + gl.arange(0, ROWS, gl.SliceLayout(1, LINES))
             exist = (line >= 0) & (line < query_length)
@@ -859,33 +916,10 @@ def attend_item(
     accumulator, partial_sum = warpgroup_mma_wait(0, deps=[accumulator, partial_sum])
     mbarrier.arrive(freed.index(stage), count=1)
 
-    # [ROWS]
-    total_weight = gl.convert_layout(gl.sum(partial_sum, 1), ROW)
-    stored = (rows >= 0) & (rows < query_length)
-    overflowed = gl.full([ROWS], 0, gl.int32, ROW)
-    if OPTIONS.frozen:
-        # Zero times a finite number is zero.
-        suspicious = gl.convert_layout(gl.sum(accumulator * 0.0, 1), ROW) + total_weight * 0.0 != 0.0
-        # Where all tiles were masked there is no other way to compute it.
-        overflowed = (suspicious & stored & (tiles > masked - spared)).to(gl.int32)
-    overflows.store(overflowed)
-    inverse = gl.where(total_weight == 0.0, 0.0, 1.0 / total_weight)
-    out_rows = first_query.to(gl.int64) + rows
-    if lse_ptr is not None:
-        lse = (running_max + gl.log2(total_weight)) * LN2
-        gl.store(lse_ptr + out_rows * heads_of[0] + head, lse, mask=stored)
-
-    # Through shared memory, in the place of the queries, to be written in whole lines.
-    query.store((accumulator * spread(inverse, accumulator)).to(query.dtype))
-    result = query.load(LINES)
-    fence_async_shared()  # before the next queries are loaded there
-    rows = row_start + gl.arange(0, ROWS, gl.SliceLayout(1, LINES))
-    out_rows = first_query.to(gl.int64) + rows
-    offsets_d = gl.arange(0, OPTIONS.block_dv, gl.SliceLayout(0, LINES))
-    out_pointers = (
-        out_ptr + head.to(gl.int64) * out_strides[1] + (out_rows[:, None] * out_strides[0] + offsets_d[None, :])
-    )
-    gl.store(out_pointers, result, mask=((rows >= 0) & (rows < query_length))[:, None])
+    store_item(
+        accumulator, partial_sum, running_max, tiles > masked - spared, rows, row_start, query, overflows, pointers,
+        out_strides, (head, first_query, query_length), heads_of, OPTIONS,
+    )  # fmt: skip
     return clearings, step + 1
 
 

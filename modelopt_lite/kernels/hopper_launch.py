@@ -62,11 +62,18 @@ def hopper_settings(dtype: torch.dtype, head_dim: int, group: int, has_lists: bo
 def refusal(request: AttentionRequest) -> str | None:
     """Say why the Gluon kernel cannot run a request, or None if it can."""
     r = request
-    if (reason := gpu_refusal(r)) is not None:
-        return reason
     if (reason := lists_refusal(r)) is not None:
         return reason
-    hooks = (r.plan.score_hook, r.plan.quick_hook)
+    if (reason := device_refusal(r)) is not None:
+        return reason
+    return _UNCOMPILABLE.get((r.plan.score_hook, r.plan.quick_hook))
+
+
+def device_refusal(request: AttentionRequest) -> str | None:
+    """Say why no Gluon kernel can run on a request's device or with its tensors, or None if each is to be asked."""
+    r = request
+    if (reason := gpu_refusal(r)) is not None:
+        return reason
     if not r.q.is_cuda or compute_capability(r.q.device) != HOPPER:
         return "it is made for GPUs of compute capability 9.0"
     if not HOPPER_TRITON:
@@ -80,7 +87,7 @@ def refusal(request: AttentionRequest) -> str | None:
         return "addresses or strides of q, k or v are not multiples of 16 bytes"
     if r.has_positions:
         return "first positions are given, or there is a sliding window without causality"
-    return _UNCOMPILABLE.get(hooks)
+    return None
 
 
 def pays(request: AttentionRequest) -> bool:
@@ -112,11 +119,11 @@ def prepare(request: AttentionRequest) -> Callable[[AttentionRequest], tuple[Ten
     wave = min(heads_per_wave(r.max_k, r.k, r.v) * heads[1], batch * query_heads)
     numbers = (r.softmax_scale, r.softcap or 0.0)
     rest = (heads, numbers, batch, tiles, wave, *distances(r))
-    queries = _shared_descriptor(r.q, list(r.q.shape), list(r.q.stride()), [ROWS.value, 1, head_dim])
-    keys, values = (_key_descriptor(x, options) for x in (r.k, r.v))
+    queries = shared_descriptor(r.q, list(r.q.shape), list(r.q.stride()), [ROWS.value, 1, head_dim])
+    keys, values = (key_descriptor(x, options) for x in (r.k, r.v))
     tail_rows, tail_start = _tail(r.k.shape[0], r.group, settings)
     tail_shape = (2, tail_rows, *r.k.shape[1:])
-    tail_descriptor = None if tail_rows == 0 else _key_descriptor(r.k.new_empty(tail_shape)[0], options)
+    tail_descriptor = None if tail_rows == 0 else key_descriptor(r.k.new_empty(tail_shape)[0], options)
     prepare_work = WorkPreparation(r, options, tail_start)
     launch = Launch(
         attention_forward_hopper, r.q.device, plan.score_hook, plan.quick_hook, options, settings.num_stages,
@@ -195,7 +202,7 @@ class WorkPreparation:
         return counter
 
 
-def _shared_descriptor(x: Tensor, shape: list[int], strides: list[int], box: list[int]) -> TensorDescriptor:
+def shared_descriptor(x: Tensor, shape: list[int], strides: list[int], box: list[int]) -> TensorDescriptor:
     """Describe a tensor without its address, and how its boxes lie in shared memory for matrix instructions."""
     return rebased(TensorDescriptor(x, shape, strides, box, _shared_layout(len(box))), None)
 
@@ -205,7 +212,7 @@ def _shared_layout(rank: int) -> NVMMASharedLayout:
     return NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=rank)
 
 
-def _key_descriptor(x: Tensor, options: Options) -> TensorDescriptor:
+def key_descriptor(x: Tensor, options: Options) -> TensorDescriptor:
     """Describe keys or values, or a tail of them, as ``[pair of a group, group, key of a pair, head, dim]``.
 
     So one box holds groups deinterleaved by pairs. A sequence may begin anywhere, so there are about twice as many
@@ -218,14 +225,14 @@ def _key_descriptor(x: Tensor, options: Options) -> TensorDescriptor:
     rows = max(1, x.shape[0] - (2 * group - 2))
     shape = [2 * pairs - 1, triton.cdiv(rows, group), 2 * pair - 1, *x.shape[1:]]
     strides = [pair * x.stride(0), group * x.stride(0), *x.stride()]
-    return _shared_descriptor(x, shape, strides, [pairs, options.block_n // group, pair, 1, x.shape[2]])
+    return shared_descriptor(x, shape, strides, [pairs, options.block_n // group, pair, 1, x.shape[2]])
 
 
 def _tail(rows: int, group: int, settings: Settings) -> tuple[int, int]:
     """Return how many rows the copies of the last keys and values have, and the first row that is copied.
 
-    Boxes reach further than their tile; see :func:`_key_descriptor`. Tiles that begin before that row are whole in what
-    :func:`_key_descriptor` describes. The others are loaded from the copies, which have as many rows more as their
+    Boxes reach further than their tile; see :func:`key_descriptor`. Tiles that begin before that row are whole in what
+    :func:`key_descriptor` describes. The others are loaded from the copies, which have as many rows more as their
     descriptors leave out: what these hold does not matter, as they belong to no sequence. Without groups there are no
     copies.
     """

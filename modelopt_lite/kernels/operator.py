@@ -60,15 +60,17 @@ def compute(request: AttentionRequest, backend: Backend = "auto") -> tuple[Tenso
         ValueError: if an argument is wrong; the message names it.
         UnsupportedError: if the backend asked for cannot run the request.
     """
+    is_recorded = _needs_gradient(request) or is_traced(request.q)
     if request.plan.chooses_blocks and request.blocks is None:
         check_request(request)
-        request = _with_blocks(request)
-    needs_gradient = _needs_gradient(request)
-    if not (needs_gradient or is_traced(request.q)):
+        request = _simplified(request)
+        if request.plan.chooses_blocks and (is_recorded or not choice.skips_itself(request, backend)):
+            request = _with_blocks(request)
+    if not is_recorded:
         return choice.run(request, backend)
     check_request(request)
     choice.check_backend(request, backend)
-    if needs_gradient:
+    if _needs_gradient(request):
         request = request._replace(with_lse=True)
     inputs = (*request.flatten(), backend)
     if torch.compiler.is_compiling():
@@ -99,14 +101,19 @@ def gradients(
     return grads
 
 
-def _with_blocks(request: AttentionRequest) -> AttentionRequest:
-    """Return a request with the key blocks that its plan chooses, if there is a choice; it has no gradient."""
+def _simplified(request: AttentionRequest) -> AttentionRequest:
+    """Return a request whose plan chooses no blocks if there is no choice."""
     if request.is_decode(request.max_q):
         return request._replace(plan=DENSE)
+    if is_traced(request.q) or request.first_q is not None or request.first_k is not None:
+        return request
+    return request._replace(plan=request.plan.for_keys(request.max_k, request.is_causal))
+
+
+def _with_blocks(request: AttentionRequest) -> AttentionRequest:
+    """Return a request with the key blocks that its plan chooses, which has no gradient."""
     if not is_traced(request.q):
-        if request.first_q is None and request.first_k is None:
-            request = request._replace(plan=request.plan.for_keys(request.max_k, request.is_causal))
-        return request._replace(blocks=_selected(request)) if request.plan.chooses_blocks else request
+        return request._replace(blocks=_selected(request))
     with torch.no_grad():
         counts, indices, starts = torch.ops.modelopt_lite.select_blocks(*request.flatten())
     return request._replace(blocks=KeyBlocks(counts, indices, starts, *request.grid))

@@ -57,6 +57,36 @@ def chosen_blocks(request: AttentionRequest, grid: BlockGrid | None = None) -> t
 
 
 @torch.no_grad()
+def select_before_skipping(request: AttentionRequest) -> tuple[KeyBlocks, Tensor]:
+    """Return what a kernel needs that applies the plan's skip rule itself.
+
+    Args:
+        request: a checked request without lists, whose plan has a skip rule.
+
+    Returns:
+        The key blocks that the plan's selector keeps, or all that are seen, in lists that heads may share; and the
+        logarithms of the thresholds of query blocks, FP32 ``[query_blocks]``, ``-inf`` where nothing is skipped.
+    """
+    grid = BlockGrid(request.without_pages(), *request.grid)
+    selector, skip = request.plan.blocks, request.plan.skip
+    assert skip is not None
+    # Which blocks there are and their thresholds depend on the packing alone.
+    numbers = (skip, request.is_causal, request.sliding_window, request.plan.sparse_decode)
+    everything, log_thresholds = grid.once((grid.starts,), numbers, lambda: _before_skipping(grid, skip))
+    if selector is None or 0 in grid.shape:
+        return everything, log_thresholds
+    (mask,) = _selected(request, grid, grid.seen(), [selector])
+    return KeyBlocks.from_mask(mask, grid.starts, *request.grid), log_thresholds
+
+
+def _before_skipping(grid: BlockGrid, skip: SkipRule) -> tuple[KeyBlocks, Tensor]:
+    """Return lists of all key blocks that are seen, the same for all heads, and the logarithms of thresholds."""
+    seen = grid.seen()
+    log_thresholds = _log_thresholds(grid, seen, skip).masked_fill(grid.is_dense(), -torch.inf)
+    return KeyBlocks.from_mask(seen[None], grid.starts, grid.block_size, grid.block_rows), log_thresholds.float()
+
+
+@torch.no_grad()
 def count_visited(request: AttentionRequest, plans: Sequence[AttentionPlan]) -> tuple[Tensor, Tensor]:
     """Count the key blocks that each of several plans visits, from one computation of the scores.
 
@@ -136,15 +166,18 @@ def _skipped(
     Returns:
         ``[rules, query_heads, query_blocks, key_blocks]``.
     """
-    lengths = grid.lengths(seen)
-    margins = torch.stack(
-        [rule.log_threshold(lengths).where(~grid.is_single, rule.of_decode().log_threshold(lengths)) for rule in rules]
-    ).to(grid.dtype)
+    margins = torch.stack([_log_thresholds(grid, seen, rule) for rule in rules]).to(grid.dtype)
     excess = skip_excess(grid, None if request.plan.blocks is None else selected)
     if excess is None:
         excess = _excess(request, grid, seen, selected)
     skipped = (excess < margins[:, None, :, None]) & (excess > -torch.inf)
     return skipped & selected & ~grid.is_dense()[:, None]
+
+
+def _log_thresholds(grid: BlockGrid, seen: Tensor, rule: SkipRule) -> Tensor:
+    """Return ``ln(threshold)`` of each query block, FP64 ``[query_blocks]``."""
+    lengths = grid.lengths(seen)
+    return rule.log_threshold(lengths).where(~grid.is_single, rule.of_decode().log_threshold(lengths))
 
 
 def _excess(request: AttentionRequest, grid: BlockGrid, seen: Tensor, selected: Tensor) -> Tensor:

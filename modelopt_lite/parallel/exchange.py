@@ -118,15 +118,19 @@ def _gather_keys(request: AttentionRequest, shards: Shards, with_values: bool = 
     return request._replace(k=k, v=everything[:, width:].unflatten(1, v.shape[1:]) if with_values else k)
 
 
+def _gathered(x: Tensor, group: distributed.ProcessGroup) -> Tensor:
+    gathered = x.new_empty(distributed.get_world_size(group) * x.shape[0], *x.shape[1:])
+    _all_gather(gathered, x.contiguous(), group=group)
+    return gathered
+
+
 class _Gather(torch.autograd.Function):
     """Put the rows of all processes one after the other."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: distributed.ProcessGroup) -> Tensor:
         ctx.group, ctx.dtype = group, x.dtype
-        gathered = x.new_empty(distributed.get_world_size(group) * x.shape[0], *x.shape[1:])
-        _all_gather(gathered, x.contiguous(), group=group)
-        return gathered
+        return _gathered(x, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -184,14 +188,15 @@ def attend_replicated(request: AttentionRequest, shards: Shards, backend: Backen
     merge = _Merge(request)
     for call in _calls(request._replace(s_aux=None, with_lse=True), shards, shards.rank):
         merge.add(*_result(call.request, backend), call.rows)
-    parts = [torch.cat([merge.output, merge.lse[..., None]], -1)]
-    if shards.size > 1:
-        parts = list(gather_rows(parts[0], shards.group).chunk(shards.size))
-    total = _Merge(request)
-    total.add_sinks(request.s_aux)
-    for part in parts:
-        total.add(part[..., :-1], part[..., -1])
-    return total.output.to(request.q.dtype)
+    everything = _gathered(torch.cat([merge.output, merge.lse[..., None]], -1), shards.group)
+    outputs, lse = everything.unflatten(0, (shards.size, -1)).split([merge.output.shape[-1], 1], -1)
+    weights = lse
+    if request.s_aux is not None:
+        sinks = request.s_aux.to(lse.dtype)[:, None].expand_as(lse[:1])
+        weights = torch.cat([lse, sinks])
+    weights = weights.softmax(0)[: shards.size].nan_to_num(0.0)  # not a number where no process has any key
+    output: Tensor = (outputs * weights).sum(0)
+    return output.to(request.q.dtype)
 
 
 class _Call(NamedTuple):

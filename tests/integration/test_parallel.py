@@ -16,12 +16,12 @@ from modelopt_lite.parallel import exchange, shards
 from modelopt_lite.plan import DENSE
 
 
-def run_checks(*worlds, **environment):
+def run_checks(*worlds, timeout, **environment):
     """Run all checks of so many processes; return the errors of each process by number of processes and check."""
     command = [sys.executable, parallel_checks.__file__, *map(str, worlds)]
     # A pool of threads would not survive the fork.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
     assert done.returncode == 0, done.stderr
     found = defaultdict(list)
     for line in done.stdout.splitlines():
@@ -32,12 +32,13 @@ def run_checks(*worlds, **environment):
 
 @pytest.fixture(scope="module")
 def outcomes():
-    return run_checks(CUDA_VISIBLE_DEVICES="")
+    return run_checks(timeout=300, CUDA_VISIBLE_DEVICES="")
 
 
 @pytest.fixture(scope="module")
 def outcomes_on_gpus():
-    return run_checks(2)
+    worlds = {world for world, _ in parallel_checks.CHECKS if world <= torch.cuda.device_count()}
+    return run_checks(*sorted(worlds), timeout=1800)  # kernels are compiled
 
 
 def assert_passed(errors, world):
@@ -55,10 +56,11 @@ def test_processes_agree_with_one(outcomes, world, name):
 @pytest.mark.gpu
 @pytest.mark.slow
 @pytest.mark.xdist_group("parallel on GPUs")
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("name", [name for world, name in parallel_checks.CHECKS if world == 2])
-def test_gpus_agree_with_one(outcomes_on_gpus, name):
-    assert_passed(outcomes_on_gpus[2, name], 2)
+@pytest.mark.parametrize(("world", "name"), parallel_checks.CHECKS, ids=lambda value: str(value))
+def test_gpus_agree_with_one(request, world, name):
+    if torch.cuda.device_count() < world:
+        pytest.skip(f"needs {world} GPUs")
+    assert_passed(request.getfixturevalue("outcomes_on_gpus")[world, name], world)
 
 
 PLANS = {

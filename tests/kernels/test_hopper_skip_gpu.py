@@ -1,0 +1,149 @@
+"""The kernel that decides on skip-softmax in its main loop, on a GPU: the whole contract against the oracle."""
+
+import dataclasses
+
+import pytest
+import torch
+from cases import packed_request
+from test_gpu import check, poison, run
+
+from modelopt_lite.kernels import AttentionRequest, compute, hopper_skip_launch, select_blocks
+from modelopt_lite.kernels.choice import skips_itself
+from modelopt_lite.methods import FlashPrefill, MeanPoolTopK
+from modelopt_lite.plan import AttentionPlan, LengthCurve, SkipRule
+
+__all__ = ["poison"]
+pytestmark = pytest.mark.gpu
+
+# Lengths around block borders, 0 and 1 among them: (queries, keys) of each sequence.
+LENGTHS = ((600, 600), (1, 1), (0, 0), (129, 1000), (1, 300), (64, 129), (0, 5), (300, 391))
+PLANS = {
+    "sinks": AttentionPlan(skip=SkipRule(0.5), num_sink_tokens=4),
+    "neither": AttentionPlan(skip=SkipRule(1.5)),
+    "window": AttentionPlan(skip=SkipRule(1.0), num_sink_tokens=3, dense_window_size=200),
+    "many exempt": AttentionPlan(skip=SkipRule(2.0), num_sink_tokens=200, dense_window_size=64),
+    "nothing skipped": AttentionPlan(skip=SkipRule(1e-30), num_sink_tokens=4),
+    "everything skipped": AttentionPlan(skip=SkipRule(1e30), num_sink_tokens=4),
+    "curve": AttentionPlan(skip=SkipRule(LengthCurve((128.0, 1000.0), (-0.5, 0.5))), num_sink_tokens=4),
+    "decode": AttentionPlan(skip=SkipRule(1.0, decode_threshold=0.9), num_sink_tokens=4, sparse_decode=True),
+    "selector": dataclasses.replace(
+        MeanPoolTopK(keep=0.6).plan(), skip=SkipRule(0.7), num_sink_tokens=4, dense_window_size=30
+    ),
+    "shared selector": dataclasses.replace(FlashPrefill(alpha=0.2, per_kv_head=True).plan(), skip=SkipRule(0.7)),
+}
+
+
+@pytest.fixture(autouse=True)
+def hopper():
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a GPU of compute capability 9.0")
+
+
+def make(plan="sinks", lengths=LENGTHS, exact=True, **options):
+    """Make a request. Unless it is exact, all queries attend to the sinks, and every other key block matters little."""
+    request = packed_request(lengths=lengths, plan=PLANS[plan], exact=exact, **{"dims": (128, 128), **options})
+    if not exact:
+        for sequence in request.sequences():
+            q, k = request.q[sequence.queries], request.k[sequence.keys]
+            q[..., 0] = 4.0
+            k[torch.arange(k.shape[0], device=k.device) // 128 % 2 == 1] *= 0.05
+            k[:4, :, 0] = 16.0
+    assert hopper_skip_launch.refusal(request) is None
+    assert skips_itself(request, "auto")
+    return request
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("plan", PLANS)
+def test_plans(plan, exact):
+    check(make(plan, exact=exact))
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (8, 1)])
+def test_heads_and_learnable_sinks(heads):
+    check(make(heads=heads, s_aux=True))
+
+
+def test_long_sequences():
+    """More items than multiprocessors, of very different lengths, and from run to run the same."""
+    request = make(lengths=((3000, 3000), (1, 2000), (700, 2500)), heads=(8, 2), exact=False)
+    check(request)
+    first = run(request)
+    for _ in range(10):
+        assert all(torch.equal(x, y) for x, y in zip(first, run(request), strict=True))
+
+
+@pytest.mark.parametrize("towards", ["later", "earlier"])
+def test_scores_far_apart(towards):
+    """Scores jump by far more than an exponential holds, so that items are computed twice."""
+    request = make(lengths=((900, 900),))
+    ramp = torch.arange(request.k.shape[0], device="cuda") // 150
+    ramp = ramp if towards == "later" else ramp.flip(0)
+    request.q[3:-2, :, 0], request.k[..., 0] = 16.0, (ramp[:, None] * 128).to(request.k.dtype)
+    check(request)
+
+
+def test_lists_say_the_same(monkeypatch):
+    """Decided before the main loop, and at a given threshold really some of the blocks."""
+    request = make(lengths=((4000, 4000),), exact=False)
+    listed = select_blocks(request)
+    share = listed.counts.sum().item() / (request.q.shape[1] * 32 * 33 / 2)
+    assert 0.2 < share < 0.9
+    expected = compute(request._replace(blocks=listed), "triton")[0]
+    torch.testing.assert_close(compute(request, "triton")[0], expected, rtol=2e-2, atol=2e-2, equal_nan=True)
+
+
+def test_what_belongs_to_no_sequence_may_be_anything():
+    """Around the queries, whose blocks they share, and behind the keys."""
+    request = make("window", exact=False)
+    expected = run(request)
+    for value in (torch.inf, -torch.inf):
+        q, k, v = (x.nan_to_num(nan=value) for x in (request.q, request.k, request.v))
+        found = run(request._replace(q=q, k=k, v=v))
+        assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+def test_batch_mates_and_chunks_do_not_matter():
+    request = make(lengths=((500, 500), (300, 300)), exact=False)
+    together = run(request)[0]
+    for number, sequence in enumerate(request.sequences()):
+        for cut in (0, 128, 256):
+            rows = slice(sequence.queries.start + cut, sequence.queries.stop)
+            alone = request._replace(
+                starts_q=torch.full_like(request.starts_q[:1], rows.start),
+                lengths_q=torch.full_like(request.starts_q[:1], rows.stop - rows.start),
+                max_q=rows.stop - rows.start,
+                starts_k=request.starts_k[number : number + 1],
+                lengths_k=request.lengths_k[number : number + 1],
+            )
+            assert torch.equal(run(alone)[0][rows], together[rows])
+
+
+def test_cuda_graph():
+    request = make(exact=False)
+    torch.use_deterministic_algorithms(False)
+    expected = run(request)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output, lse = run(request)
+    output.fill_(7.0)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(output, expected[0])
+    assert torch.equal(lse, expected[1])
+
+
+def test_strides():
+    request = make("window")
+    expected = run(request)
+    apart = AttentionRequest(*(torch.cat([x, x], 1)[:, : x.shape[1]] for x in request[:3]), *request[3:])
+    assert all(torch.equal(x, y) for x, y in zip(run(apart), expected, strict=True))
+
+
+def test_with_gradients_the_lists_come_first():
+    """As the backward pass reads them."""
+    request = make(exact=False)
+    expected = compute(request, "triton")[0]
+    leaves = [x.detach().clone().requires_grad_() for x in request[:3]]
+    output, _ = compute(AttentionRequest(*leaves, *request[3:]), "triton")
+    torch.testing.assert_close(output, expected, rtol=2e-2, atol=2e-2, equal_nan=True)
