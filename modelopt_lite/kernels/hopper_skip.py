@@ -217,7 +217,7 @@ def advance(
     if is_kept != 0:
         weights = gl.exp2(products * to_log2 - spread(shift, products))
         partial_sum += gl.convert_layout(sum_in_thread(weights, OPTIONS), partial_sum.type.layout, assert_trivial=True)
-        weights = gl.convert_layout(weights[0].to(query.dtype), OPERAND, assert_trivial=True)
+        weights = gl.convert_layout(weights.to(query.dtype), OPERAND, assert_trivial=True)
         stage = value_step % VALUE_STAGES
         mbarrier.wait(values_loaded.index(stage), value_step // VALUE_STAGES & 1)
         values = value_memory.index(stage).reshape([OPTIONS.block_n, OPTIONS.block_dv])
