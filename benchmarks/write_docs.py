@@ -26,6 +26,7 @@ from matplotlib.figure import Figure
 from modelopt_lite.experiment import ExperimentResult
 from modelopt_lite.experiment.plots import STYLE, line_styles
 from modelopt_lite.experiment.quality import QualityRow, summarize_quality
+from modelopt_lite.methods import FlashPrefill, MeanPoolTopK, XAttention
 
 Row: TypeAlias = dict[str, Any]
 
@@ -159,6 +160,25 @@ def lists_table() -> str:
             cells = [str(length), f"{share:.0%}".replace("%", " %"), *(ratio(found.get(key)) for key in names)]
             lines.append([*cells, milliseconds(dense)])
     return markdown(["tokens", "skipped", *names.values(), "time of our dense kernel"], lines)
+
+
+def chosen_table() -> str:
+    """Return how much faster attention is whose blocks a method chooses, the choice included, from 8k tokens on."""
+    rows = rows_of("skip-nvidia-h200", head_dim=128, inputs="recorded", **{"pass": "forward"})
+    lines = []
+    for method in (FlashPrefill(), XAttention(), MeanPoolTopK()):
+        default = {method.knob.field: getattr(method, method.knob.field)}
+        for (length,), group in by_problem((row for row in rows if row["seq_len"] >= 8192), "seq_len"):
+            found = [row for row in group if row["method"] == method.method]
+            row = next(row for row in found if row["settings"] == default)
+            cells = [f"{ratio(row['speedup_over_dense'])} ({row['share_skipped']:.0%})".replace("%", " %")]
+            for share in (0.5, 0.75, 0.9):
+                near = (row["speedup_over_dense"] for row in found if abs(row["share_skipped"] - share) < 0.015)
+                cells.append(ratio(next(near, None)))
+            dense = next(row["ms"] for row in group if row["method"] == "dense")
+            lines.append([f"`{method.method}`", str(length), *cells, milliseconds(dense)])
+    columns = ["method", "tokens", "default (skipped)", "50 %", "75 %", "90 %", "time of our dense kernel"]
+    return markdown(columns, lines, left=1)
 
 
 def skip_softmax_table() -> str:
@@ -346,6 +366,19 @@ def blocks_table() -> str:
     return markdown(["method", "knob", *names, "KL", "mass kept", "scores dropped"], lines, left=1)
 
 
+def block_tasks_table() -> str:
+    """Return the scores of methods that skip blocks on the tasks of the committed run, by length."""
+    rows = ExperimentResult.load(RUNS / "blocks").tasks
+    columns = sorted({(row.task, row.length) for row in rows})
+    lines = []
+    for variant in dict.fromkeys(row.variant for row in rows):
+        found = {(row.task, row.length): row.score.value for row in rows if row.variant == variant}
+        cells = [f"{100 * found[key]:.0f} %" if key in found else MISSING for key in columns]
+        lines.append([*_method_and_knob(variant), *cells])
+    names = [f"{task} {length}" for task, length in columns]
+    return markdown(["method", "knob", *names], lines, left=1)
+
+
 def ruler_table() -> str:
     """Return the mean score over all RULER-like tasks, by length."""
     found: dict[str, dict[int, list[float]]] = {}
@@ -428,6 +461,16 @@ def long_prompts_table() -> str:
     return markdown(names, lines)
 
 
+def windows_table() -> str:
+    """Return what single candidates with several dense windows cost in all layers, on the texts of the search."""
+    (row,) = rows_of("search-nvidia-h200", what="windows")
+    lines = [
+        [name, f"{run['perplexity_percent']:+.2f} %", f"{run['kl']:.4f}", f"{100 * run['sparsity']:.1f} %"]
+        for name, run in sorted(row["everywhere_in_search"].items(), key=lambda item: item[1]["sparsity"])
+    ]
+    return markdown(["everywhere", "perplexity", "KL", "scores dropped"], lines, left=1)
+
+
 @functools.cache
 def quality_rows(run: str) -> list[QualityRow]:
     """Return how well all variants of a committed run predict its windows."""
@@ -459,6 +502,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "padded batch": functools.partial(model_table, "batch", layers=32),
     "decode of a model": functools.partial(model_table, "decode", layers=32),
     "lists": lists_table,
+    "chosen blocks": chosen_table,
     "skip-softmax": skip_softmax_table,
     "2:4": two_of_four_table,
     "2:4 in other types": two_of_four_types_table,
@@ -474,8 +518,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "perplexity": perplexity_table,
     "blocks": blocks_table,
     "ruler": ruler_table,
+    "block tasks": block_tasks_table,
     "calibration": calibration_table,
     "search": search_table,
+    "windows": windows_table,
     "efficiency": efficiency_table,
     "long prompts": long_prompts_table,
 }
