@@ -42,12 +42,13 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def release(session: nox.Session) -> None:
-    """Build wheel and sdist in dist/, and try both in a fresh environment."""
+    """Build wheel and sdist in dist/, and try both in an environment without the checkout."""
     session.install("build")
     session.run("python", "-m", "build")
     for pattern in ("*.whl", "*.tar.gz"):
         (package,) = Path("dist").glob(pattern)
-        session.install("-c", "constraints.txt", "--force-reinstall", str(package))
+        session.install("-c", "constraints.txt", f"{package}[demo]")
+        session.install("--force-reinstall", "--no-deps", str(package))
         session.run("modelopt-lite", "run", "quickstart", "--dry-run")
 
 

@@ -205,12 +205,11 @@ class AttentionPlan:
             sinks nor recent.
         keeps_top: a promise that the rule keeps exactly this many keys of every group: those with the largest scores,
             and among equal scores the lower keys. GPUs that have hardware for two of four use it; 0 promises nothing.
-        quick_hook: a faster rule that may be wrong, for the Hopper kernel, or None; only with ``keeps_group_max``. It
-            is called with weights instead of scores. They are not negative, may be infinite or NaN, and have the order
-            of the scores, except that different scores may have the same weight. It returns the weights, 0 where a key
-            is not kept, and one more tile of their shape in FP32. That tile is 0.0 where the rule is right about a
-            group and above 0 where it may be wrong, never below and never NaN, because its values are added up. The
-            hook is used where all keys are visible. A tile with any group that may be wrong is computed again with
+        quick_hook: a faster way to the same keys, for the Hopper kernel, or None; only with ``keeps_group_max`` and
+            ``keeps_top``. It is called with weights instead of scores. They are not negative, may be infinite or NaN,
+            and have the order of the scores, except that different scores may have the same weight. It returns one
+            tile, in FP32: the least weight of each group that is kept. The hook is used where all keys are visible. A
+            tile with any group of which more than ``keeps_top`` weights are at least as large is computed again with
             ``score_hook``.
 
         chooses_blocks: whether there is a selector or a skip rule. Not an argument.
@@ -259,6 +258,8 @@ class AttentionPlan:
             raise ValueError("plan.quick_hook: a rule that may be wrong needs the right one in plan.score_hook")
         if self.quick_hook is not None and not self.keeps_group_max:
             raise ValueError("plan.quick_hook: weights are relative to the largest score; needs plan.keeps_group_max")
+        if self.quick_hook is not None and not self.keeps_top:
+            raise ValueError("plan.quick_hook: what it keeps is counted; needs plan.keeps_top")
         if self.blocks is not None and self.skip is not None:
             selector, skip = ((x.block_size, x.block_rows) for x in (self.blocks, self.skip))
             if selector != skip:

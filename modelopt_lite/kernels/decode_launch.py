@@ -241,7 +241,7 @@ def _slots(r: AttentionRequest, options: Options, split: Split, target: int, lea
         longest = min(longest, (1 if r.is_causal else 2) * r.sliding_window + r.max_q)
     # Keys may begin inside a tile.
     begins_inside = r.has_positions or r.sliding_window is not None
-    pieces = cdiv(cdiv(longest, options.block_n) + begins_inside, least_tiles) if longest else 0
+    pieces = cdiv(cdiv(longest, options.block_n) + begins_inside, least_tiles)
     if r.starts_q.shape[0] == 1 and row_tiles == 1:
         pieces = min(pieces, cdiv(target, units))
     return min(units * pieces, units + target)

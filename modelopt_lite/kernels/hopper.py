@@ -9,11 +9,14 @@ tile before; so a stage of the ring holds the keys of tile ``t`` and the values 
 The structure is FlashAttention-3's (https://arxiv.org/abs/2407.08608). What differs is the selection of scores, the
 phases (:func:`modelopt_lite.kernels.tiles.key_spans`), and ``OPTIONS.frozen``: masked tiles come first, and their row
 maximum stays the reference of the others, as in :mod:`modelopt_lite.kernels.forward`. An item whose sums overflow is
-posted a second time, to be computed with the ordinary online softmax. A hot tile of which a plan's quick hook is not
-sure is computed a second time at once, while its keys are still there.
+posted a second time, to be computed with the ordinary online softmax. A hot tile in which a plan's quick hook keeps too
+many keys is computed a second time at once, while its keys are still there.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -76,9 +79,65 @@ PIN_ROUNDED = tl.constexpr(
 )
 PIN_ROUNDED_OPERANDS = tl.constexpr(",".join(["=r"] * 32 + ["r"] * 32 + ["r"] * 64))
 
-# 1 for all threads of a warp if any of them has a flag above 0.
-ANY_OF_WARP = tl.constexpr(
-    "{ .reg .pred p; setp.gt.f32 p, $1, 0f00000000; vote.sync.any.pred p, p, 0xffffffff; selp.b32 $0, 1, 0, p; }"
+
+def _keep_from(m: int) -> str:
+    """Write PTX that makes the weights of a group of ``m`` that are below a bound 0, and counts the others.
+
+    Operands are the weights and their number, then the weights as they were, and the bound. NaN is kept.
+    """
+    number, bound = f"${m}", f"${2 * m + 1}"
+    lines = [f".reg .pred p; mov.f32 {number}, 0f00000000;"]
+    for r in range(m):
+        lines += [f"setp.geu.f32 p, ${m + 1 + r}, {bound};", f"selp.f32 ${r}, ${m + 1 + r}, 0f00000000, p;"]
+        lines += [f"@p add.f32 {number}, {number}, 0f3F800000;"]
+    return "{ " + " ".join(lines) + " }"
+
+
+def _find_below(m: int) -> str:
+    """Write PTX that finds the weights of a group of ``m`` that are below a bound.
+
+    Operands are a mask for each two places, all ones in the lower half if the first weight is below the bound and in
+    the upper half if the second one is; the sum of the masks; then the weights, and the bound. A weight is below if its
+    difference with the bound has a sign. NaN has none.
+    """
+    pairs = m // 2
+    lines = [".reg .f32 x, y; .reg .b32 first, second;", f"mov.b32 ${pairs}, 0;"]
+    for pair in range(pairs):
+        for difference, bits, place in (("x", "first", 2 * pair), ("y", "second", 2 * pair + 1)):
+            lines += [f"sub.rn.f32 {difference}, ${pairs + 1 + place}, ${pairs + 1 + m};"]
+            lines += [f"mov.b32 {bits}, {difference};"]
+        lines += [f"prmt.b32 ${pair}, first, second, 0xFFBB;"]  # the sign of the last byte of each, twice
+        lines += [f"add.s32 ${pairs}, ${pairs}, ${pair};"]
+    return "{ " + " ".join(lines) + " }"
+
+
+def _of_each(program: Callable[[int], str]) -> Any:
+    """Make a constant of a program for every size of a group."""
+    return tl.constexpr(tuple(program(m) if m in (2, 4, 8, 16) else "" for m in range(17)))
+
+
+KEEP_FROM = _of_each(_keep_from)
+KEEP_FROM_OPERANDS = _of_each(lambda m: ",".join(["=&f"] * (m + 1) + ["f"] * (m + 1)))
+FIND_BELOW = _of_each(_find_below)
+FIND_BELOW_OPERANDS = _of_each(lambda m: ",".join(["=&r"] * (m // 2 + 1) + ["f"] * (m + 1)))
+
+# Two weights, rounded, or 0 where their half of a mask is all ones.
+ROUND_KEPT = "{ .reg .b32 both, kept; cvt.rn.TYPE.f32 both, $2, $1; not.b32 kept, $3; and.b32 $0, both, kept; }"
+ROUND_KEPT_BF16 = tl.constexpr(ROUND_KEPT.replace("TYPE", "bf16x2"))
+ROUND_KEPT_FP16 = tl.constexpr(ROUND_KEPT.replace("TYPE", "f16x2"))
+
+# 1 for all threads of a warp if any of them has a number above another.
+ANY_ABOVE = tl.constexpr(
+    "{ .reg .pred p; setp.gt.f32 p, $1, $2; vote.sync.any.pred p, p, 0xffffffff; selp.b32 $0, 1, 0, p; }"
+)
+
+# The same if the sum of masks has fewer halves of all ones than a number. Such a half counts as -1 if it is the lower
+# one, and also borrows from the upper half, or as -65536. So the lower half of the sum is minus the number of lower
+# ones, and the rest 65536 times the difference of both numbers.
+ANY_FEWER = tl.constexpr(
+    "{ .reg .pred p; .reg .b32 low, rest; bfe.s32 low, $1, 0, 16; sub.s32 rest, $1, low; shr.s32 rest, rest, 16; "
+    "add.s32 rest, rest, low; add.s32 rest, rest, low; neg.s32 rest, rest; setp.lt.s32 p, rest, $2; "
+    "vote.sync.any.pred p, p, 0xffffffff; selp.b32 $0, 1, 0, p; }"
 )
 
 
@@ -423,15 +482,72 @@ def sum_in_thread(tile, OPTIONS: gl.constexpr):
 
 
 @gluon.jit
-def is_any(undecided, memory, OPTIONS: gl.constexpr):
-    """Say whether any group of a warpgroup's rows is undecided.
+def keep_from(weights, bound, OPTIONS: gl.constexpr):
+    """Return a group's weights, 0 where they are below a bound, and how many are not."""
+    found = gl.inline_asm_elementwise(
+        KEEP_FROM[OPTIONS.group], KEEP_FROM_OPERANDS[OPTIONS.group], weights + (bound,),
+        dtype=(gl.float32,) * (OPTIONS.group + 1), is_pure=True, pack=1,
+    )  # fmt: skip
+    return found[: OPTIONS.group], found[OPTIONS.group]
 
-    All wait for it, and a reduction would need five shuffles and two rounds through shared memory. Callers take turns
+
+@gluon.jit
+def find_below(weights, bound, OPTIONS: gl.constexpr):
+    """Return masks of a group's weights that are below a bound, for two places each, and the sum of the masks."""
+    PAIRS: gl.constexpr = OPTIONS.group // 2
+    found = gl.inline_asm_elementwise(
+        FIND_BELOW[OPTIONS.group], FIND_BELOW_OPERANDS[OPTIONS.group], weights + (bound,),
+        dtype=(gl.int32,) * (PAIRS + 1), is_pure=True, pack=1,
+    )  # fmt: skip
+    return found[:PAIRS], found[PAIRS]
+
+
+@gluon.jit
+def no_masks(tile, OPTIONS: gl.constexpr):
+    """Return masks by which all weights of a tile stay."""
+    mask = split_groups(tile, OPTIONS)[0].to(gl.int32) * 0
+    masks = ()
+    for _ in gl.static_range(OPTIONS.group // 2):
+        masks = masks + (mask,)
+    return masks
+
+
+@gluon.jit
+def round_weights(weights, dtype: gl.constexpr, OPTIONS: gl.constexpr):
+    """Round a tile of weights, the first of a tuple; masks that may follow it say which become 0."""
+    tile = weights[0]
+    if len(weights) == 1:
+        result = tile.to(dtype)
+    else:
+        parts = split_groups(tile, OPTIONS)
+        ROUND: gl.constexpr = ROUND_KEPT_BF16 if dtype == gl.bfloat16 else ROUND_KEPT_FP16
+        rounded = ()
+        for pair in gl.static_range(len(parts) // 2):
+            operands = [parts[2 * pair], parts[2 * pair + 1], weights[1 + pair]]
+            both = gl.inline_asm_elementwise(ROUND, "=r,f,f,r", operands, dtype=gl.int32, is_pure=True, pack=1)
+            for upper in gl.static_range(2):
+                rounded = rounded + ((both >> 16 * upper).to(gl.int16).to(dtype, bitcast=True),)
+        result = gl.convert_layout(join_groups(rounded, OPTIONS), tile.type.layout, assert_trivial=True)
+    return result
+
+
+@gluon.jit
+def is_undecided(counted, memory, OPTIONS: gl.constexpr):
+    """Say whether more weights of any group of a warpgroup's rows are kept than ``OPTIONS.keeps_top``.
+
+    ``counted`` is of each group the number of weights that are kept, or the sum of the masks of the others. All wait
+    for the answer, and a reduction would need five shuffles and two rounds through shared memory. Callers take turns
     with two places in memory, so that one is read by all before it is written again.
     """
     # [warps * lanes]
-    flags = gl.sum(sum_in_thread(undecided, OPTIONS).reshape([ROWS // 16, 2, 8, 4]), 1).reshape([ROWS // 16 * 32])
-    flags = gl.inline_asm_elementwise(ANY_OF_WARP, "=r,f", [flags], dtype=gl.int32, is_pure=False, pack=1)
+    numbers = gl.sum(sum_in_thread(counted, OPTIONS).reshape([ROWS // 16, 2, 8, 4]), 1).reshape([ROWS // 16 * 32])
+    GROUPS: gl.constexpr = OPTIONS.block_n // OPTIONS.group // 2  # of a thread
+    if counted.dtype == gl.float32:
+        operands = [numbers, gl.to_tensor(1.0 * GROUPS * OPTIONS.keeps_top)]
+        flags = gl.inline_asm_elementwise(ANY_ABOVE, "=r,f,f", operands, dtype=gl.int32, is_pure=False, pack=1)
+    else:
+        operands = [numbers, gl.to_tensor(GROUPS * (OPTIONS.group - OPTIONS.keeps_top))]
+        flags = gl.inline_asm_elementwise(ANY_FEWER, "=r,r,r", operands, dtype=gl.int32, is_pure=False, pack=1)
     memory.store(flags)
     found = 0
     for warp in gl.static_range(ROWS // 16):
@@ -463,14 +579,15 @@ def spread(numbers, tile):
 @gluon.jit
 def update_softmax(
     scores, tile, positions, running_max, rules, numbers, hook_args, HOOK: gl.constexpr, QUICK: gl.constexpr,
-    OPTIONS: gl.constexpr, MASKED: gl.constexpr, FROZEN: gl.constexpr,
+    OPTIONS: gl.constexpr, MASKED: gl.constexpr, FROZEN: gl.constexpr, MASKS: gl.constexpr = False,
 ):  # fmt: skip
     """Take products of queries and keys of a tile, as :func:`find_tile` returns it, into the softmax.
 
     Returns:
-        The weights, laid out as the scores, and what a thread has of their sums; the factor for what was summed before,
-        and the new maximum; and in a tuple, what ``HOOK`` says of the groups if it is the ``QUICK`` one. If ``FROZEN``,
-        the maximum stays and the factor is 1.
+        A tuple of the weights, laid out as the scores, and if ``MASKS``, the masks by which :func:`round_weights` drops
+        some of them; what a thread has of their sums, which is not valid then; the factor for what was summed before,
+        and the new maximum; and in a tuple, what :func:`is_undecided` is to look at if ``HOOK`` is the ``QUICK`` one.
+        If ``FROZEN``, the maximum stays and the factor is 1.
     """
     SCORES: gl.constexpr = scores.type.layout
     scores, to_log2 = scale_scores(scores, numbers, OPTIONS)
@@ -504,14 +621,18 @@ def update_softmax(
         if len(keep) > 0:
             weight = weigh(weight, keep[r])
         weights = weights + (weight,)
-    undecided = ()
+    counted = ()
+    masks = ()
     if QUICK:
         k_pos = ()
         for r in gl.static_range(len(parts)):
             k_pos = k_pos + (groups + r,)
-        found = HOOK(weights, q_pos, k_pos, hook_args)
-        weights = found[: OPTIONS.group]
-        undecided = found[OPTIONS.group :]
+        bound = HOOK(weights, q_pos, k_pos, hook_args)
+        if MASKS:
+            masks, number = find_below(weights, bound, OPTIONS)
+        else:
+            weights, number = keep_from(weights, bound, OPTIONS)
+        counted = (number,)
     # Summed place by place before they are joined, which is faster than in the order of columns; and in halves, as the
     # flags of a half are of one kind.
     sums = weights
@@ -522,7 +643,7 @@ def update_softmax(
                 halves = halves + (sums[r] + sums[len(sums) // 2 + r],)
             sums = halves
     weights = gl.convert_layout(join_groups(weights, OPTIONS), SCORES, assert_trivial=True)
-    return weights, sum_in_thread(sums[0], OPTIONS), rescale, running_max, undecided
+    return (weights,) + masks, sum_in_thread(sums[0], OPTIONS), rescale, running_max, counted
 
 
 @gluon.jit
@@ -550,7 +671,7 @@ def advance(
     mbarrier.wait(loaded.index(stage), step // STAGES & 1)
     tile = read_number(tiles_of_stages.index(stage))
     # Here, behind a loop that waits, rounding cannot move to where the registers of the product before are in use.
-    weights = gl.convert_layout(weights.to(query.dtype), OPERAND, assert_trivial=True)
+    weights = gl.convert_layout(round_weights(weights, query.dtype, OPTIONS), OPERAND, assert_trivial=True)
     if OPTIONS.block_n == 128:
         gl.inline_asm_elementwise(
             PIN_ROUNDED, PIN_ROUNDED_OPERANDS, [weights, rules[1]], dtype=query.dtype, is_pure=False, pack=64
@@ -568,11 +689,12 @@ def advance(
     scores = warpgroup_mma_wait(BEHIND, deps=[scores])
     QUICK: gl.constexpr = QUICK_HOOK is not None and not MASKED
     HOOK: gl.constexpr = QUICK_HOOK if QUICK else SCORE_HOOK
-    weights, tile_sum, rescale, new_max, undecided = update_softmax(
-        scores, tile, positions, running_max, rules, numbers, hook_args, HOOK, QUICK, OPTIONS, MASKED, FROZEN
+    MASKS: gl.constexpr = QUICK and ones_memory is not None
+    weights, tile_sum, rescale, new_max, counted = update_softmax(
+        scores, tile, positions, running_max, rules, numbers, hook_args, HOOK, QUICK, OPTIONS, MASKED, FROZEN, MASKS
     )  # fmt: skip
     if QUICK:
-        again = is_any(undecided[0], undecided_memory.index(2 * WARPGROUP + step % 2), OPTIONS)
+        again = is_undecided(counted[0], undecided_memory.index(2 * WARPGROUP + step % 2), OPTIONS)
     if ones_memory is None:
         new_sum = add_sum(partial_sum, tile_sum, rescale, ones_memory, FROZEN)
         gl.inline_asm_elementwise(PIN, "=r,=r,r,r", [new_sum], dtype=gl.int32, is_pure=False, pack=2)
@@ -592,6 +714,8 @@ def advance(
                 FROZEN,
             )  # fmt: skip
             new_sum = add_sum(partial_sum, tile_sum, rescale, ones_memory, FROZEN)
+            if MASKS:
+                weights = weights + no_masks(scores, OPTIONS)
     mbarrier.arrive(freed.index(stage), count=1)
     if not FROZEN:
         accumulator = accumulator * spread(rescale, accumulator)
@@ -770,6 +894,8 @@ def attend_item(
             SCORE_HOOK, QUICK_HOOK, OPTIONS, STAGES, True, False,
         )  # fmt: skip
         step += 1
+    if QUICK_HOOK is not None and ones_memory is not None:
+        weights = weights + no_masks(scores, OPTIONS)
     for _ in range(masked - spared, tiles):
         weights, accumulator, running_max, partial_sum = advance(
             step, positions, query, weights, accumulator, running_max, partial_sum, rules, numbers, hook_args,
@@ -782,7 +908,7 @@ def attend_item(
     mbarrier.wait(loaded.index(stage), step // STAGES & 1)
     take_turn(turn, step, WARPGROUP)
     values = value_memory.index(stage).reshape([OPTIONS.block_n, OPTIONS.block_dv])
-    weights = gl.convert_layout(weights.to(query.dtype), OPERAND, assert_trivial=True)
+    weights = gl.convert_layout(round_weights(weights, query.dtype, OPTIONS), OPERAND, assert_trivial=True)
     if ones_memory is not None:
         partial_sum = warpgroup_mma(weights, ones_memory.permute([1, 0]), partial_sum, is_async=True)
     accumulator = warpgroup_mma(weights, values, accumulator, is_async=True)
@@ -881,10 +1007,10 @@ def attention_forward_hopper(
         for warpgroup in gl.static_range(WARPGROUPS):
             mbarrier.init(turn.index(warpgroup), count=1)
     mbarrier.init(cleared, count=WARPGROUPS)
-    # Beside a selection from groups of up to 4 and a head_dim of 64, with three warpgroups, the matrix units have time
-    # to sum weights; rounded, which the LSE could not bear.
+    # Beside a selection and a head_dim of 64, with three warpgroups, the matrix units have time to sum weights: as they
+    # are rounded, which the LSE could not bear.
     ones_memory: gl.constexpr = None
-    if lse_ptr is None and SCORE_HOOK is not None and QUICK_HOOK is None and WARPGROUPS == 3:
+    if lse_ptr is None and SCORE_HOOK is not None and WARPGROUPS == 3:
         LINES: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
         ones_memory = gl.allocate_shared_memory(
             ELEMENT, [8, OPTIONS.block_n], gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)

@@ -28,7 +28,7 @@ HOPPER_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
 
 # block_m is 64 for each warpgroup, and the warps are those of one.
 HOPPER_SETTINGS = (
-    SettingsRow(90, 2, 64, 4, Settings(192, 64, 4, 4, True, True)),
+    SettingsRow(90, 2, 64, 8, Settings(192, 64, 4, 4, True, True)),
     SettingsRow(90, 2, 128, 16, Settings(128, 128, 4, 2, True, True)),
 )
 LIST_SETTINGS = {64: Settings(128, 128, 4, 4, True, True), 128: Settings(128, 128, 4, 2, True, True)}

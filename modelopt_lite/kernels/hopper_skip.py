@@ -323,7 +323,7 @@ def attend_item(
             mbarrier.wait(cleared, clearings & 1)
             clearings += 1
         values = value_memory.index(stage).reshape([OPTIONS.block_n, OPTIONS.block_dv])
-        weights = gl.convert_layout(weights.to(query.dtype), OPERAND, assert_trivial=True)
+        weights = gl.convert_layout(weights[0].to(query.dtype), OPERAND, assert_trivial=True)
         accumulator = warpgroup_mma(weights, values, accumulator, is_async=True)
         accumulator = warpgroup_mma_wait(0, deps=[accumulator])
         mbarrier.arrive(values_freed.index(stage), count=1)

@@ -46,6 +46,7 @@ class Options(NamedTuple):
     prescale: bool
     keeps_group_max: bool
     keeps_nothing: bool
+    keeps_top: int
     sparse_decode: bool
     frozen: bool
     hopper: bool
@@ -170,6 +171,7 @@ def options_of(request: AttentionRequest, settings: Settings) -> Options:
         prescale=not (plan.keep is None or plan.scale_free),
         keeps_group_max=plan.keep is None or plan.keeps_group_max,
         keeps_nothing=plan.keeps_nothing,
+        keeps_top=plan.keeps_top,
         sparse_decode=plan.sparse_decode,
         frozen=settings.frozen and not r.has_positions,
         # From Hopper on, the compiler lays out a tile's products alike without help.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..plan import DENSE, AttentionPlan, canonical_name, keep_plan
-from .top_n_hooks import keep_top_n_hook, keep_top_n_quickly
+from .top_n_hooks import keep_top_n_hook, nth_largest_weight
 
 
 def keep_top_n(scores: Tensor, q_pos: Tensor, k_pos: Tensor, *, n: int) -> Tensor:
@@ -70,7 +70,7 @@ def top_n_plan(n: int, m: int, num_sink_tokens: int, dense_window_size: int) -> 
         num_sink_tokens=num_sink_tokens,
         dense_window_size=dense_window_size,
         score_hook=keep_top_n_hook,
-        quick_hook=keep_top_n_quickly if m >= 8 else None,
+        quick_hook=nth_largest_weight if m >= 8 else None,
         hook_constants=(n,),
         keeps_group_max=True,
         scale_free=True,

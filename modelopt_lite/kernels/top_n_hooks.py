@@ -93,23 +93,19 @@ def _keep_n(n: int, m: int, groups: int) -> str:
     return "{ " + " ".join(lines) + " DONE: }"
 
 
-def _keep_at_least_nth(n: int, m: int) -> str:
-    """Write PTX that keeps all weights of a group of ``m`` that are at least as large as the n-th largest.
+def _nth_largest(n: int, m: int) -> str:
+    """Write PTX that finds the ``n``-th largest weight of a group of ``m``.
 
     Numbers that are not negative have the order of their bits, and of integers, the largest or least of three is one
-    instruction. NaN comes before all others then, and is kept, so that no group has fewer than ``n``.
+    instruction. NaN comes before all others then.
 
-    Operands are what is kept, 0 elsewhere, the number of weights kept beyond ``n``, and the weights.
+    Operands are the result, and the weights.
     """
-    kept, more, weights = [f"${r}" for r in range(m)], f"${m}", [f"${m + 1 + r}" for r in range(m)]
-    lines = [f".reg .pred p; .reg .f32 least; .reg .b32 bound, w<{m}>, x<{m}>, low;"]
-    lines += [f"mov.b32 w{r}, {weight};" for r, weight in enumerate(weights)]
-    lines += _find_nth_largest(n, [f"w{r}" for r in range(m)], "bound", "s32")
-    lines += ["mov.b32 least, bound;", f"mov.f32 {more}, {-float(n)!r};"]
-    for target, weight in zip(kept, weights, strict=True):
-        lines += [f"setp.geu.f32 p, {weight}, least;", f"selp.f32 {target}, {weight}, 0f00000000, p;"]
-        lines += [f"@p add.f32 {more}, {more}, 0f3F800000;"]
-    return "{ " + " ".join(lines) + " }"
+    weights = [f"w{r}" for r in range(m)]
+    lines = [f".reg .b32 bound, w<{m}>, x<{m}>, low;"]
+    lines += [f"mov.b32 {weight}, ${1 + r};" for r, weight in enumerate(weights)]
+    lines += _find_nth_largest(n, weights, "bound", "s32")
+    return "{ " + " ".join(lines) + " mov.b32 $0, bound; }"
 
 
 def _of_each(program: Callable[[int, int], str]) -> Any:
@@ -121,8 +117,8 @@ GROUPS = {8: 4, 16: 1}  # of how many keys: how many are looked at together, eac
 AT_A_TIME = constexpr(tuple(GROUPS.values()))
 KEEP_N = _of_each(lambda n, m: _keep_n(n, m, GROUPS[m]))
 KEEP_N_OPERANDS = constexpr(tuple(",".join(["=&f"] * m * many + ["f"] * m * many) for m, many in GROUPS.items()))
-KEEP_AT_LEAST_NTH = _of_each(_keep_at_least_nth)
-KEEP_AT_LEAST_NTH_OPERANDS = constexpr(tuple(",".join(["=&f"] * (m + 1) + ["f"] * m) for m in (8, 16)))
+NTH_LARGEST = _of_each(_nth_largest)
+NTH_LARGEST_OPERANDS = constexpr(tuple(",".join(["=f"] + ["f"] * m) for m in (8, 16)))
 
 
 @jit
@@ -225,24 +221,20 @@ def keep_of_four(scores, N: tl.constexpr):
 
 
 @jit
-def keep_top_n_quickly(weights, q_pos, k_pos, args):
-    """Keep the ``args[0]`` largest weights of groups of 8 or 16, and more where others are equal to the least of them.
+def nth_largest_weight(weights, q_pos, k_pos, args):
+    """Return the ``args[0]``-th largest weight of each group of 8 or 16, one tile.
 
     Args:
         weights: one tile a place in the group, not negative.
         q_pos: not used.
         k_pos: not used.
         args: ``(n,)``, known at compile time.
-
-    Returns:
-        The weights with 0 for those not kept, one tile a place, then how many more than ``n`` are kept.
     """
     N: tl.constexpr = args[0]
     M: tl.constexpr = len(weights)
     return tl.inline_asm_elementwise(
-        KEEP_AT_LEAST_NTH[M - 8 + N], KEEP_AT_LEAST_NTH_OPERANDS[M // 16], weights, dtype=(tl.float32,) * (M + 1),
-        is_pure=True, pack=1,
-    )  # fmt: skip
+        NTH_LARGEST[M - 8 + N], NTH_LARGEST_OPERANDS[M // 16], weights, dtype=tl.float32, is_pure=True, pack=1
+    )
 
 
 @jit

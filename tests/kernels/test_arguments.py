@@ -104,6 +104,10 @@ BAD_PLANS = {
         {"quick_hook": object(), "score_hook": object(), "keep": lambda s, q, k: s == s},
         "plan.quick_hook: weights are relative to the largest score; needs plan.keeps_group_max",
     ),
+    "quick hook without a number": (
+        {"quick_hook": object(), "score_hook": object(), "keep": lambda s, q, k: s == s, "keeps_group_max": True},
+        "plan.quick_hook: what it keeps is counted; needs plan.keeps_top",
+    ),
     "hook alone": ({"score_hook": object()}, "plan.score_hook: a fused rule needs its PyTorch twin in plan.keep"),
 }
 

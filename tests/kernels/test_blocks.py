@@ -417,7 +417,7 @@ def test_plan_of_short_sequences_keeps_the_same(request, first_blocks, recent_bl
 @given(plans(), st.data())
 @many_cases
 def test_statistics_by_denominators(plan, data):
-    """The same counts as from all scores, and the same mass but for rounding."""
+    """The same counts as from all scores, and the same mass up to rounding."""
     plan = dataclasses.replace(plan, keep=None, group=1)
     kind = data.draw(st.sampled_from(["lists", "selector", "nothing"]))
     if kind == "lists":

@@ -58,7 +58,7 @@ def check(request):
     """Hold the kernel against the oracle: no worse than twice PyTorch in the same precision."""
     output, lse = run(request)
     outputs = [output]
-    if not request.plan.is_dense and request.plan.group <= 4 and request.q.shape[2] == request.v.shape[2] == 64:
+    if not request.plan.is_dense and request.plan.group <= 8 and request.q.shape[2] == request.v.shape[2] == 64:
         # The Hopper kernel sums weights in another way if no LSE is asked for.
         outputs.append(run(request, return_lse=False))
     expected, expected_lse = attention_reference(request)

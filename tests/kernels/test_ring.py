@@ -41,16 +41,17 @@ def test_parts_of_the_ring_add_up(plan):
         for source in range(PROCESSES):
             keys = sources[source, 0].clamp(min=0)
             local = request._replace(q=q[own], k=k[keys], v=v[keys])
-            calls += [(keys, call.request) for call in exchange._calls(local, part, source)]
+            calls += [(keys, call) for call in exchange._calls(local, part, source)]
         merge = exchange._Merge(request._replace(q=q[own]))
         for _, call in calls:
-            merge.add(*portable.prepare(call, FORWARD)(call))
+            merge.add(*portable.prepare(call.request, FORWARD)(call.request), call.rows)
         rows = own[is_own]
         torch.testing.assert_close(merge.output[is_own], expected[rows].float(), **FP32)
         torch.testing.assert_close(merge.lse[is_own], expected_lse[rows].float(), **FP32)
         for keys, call in calls:
-            grad_q, grad_k, grad_v, _ = portable.backward(grad[own], merge.output, merge.lse, call, POINTERS)
-            for total, places, x in zip(found, (own, keys, keys), (grad_q, grad_k, grad_v), strict=True):
+            results = (x[call.rows] for x in (grad[own], merge.output, merge.lse))
+            grad_q, grad_k, grad_v, _ = portable.backward(*results, call.request, POINTERS)
+            for total, places, x in zip(found, (own[call.rows], keys, keys), (grad_q, grad_k, grad_v), strict=True):
                 total.index_add_(0, places, x)
     for total, leaf in zip(found, wanted, strict=True):
         torch.testing.assert_close(total, leaf.grad.float(), **FP32)

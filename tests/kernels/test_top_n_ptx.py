@@ -3,12 +3,13 @@
 import itertools
 import random
 import re
-from math import inf, isnan, nan
+from math import copysign, inf, isnan, nan
 
 import pytest
 
+from modelopt_lite.kernels.hopper import ANY_FEWER, FIND_BELOW, KEEP_FROM
 from modelopt_lite.kernels.tiles import HIDE_BEYOND, HIDE_DROPPED
-from modelopt_lite.kernels.top_n_hooks import _comparators, _keep_at_least_nth, _keep_n
+from modelopt_lite.kernels.top_n_hooks import _comparators, _keep_n, _nth_largest
 
 ONE = 0x3F800000
 CONSTANTS = {"0fFF800000": -inf, "0f3F800000": 1.0, "0f00000000": 0.0}
@@ -24,6 +25,13 @@ FUNCTIONS = {
     # Flags, 1.0 or 0.0, whose bits are added up.
     "add.u32": lambda x, y: (bits(x) + bits(y)) % 2**32,
     "sub": lambda x, y: x - y,
+    "sub.rn": lambda x, y: nan if x == y == inf else x - y,
+    "neg": lambda x: -x,
+    "shr": lambda x, y: x >> y,
+    "bfe": lambda x, start, length: (x + 2 ** (length - 1)) % 2**length - 2 ** (length - 1),
+    # The signs of two numbers, each in all bits of a half; NaN, as instructions return it, has none.
+    "prmt": lambda x, y, _: 0xFFFF * (copysign(1.0, x) < 0.0) + 0xFFFF0000 * (copysign(1.0, y) < 0.0),
+    "vote.sync.any.pred": lambda x, _: x,
     "setp.eq": lambda x, y: x == y,
     "setp.eq.and": lambda x, y, z: x == y and z,
     "setp.eq.or": lambda x, y, z: x == y or z,
@@ -31,6 +39,7 @@ FUNCTIONS = {
     "setp.le.and": lambda x, y, z: x <= y and z,
     "setp.le.or": lambda x, y, z: x <= y or z,
     "setp.geu": lambda x, y: not x < y,
+    "setp.lt": lambda x, y: x < y,
     "setp.gt": lambda x, y: x > y,
     "selp": lambda x, y, z: x if z else y,
 }
@@ -49,7 +58,7 @@ def run(program, operands):
     def value(name):
         if name in registers or name in CONSTANTS:
             return registers.get(name, CONSTANTS.get(name))
-        return float(name) if "." in name else int(name)
+        return float(name) if "." in name else int(name, 0)
 
     place = 0
     while place < len(steps):
@@ -108,18 +117,39 @@ def test_exact_rule(n, m, absent):
             assert kept == rule(scores[g], n)
 
 
+def selected(weights, n):
+    """Return what the Hopper kernel keeps of a group at first and how many, and whether both of its ways find too many.
+
+    One way makes weights 0 and counts the others; the other one makes masks, and counts by their sum.
+    """
+    m = len(weights)
+    bound = run(_nth_largest(n, m), {1 + r: weight for r, weight in enumerate(weights)})["$0"]
+    kept = run(KEEP_FROM.value[m], {m + 1 + r: x for r, x in enumerate([*weights, bound])})
+    masks = run(FIND_BELOW.value[m], {m // 2 + 1 + r: x for r, x in enumerate([*weights, bound])})
+    by_mask = [not masks[f"${r // 2}"] >> 16 * (r % 2) & 0xFFFF for r in range(m)]
+    total = (masks[f"${m // 2}"] + 2**31) % 2**32 - 2**31
+    too_many = run(ANY_FEWER.value, {1: total, 2: m - n})["$0"]
+    found, number = [kept[f"${r}"] for r in range(m)], kept[f"${m}"]
+    assert all(
+        (isnan(x) if isnan(weight) else x == weight) if keep else x == 0.0
+        for keep, x, weight in zip(by_mask, found, weights, strict=True)
+    )
+    assert number == sum(by_mask)
+    assert too_many == (number > n)
+    return by_mask, number
+
+
 @pytest.mark.parametrize(("n", "m"), [(n, m) for m in (8, 16) for n in range(1, m)])
 def test_quick_rule_is_right_or_undecided(n, m):
-    program = _keep_at_least_nth(n, m)
     for scores in groups(m, n):
         weights = [round(2**score, 2) for score in scores]  # so that some scores that differ have the same weight
-        found = run(program, {m + 1 + r: weight for r, weight in enumerate(weights)})
-        kept = [found[f"${r}"] for r in range(m)]
-        assert all(k in (0.0, weight) for k, weight in zip(kept, weights, strict=True))
-        right = [weight * r for r, weight in zip(rule(scores, n), weights, strict=True)]
-        more = found[f"${m}"]
-        assert more == sum(weight >= sorted(weights)[-n] for weight in weights) - n
-        assert kept == right or (more > 0 and all(k == r or not r for k, r in zip(kept, right, strict=True)))
+        kept, number = selected(weights, n)
+        right = rule(scores, n)
+        assert number == sum(weight >= sorted(weights)[-n] for weight in weights)
+        # Where scores differ and their weights do not, there is one too many; what is not visible has no weight.
+        assert all(k or not r for k, r in zip(kept, right, strict=True))
+        if number == n:
+            assert all(k == r or not weight for k, r, weight in zip(kept, right, weights, strict=True))
 
 
 @pytest.mark.parametrize(("n", "m"), [(n, m) for m in (8, 16) for n in range(1, m)])
@@ -130,9 +160,22 @@ def test_quick_rule_counts_nan(n, m):
         first = generator.randrange(m)
         weights = [generator.choice((nan, inf, 0.0, 1e-38, generator.random())) for _ in range(m)]
         weights[first : first + m // 2] = [nan] * len(weights[first : first + m // 2])
-        found = run(_keep_at_least_nth(n, m), {m + 1 + r: weight for r, weight in enumerate(weights)})
-        assert found[f"${m}"] >= 0
-        assert all(isnan(found[f"${r}"]) for r, weight in enumerate(weights) if isnan(weight))
+        kept, number = selected(weights, n)
+        assert number >= n
+        assert all(keep for keep, weight in zip(kept, weights, strict=True) if isnan(weight))
+
+
+@pytest.mark.parametrize("m", [8, 16])
+def test_masks_of_several_groups_are_counted(m):
+    """The sum of all groups of a thread says how many halves of masks are all ones."""
+    generator = random.Random(m)
+    for _ in range(200):
+        halves = [generator.choice((0, 0xFFFF)) for _ in range(generator.choice((16, 32, 64)))]
+        total = sum(x << 16 * (place % 2) for place, x in enumerate(halves))
+        ones = halves.count(0xFFFF)
+        for expected in (ones - 1, ones, ones + 1):
+            found = run(ANY_FEWER.value, {1: (total + 2**31) % 2**32 - 2**31, 2: expected})["$0"]
+            assert found == (ones < expected)
 
 
 def test_hide_beyond():
