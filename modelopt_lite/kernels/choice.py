@@ -30,6 +30,8 @@ if tl is not None:
 Backend: TypeAlias = Literal["auto", "triton", "torch"]
 Result: TypeAlias = "tuple[Tensor, Tensor | None]"
 Run: TypeAlias = "Callable[[AttentionRequest], Result]"
+Gradients: TypeAlias = "tuple[Tensor, Tensor, Tensor, Tensor | None]"
+Differentiate: TypeAlias = "Callable[[Tensor, Tensor, Tensor, AttentionRequest], Gradients]"
 
 MAX_SIGNATURES = 4096
 """How many signatures of requests are remembered; then they are all forgotten."""
@@ -89,7 +91,7 @@ if tl is not None:
     )
 
 _prepared: dict[tuple[Any, ...], Run] = {}
-_prepared_backward: dict[tuple[Any, ...], hopper_backward_launch.Backward] = {}
+_prepared_backward: dict[tuple[Any, ...], Differentiate] = {}
 _reasons_told: set[str] = set()
 
 
@@ -216,30 +218,42 @@ def differentiates_on_gpu(request: AttentionRequest, backend: Backend) -> bool:
     return portable.refusal(request) is None
 
 
-def differentiate(
-    grad: Tensor, output: Tensor, lse: Tensor, request: AttentionRequest
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def differentiate(grad: Tensor, output: Tensor, lse: Tensor, request: AttentionRequest) -> Gradients:
     """Compute gradients with the GPU kernel that suits a request, if :func:`differentiates_on_gpu`.
 
     Arguments and results are those of :func:`modelopt_lite.kernels.portable.backward`.
     """
-    pinned = os.environ.get("MODELOPT_LITE_KERNEL", "")
-    request = request.readable()
-    wanted = pinned == "hopper" or (pinned != "portable" and hopper_backward_launch.pays(request))
-    if wanted and hopper_backward_launch.refusal(request) is None:
-        grad = hopper_backward_launch.readable(grad)
-        key = (_key(request, "triton"), *((x.stride(), x.data_ptr() & 15) for x in (grad, output, lse)))
-        run_hopper = _prepared_backward.get(key)
-        try:
-            if run_hopper is None:
-                run_hopper = hopper_backward_launch.prepare(grad, request)
-                if len(_prepared_backward) >= MAX_SIGNATURES:
-                    _prepared_backward.clear()
-                _prepared_backward[key] = run_hopper
-            return run_hopper(grad, output, lse, request)
-        except HookRefusedError as error:
-            logger.warning("the backward kernel for Hopper is left out: %s", error)
-    return portable.backward(grad, output, lse, request)
+    key = (_key(request, "triton"), *((x.stride(), x.data_ptr() & 15) for x in (grad, output, lse)))
+    known = _prepared_backward.get(key)
+    if known is None:
+        if len(_prepared_backward) >= MAX_SIGNATURES:
+            _prepared_backward.clear()
+        known = _prepared_backward[key] = _prepare_backward(grad, request)
+    try:
+        return known(grad, output, lse, request)
+    except HookRefusedError as error:
+        logger.warning("the backward kernel for Hopper is left out: %s", error)
+        _prepared_backward[key] = _differentiate_portably
+        return _differentiate_portably(grad, output, lse, request)
+
+
+def _prepare_backward(grad: Tensor, request: AttentionRequest) -> Differentiate:
+    """Choose the kernel, and copy what does not lie in memory as it reads it."""
+    pinned, readable = os.environ.get("MODELOPT_LITE_KERNEL", ""), request.readable()
+    wanted = pinned == "hopper" or (pinned != "portable" and hopper_backward_launch.pays(readable))
+    if not wanted or hopper_backward_launch.refusal(readable) is not None:
+        return _differentiate_portably
+    readable_grad = hopper_backward_launch.readable(grad)
+    prepared = hopper_backward_launch.prepare(readable_grad, readable)
+    if readable_grad is grad and readable is request:
+        return prepared
+    return lambda grad, output, lse, request: prepared(
+        hopper_backward_launch.readable(grad), output, lse, request.readable()
+    )
+
+
+def _differentiate_portably(grad: Tensor, output: Tensor, lse: Tensor, request: AttentionRequest) -> Gradients:
+    return portable.backward(grad, output, lse, request.readable())
 
 
 def check_backend(request: AttentionRequest, backend: Backend) -> None:

@@ -70,7 +70,8 @@ def pays(request: AttentionRequest) -> bool:
 
 def readable(grad: Tensor) -> Tensor:
     """Return the gradient of the output as the kernel reads it."""
-    return grad if is_aligned(grad) and grad.stride(2) == 1 else grad.contiguous()
+    is_readable = is_aligned(grad) and grad.stride(2) == 1
+    return grad if is_readable else grad.clone(memory_format=torch.contiguous_format)
 
 
 def prepare(grad: Tensor, request: AttentionRequest) -> Backward:
@@ -158,8 +159,7 @@ def prepare(grad: Tensor, request: AttentionRequest) -> Backward:
             rows, sums, shift, grad_q, begins, r.starts_q, lengths, r.softmax_scale, batch, query_tiles, query_heads,
             query_strides,
         )  # fmt: skip
-        of_heads = (x.view(query_heads, -1) for x in (shift, delta))
-        return grad_q, grad_k, grad_v, gradient_of_sink_logits(r, *of_heads)
+        return grad_q, grad_k, grad_v, gradient_of_sink_logits(r, *(x.view(query_heads, -1) for x in (shift, delta)))
 
     return run
 
