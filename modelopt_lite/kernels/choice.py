@@ -202,13 +202,11 @@ def refusal(request: AttentionRequest) -> str | None:
 
 
 def skips_itself(request: AttentionRequest, backend: Backend) -> bool:
-    """Whether the kernel that runs a request applies its plan's skip rule itself, and so needs no lists.
-
-    Only where ``MODELOPT_LITE_KERNEL`` is ``hopper_skip``: not all tests of this kernel have passed on a GPU yet.
-    """
+    """Whether the kernel that runs a request applies its plan's skip rule itself, and so needs no lists."""
     if tl is None or backend == "torch" or not request.q.is_cuda:
         return False
-    return os.environ.get("MODELOPT_LITE_KERNEL") == "hopper_skip" and hopper_skip_launch.refusal(request) is None
+    pinned = os.environ.get("MODELOPT_LITE_KERNEL", "")
+    return pinned in ("", "hopper_skip") and hopper_skip_launch.refusal(request) is None
 
 
 def differentiates_on_gpu(request: AttentionRequest, backend: Backend) -> bool:
