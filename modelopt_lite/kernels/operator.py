@@ -215,9 +215,7 @@ def _backward(grad: Tensor, output: Tensor, lse: Tensor, *inputs: Any) -> tuple[
     return (*grads, request.q.new_empty(0) if grad_s_aux is None else grad_s_aux)  # type: ignore[return-value]
 
 
-def _differentiate(
-    grad: Tensor, output: Tensor, lse: Tensor, request: AttentionRequest, backend: Backend
-) -> Gradients:
+def _differentiate(grad: Tensor, output: Tensor, lse: Tensor, request: AttentionRequest, backend: Backend) -> Gradients:
     if choice.differentiates_on_gpu(request, backend):
         return choice.differentiate(grad, output, lse, request)
     with torch.autocast(request.q.device.type, enabled=False):

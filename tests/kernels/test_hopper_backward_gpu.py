@@ -3,11 +3,17 @@
 import pytest
 import torch
 from test_backward_gpu import PLANS, check, full_precision, make  # noqa: F401
-from test_backward_gpu import test_the_same_keys_as_in_the_forward as compare_keys
 from test_forward_interpreter import HOOKS
 from test_lists_gpu import listed, of_128
 
-from modelopt_lite.kernels import AttentionRequest, choice, hopper_backward_launch, hopper_launch, portable
+from modelopt_lite.kernels import (
+    AttentionRequest,
+    choice,
+    hopper_backward_launch,
+    hopper_launch,
+    portable,
+    sparse_cores,
+)
 from modelopt_lite.kernels.top_n import top_n_plan
 
 pytestmark = pytest.mark.gpu
@@ -95,11 +101,127 @@ def test_slices_of_a_fused_projection():
     check(AttentionRequest(*slices, *request[3:]))
 
 
+FORWARDS = {"hopper": hopper_launch, "portable": portable, "sparse_cores": sparse_cores}
+
+
+def marks(request, names, first, width):
+    """Return ``[rows, 1, width]``: a one in column ``c`` of the row at ``first + c`` in its sequence."""
+    rows, starts, lengths = (getattr(request, name) for name in names)
+    found = torch.zeros(rows.shape[0], 1, width, dtype=rows.dtype, device=rows.device)
+    for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
+        count = max(0, min(width, length - first))
+        found[start + first : start + first + count, 0, :count] = torch.eye(count, device=rows.device)
+    return found
+
+
+def kept_by_forward(run, request, width):
+    """Return which keys of its sequence have a weight, ``[queries, heads, longest]``, one after the other marked."""
+    found = []
+    for first in range(0, request.max_k, width):
+        v = torch.zeros_like(request.v)
+        v[..., -width:] = marks(request, ("k", "starts_k", "lengths_k"), first, width)
+        found.append(run(request._replace(v=v))[0][..., -width:] > 0)
+    return torch.cat(found, -1)[..., : request.max_k]
+
+
+def kept_for_queries(request, grad, out, lse, width):
+    """Return likewise which keys have a part in the gradient of a query."""
+    found = []
+    for first in range(0, request.max_k, width):
+        k = request.k.clone()
+        k[..., -width:] = marks(request, ("k", "starts_k", "lengths_k"), first, width)
+        grad_q = choice.differentiate(grad, out, lse, request._replace(k=k))[0]
+        found.append(grad_q[..., -width:] != 0)
+    return torch.cat(found, -1)[..., : request.max_k]
+
+
+def kept_for_values(request, out, lse, width):
+    """Return likewise to which values a query gives a gradient."""
+    r, members = request, request.q.shape[1] // request.k.shape[1]
+    found = torch.zeros(*r.q.shape[:2], r.max_k, dtype=torch.bool, device=r.q.device)
+    sequences = list(zip(*(x.tolist() for x in (r.starts_q, r.lengths_q, r.starts_k, r.lengths_k)), strict=True))
+    for first in range(0, r.max_q, width):
+        for member in range(members):
+            grad = torch.zeros_like(out)
+            grad[:, member::members, -width:] = marks(r, ("q", "starts_q", "lengths_q"), first, width)
+            grad_v = choice.differentiate(grad, out, lse, r)[2][..., -width:]
+            for start_q, length_q, start_k, length_k in sequences:
+                count = max(0, min(width, length_q - first))
+                of_sequence = grad_v[start_k : start_k + length_k, :, :count] > 0
+                rows = slice(start_q + first, start_q + first + count)
+                found[rows, member::members, :length_k] = of_sequence.permute(2, 1, 0)
+    return found
+
+
+def compare_keys(request):
+    """Hold the keys of the backward, bit for bit, against those of every forward kernel that can run a request.
+
+    Scores are random, so that their last digits depend on the order of their sums. The last columns of queries are 0,
+    so that there keys can be told apart without changing scores.
+    """
+    width = request.q.shape[2] // 2
+    request.q[..., -width:] = 0
+    out, lse = hopper_launch.prepare(request)(request)
+    generator = torch.Generator("cuda").manual_seed(2)
+    # Large, or else FP16 would round the gradients of some scores to 0.
+    grad = 256 * torch.randn(out.shape, generator=generator, device="cuda").to(out.dtype)
+    for_queries = kept_for_queries(request, grad, out, lse, width)
+    for_values = kept_for_values(request, out, lse, width)
+    compared = set()
+    for name, kernel in FORWARDS.items():
+        if kernel.refusal(request) is None:
+            kept = kept_by_forward(kernel.prepare(request), request, width)
+            assert kept.any()
+            assert torch.equal(for_values, kept), name
+            # The only key of a query has the weight 1, whatever its score.
+            several = kept.sum(-1, keepdim=True) > 1
+            assert torch.equal(for_queries & several, kept & several), name
+            compared.add(name)
+    return compared
+
+
+SUFFIXES = ((300, 300), (129, 500), (1, 333), (64, 129), (0, 5))
+
+
+@pytest.mark.parametrize("dims", [DIMS, (64, 64)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("n_of_m", [(2, 4), (4, 8)])
-@pytest.mark.parametrize("options", [{}, {"softcap": 2.0}, {"is_causal": False}], ids=str)
-def test_the_same_keys_as_in_the_forward(dtype, n_of_m, options):
-    compare_keys(DIMS, n_of_m, dtype, options)
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_the_same_keys_as_on_sparse_tensor_cores(is_causal, dtype, dims):
+    request = make(SUFFIXES, dims=dims, dtype=dtype, plan=PLANS[1], is_causal=is_causal, exact=False)
+    assert compare_keys(request) == set(FORWARDS)
+
+
+@pytest.mark.parametrize("n_of_m", [(2, 4), (4, 8), (1, 8)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"softcap": 2.0},
+        {"sliding_window": 100},
+        {"s_aux": True},
+        {"sliding_window": 130, "softcap": 5.0, "s_aux": True},
+    ],
+    ids=str,
+)
+def test_the_same_keys_as_in_the_forward(n_of_m, options):
+    request = make(SUFFIXES, (6, 2), DIMS, plan=top_n_plan(*n_of_m, 3, 17), exact=False, **options)
+    assert compare_keys(request) >= {"hopper", "portable"}
+
+
+@pytest.mark.parametrize(
+    ("plan", "options", "others"),
+    [
+        ("2:4 exempt", {}, {"portable", "sparse_cores"}),
+        ("2:4 exempt", {"is_causal": False}, {"portable", "sparse_cores"}),
+        ("2:4 exempt", {"sliding_window": 200}, {"portable"}),
+        ("4:8", {}, {"portable"}),
+    ],
+    ids=str,
+)
+def test_the_same_keys_as_in_the_forward_with_lists(plan, options, others):
+    lengths = ((600, 600), (129, 700), (1, 300), (0, 5), (300, 391))
+    request = listed(of_128(plan, lengths=lengths, exact=False, **options))
+    assert compare_keys(request) == {"hopper"} | others
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=["dense", "2:4", "4:8"])
