@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, distributed, nn
 
-from .kernels import AttentionRequest, AttentionStatistics, request_statistics
+from .kernels import AttentionRequest, AttentionStatistics, prefill_statistics, request_statistics
 from .module import count, sparse_modules
 
 
@@ -19,36 +19,47 @@ class LayerStatistics:
     They are added up on the layer's device; reading one of the properties waits for it.
 
     Attributes:
+        is_exact: whether all query blocks are counted, however long the sequences are.
+        is_estimate: whether a sample of query blocks was counted in any call so far. Counts are then those of the
+            sample times the query blocks for which each of them stands.
         decode: the same over decode steps, if the method is sparse in them; None before any was counted.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_exact: bool = False) -> None:
+        self.is_exact, self.is_estimate = is_exact, False
         self._counts: tuple[int | float | Tensor, ...] = (0, 0, 0, 0.0, 0, 0, 0)
         self._by_head: tuple[float | Tensor, ...] = (0, 0.0, 0, 0)
         self.decode: LayerStatistics | None = None
 
     def observe(self, request: AttentionRequest) -> AttentionRequest:
-        """Add what a call keeps; the call itself stays as it is. A sequence with a single query is a decode step."""
-        is_single, without_values = request.lengths_q == 1, request._replace(v=request.k, s_aux=None)
+        """Add what a call keeps, and return it, with the blocks that its plan chooses if they were needed here.
+
+        A sequence with a single query is a decode step.
+        """
+        without_values = request._replace(v=request.k, s_aux=None)
         if request.max_q > 1:
-            prefill = request.lengths_q.masked_fill(is_single, 0)
-            self.add(request_statistics(without_values._replace(lengths_q=prefill)))
+            counts, times, blocks = prefill_statistics(without_values, self.is_exact)
+            self.add(counts, times)
+            request = request._replace(blocks=blocks)
         if request.plan.sparse_decode:
-            decode = request.lengths_q.masked_fill(~is_single, 0)
-            self.decode = self.decode or LayerStatistics()
-            self.decode.add(request_statistics(without_values._replace(lengths_q=decode, max_q=1)))
+            is_single = request.lengths_q == 1
+            decode = without_values._replace(lengths_q=request.lengths_q.masked_fill(~is_single, 0), max_q=1)
+            self.decode = self.decode or LayerStatistics(is_exact=True)
+            self.decode.add(request_statistics(decode))
         return request
 
-    def add(self, counts: AttentionStatistics) -> None:
-        """Add the counts of another computation."""
-        number = len(self._counts)
-        self._counts = tuple(a + b for a, b in zip(self._counts, counts[:number], strict=True))
-        self._by_head = tuple(a + b for a, b in zip(self._by_head, counts[number:], strict=True))
+    def add(self, counts: AttentionStatistics, times: int = 1) -> None:
+        """Add the counts of another computation, a number of times."""
+        number, found = len(self._counts), [x * times for x in counts]
+        self._counts = tuple(a + b for a, b in zip(self._counts, found[:number], strict=True))
+        self._by_head = tuple(a + b for a, b in zip(self._by_head, found[number:], strict=True))
+        self.is_estimate = self.is_estimate or times > 1
 
     def merge(self, other: LayerStatistics) -> None:
         """Add the counts of another layer, which may be on another device."""
         blocks = (other.blocks, other.blocks_visited, other.blocks_skipped)
         counts = (other.rows, other.visible, other.kept, other.mass, *blocks)
+        self.is_estimate = self.is_estimate or other.is_estimate
         self._counts = tuple(a + b for a, b in zip(self._counts, counts, strict=True))
         if other.decode is not None:
             self.decode = self.decode or LayerStatistics()
@@ -159,7 +170,8 @@ class ModelStatistics:
         ]
         if not found:
             return "no sparse prefill was counted: the model is dense, is switched off, or has only decoded"
-        return f"{len(self.layers)} layers: {'; '.join(found)}"
+        sample = " (estimated by a sample of the queries)" if total.is_estimate else ""
+        return f"{len(self.layers)} layers: {'; '.join(found)}{sample}"
 
     def _repr_html_(self) -> str:
         rows = "".join(
@@ -209,22 +221,28 @@ class ModelStatistics:
 
 
 @contextmanager
-def collect_statistics(model: nn.Module) -> Iterator[ModelStatistics]:
+def collect_statistics(model: nn.Module, *, exact: bool = False) -> Iterator[ModelStatistics]:
     """Count what the sparse layers of a model keep, over every call inside the ``with`` block.
 
-    On a GPU each call of a method that chooses blocks alone costs a sparse and a dense call of the kernels more. Any
-    other call computes its scores once more, on the torch backend, which costs about half of its attention there.
-    Prefills and decode steps are counted apart; decode steps are counted only if the method is sparse in them. Not
-    counted are layers that are switched off, what gradient checkpointing computes again, and calls in other threads.
-    Counting does not wait for the device. A CUDA graph is refused, because its replays would not be counted.
+    In sequences of 16 or more query blocks (2048 tokens, unless the method has blocks of another size) about eight
+    query blocks at equal distances are counted, and each stands for those around it. All counts are then estimates. A
+    GPU computes the scores of the counted queries once more in a kernel, or by PyTorch operations if the method's rule
+    has no hook; on a CPU PyTorch does. With ``exact=True`` all queries are counted, which takes about as long as dense
+    attention, or longer. The choice is the same in every run.
+
+    Prefills and decode steps are counted apart; decode steps are counted only if the method is sparse in them, and then
+    all of them. Not counted are layers that are switched off, what gradient checkpointing computes again, and calls in
+    other threads. Counting does not wait for the device. A CUDA graph is refused, because its replays would not be
+    counted.
 
     Args:
         model: a model after :func:`~modelopt_lite.conversion.sparsify`. Without sparse layers nothing is counted.
+        exact: whether to count all queries of long sequences, too.
 
     Yields:
         The statistics, which grow with every prefill.
     """
     modules = sparse_modules(model)
-    statistics = ModelStatistics({name: LayerStatistics() for name in modules})
+    statistics = ModelStatistics({name: LayerStatistics(is_exact=exact) for name in modules})
     with count({module: statistics.layers[name] for name, module in modules.items()}):
         yield statistics

@@ -18,7 +18,7 @@ from .operator import compute, gradients, is_traced, pack
 from .request import MAX_QUERIES, AttentionRequest
 from .sdpa import sdpa
 from .selection import count_visited, select_blocks
-from .statistics import statistics_of
+from .statistics import sample, sample_interval, statistics_of
 from .top_n import top_n_plan
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "gradients",
     "is_traced",
     "pack",
+    "prefill_statistics",
     "prepared",
     "request_statistics",
     "run",
@@ -166,8 +167,8 @@ def attention_statistics(
 ) -> AttentionStatistics:
     """Measure what a plan keeps, without computing the attention; arguments as in :func:`attention`.
 
-    Runs on any device without waiting for it. On a GPU it costs a sparse and a dense call of the kernels, if the plan
-    has no rule for keys within a group; else about half a forward pass of the torch backend, more if lengths differ.
+    Runs on any device without waiting for it. It computes all scores once more: on a GPU in a kernel, unless the plan
+    has a rule without a hook, and else as the torch backend does, which costs about half of its forward pass.
 
     Raises:
         ValueError: if an argument is wrong; the message names it. Starts and lengths are checked value by value on the
@@ -184,11 +185,40 @@ def attention_statistics(
 @torch.compiler.disable  # type: ignore[untyped-decorator] # a graph would hold every tile
 def request_statistics(request: AttentionRequest) -> AttentionStatistics:
     """Measure what the plan of a request keeps; as :func:`attention_statistics`."""
+    _check_packing(request)
+    with torch.autocast(request.q.device.type, enabled=False):
+        return statistics_of(request)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator] # as above
+def prefill_statistics(request: AttentionRequest, is_exact: bool) -> tuple[AttentionStatistics, int, KeyBlocks | None]:
+    """Measure what the plan of a request keeps of all sequences with more than one query.
+
+    Args:
+        request: the call, without lists.
+        is_exact: whether to count all query blocks, and not a sample of them; see
+            :func:`~modelopt_lite.kernels.statistics.sample`.
+
+    Returns:
+        The counts; the number by which to multiply them, 1 unless only a sample was counted; and the blocks that the
+        plan chooses, if they had to be found for the whole call.
+    """
+    _check_packing(request)
+    with torch.no_grad(), torch.autocast(request.q.device.type, enabled=False):
+        every = 1 if is_exact else sample_interval(request)
+        if every == 1:
+            lengths = request.lengths_q
+            return statistics_of(request._replace(lengths_q=lengths.masked_fill(lengths == 1, 0))), 1, None
+        # Which blocks are skipped can be found for the sample alone, and some kernels find it out by themselves.
+        if request.plan.blocks is not None and request.plan.skip is None:
+            request = request._replace(blocks=select_blocks(request))
+        return statistics_of(sample(request, every)), every, request.blocks
+
+
+def _check_packing(request: AttentionRequest) -> None:
     check_request(request)
     if request.q.device.type == "cpu":
         request.check_values()
-    with torch.autocast(request.q.device.type, enabled=False):
-        return statistics_of(request)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator] # it belongs to no graph

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from modelopt_lite.kernels import AttentionRequest, KeyBlocks
+from modelopt_lite.kernels.reference import kept_scores, listed_blocks
 from modelopt_lite.kernels.top_n import top_n_plan
-from modelopt_lite.plan import AttentionPlan
+from modelopt_lite.plan import DENSE, AttentionPlan
 
 SCALE = 0.25  # a power of two: scores of the inputs below are exact in every precision
 GRIDS = ((16, 16), (16, 32), (32, 32), (16, 64))  # keys in a key block, positions in a query block
@@ -177,3 +178,27 @@ def _skip(kept, exempt, scores, first_q, grid, margin):
             if all(scores[i][j] < reference[i] + margin for i, j in others):
                 for i, j in others:
                     kept[i].discard(j)
+
+
+def counts_by_oracle(request: AttentionRequest, counted: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Count what the oracle keeps, as :func:`modelopt_lite.kernels.statistics_launch.count` does.
+
+    Args:
+        request: the call.
+        counted: which of the packed queries count, ``[total_q]``; None: all.
+    """
+    heads = request.q.shape[1]
+    counts, mass = torch.zeros(heads, 3, dtype=torch.int64), torch.zeros(heads, dtype=torch.float64)
+    dense = request._replace(plan=DENSE, blocks=None)
+    for number, sequence in enumerate(request.sequences()):
+        q, k = request.q[sequence.queries].detach().double(), request.k[sequence.keys].detach().double()
+        positions = (sequence.first_q, sequence.first_k)
+        kept = kept_scores(q, k, request, *positions, listed_blocks(request, number)) > -torch.inf
+        scores = kept_scores(q, k, dense, *positions)
+        if counted is not None:
+            rows = counted[sequence.queries]
+            kept, scores = kept[:, rows], scores[:, rows]
+        seen = scores > -torch.inf
+        counts += torch.stack([seen.any(-1).sum(-1), seen.sum((1, 2)), kept.sum((1, 2))], 1)
+        mass += scores.softmax(-1).where(kept, 0.0).sum((1, 2))
+    return counts, mass
