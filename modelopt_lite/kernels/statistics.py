@@ -67,7 +67,7 @@ def sample_interval(request: AttentionRequest) -> int:
     With ``n`` query blocks in the longest sequence that is ``n // SAMPLED_BLOCKS``, so that the cost grows as the
     length, not as its square. All are counted where queries are not the last of the keys that they see.
     """
-    if not request.is_causal or request.first_q is not None:
+    if not request.is_causal or request.first_q is not None or min(request.max_q, request.q.shape[0]) == 0:
         return 1
     return max(1, -(-request.max_k // request.grid[1]) // SAMPLED_BLOCKS)
 
@@ -79,7 +79,7 @@ def sample(request: AttentionRequest, every: int) -> AttentionRequest:
     has a single query is left out: a sequence, because it is decode, and a query block, because it would look like it.
 
     Args:
-        request: a checked causal request whose queries are the last tokens; lists are taken along.
+        request: a checked causal request with queries, which are the last tokens; lists are taken along.
         every: at least 2.
     """
     r, rows = request.without_pages(), request.grid[1]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from block_cases import counts_by_oracle, requests, with_lists
 from cases import one_sequence
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_blocks import selectors, skipping
 from test_lists_interpreter import plans
@@ -75,6 +75,7 @@ def sampled_rows(request, every):
 def test_sample(plan, every, has_lists, data):
     """A sample keeps what the whole call keeps of the same queries, with lists and without."""
     request = data.draw(requests(plan=plan, longest=130, causal=True))._replace(first_q=None)
+    assume(min(request.max_q, request.q.shape[0]) > 0)
     if not plan.chooses_blocks:
         request = request._replace(plan=dataclasses.replace(plan, sparse_decode=False))
     if plan.chooses_blocks and has_lists:
