@@ -90,9 +90,10 @@ def sample(request: AttentionRequest, every: int) -> AttentionRequest:
     )
     if r.blocks is not None:
         row = (r.blocks.starts[:, None] + row).flatten().clamp(0, r.blocks.counts.shape[1] - 1)
-        starts = torch.arange(len(row), device=row.device, dtype=torch.int32)
         changes["blocks"] = r.blocks._replace(
-            counts=r.blocks.counts[:, row], indices=r.blocks.indices[:, row], starts=starts
+            counts=r.blocks.counts[:, row].where(changes["lengths_q"] > 0, 0),
+            indices=r.blocks.indices[:, row],
+            starts=torch.arange(len(row), device=row.device, dtype=torch.int32),
         )
     return r._replace(counts=None, max_q=min(rows, r.max_q), **changes)
 

@@ -13,6 +13,7 @@ from test_blocks import selectors, skipping
 from test_lists_interpreter import plans
 
 from modelopt_lite.kernels import select_blocks, statistics_launch
+from modelopt_lite.kernels.blocks import BlockGrid
 from modelopt_lite.kernels.settings import Settings
 from modelopt_lite.kernels.statistics import sample, sample_interval, statistics_of
 from modelopt_lite.methods import SinkWindow
@@ -88,6 +89,15 @@ def test_sample(plan, every, has_lists, data):
     assert torch.equal(torch.stack(found[:3]), expected.sum(0))
     assert torch.equal(found.kept_by_head, expected[:, 2])
     torch.testing.assert_close(found.mass_by_head, expected_mass, rtol=2e-5, atol=2e-5)
+    if plan.chooses_blocks:
+        grid, lists = BlockGrid(request, *request.grid), select_blocks(request._replace(blocks=None))
+        rows = counted[(grid.row_q[grid.sequence] + grid.low_q).clamp(0, len(counted) - 1)] & (
+            grid.low_q <= grid.high_q
+        )
+        heads = request.q.shape[1]
+        assert found.blocks == heads * grid.seen()[rows].sum()
+        visited = lists.counts[:, rows].sum(1).repeat_interleave(heads // len(lists.counts))
+        assert torch.equal(found.blocks_visited_by_head, visited)
 
 
 def test_sample_interval():
