@@ -33,39 +33,6 @@ def tile_scores(device: torch.device) -> int:
     return TILE_SCORES if device.type == "cpu" else TILES_ON_GPU * TILE_SCORES
 
 
-class AttentionStatistics(NamedTuple):
-    """What a plan keeps of one computation, counted over all query heads.
-
-    All are on the device of the computation; FP64 for the mass, integers for all else. What is counted by head has the
-    shape ``[query_heads]``; all else are tensors without dimensions.
-
-    Attributes:
-        rows: rows (query and head) that see any key.
-        visible: scores at visible keys.
-        kept: scores that take part in the softmax.
-        mass: sum over the rows of the share of the dense softmax that lies on kept keys.
-        blocks: pairs of a query block and a key block of which any query sees any key; 0 if the plan knows no blocks.
-        blocks_visited: those of them that are listed.
-        blocks_skipped: those that the plan's selector keeps and its skip rule skips.
-        kept_by_head: the kept scores of each query head.
-        mass_by_head: the mass of each query head.
-        blocks_visited_by_head: the listed blocks of each query head.
-        blocks_skipped_by_head: the skipped blocks of each query head.
-    """
-
-    rows: Tensor
-    visible: Tensor
-    kept: Tensor
-    mass: Tensor
-    blocks: Tensor
-    blocks_visited: Tensor
-    blocks_skipped: Tensor
-    kept_by_head: Tensor
-    mass_by_head: Tensor
-    blocks_visited_by_head: Tensor
-    blocks_skipped_by_head: Tensor
-
-
 @dataclass
 class _Tile:
     """The scores of one block of queries against one block of keys.
@@ -575,7 +542,7 @@ def _blocks(request: AttentionRequest) -> Iterator[_Block]:
 
 
 @torch.no_grad()
-def statistics_blocked(request: AttentionRequest) -> tuple[Tensor, Tensor]:
+def count_blocked(request: AttentionRequest) -> Tensor:
     """Count what a plan keeps of a computation, as :func:`modelopt_lite.kernels.statistics_launch.count` does.
 
     Args:
@@ -627,4 +594,4 @@ def statistics_blocked(request: AttentionRequest) -> tuple[Tensor, Tensor]:
         rows += (total > 0).unflatten(1, (repeat, -1)).sum(-1).flatten()
         share = (kept_total / total).where(total > 0, 0.0)  # [kv_heads, repeat * queries]
         mass += share.unflatten(1, (repeat, -1)).sum(-1, dtype=torch.float64).flatten()
-    return torch.stack([rows, visible, kept], 1), mass
+    return torch.stack([rows.double(), visible.double(), kept.double(), mass], 1)

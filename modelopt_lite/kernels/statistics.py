@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .blocked import AttentionStatistics, statistics_blocked
+from .blocked import count_blocked
 from .blocks import BlockGrid, KeyBlocks
 from .language import tl
 from .request import AttentionRequest
@@ -16,49 +16,86 @@ from .selection import chosen_blocks
 if tl is not None:
     from . import statistics_launch
 
+COUNTS = ("rows", "visible", "kept", "mass", "blocks", "blocks_visited", "blocks_skipped")
+"""What is counted for each head; see :class:`AttentionStatistics`."""
+MASS = COUNTS.index("mass")
 SAMPLED_BLOCKS = 8
 """Query blocks of a long sequence that are sampled, at least; up to twice as many are all counted."""
 
 
+class AttentionStatistics(NamedTuple):
+    """What a plan keeps of one computation, counted over all query heads.
+
+    All are on the device of the computation; FP64 for the mass, integers for all else. What is counted by head has the
+    shape ``[query_heads]``; all else are tensors without dimensions.
+
+    Attributes:
+        rows: rows (query and head) that see any key.
+        visible: scores at visible keys.
+        kept: scores that take part in the softmax.
+        mass: sum over the rows of the share of the dense softmax that lies on kept keys.
+        blocks: pairs of a query block and a key block of which any query sees any key; 0 if the plan knows no blocks.
+        blocks_visited: those of them that are listed.
+        blocks_skipped: those that the plan's selector keeps and its skip rule skips.
+        kept_by_head: the kept scores of each query head.
+        mass_by_head: the mass of each query head.
+        blocks_visited_by_head: the listed blocks of each query head.
+        blocks_skipped_by_head: the skipped blocks of each query head.
+    """
+
+    rows: Tensor
+    visible: Tensor
+    kept: Tensor
+    mass: Tensor
+    blocks: Tensor
+    blocks_visited: Tensor
+    blocks_skipped: Tensor
+    kept_by_head: Tensor
+    mass_by_head: Tensor
+    blocks_visited_by_head: Tensor
+    blocks_skipped_by_head: Tensor
+
+    @classmethod
+    def of_counts(cls, counts: Tensor) -> AttentionStatistics:
+        """Make it of what :func:`count` returns."""
+        mass = counts[:, MASS]
+        rows, visible, kept, _, blocks, visited, skipped = counts.long().unbind(1)
+        totals = (rows, visible, kept, mass, blocks, visited, skipped)
+        return cls(*(x.sum() for x in totals), kept, mass, visited, skipped)
+
+
 @torch.no_grad()
-def statistics_of(request: AttentionRequest) -> AttentionStatistics:
+def count(request: AttentionRequest) -> Tensor:
     """Count what a request keeps, with its lists or those that its plan chooses, without waiting for the device.
 
     On a GPU a kernel computes all scores once more, or PyTorch operations if the plan's rule has no hook.
+
+    Returns:
+        For each query head what :data:`COUNTS` names, FP64 ``[query_heads, 7]``, exact but for the mass.
     """
     request = request.without_pages()._replace(s_aux=None)
-    grid, heads, plan = BlockGrid(request, *request.grid), request.q.shape[1], request.plan
-    no_blocks = grid.starts.new_zeros(heads, dtype=torch.int64)
-    blocks, visited, skipped = no_blocks[:1].sum(), no_blocks, no_blocks
+    heads, plan = request.q.shape[1], request.plan
+    of_blocks = None
     if request.blocks is not None or plan.chooses_blocks:
-        skips = None
+        grid, skipped = BlockGrid(request, *request.grid), None
         if request.blocks is not None:
             mask = request.blocks.mask()
         else:
-            mask, skips = chosen_blocks(request, grid)
-            mask = mask if skips is None else mask & ~skips
+            mask, skipped = chosen_blocks(request, grid)
+            mask = mask if skipped is None else mask & ~skipped
             request = request._replace(blocks=KeyBlocks.from_mask(mask, grid.starts, *request.grid))
-        blocks = heads * grid.seen().sum()
         visited = mask.sum((1, 2)).repeat_interleave(heads // mask.shape[0], output_size=heads)
-        skipped = no_blocks if skips is None else skips.sum((1, 2))
+        none = torch.zeros_like(visited)
+        of_blocks = torch.stack(
+            [none + grid.seen().sum(), visited, none if skipped is None else skipped.sum((1, 2))], 1
+        )
     if tl is not None and request.q.is_cuda and statistics_launch.refusal(request) is None:
-        counts, mass = statistics_launch.count(request)
+        counts = statistics_launch.count(request)
     else:
-        counts, mass = statistics_blocked(request)
-    rows, visible, kept = counts.unbind(1)
-    return AttentionStatistics(
-        rows=rows.sum(),
-        visible=visible.sum(),
-        kept=kept.sum(),
-        mass=mass.sum(),
-        blocks=blocks,
-        blocks_visited=visited.sum(),
-        blocks_skipped=skipped.sum(),
-        kept_by_head=kept,
-        mass_by_head=mass,
-        blocks_visited_by_head=visited,
-        blocks_skipped_by_head=skipped,
-    )
+        counts = count_blocked(request)
+    if of_blocks is None:
+        return torch.nn.functional.pad(counts, (0, len(COUNTS) - counts.shape[1]))
+    return torch.cat([counts, of_blocks], 1)
 
 
 def sample_interval(request: AttentionRequest) -> int:

@@ -91,7 +91,7 @@ def visible_keys(positions, length, sliding_window, first_key, OPTIONS: tl.const
 
 @triton.jit(do_not_specialize=["batch", "num_sinks", "window", "sliding_window", "listed", "hook_args"])
 def count_scores(
-    query_ptr, key_ptr, counts_ptr, mass_ptr, strides, sequences, heads_of, numbers, batch, num_sinks, window,
+    query_ptr, key_ptr, counts_ptr, strides, sequences, heads_of, numbers, batch, num_sinks, window,
     sliding_window, listed, hook_args, SCORE_HOOK: tl.constexpr, OPTIONS: tl.constexpr,
 ):  # fmt: skip
     """Count what each program's queries see and keep.
@@ -99,10 +99,9 @@ def count_scores(
     Args:
         query_ptr: ``[tokens, heads, head_dim]``, as are the keys; the last dimension is contiguous.
         key_ptr: ``[key tokens, kv heads, head_dim]``.
-        counts_ptr: where to write, for each program, its queries that see any key, the keys that they see, and those
-            that are kept, int64 ``[programs, 3]``.
-        mass_ptr: where to write the sum over these queries of the share of the weights that is kept, FP32
-            ``[programs]``. Programs are tiles of queries, in which are sequences, in which are heads.
+        counts_ptr: where to write, for each program, its queries that see any key, the keys that they see, those that
+            are kept, and the sum over these queries of the share of the weights that is kept, FP64 ``[programs, 4]``.
+            Programs are tiles of queries, in which are sequences, in which are heads.
         strides: ``(token stride, head stride)`` of query and key.
         sequences: as for :func:`~modelopt_lite.kernels.forward.attention_forward`, as are all that are not named here.
         heads_of: ``(query heads, query heads per kv head)``.
@@ -134,9 +133,7 @@ def count_scores(
     row_start = program // heads // batch * BLOCK_M
     row_start -= floor_mod(position_of_first(firsts_q, sequence, length - query_length, OPTIONS), BLOCK_M)
     if tl.maximum(row_start, 0) >= query_length:
-        for index in tl.static_range(3):
-            tl.store(counts_ptr + program.to(tl.int64) * 3 + index, 0)
-        tl.store(mass_ptr + program, 0.0)
+        tl.store(counts_ptr + program.to(tl.int64) * 4 + tl.arange(0, 4), tl.zeros([4], tl.float64))
         return
 
     # [BLOCK_M]; rows before the first one repeat it, rows past the end the last one, and none of these counts.
@@ -198,8 +195,8 @@ def count_scores(
     _, total, kept_total, kept = state
     seen = visible_keys(positions, length, sliding_window, first_key, OPTIONS)
     share = tl.where(exist & (total > 0.0), kept_total / tl.where(total > 0.0, total, 1.0), 0.0)
-    counts_ptr += program.to(tl.int64) * 3
-    tl.store(counts_ptr, tl.sum((exist & (seen > 0)).to(tl.int64), 0))
-    tl.store(counts_ptr + 1, tl.sum(tl.where(exist, seen, 0).to(tl.int64), 0))
-    tl.store(counts_ptr + 2, tl.sum(tl.where(exist, kept, 0).to(tl.int64), 0))
-    tl.store(mass_ptr + program, tl.sum(share, 0))
+    counts_ptr += program.to(tl.int64) * 4
+    tl.store(counts_ptr, tl.sum((exist & (seen > 0)).to(tl.float64), 0))
+    tl.store(counts_ptr + 1, tl.sum(tl.where(exist, seen, 0).to(tl.float64), 0))
+    tl.store(counts_ptr + 2, tl.sum(tl.where(exist, kept, 0).to(tl.float64), 0))
+    tl.store(counts_ptr + 3, tl.sum(share.to(tl.float64), 0))

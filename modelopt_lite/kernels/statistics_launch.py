@@ -29,7 +29,7 @@ def settings_for(request: AttentionRequest) -> Settings:
     return portable.fitted(settings._replace(frozen=False, descriptors=False), r.blocks)
 
 
-def count(request: AttentionRequest, settings: Settings | None = None) -> tuple[Tensor, Tensor]:
+def count(request: AttentionRequest, settings: Settings | None = None) -> Tensor:
     """Count what a request keeps, without waiting for its device.
 
     Args:
@@ -37,17 +37,15 @@ def count(request: AttentionRequest, settings: Settings | None = None) -> tuple[
         settings: tiles and warps, instead of the usual ones.
 
     Returns:
-        For each query head, how many queries see any key, the keys that they see and those of them that are kept, int64
-        ``[query_heads, 3]``, and the sum over its queries of the share of the dense softmax that is kept, FP64
-        ``[query_heads]``.
+        For each query head, how many queries see any key, the keys that they see, those of them that are kept, and the
+        sum over its queries of the share of the dense softmax that is kept, FP64 ``[query_heads, 4]``.
     """
     r = request.readable()
     settings = settings or settings_for(r)
     heads, batch = r.q.shape[1], r.starts_q.shape[0]
     options = portable.options_for(r, settings)._replace(keeps_group_max=False, unlisted=r.blocks is not None)
     programs = cdiv(r.max_q + settings.block_m - 1, settings.block_m) * batch * heads
-    counts = torch.empty(programs, 3, dtype=torch.int64, device=r.q.device)
-    mass = torch.empty(programs, dtype=torch.float32, device=r.q.device)
+    counts = torch.empty(programs, 4, dtype=torch.float64, device=r.q.device)
     listed = None
     if r.blocks is not None:
         mask = r.blocks.mask()
@@ -58,10 +56,10 @@ def count(request: AttentionRequest, settings: Settings | None = None) -> tuple[
         launch(
             count_scores, programs,
             (
-                r.q, r.k, counts, mass, (r.q.stride()[:2], r.k.stride()[:2]), sequences,
+                r.q, r.k, counts, (r.q.stride()[:2], r.k.stride()[:2]), sequences,
                 (heads, heads // r.k.shape[1]), (r.softmax_scale, r.softcap or 0.0), batch, *distances(r), listed,
                 hook_arguments(r.plan),
             ),
             (r.plan.score_hook, options), num_warps=settings.num_warps, num_stages=settings.num_stages,
         )  # fmt: skip
-    return counts.view(-1, heads, 3).sum(0), mass.view(-1, heads).sum(0, dtype=torch.float64)
+    return counts.view(-1, heads, 4).sum(0)

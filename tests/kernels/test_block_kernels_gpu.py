@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from block_cases import assert_same_counts
 from cases import packed_request
 
 from modelopt_lite.kernels import (
     block_launch,
     block_scores,
-    prefill_statistics,
-    request_statistics,
+    count_kept,
+    count_prefill,
     statistics,
     statistics_launch,
 )
@@ -149,9 +150,9 @@ def test_statistics(method, dtype, monkeypatch):
     monkeypatch.setattr(statistics, "SAMPLED_BLOCKS", 2)
 
     def count():
-        sampled = prefill_statistics(request, is_exact=False)
-        assert sampled[1] > 1
-        return request_statistics(request), sampled[0], prefill_statistics(request, is_exact=True)[0]
+        sampled, times, _ = count_prefill(request, is_exact=False)
+        assert times > 1
+        return count_kept(request), sampled, count_prefill(request, is_exact=True)[0]
 
     count()
     torch.cuda.synchronize()
@@ -160,12 +161,7 @@ def test_statistics(method, dtype, monkeypatch):
         found = count()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    for x, y in zip(found, count(), strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(x, y, strict=True))
+    assert all(map(torch.equal, found, count()))
     monkeypatch.setattr(statistics_launch, "refusal", lambda request: "not now")
     for x, y in zip(found, count(), strict=True):
-        for name, value in x._asdict().items():
-            if value.is_floating_point():
-                torch.testing.assert_close(value, getattr(y, name), rtol=1e-5, atol=1e-5, msg=name)
-            else:
-                assert torch.equal(value, getattr(y, name)), name
+        assert_same_counts(x, y)

@@ -5,12 +5,12 @@ from itertools import pairwise
 
 import pytest
 import torch
-from block_cases import GRIDS, counts_by_oracle, kept_by_brute_force, plans, requests, with_lists
+from block_cases import GRIDS, assert_same_counts, counts_by_oracle, kept_by_brute_force, plans, requests, with_lists
 from cases import one_sequence
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from modelopt_lite.kernels import KeyBlocks, attention, blocked, compute, operator, request_statistics
+from modelopt_lite.kernels import KeyBlocks, attention, blocked, compute, count_kept, operator, request_statistics
 from modelopt_lite.kernels.blocks import BlockGrid
 from modelopt_lite.kernels.reference import attention_reference, kept_scores, listed_blocks
 from modelopt_lite.kernels.selection import select_blocks
@@ -103,11 +103,12 @@ def check_backend(request):
 
 
 def check_statistics(request):
-    found = request_statistics(request._replace(v=request.k, s_aux=None))
-    counts, mass = counts_by_oracle(request)
-    assert torch.equal(torch.stack(found[:3]), counts.sum(0))
-    assert torch.equal(found.kept_by_head, counts[:, 2])
-    torch.testing.assert_close(found.mass_by_head, mass, **FP32)
+    request = request._replace(v=request.k, s_aux=None)
+    expected = counts_by_oracle(request)
+    assert_same_counts(count_kept(request), expected)
+    found = request_statistics(request)
+    assert torch.equal(torch.stack(found[:3]), expected[:, :3].sum(0).long())
+    assert torch.equal(found.kept_by_head, expected[:, 2].long())
 
 
 @given(with_lists(longest=40, batch=2))
