@@ -85,10 +85,8 @@ def count(request: AttentionRequest) -> Tensor:
             mask = mask if skipped is None else mask & ~skipped
             request = request._replace(blocks=KeyBlocks.from_mask(mask, grid.starts, *request.grid))
         visited = mask.sum((1, 2)).repeat_interleave(heads // mask.shape[0], output_size=heads)
-        none = torch.zeros_like(visited)
-        of_blocks = torch.stack(
-            [none + grid.seen().sum(), visited, none if skipped is None else skipped.sum((1, 2))], 1
-        )
+        by_rule = torch.zeros_like(visited) if skipped is None else skipped.sum((1, 2))
+        of_blocks = torch.stack([grid.seen().sum().expand(heads), visited, by_rule], 1)
     if tl is not None and request.q.is_cuda and statistics_launch.refusal(request) is None:
         counts = statistics_launch.count(request)
     else:
