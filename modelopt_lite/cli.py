@@ -131,12 +131,17 @@ def run(
 
 def _load(config: Path | None, resume: Path | None, overrides: Sequence[str]) -> ExperimentConfig:
     if resume is not None:
-        ex.ExperimentResult.load(resume)  # says so if it is no run
+        ex.ExperimentResult.load(resume, _announce)  # says so if it is no run
         config = resume / "config.yaml"
     assert config is not None
     if str(config) == "quickstart" and not config.exists():
         config = next(path for path in QUICKSTART if path.exists())
-    return ex.ExperimentConfig.load(config, overrides, lambda what: typer.echo(f"running {what} (imports)", err=True))
+    return ex.ExperimentConfig.load(config, overrides, _announce)
+
+
+def _announce(what: str) -> None:
+    """Show what a configuration imports, before it runs."""
+    typer.echo(f"running {what} (imports)", err=True)
 
 
 def _print_plan(config: ExperimentConfig, resume: Path | None, as_json: bool) -> None:
@@ -437,7 +442,7 @@ def compare(
 ) -> None:
     """Put several runs side by side, on the windows and samples that they have in common."""
     with _user_errors():
-        tables = ex.compare_runs(runs)
+        tables = ex.compare_runs(runs, _announce)
     if as_json:
         typer.echo(json.dumps([dataclasses.asdict(table) for table in tables]))
     else:

@@ -223,10 +223,12 @@ def short(model: str) -> str:
 
 def rich_table(table: Table) -> Group:
     """Return a table with its title, for a terminal."""
-    shown = rich.table.Table(box=box.SIMPLE_HEAD, pad_edge=False, show_header=any(table.columns))
+    shown = rich.table.Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, show_header=any(table.columns))
     for i, column in enumerate(table.columns):
+        # In a narrow terminal intervals wrap too, as otherwise the names alone would give way.
+        wraps = i == 0 or not column or any("[" in row[i] for row in table.rows)
         shown.add_column(
-            escape(column), justify="right" if i and column else "left", overflow="fold", no_wrap=i > 0 and column != ""
+            escape(column), justify="right" if i and column else "left", overflow="fold", no_wrap=not wraps
         )
     for row in table.rows:
         shown.add_row(*(escape(cell) for cell in row))
