@@ -61,10 +61,10 @@ SEARCHES = {
     "4": n_of_m("1:4", "3:4"),
     "16": n_of_m("4:16", "8:16", "12:16"),
     "windows": n_of_m("8:16, window 256", "4:16, window 256", "2:16, window 256", "4:16, window 512"),
-    "flash_prefill": knob("flash_prefill", "alpha", (0.02, 0.05, 0.1, 0.2, 0.4), 0.05, 0.1),
+    "flash_prefill": knob("flash_prefill", "alpha", (0.02, 0.05, 0.1, 0.2), 0.05, 0.1),
     "xattention": knob("xattention", "threshold", (0.99, 0.95, 0.9, 0.8, 0.6), 0.95, 0.9),
-    "mean_pool_top_k": knob("mean_pool_top_k", "keep", (0.75, 0.5, 0.35, 0.25, 0.15), 0.75, 0.5),
-    "skip_softmax": knob("skip_softmax", "threshold", (0.01, 0.03, 0.1, 0.3, 0.9), 0.1, 0.3),
+    "mean_pool_top_k": knob("mean_pool_top_k", "keep", (0.75, 0.5, 0.35, 0.25), 0.75, 0.5),
+    "skip_softmax": knob("skip_softmax", "threshold", (0.03, 0.1, 0.3, 0.9), 0.1, 0.3),
 }
 
 

@@ -502,7 +502,9 @@ def generate(
         for name, source in {"dense": None, **_by_name(sparse)}.items():
             if source is not None:
                 mtsa.sparsify(loaded, source)
-            # The first call only warms up, for a single token.
+            with mtsa.collect_statistics(loaded) as statistics:
+                loaded.generate(**inputs, max_new_tokens=1, do_sample=False)
+            # The first of two calls warms up.
             first = _seconds(lambda: loaded.generate(**inputs, max_new_tokens=1, do_sample=False))[0]
             first = min(first, _seconds(lambda: loaded.generate(**inputs, max_new_tokens=1, do_sample=False))[0])
             whole, output = _seconds(lambda: loaded.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False))
@@ -510,6 +512,7 @@ def generate(
             rows.append(
                 {
                     "variant": name,
+                    "sparsity": statistics.total.sparsity if source is not None else 0.0,
                     "first_token_seconds": first,
                     "seconds": whole,
                     "tokens": len(new),
@@ -522,8 +525,10 @@ def generate(
     console = Console()
     console.print(f"{inputs.input_ids.shape[1]} tokens of prompt")
     for row in rows:
-        times = f"first token {row['first_token_seconds']:.2f} s, {row['tokens']} tokens {row['seconds']:.2f} s"
-        console.print(f"\n[bold]{escape(row['variant'])}[/bold] ({times})\n{escape(row['text'].strip())}")
+        facts = f"first token {row['first_token_seconds']:.2f} s, {row['tokens']} tokens {row['seconds']:.2f} s"
+        if row["variant"] != "dense":
+            facts += f"; {row['sparsity']:.1%} of the prompt's scores dropped"
+        console.print(f"\n[bold]{escape(row['variant'])}[/bold] ({facts})\n{escape(row['text'].strip())}")
 
 
 def _seconds(call: Any) -> tuple[float, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -97,18 +97,16 @@ def task_table(rows: Sequence[TaskRow], variants: Sequence[str], threshold: floa
         lengths = sorted({length for _, _, length in mine})
         tasks = list(dict.fromkeys(task for _, task, _ in mine))
         names = ordered([variant for variant, _, _ in mine], variants)
+        found = {variant: _mean_scores(mine, variant, lengths) for variant in names}
+        complete = len(mine) == len(names) * len({(task, length) for _, task, length in mine})
+        lacking = "" if complete else "; where a variant lacks a task, the mean of all is over the others"
         cells = []
-        for variant in names:
-            means = {}
-            for length in lengths:
-                scores = [mine[key].score.value for task in tasks if (key := (variant, task, length)) in mine]
-                if scores:
-                    means[length] = math.fsum(scores) / len(scores)
+        for variant, means in found.items():
             longest = effective_length(means, threshold)
-            average = percent(math.fsum(means.values()) / len(means))
+            average = percent(math.fsum(means.values()) / len(means) if len(means) == len(lengths) else None)
             cells.append((variant, *(percent(means.get(x)) for x in lengths), str(longest or "none"), average))
         notes = {
-            "score": f"mean over the tasks {', '.join(tasks)}, {_samples(rows)}",
+            "score": f"mean over the tasks {', '.join(tasks)}, {_samples(rows)}{lacking}",
             "effective": f"largest length up to which the mean score is at least {threshold:.1%} "
             "(RULER, https://arxiv.org/abs/2404.06654)",
         }
@@ -126,6 +124,21 @@ def task_table(rows: Sequence[TaskRow], variants: Sequence[str], threshold: floa
         columns = ("task, variant", *map(str, lengths))
         tables.append(Table(f"{short(model)}: each task", columns, by_task, notes, folded=True))
     return tables
+
+
+def _mean_scores(
+    rows: Mapping[tuple[str, str, int], TaskRow], variant: str, lengths: Sequence[int]
+) -> dict[int, float]:
+    """Return a variant's mean scores by length, over the tasks that all variants with scores at that length share."""
+    means = {}
+    for length in lengths:
+        done: dict[str, set[str]] = {}
+        for name, task, where in rows:
+            if where == length:
+                done.setdefault(name, set()).add(task)
+        if variant in done and (shared := set.intersection(*done.values())):
+            means[length] = math.fsum(rows[variant, task, length].score.value for task in shared) / len(shared)
+    return means
 
 
 def _samples(rows: Sequence[TaskRow]) -> str:

@@ -866,6 +866,24 @@ def test_task_rows_are_paired():
         ("x", "25.0 %", "none", "25.0 %"),
     ]
     assert by_task.rows[1][0] == "copy, x"
+    assert "lacks" not in by_length.notes["score"]
+
+
+def test_mean_scores_are_over_the_same_tasks():
+    """A variant that has not done a task yet does not look better or worse for it."""
+    done = {"dense": {100: (1, 0), 200: (1, 0)}, "x": {100: (0.5, 0), 200: (0.5,)}}
+    records = [
+        Answer("m", variant, task, length, None, 0, 90, value, "")
+        for variant, by_length in done.items()
+        for length, values in by_length.items()
+        for task, value in zip(("passkey", "copy"), values, strict=False)
+    ]
+    table, _ = tables.task_table(summarize_tasks(records, ["dense", "x"], 0), ["dense", "x"], 0.5)
+    assert [tuple(row) for row in table.rows] == [
+        ("dense", "50.0 %", "100.0 %", "200", "75.0 %"),
+        ("x", "25.0 %", "50.0 %", "none", "37.5 %"),
+    ]
+    assert "lacks" in table.notes["score"]
 
 
 # --- the built-in model ----------------------------------------------------------------------------------------------
