@@ -265,7 +265,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list
 def html_table(table: Table) -> str:
     """Return a table as HTML with its title, and with its notes below."""
     head = "".join(f"<th>{html.escape(column)}</th>" for column in table.columns)
-    rows = "\n".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in table.rows)
+    rows = "\n".join(f"<tr>{''.join(f'<td>{_lines(cell)}</td>' for cell in row)}</tr>" for row in table.rows)
     body = f'<div class="wide"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody></table></div>'
     notes = "".join(f"<li><b>{html.escape(name)}</b>: {_links(note)}</li>" for name, note in table.notes.items())
     notes = f'<ul class="notes">{notes}</ul>' if notes else ""
@@ -273,6 +273,11 @@ def html_table(table: Table) -> str:
     if table.folded:
         return f"<details><summary>{title}</summary>{body}{notes}</details>"
     return f"<h3>{title}</h3>{body}{notes}"
+
+
+def _lines(cell: str) -> str:
+    """Return a cell's parts, which two spaces divide, below each other."""
+    return "<br>".join(map(html.escape, cell.split("  ")))
 
 
 def _links(text: str) -> str:
