@@ -686,7 +686,7 @@ def _resumable(state: Path | None) -> Iterator[None]:
         raise typer.Exit(INTERRUPTED) from None
 
 
-@app.command()
+@app.command(epilog="Example:\n\n  modelopt-lite schema experiment > experiment.schema.json")
 def schema(
     what: Annotated[str, typer.Argument(help="sparsity, for sparsify; or experiment, for run.")] = "sparsity",
 ) -> None:
@@ -698,7 +698,7 @@ def schema(
         typer.echo(json.dumps(config.model_json_schema(), indent=2))
 
 
-@app.command()
+@app.command(epilog="Example:\n\n  modelopt-lite methods xattention")
 def methods(
     name: Annotated[str | None, typer.Argument(help="One method; by default all.")] = None,
     as_json: AsJson = False,
@@ -744,7 +744,7 @@ def texts(as_json: AsJson = False) -> None:
         typer.echo(f"{name}: {what}")
 
 
-@app.command()
+@app.command(epilog="Example:\n\n  modelopt-lite doctor --json")
 def doctor(as_json: AsJson = False) -> None:
     """Say what this machine has: versions, GPUs, the kernels that will run and why others will not, the cache."""
     found = {
