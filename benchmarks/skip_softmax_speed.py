@@ -6,7 +6,7 @@ the sums of theirs; after the first 128 tokens the next 1024 come again and agai
 given share of all key blocks is skipped. The choice is included in the time. Beside it are the same lists, given.
 
     python benchmarks/skip_softmax.py --record recorded.safetensors
-    MODELOPT_LITE_KERNEL=hopper_skip python benchmarks/skip_softmax_speed.py recorded.safetensors
+    python benchmarks/skip_softmax_speed.py recorded.safetensors
 """
 
 from __future__ import annotations

@@ -15,9 +15,10 @@ import math
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Annotated, Any, Literal
 
 import torch
@@ -29,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
-from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 import modelopt_lite as mtsa
 from modelopt_lite.errors import ConfigError, UnsupportedError
@@ -46,7 +47,7 @@ from modelopt_lite.experiment.quality import compare_predictions
 from modelopt_lite.experiment.runner import describe_environment
 from modelopt_lite.experiment.tables import markdown_table
 
-COLUMNS = ("model", "perplexity", "change", "KL to dense")
+COLUMNS = ("model", "perplexity", "change", "KL to dense", "tokens/s")
 RESULT = "result.json"
 STATE = "trainer_state.json"
 TEXTS = "texts.sha256"
@@ -101,6 +102,29 @@ def folder_name(variant: str) -> str:
     return re.sub(r"\W+", "-", variant)
 
 
+class StepClock(TrainerCallback):
+    """Takes the time of optimizer steps, without what is measured and saved between them."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.begin = 0.0
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        """Begin a step."""
+        self.begin = finished()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Note what the step took."""
+        self.seconds.append(finished() - self.begin)
+
+
+def finished() -> float:
+    """Return the time in seconds when all work so far is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 class SparseTrainer(Trainer):
     """Transformers' Trainer with distillation, and with held-out documents read by the model both sparse and dense."""
 
@@ -108,6 +132,8 @@ class SparseTrainer(Trainer):
         super().__init__(**kwargs)
         self.config = config
         self.teacher = teacher
+        self.clock = StepClock()
+        self.add_callback(self.clock)
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Tensor], *_: Any, **__: Any) -> Tensor:
         """Return the mean over tokens of the divergence from the teacher, or of the text's cross-entropy."""
@@ -127,6 +153,9 @@ class SparseTrainer(Trainer):
         with mtsa.disabled(self.model):
             metrics |= measure("dense", self.model, self.teacher, self.eval_dataset)
         self.log(metrics)  # into the checkpoint's history, which a resumed run continues
+        if self.clock.seconds:
+            tokens = self.config.batch_size * self.config.sequence_length
+            self.log({"tokens_per_second": tokens / median(self.clock.seconds)})
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -215,6 +244,7 @@ def finetune(
     result = {
         "environment": describe_environment(str(arguments.device)),
         "measurements": [row for row in history if "sparse_kl" in row],
+        "tokens_per_second": [row["tokens_per_second"] for row in history if "tokens_per_second" in row][-1],
     }
     with whole(folder / RESULT) as file:
         file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -245,19 +275,26 @@ def whole(file: Path) -> Iterator[Path]:
     unfinished.replace(file)
 
 
-def table_rows(curves: dict[str, list[dict[str, float]]]) -> list[tuple[str, ...]]:
-    """Return the cells under COLUMNS: the dense model, then each variant before and after."""
+def table_rows(curves: dict[str, list[dict[str, float]]], speeds: dict[str, float]) -> list[tuple[str, ...]]:
+    """Return the cells under COLUMNS: the dense model, then each variant before and after.
+
+    Args:
+        curves: what was measured, by variant.
+        speeds: tokens a second of a variant's training.
+    """
     start = next(iter(curves.values()))[0]  # untrained, so without sparsity it is the dense model
-    found = [("dense", start["dense_perplexity"], start["dense_kl"])]
+    found = [("dense", start["dense_perplexity"], start["dense_kl"], "")]
     for variant, curve in curves.items():
+        speed = f"{speeds[variant]:.0f}"
         found += [
-            (f"{variant}, before", curve[0]["sparse_perplexity"], curve[0]["sparse_kl"]),
-            (f"{variant}, after", curve[-1]["sparse_perplexity"], curve[-1]["sparse_kl"]),
-            (f"{variant}, after, sparsity off", curve[-1]["dense_perplexity"], curve[-1]["dense_kl"]),
+            (f"{variant}, before", curve[0]["sparse_perplexity"], curve[0]["sparse_kl"], ""),
+            (f"{variant}, after", curve[-1]["sparse_perplexity"], curve[-1]["sparse_kl"], speed),
+            (f"{variant}, after, sparsity off", curve[-1]["dense_perplexity"], curve[-1]["dense_kl"], ""),
         ]
+    dense = start["dense_perplexity"]
     return [
-        (name, f"{perplexity:.2f}", f"{100 * (perplexity / start['dense_perplexity'] - 1):+.2f} %", f"{abs(kl):.4f}")
-        for name, perplexity, kl in found
+        (name, f"{perplexity:.2f}", f"{100 * (perplexity / dense - 1):+.2f} %", f"{abs(kl):.4f}", speed)
+        for name, perplexity, kl, speed in found
     ]
 
 
@@ -289,7 +326,7 @@ def write_report(config: FinetuneConfig) -> None:
         for variant in config.variants
     }
     curves = {variant: result["measurements"] for variant, result in results.items()}
-    rows = table_rows(curves)
+    rows = table_rows(curves, {variant: result["tokens_per_second"] for variant, result in results.items()})
     table = Table(*COLUMNS, title=f"{config.model}: {len(config.held_out)} held-out windows")
     for row in rows:
         table.add_row(*row)
@@ -316,6 +353,7 @@ def write_report(config: FinetuneConfig) -> None:
         "",
         "- **KL to dense**: from the untrained dense model's next-token distribution, in nats a token.",
         "- **sparsity off**: the trained model run dense, to tell recovery from adapting to the texts.",
+        "- **tokens/s**: of training, by the median time of its steps.",
         "",
         "![Perplexity and divergence over the steps](finetune.png)",
     ]

@@ -18,11 +18,20 @@ from .language import tl
 from .request import AttentionRequest, HookRefusedError
 
 if tl is not None:
-    from . import decode_launch, hopper_launch, hopper_skip_launch, portable, sparse_cores
+    from . import (
+        decode_launch,
+        hopper_backward_launch,
+        hopper_launch,
+        hopper_skip_launch,
+        portable,
+        sparse_cores,
+    )
 
 Backend: TypeAlias = Literal["auto", "triton", "torch"]
 Result: TypeAlias = "tuple[Tensor, Tensor | None]"
 Run: TypeAlias = "Callable[[AttentionRequest], Result]"
+Gradients: TypeAlias = "tuple[Tensor, Tensor, Tensor, Tensor | None]"
+Differentiate: TypeAlias = "Callable[[Tensor, Tensor, Tensor, AttentionRequest], Gradients]"
 
 MAX_SIGNATURES = 4096
 """How many signatures of requests are remembered; then they are all forgotten."""
@@ -82,6 +91,7 @@ if tl is not None:
     )
 
 _prepared: dict[tuple[Any, ...], Run] = {}
+_prepared_backward: dict[tuple[Any, ...], Differentiate] = {}
 _reasons_told: set[str] = set()
 
 
@@ -192,13 +202,11 @@ def refusal(request: AttentionRequest) -> str | None:
 
 
 def skips_itself(request: AttentionRequest, backend: Backend) -> bool:
-    """Whether the kernel that runs a request applies its plan's skip rule itself, and so needs no lists.
-
-    Only where ``MODELOPT_LITE_KERNEL`` is ``hopper_skip``: not all tests of this kernel have passed on a GPU yet.
-    """
+    """Whether the kernel that runs a request applies its plan's skip rule itself, and so needs no lists."""
     if tl is None or backend == "torch" or not request.q.is_cuda:
         return False
-    return os.environ.get("MODELOPT_LITE_KERNEL") == "hopper_skip" and hopper_skip_launch.refusal(request) is None
+    pinned = os.environ.get("MODELOPT_LITE_KERNEL", "")
+    return pinned in ("", "hopper_skip") and hopper_skip_launch.refusal(request) is None
 
 
 def differentiates_on_gpu(request: AttentionRequest, backend: Backend) -> bool:
@@ -206,6 +214,44 @@ def differentiates_on_gpu(request: AttentionRequest, backend: Backend) -> bool:
     if tl is None or backend == "torch" or (backend == "auto" and not request.q.is_cuda):
         return False
     return portable.refusal(request) is None
+
+
+def differentiate(grad: Tensor, output: Tensor, lse: Tensor, request: AttentionRequest) -> Gradients:
+    """Compute gradients with the GPU kernel that suits a request, if :func:`differentiates_on_gpu`.
+
+    Arguments and results are those of :func:`modelopt_lite.kernels.portable.backward`.
+    """
+    key = (_key(request, "triton"), *((x.stride(), x.data_ptr() & 15) for x in (grad, output, lse)))
+    known = _prepared_backward.get(key)
+    if known is None:
+        if len(_prepared_backward) >= MAX_SIGNATURES:
+            _prepared_backward.clear()
+        known = _prepared_backward[key] = _prepare_backward(grad, request)
+    try:
+        return known(grad, output, lse, request)
+    except HookRefusedError as error:
+        logger.warning("the backward kernel for Hopper is left out: %s", error)
+        _prepared_backward[key] = _differentiate_portably
+        return _differentiate_portably(grad, output, lse, request)
+
+
+def _prepare_backward(grad: Tensor, request: AttentionRequest) -> Differentiate:
+    """Choose the kernel, and copy what does not lie in memory as it reads it."""
+    pinned, readable = os.environ.get("MODELOPT_LITE_KERNEL", ""), request.readable()
+    wanted = pinned == "hopper" or (pinned != "portable" and hopper_backward_launch.pays(readable))
+    if not wanted or hopper_backward_launch.refusal(readable) is not None:
+        return _differentiate_portably
+    readable_grad = hopper_backward_launch.readable(grad)
+    prepared = hopper_backward_launch.prepare(readable_grad, readable)
+    if readable_grad is grad and readable is request:
+        return prepared
+    return lambda grad, output, lse, request: prepared(
+        hopper_backward_launch.readable(grad), output, lse, request.readable()
+    )
+
+
+def _differentiate_portably(grad: Tensor, output: Tensor, lse: Tensor, request: AttentionRequest) -> Gradients:
+    return portable.backward(grad, output, lse, request.readable())
 
 
 def check_backend(request: AttentionRequest, backend: Backend) -> None:

@@ -289,7 +289,7 @@ def load_rows(source, row, head, barrier, memory, OPTIONS: gl.constexpr):
     """Have a tile of keys or values loaded, deinterleaved.
 
     The source is ``(descriptor, descriptor of the tail, the tail's first row)``, and that row is a multiple of the
-    group; see :func:`modelopt_lite.kernels.hopper_launch._tail`.
+    group; see :func:`modelopt_lite.kernels.hopper_launch.tail_of`.
     """
     descriptor, tail, tail_start = source
     GROUP: gl.constexpr = OPTIONS.group

@@ -121,7 +121,7 @@ def prepare(request: AttentionRequest) -> Callable[[AttentionRequest], tuple[Ten
     rest = (heads, numbers, batch, tiles, wave, *distances(r))
     queries = shared_descriptor(r.q, list(r.q.shape), list(r.q.stride()), [ROWS.value, 1, head_dim])
     keys, values = (key_descriptor(x, options) for x in (r.k, r.v))
-    tail_rows, tail_start = _tail(r.k.shape[0], r.group, settings)
+    tail_rows, tail_start = tail_of(r.k.shape[0], r.group, settings.block_n)
     tail_shape = (2, tail_rows, *r.k.shape[1:])
     tail_descriptor = None if tail_rows == 0 else key_descriptor(r.k.new_empty(tail_shape)[0], options)
     prepare_work = WorkPreparation(r, options, tail_start)
@@ -218,7 +218,7 @@ def key_descriptor(x: Tensor, options: Options) -> TensorDescriptor:
     So one box holds groups deinterleaved by pairs. A sequence may begin anywhere, so there are about twice as many
     pairs in a group, and keys in a pair: rows overlap, each has several addresses. As each dimension is bounded by
     itself, boxes reach up to ``2 * group - 2`` rows further. So many rows are left out, that none reaches past the
-    last; a tensor of so few rows that this leaves none is not loaded from; see :func:`_tail`.
+    last; a tensor of so few rows that this leaves none is not loaded from; see :func:`tail_of`.
     """
     group, pair = options.group, options.pair
     pairs = group // pair
@@ -228,7 +228,7 @@ def key_descriptor(x: Tensor, options: Options) -> TensorDescriptor:
     return shared_descriptor(x, shape, strides, [pairs, options.block_n // group, pair, 1, x.shape[2]])
 
 
-def _tail(rows: int, group: int, settings: Settings) -> tuple[int, int]:
+def tail_of(rows: int, group: int, block_n: int) -> tuple[int, int]:
     """Return how many rows the copies of the last keys and values have, and the first row that is copied.
 
     Boxes reach further than their tile; see :func:`key_descriptor`. Tiles that begin before that row are whole in what
@@ -238,5 +238,5 @@ def _tail(rows: int, group: int, settings: Settings) -> tuple[int, int]:
     """
     if group == 1:
         return 0, rows
-    start = max(0, rows // group * group - settings.block_n)
+    start = max(0, rows // group * group - block_n)
     return rows - start + 2 * group - 2, start

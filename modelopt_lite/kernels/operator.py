@@ -20,14 +20,10 @@ from . import choice
 from .arguments import check_request
 from .blocked import backward_blocked
 from .blocks import KeyBlocks
-from .choice import Backend
+from .choice import Backend, Gradients
 from .grid_tables import grid_shape
-from .language import tl
 from .request import SCHEMA, AttentionRequest
 from .selection import select_blocks
-
-if tl is not None:
-    from . import portable
 
 _NAMES = (*SCHEMA, "backend")
 _ARGUMENTS = ", ".join(f"{kind} {name}" for name, kind in {**SCHEMA, "backend": "str"}.items())
@@ -68,15 +64,20 @@ def compute(request: AttentionRequest, backend: Backend = "auto") -> tuple[Tenso
             request = _with_blocks(request)
     if not is_recorded:
         return choice.run(request, backend)
-    check_request(request)
-    choice.check_backend(request, backend)
     if _needs_gradient(request):
         request = request._replace(with_lse=True)
+    if not is_traced(request.q):
+        if request.page_table is not None:  # refused by its like that wants no gradient, too
+            check_request(request)
+        recorded: tuple[Tensor, Tensor] = _Recorded.apply(*request[:4], request, backend)  # type: ignore[no-untyped-call]
+        return recorded
+    check_request(request)
+    choice.check_backend(request, backend)
     inputs = (*request.flatten(), backend)
     if torch.compiler.is_compiling():
         output, lse = torch.ops.modelopt_lite.attention(*inputs)
     else:
-        output, lse = _Attention.apply(*inputs)  # type: ignore[no-untyped-call]
+        output, lse = _Transformed.apply(*inputs)  # type: ignore[no-untyped-call]
     return output, lse.detach()
 
 
@@ -209,13 +210,16 @@ def _no_lse(q: Tensor) -> Tensor:
 @torch.library.impl("modelopt_lite::attention_backward", "default")
 def _backward(grad: Tensor, output: Tensor, lse: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     request, backend = AttentionRequest.unflatten(inputs[:-1]).present(), inputs[-1]
-    if choice.differentiates_on_gpu(request, backend):
-        grad_q, grad_k, grad_v, grad_s_aux = portable.backward(grad, output, lse, request.readable())
-    else:
-        with torch.autocast(request.q.device.type, enabled=False):
-            grad_q, grad_k, grad_v, grad_s_aux = backward_blocked(grad, output, lse, request)
+    *grads, grad_s_aux = _differentiate(grad, output, lse, request, backend)
     # An operator returns tensors, so no gradient is an empty one.
-    return grad_q, grad_k, grad_v, request.q.new_empty(0) if grad_s_aux is None else grad_s_aux
+    return (*grads, request.q.new_empty(0) if grad_s_aux is None else grad_s_aux)  # type: ignore[return-value]
+
+
+def _differentiate(grad: Tensor, output: Tensor, lse: Tensor, request: AttentionRequest, backend: Backend) -> Gradients:
+    if choice.differentiates_on_gpu(request, backend):
+        return choice.differentiate(grad, output, lse, request)
+    with torch.autocast(request.q.device.type, enabled=False):
+        return backward_blocked(grad, output, lse, request)
 
 
 @torch.library.register_fake("modelopt_lite::attention_backward")  # type: ignore[untyped-decorator]
@@ -225,7 +229,7 @@ def _(grad: Tensor, output: Tensor, lse: Tensor, *inputs: Any) -> tuple[Tensor, 
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), grad_s_aux
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:
     fields = dict(zip(_NAMES, inputs, strict=True))
     ctx.save_for_backward(*output, *(fields.pop(name) for name in _TENSORS))
     ctx.fields = fields
@@ -254,7 +258,31 @@ def _one_by_one(operator: Any, size: int, in_dims: Sequence[int | None], inputs:
     return outputs, (0,) * len(outputs)
 
 
-class _Attention(torch.autograd.Function):
+class _Recorded(torch.autograd.Function):
+    """A request whose gradients are wanted, where nothing traces: operators cost more of the host's time."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, s_aux: Tensor | None, *rest: Any) -> Any:
+        request, backend = rest
+        output, lse = choice.run(request, backend)
+        _save_for_backward(ctx, (*request.flatten(), backend), (output, lse))
+        ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)
+        return output, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: None) -> Any:
+        if torch.is_grad_enabled() or is_traced(grad):
+            grads = _backward_of_forward(ctx, grad, None)[:4]
+        else:
+            output, lse, *tensors = ctx.saved_tensors
+            fields = {**ctx.fields, **dict(zip(_TENSORS, tensors, strict=True))}
+            *inputs, backend = (fields[name] for name in _NAMES)
+            grads = _differentiate(grad, output, lse, AttentionRequest.unflatten(inputs), backend)
+        return (*grads, None, None)
+
+
+class _Transformed(torch.autograd.Function):
     """The operator where nothing is compiled, so that functions that :mod:`torch.func` transforms can call it."""
 
     @staticmethod
@@ -266,7 +294,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
-        return _one_by_one(_Attention.apply, info.batch_size, in_dims, inputs)
+        return _one_by_one(_Transformed.apply, info.batch_size, in_dims, inputs)
 
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> None:

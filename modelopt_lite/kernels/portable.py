@@ -280,11 +280,16 @@ def backward(
             num_stages=for_queries.num_stages,
             enable_fp_fusion=True,
         )
-    grad_s_aux = None
-    if r.s_aux is not None:
-        weights = torch.exp2(r.s_aux.float()[:, None] * LOG2E.value - shift)
-        grad_s_aux = -(weights * delta).sum(1).to(r.s_aux.dtype)
-    return grad_q, grad_k, grad_v, grad_s_aux
+    return grad_q, grad_k, grad_v, gradient_of_sink_logits(r, shift, delta)
+
+
+def gradient_of_sink_logits(request: AttentionRequest, shift: Tensor, delta: Tensor) -> Tensor | None:
+    """Return the gradient of ``s_aux``, None if there is none, from what :func:`.backward.gradient_rows` writes."""
+    s_aux = request.s_aux
+    if s_aux is None:
+        return None
+    weights = torch.exp2(s_aux.float()[:, None] * LOG2E.value - shift)
+    return -(weights * delta).sum(1).to(s_aux.dtype)
 
 
 def fitted(settings: Settings, blocks: KeyBlocks | None) -> Settings:

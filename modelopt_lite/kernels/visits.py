@@ -3,6 +3,9 @@
 A small kernel writes for each *item*, 128 queries of one head, the tiles of 128 keys that it visits: first those with
 keys that are masked or exempt, then those that are listed and need no mask. The main kernel then has nothing to decide.
 It also sorts the items of a wave of heads by the length of their lists, so that long ones begin first.
+
+The backward goes the other way: two more kernels write for each tile of keys which tiles of 64 queries visit it, and
+how many tiles of keys these visit before.
 """
 
 from __future__ import annotations
@@ -18,6 +21,12 @@ masked ones, the last ones, the second half of the queries needs no mask for."""
 UNLISTED = tl.constexpr(1)
 """Added to the first key of a tile: it is visited for its sinks and recent keys alone."""
 CHUNK = tl.constexpr(256)
+HALF = tl.constexpr(64)
+"""Queries that the backward visits at a time."""
+PLAIN = tl.constexpr(1)
+MASKED = tl.constexpr(2)
+TILES_FROM = tl.constexpr(1 << 15)
+"""What the numbers of tiles are multiplied by in an entry: there are fewer than half as many tiles of keys."""
 RANKED = tl.constexpr(32)
 """Items of a program that sorts; it compares them with four times as many at a time."""
 
@@ -238,3 +247,107 @@ def schedule(
             visits_ptr, counts_ptr, indices_ptr, starts_ptr, lengths, sizes, distances, program - sorting, SPARSE,
             OPTIONS,
         )  # fmt: skip
+
+
+@triton.jit(
+    do_not_specialize=[
+        "list_rows", "columns", "rows_each", "batch", "width", "num_sinks", "window", "sliding_window"
+    ]
+)  # fmt: skip
+def mark_tiles(
+    marks_ptr, counts_ptr, indices_ptr, starts_ptr, lengths, list_rows, columns, rows_each, batch, width, num_sinks,
+    window, sliding_window, SPARSE: tl.constexpr, OPTIONS: tl.constexpr,
+):  # fmt: skip
+    """Mark which tiles of keys a tile of ``HALF`` queries of one list visits, a tile of queries a program.
+
+    Marks are ``[lists, tiles of keys, tiles of queries]``: 0 where none is visited, else one of ``PLAIN``, ``MASKED``
+    and ``MASKED + UNLISTED``, plus 4 for each tile of keys before it that these queries visit.
+    """
+    rows = list_rows * rows_each
+    head, row = tl.program_id(0) // rows, tl.program_id(0) % rows
+    list_row = head * list_rows + row // rows_each
+    sequence = sequence_of(starts_ptr, row // rows_each, batch)
+    query_length = tl.load(lengths[0] + sequence).to(tl.int32)
+    length = tl.load(lengths[1] + sequence).to(tl.int32)
+    first_query = length - query_length
+    query_block = floor_div(first_query, HALF * rows_each) + row // rows_each - tl.load(starts_ptr + sequence)
+    begin = (query_block * rows_each + row % rows_each) * HALF
+    first_position = tl.maximum(begin, first_query)
+    last_position = tl.minimum(begin + HALF, length) - 1
+    is_dense = query_length == 1
+    if OPTIONS.sparse_decode:
+        is_dense = query_length < 0
+    window = tl.where(is_dense, length, window)
+    rules = (length, num_sinks, window, sliding_window)
+    reach_begin, reach_end = reach_of(first_position, last_position, rules, OPTIONS)
+    is_whole = (begin >= first_query) & (begin + HALF <= length)
+    count = tl.load(counts_ptr + list_row)
+    list_ptr = indices_ptr + list_row.to(tl.int64) * columns
+    before = count * 0
+    for first in range(0, width, TILE):
+        tiles = first + tl.arange(0, TILE)
+        found = tl.zeros([TILE], tl.int32)
+        for place in range(0, count, 32):
+            places = place + tl.arange(0, 32)
+            blocks = tl.load(list_ptr + places, mask=places < count, other=-1)
+            found = tl.maximum(found, tl.max((blocks[None, :] == tiles[:, None]).to(tl.int32), 1))
+        low = tiles * TILE
+        listed = is_dense | (found != 0)
+        exempt = (low < num_sinks) | (
+            (window > 0) & (low <= last_position) & (low + TILE - 1 > first_position - window)
+        )
+        seen = (low <= reach_end) & (low + TILE > reach_begin) & (first_position <= last_position)
+        visited = seen & (listed | exempt)
+        plain = needs_no_mask(tiles, first_position, last_position, rules, SPARSE, OPTIONS) & listed & is_whole
+        kinds = tl.where(plain, PLAIN, MASKED + tl.where(listed, 0, UNLISTED))
+        ranks = before + tl.cumsum(visited.to(tl.int32), 0) - 1
+        places = (head * width + tiles).to(tl.int64) * rows + row
+        tl.store(marks_ptr + places, tl.where(visited, kinds + 4 * ranks, 0), mask=tiles < width)
+        before += tl.sum(visited.to(tl.int32), 0)
+
+
+@triton.jit(do_not_specialize=["list_rows", "rows_each", "batch", "width"])
+def gather_tiles(
+    entries_ptr, numbers_ptr, marks_ptr, starts_ptr, lengths, list_rows, rows_each, batch, width,
+):  # fmt: skip
+    """Gather which tiles of queries visit a tile of keys, of one sequence and one list a program.
+
+    Entries, ``[lists, tiles of keys, tiles of queries]``, begin where the sequence's tiles do: first those with a mask,
+    then the others, both ascending. An entry is ``tile * TILES_FROM + rank * 2 + unlisted``. Numbers, ``[lists, tiles
+    of keys, batch, 2]``, are those of entries with a mask, and of all.
+    """
+    rows = list_rows * rows_each
+    column, sequence = tl.program_id(0) // batch, tl.program_id(0) % batch
+    query_length = tl.load(lengths[0] + sequence).to(tl.int32)
+    length = tl.load(lengths[1] + sequence).to(tl.int32)
+    size = HALF * rows_each
+    first_query = length - query_length
+    before = first_query - floor_div(first_query, size) * size
+    tiles = tl.where(query_length > 0, (before + query_length + HALF - 1) // HALF, 0)
+    begin = tl.load(starts_ptr + sequence) * rows_each
+    tiles = tl.minimum(tiles, rows - begin)
+    marks_ptr += column.to(tl.int64) * rows + begin
+    entries_ptr += column.to(tl.int64) * rows + begin
+    masked = tiles * 0
+    for first in range(0, tiles, CHUNK):
+        places = first + tl.arange(0, CHUNK)
+        marks = tl.load(marks_ptr + places, mask=places < tiles, other=0)
+        masked += tl.sum((marks % 4 >= MASKED).to(tl.int32), 0)
+    after_masked = tiles * 0
+    after_plain = masked
+    for first in range(0, tiles, CHUNK):
+        places = first + tl.arange(0, CHUNK)
+        marks = tl.load(marks_ptr + places, mask=places < tiles, other=0)
+        has_mask = (marks % 4 >= MASKED).to(tl.int32)
+        is_plain = (marks % 4 == PLAIN).to(tl.int32)
+        # Counted from the tile that has the first query.
+        numbers = (places - before // HALF) * TILES_FROM + marks // 4 * 2
+        unlisted = (marks % 4 == MASKED + UNLISTED).to(tl.int32)
+        to = after_masked + tl.cumsum(has_mask, 0) - 1
+        tl.store(entries_ptr + to, numbers + unlisted, mask=has_mask != 0)
+        to = after_plain + tl.cumsum(is_plain, 0) - 1
+        tl.store(entries_ptr + to, numbers, mask=is_plain != 0)
+        after_masked += tl.sum(has_mask, 0)
+        after_plain += tl.sum(is_plain, 0)
+    tl.store(numbers_ptr + 2 * tl.program_id(0), masked)
+    tl.store(numbers_ptr + 2 * tl.program_id(0) + 1, after_plain)

@@ -415,6 +415,7 @@ def test_finetune(finetune, settings, change, metric, tmp_path, monkeypatch):
     curve, resumed_curve = (result["results"]["1:4"]["measurements"] for result in results)
     assert [row["step"] for row in curve] == [0, 5, 10, 15, 20]
     assert resumed_curve == curve
+    assert all(result["results"]["1:4"]["tokens_per_second"] > 0 for result in results)
     finetune.run(config)
     assert len(calls) == 8 + 15
 
@@ -427,7 +428,7 @@ def test_finetune(finetune, settings, change, metric, tmp_path, monkeypatch):
     after = mtsa.from_pretrained(tmp_path / "whole" / "1-4" / "model")
     off = mtsa.unsparsify(copy.deepcopy(after))
     expected = {"dense": dense, "1:4, before": before, "1:4, after": after, "1:4, after, sparsity off": off}
-    rows = {name: (perplexity, kl) for name, perplexity, _, kl in finetune.table_rows({"1:4": curve})}
+    rows = {name: (perplexity, kl) for name, perplexity, _, kl, _ in finetune.table_rows({"1:4": curve}, {"1:4": 1.0})}
     assert rows.keys() == expected.keys()
     report = (tmp_path / "whole" / "report.md").read_text()
     for name, model in expected.items():

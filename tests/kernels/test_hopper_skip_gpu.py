@@ -34,8 +34,7 @@ PLANS = {
 
 
 @pytest.fixture(autouse=True)
-def hopper(monkeypatch):
-    monkeypatch.setenv("MODELOPT_LITE_KERNEL", "hopper_skip")
+def hopper():
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs a GPU of compute capability 9.0")
 

@@ -9,12 +9,12 @@ from block_cases import shape_of_lists
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modelopt_lite.kernels import AttentionRequest, KeyBlocks, visits_launch
+from modelopt_lite.kernels import AttentionRequest, KeyBlocks, hopper_backward_launch, visits_launch
 from modelopt_lite.kernels.hopper_launch import hopper_settings
 from modelopt_lite.kernels.reference import kept_scores, listed_blocks
 from modelopt_lite.kernels.settings import options_of
 from modelopt_lite.kernels.top_n import top_n_plan
-from modelopt_lite.kernels.visits import HEADER, TILE, UNLISTED
+from modelopt_lite.kernels.visits import HALF, HEADER, TILE, TILES_FROM, UNLISTED
 from modelopt_lite.kernels.visits_launch import Schedule
 from modelopt_lite.methods import SinkWindow
 from modelopt_lite.plan import DENSE, AttentionPlan
@@ -177,3 +177,56 @@ def test_items_are_sorted(request, per_wave):
         expected = torch.arange(first * schedule.rows, min(first + wave, heads) * schedule.rows)
         assert torch.equal(items.sort().values, expected)
         assert (counts.flatten()[items].diff() <= 0).all()
+
+
+def entries_of(request):
+    """Return what the backward visits."""
+    options = options_of(request, hopper_backward_launch.SETTINGS)
+    tiles = max(1, -(-request.max_k // TILE.value))
+    prepared = hopper_backward_launch.Entries(request, tiles, options)
+    entries, numbers, starts, rows, rows_each, heads_per_list = prepared(request)
+    return entries[:-1].view(*numbers.shape[:2], rows), numbers, starts * rows_each, heads_per_list
+
+
+@given(listed_requests())
+@settings(max_examples=40, deadline=None)
+def test_visits_of_the_backward(request):
+    """Each tile of keys is visited by the queries that keep any of its keys, masked where needed, in turns."""
+    if request.plan.keeps_nothing:
+        return
+    entries, numbers, starts, heads_per_list = entries_of(request)
+    for number, sequence in enumerate(request.sequences()):
+        q, k = request.q[sequence.queries].double(), request.k[sequence.keys].double()
+        if q.shape[0] == 0 or k.shape[0] == 0:
+            assert not numbers[:, :, number].any()
+            continue
+        listed = listed_blocks(request, number)
+        kept = kept_scores(q, k, without_rule(request), sequence.first_q, sequence.first_k, listed) > -torch.inf
+        whole = kept_scores(q, k, without_rule(request)._replace(blocks=None), sequence.first_q)[0] > -torch.inf
+        behind = sequence.first_q + torch.arange(q.shape[0])[:, None] - torch.arange(k.shape[0])
+        window = k.shape[0] if request.is_decode(q.shape[0]) else request.plan.dense_window_size
+        exempt = (torch.arange(k.shape[0]) < request.plan.num_sink_tokens) | ((behind >= 0) & (behind < window))
+        before = sequence.first_q % HALF.value
+        for head in range(entries.shape[0]):
+            ranks = {}
+            for tile in range(-(-k.shape[0] // TILE.value)):
+                keys = slice(tile * TILE.value, (tile + 1) * TILE.value)
+                masked, count = numbers[head, tile, number].tolist()
+                assert 0 <= masked <= count
+                found = torch.zeros_like(whole[:, keys])
+                for place, entry in enumerate(entries[head, tile, starts[number] :][:count].tolist()):
+                    row = entry // TILES_FROM.value * HALF.value - before
+                    rows = slice(max(0, row), row + HALF.value)
+                    unlisted = entry % 2
+                    assert not found[rows].any()
+                    found[rows] = (whole & exempt)[rows, keys] if unlisted else whole[rows, keys]
+                    ranks.setdefault(row, []).append(entry % TILES_FROM.value // 2)
+                    if place >= masked:
+                        assert not unlisted
+                        assert row >= 0
+                        assert row + HALF.value <= q.shape[0]
+                        assert keys.stop <= k.shape[0]
+                        assert whole[rows, keys].all()
+                        assert request.plan.keep is None or not (whole & exempt)[rows, keys].any()
+                assert torch.equal(found, kept[head * heads_per_list][:, keys])
+            assert all(found == list(range(len(found))) for found in ranks.values())

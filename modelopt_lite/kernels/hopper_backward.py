@@ -1,0 +1,769 @@
+"""The attention backward for Hopper GPUs (compute capability 9.0), in Gluon: all gradients in one pass.
+
+As many programs as multiprocessors compute items one after the other. An item is two tiles of 128 keys of one head,
+whose gradients stay in registers while queries and gradients of the output of all query heads that share them stream
+through shared memory, 64 rows a step. In a program, one warp loads, two warpgroups compute, for 64 keys each, and one
+warp adds up gradients of queries. A step is five matrix products where two passes need seven, because scores are
+computed and keys selected once: in the orientation of the forward, so that all scores of a group are in one thread and
+hooks see the same numbers. Weights and gradients of scores then pass through shared memory, where matrix instructions
+read them transposed.
+
+Many programs give a part of the gradient of a query. The parts are added in global memory in FP32, by the tensor memory
+accelerator, in an order that follows from numbers alone, so that every run gives the same bits: of a tile of queries, a
+counter says whose turn it is. :func:`rank_of` says why hardly anybody waits. Programs wait for each other, so all have
+to run at the same time.
+
+What is asked of shapes, masks and the selection is as in :mod:`modelopt_lite.kernels.backward`. FlashAttention-3
+(https://arxiv.org/abs/2407.08608) has the same roles of warps, other orientations, and an order that waits longer.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton._C.libtriton import ir
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .backward import query_spans
+from .hopper import PIECE, load_rows, spread, synchronize
+from .lists import floor_mod
+from .tiles import LOG2E, join_groups, key_of_row, scale_scores, select_scores, split_groups, weigh
+from .visits import TILES_FROM, sequence_of
+
+ROWS = tl.constexpr(64)
+"""Queries of a step, and keys of a warpgroup."""
+WARPGROUPS = tl.constexpr(2)
+KEYS = tl.constexpr(128)
+"""Keys of a tile: ``ROWS`` of each warpgroup."""
+STAGES = tl.constexpr(2)
+"""Steps whose queries are in shared memory."""
+ADDERS = tl.constexpr(2)
+"""Warps that add gradients of queries."""
+BUFFERS = tl.constexpr(3)
+"""Steps whose gradients of scores are there: one more than a warpgroup may be ahead of the other one, and its own."""
+LINE = tl.constexpr(32)
+"""Numbers of a line of sums: 128 bytes."""
+CLEARED = tl.constexpr(8192)
+"""Numbers that a program clears."""
+EARLY = tl.constexpr(4)
+"""Selection from groups of more keys needs the registers of a product that could run beside it."""
+
+# Sums are written by the tensor memory accelerator alone, so that no fence has to come between it and other accesses.
+AWAIT_TURN = tl.constexpr("""{
+.reg .pred others;
+again:
+ld.acquire.gpu.global.u32 $0, [$1];
+setp.ne.u32 others, $0, $2;
+@others bra again;
+}""")
+AWAIT_SUMS = tl.constexpr("cp.async.bulk.wait_group 0; bar.warp.sync 0xffffffff; mov.b32 $0, 0;")
+
+
+@triton.jit(do_not_specialize=["batch", "total", "tiles"])
+def prepare_gradients(
+    grad_ptr, out_ptr, lse_ptr, shift_ptr, delta_ptr, grad_query_ptr, turns_ptr, begins_ptr, grad_key_ptr,
+    grad_value_ptr, strides, starts_ptr, lengths, heads, batch, total, tiles, size, DIM: tl.constexpr,
+):  # fmt: skip
+    """Prepare the rows of ``tiles`` tiles of queries of each head, and clear what nothing is written to.
+
+    First come the programs of tiles. Shifts and deltas are those of
+    :func:`~modelopt_lite.kernels.backward.gradient_rows`, but ``[heads, tiles, ROWS]``, so that the tensor memory
+    accelerator can load them, which wants addresses that are multiples of 16 bytes; turns are 0. Then each sequence's
+    program finds the number of its first tile. Then come those that clear gradients of queries without a key, which may
+    belong to no sequence. The others clear ``CLEARED`` of the ``size`` numbers of gradients of keys and values each.
+    """
+    program = tl.program_id(0)
+    row_programs = tl.cdiv(total, ROWS) * heads
+    columns = tl.arange(0, DIM)[None, :]
+    if program < tiles * heads:
+        head, tile = (program % heads).to(tl.int64), program // heads
+        sequence, begin = sequence_of_tile(lengths, tile, batch)
+        exists = sequence < batch
+        tokens, exist = tokens_of(tile - begin, starts_ptr, lengths, sequence, exists)
+        lse = tl.load(lse_ptr + tokens * heads + head, mask=exist, other=float("-inf"))
+        alive = lse != float("-inf")
+        grad_pointers = grad_ptr + head * strides[0][1] + (tokens[:, None] * strides[0][0] + columns)
+        out_pointers = out_ptr + head * strides[1][1] + (tokens[:, None] * strides[1][0] + columns)
+        grad = tl.load(grad_pointers, mask=alive[:, None], other=0.0).to(tl.float32)
+        out = tl.load(out_pointers, mask=alive[:, None], other=0.0).to(tl.float32)
+        places = (head * tiles + tile) * ROWS + tl.arange(0, ROWS)
+        tl.store(shift_ptr + places, tl.where(alive, lse * LOG2E, float("inf")))
+        tl.store(delta_ptr + places, tl.sum(grad * out, 1))
+        tl.store(turns_ptr + head * tiles + tile, 0)
+    elif program < tiles * heads + batch:
+        sequence = program - tiles * heads
+        begin = sequence * 0
+        for first in range(0, sequence, 32):
+            numbers = first + tl.arange(0, 32)
+            begin += tl.sum(tiles_of(lengths, numbers, numbers < sequence), 0)
+        tl.store(begins_ptr + sequence, begin)
+    elif program < tiles * heads + batch + row_programs:
+        program -= tiles * heads + batch
+        head = (program % heads).to(tl.int64)
+        tokens = program.to(tl.int64) // heads * ROWS + tl.arange(0, ROWS)
+        dead = tl.load(lse_ptr + tokens * heads + head, mask=tokens < total, other=0.0) == float("-inf")
+        pointers = grad_query_ptr + head * strides[2][1] + (tokens[:, None] * strides[2][0] + columns)
+        tl.store(pointers, tl.zeros([ROWS, DIM], grad_query_ptr.dtype.element_ty), mask=dead[:, None])
+    else:
+        program -= tiles * heads + batch + row_programs
+        numbers = program.to(tl.int64) * CLEARED + tl.arange(0, CLEARED)
+        zeros = tl.zeros([CLEARED], grad_key_ptr.dtype.element_ty)
+        tl.store(grad_key_ptr + numbers, zeros, mask=numbers < size)
+        tl.store(grad_value_ptr + numbers, zeros, mask=numbers < size)
+
+
+@triton.jit
+def skipped_rows(lengths, sequences, exist):
+    """Return how many queries some sequences have, and how many rows before the first one their first tiles begin."""
+    length = tl.load(lengths[0] + sequences, mask=exist, other=0).to(tl.int32)
+    before = length * 0
+    if lengths[1] is not None:
+        before = floor_mod(tl.load(lengths[1] + sequences, mask=exist, other=0).to(tl.int32) - length, ROWS)
+    return length, before
+
+
+@triton.jit
+def tiles_of(lengths, sequences, exist):
+    """Return how many tiles of queries some sequences have."""
+    length, before = skipped_rows(lengths, sequences, exist)
+    return tl.where(length > 0, (before + length + ROWS - 1) // ROWS, 0)
+
+
+@triton.jit
+def sequence_of_tile(lengths, tile, batch):
+    """Return which sequence a tile of queries belongs to, ``batch`` if to none, and the number of its first tile."""
+    sequence, begin, before = tile * 0, tile * 0, tile * 0
+    for first in range(0, batch, 32):
+        numbers = first + tl.arange(0, 32)
+        found = tiles_of(lengths, numbers, numbers < batch)
+        ends = before + tl.cumsum(found, 0)
+        passed = (numbers < batch) & (ends <= tile)
+        sequence += tl.sum(passed.to(tl.int32), 0)
+        begin = tl.maximum(begin, tl.max(tl.where(passed, ends, 0), 0))
+        before += tl.sum(found, 0)
+    return sequence, begin
+
+
+@triton.jit
+def tokens_of(tile, starts_ptr, lengths, sequence, exists):
+    """Return the tokens of a sequence's tile, and which of them exist."""
+    length, before = skipped_rows(lengths, sequence, exists)
+    rows = tile * ROWS - before + tl.arange(0, ROWS)
+    tokens = tl.load(starts_ptr + sequence, mask=exists, other=0).to(tl.int64) + rows
+    return tokens, (rows >= 0) & (rows < length)
+
+
+@triton.jit(do_not_specialize=["batch", "tiles"])
+def round_gradients(
+    sums_ptr, shift_ptr, grad_ptr, begins_ptr, starts_ptr, lengths, scale, batch, tiles, heads, strides,
+    DIM: tl.constexpr,
+):  # fmt: skip
+    """Scale and round gradients of queries, except those of queries without a key. A program takes a tile of a head."""
+    head, tile = (tl.program_id(0) % heads).to(tl.int64), tl.program_id(0) // heads
+    sequence = sequence_of(begins_ptr, tile, batch)
+    tokens, _ = tokens_of(tile - tl.load(begins_ptr + sequence), starts_ptr, lengths, sequence, True)
+    places = (head * tiles + tile) * ROWS + tl.arange(0, ROWS)
+    has_keys = tl.load(shift_ptr + places) != float("inf")
+    columns = tl.arange(0, DIM)[None, :]
+    offsets = order_of(tl.arange(0, ROWS)[:, None], columns, DIM)
+    sums = tl.load(sums_ptr + (head * tiles + tile) * (ROWS * DIM) + offsets, mask=has_keys[:, None], other=0.0)
+    pointers = grad_ptr + head * strides[1] + (tokens[:, None] * strides[0] + columns)
+    tl.store(pointers, (sums * scale).to(grad_ptr.dtype.element_ty), mask=has_keys[:, None])
+
+
+@triton.jit
+def order_of(row, column, DIM: tl.constexpr):
+    """Return where a number of a tile of sums lies: threads store what they have, 16 bytes at a time.
+
+    Of each half of the columns, and of each 16 rows, blocks of eight columns follow each other. In a block, there are
+    two columns of a row, the same two of the row eight further on, and then the next two.
+    """
+    HALF: tl.constexpr = DIM // 2
+    block = (column // HALF * (ROWS // 16) + row // 16) * (HALF // 8) + column % HALF // 8
+    return block * 128 + row % 8 * 16 + column % 8 // 2 * 4 + row % 16 // 8 * 2 + column % 2
+
+
+@builtin
+def add_to_global(descriptor, coordinates, memory, _semantic=None):
+    """Have a tile in shared memory added to one in global memory, like ``tma.async_copy_shared_to_global``."""
+    coordinates = _semantic._convert_to_ir_values(coordinates, require_i64=False)
+    _semantic.builder.create_async_tma_reduce(
+        ir.DESCRIPTOR_REDUCE_KIND.ADD, descriptor.handle, coordinates, memory.handle
+    )
+
+
+@gluon.jit
+def count_items(problem):
+    """Return how many items there are."""
+    _, heads_of, batch, tiles_per_head, _, lists = problem
+    items_per_head = tiles_per_head
+    if lists is None:
+        items_per_head = (tiles_per_head + 1) // 2
+    return batch * heads_of[0] * items_per_head
+
+
+@gluon.jit
+def find_tile(item, phase, problem):
+    """Return what one of an item's two tiles of keys is.
+
+    An item is the n-th tile from the end of a head, and then the n-th: under causal attention, they have together as
+    much to do as any other two. With lists it is a single tile, the first ones of all heads first.
+
+    Returns:
+        ``(kv_head, sequence, tile, exists, lengths)``: the tile's number in its head; whether there is any, with keys;
+        and how many queries and keys the sequence has.
+    """
+    sequences, heads_of, batch, tiles_per_head, _, lists = problem
+    if lists is None:
+        pairs = (tiles_per_head + 1) // 2
+        head, pair = item // pairs, item % pairs
+        opposite = tiles_per_head - 1 - pair
+        tile = gl.where(phase == 0, opposite, pair)
+        exists = (phase == 0) | (pair != opposite)
+    else:
+        head, tile = item % (batch * heads_of[0]), item // (batch * heads_of[0])
+        exists = phase == 0
+    sequence = head // heads_of[0]
+    lengths = (gl.load(sequences[1] + sequence).to(gl.int32), gl.load(sequences[3] + sequence).to(gl.int32))
+    return head % heads_of[0], sequence, tile, exists & (tile * KEYS < lengths[1]), lengths
+
+
+@gluon.jit
+def entries_of(head, sequence, tile, problem):
+    """Return where the entries of a tile of keys begin, how many have a mask, and how many there are.
+
+    See :func:`modelopt_lite.kernels.visits.gather_tiles`.
+    """
+    _, _, batch, tiles_per_head, _, lists = problem
+    entries_ptr, numbers_ptr, starts_ptr, rows, rows_each, heads_per_list = lists
+    column = (head // heads_per_list * tiles_per_head + tile).to(gl.int64)
+    numbers_ptr += 2 * (column * batch + sequence)
+    entries_ptr += column * rows + gl.load(starts_ptr + sequence) * rows_each
+    return entries_ptr, gl.load(numbers_ptr), gl.load(numbers_ptr + 1)
+
+
+@gluon.jit
+def rows_before(lengths, problem):
+    """Return how many rows before the first query the first tile of queries begins: with lists, as blocks do."""
+    before = lengths[0] * 0
+    if problem[5] is not None:
+        before = floor_mod(lengths[1] - lengths[0], ROWS)
+    return before
+
+
+@triton.jit
+def tiles_that_see(tile, lengths, sliding_window, OPTIONS: tl.constexpr):
+    """Return which tiles of queries see some of a tile of keys: the first one, and the one behind the last one."""
+    query_length, length = lengths
+    own = tile * KEYS - (length - query_length)  # the row of the query at the position of the first key
+    begin = own * 0
+    rows_end = query_length
+    if OPTIONS.causal:
+        begin = tl.maximum(own, 0) // ROWS
+    if OPTIONS.sliding:
+        rows_end = tl.minimum(query_length, tl.maximum(own + KEYS - 1 + sliding_window, 0))
+    return begin, tl.maximum((rows_end + ROWS - 1) // ROWS, begin)
+
+
+@triton.jit
+def count_within(begin, end, first, last):
+    """Return how many numbers two ranges have in common."""
+    return tl.maximum(tl.minimum(end, last) - tl.maximum(begin, first), 0)
+
+
+@triton.jit
+def rank_of(tile, item, phase, query_tile, lengths, sliding_window, tiles_per_head, programs, OPTIONS: tl.constexpr):
+    """Return how many tiles of keys come before one in adding to the gradient of a tile of queries.
+
+    First come the tiles of items of earlier rounds, as each program takes one item a round; then the first tiles of
+    this round's items, the last keys first; then their second tiles, the first keys first. A program meets tiles of
+    queries in ascending order. So in a first phase, which all begin at the same time, keys further to the right meet a
+    tile of queries earlier; and they are done earlier, so that in a second phase those further to the left come first.
+    """
+    query_length, length = lengths
+    offset = length - query_length
+    # tiles of keys of which some are seen
+    first = query_tile * 0
+    last = (length + KEYS - 1) // KEYS
+    if OPTIONS.causal:
+        last = tl.minimum(last, ((query_tile + 1) * ROWS + offset + KEYS - 1) // KEYS)
+    if OPTIONS.sliding:
+        beyond = query_tile * ROWS + offset - (KEYS - 1) - sliding_window
+        first = tl.where(beyond < 0, 0, beyond // KEYS + 1)
+    # the head's pairs of tiles in this round
+    pairs = (tiles_per_head + 1) // 2
+    round_begin = item // programs * programs - item + item % pairs
+    pairs_begin = tl.maximum(round_begin, 0)
+    pairs_end = tl.minimum(round_begin + programs, pairs)
+    rank = count_within(first, last, 0, pairs_begin)
+    rank += count_within(first, last, tiles_per_head - pairs_begin, tiles_per_head)
+    firsts_begin = tl.where(phase == 0, tile + 1, tiles_per_head - pairs_end)
+    rank += count_within(first, last, firsts_begin, tiles_per_head - pairs_begin)
+    return rank + tl.where(phase == 0, 0, count_within(first, last, pairs_begin, tile))
+
+
+@triton.jit
+def runs_of(number, begin, spans, end):
+    """Return one of three runs of tiles of queries, each of masked tiles and then of hot ones.
+
+    Returns:
+        Where the masked tiles begin, where they end and the hot ones begin, and where these end.
+    """
+    hot_begin, band_begin, band_end, full_end = spans
+    masked_begin = tl.where(number == 0, begin, tl.where(number == 1, band_begin, full_end))
+    masked_end = tl.where(number == 0, hot_begin, tl.where(number == 1, band_end, end))
+    hot_end = tl.where(number == 0, band_begin, tl.where(number == 1, full_end, end))
+    return masked_begin, masked_end, hot_end
+
+
+@gluon.jit
+def load_items(work, OPTIONS: gl.constexpr):
+    """Load the keys and values of each tile, then queries and gradients of the output: the part of one warp."""
+    descriptors, buffers, barriers, begins_ptr, tiles_of_queries, problem = work
+    query_descriptor, grad_descriptor, shift_descriptor, delta_descriptor, keys, values = descriptors
+    query_memory, grad_memory, shift_memory, delta_memory, key_memory, value_memory = buffers
+    query_loaded, grad_loaded, freed, keys_loaded, keys_freed = barriers
+    sequences, heads_of, _, _, _, lists = problem
+    PHASES: gl.constexpr = 2 if lists is None else 1
+    BYTES: gl.constexpr = ROWS * OPTIONS.block_d * 2
+    step = 0
+    turn = 0
+    for item in range(gl.program_id(0), count_items(problem), gl.num_programs(0)):
+        for phase in range(PHASES):
+            kv_head, sequence, tile, exists, lengths = find_tile(item, phase, problem)
+            if exists:
+                begin, end = tiles_that_see(tile, lengths, problem[4][2], OPTIONS)
+                first_query = gl.load(sequences[0] + sequence).to(gl.int32) - rows_before(lengths, problem)
+                begin_of_sequence = gl.load(begins_ptr + sequence)
+                first_key = gl.load(sequences[2] + sequence).to(gl.int32) + tile * KEYS
+                mbarrier.wait(keys_freed, (turn & 1) ^ 1)
+                mbarrier.expect(keys_loaded, 2 * WARPGROUPS * BYTES)
+                for w in gl.static_range(WARPGROUPS):
+                    load_rows(keys, first_key + w * ROWS, kv_head, keys_loaded, key_memory.index(w), OPTIONS)
+                    load_rows(values, first_key + w * ROWS, kv_head, keys_loaded, value_memory.index(w), OPTIONS)
+                turn += 1
+                for member in range(heads_of[1]):
+                    head = kv_head * heads_of[1] + member
+                    if lists is not None:
+                        entries_ptr, _masked, end = entries_of(head, sequence, tile, problem)
+                        begin = end * 0
+                    for place in range(begin, end):
+                        query_tile = place
+                        if lists is not None:
+                            query_tile = gl.load(entries_ptr + place) // TILES_FROM
+                        row = first_query + query_tile * ROWS
+                        line = head * tiles_of_queries + begin_of_sequence + query_tile
+                        stage = step % STAGES
+                        mbarrier.wait(freed.index(stage), (step // STAGES & 1) ^ 1)
+                        mbarrier.expect(query_loaded.index(stage), BYTES + ROWS * 4)
+                        tma.async_copy_global_to_shared(
+                            query_descriptor, [row, head, 0], query_loaded.index(stage), query_memory.index(stage)
+                        )
+                        tma.async_copy_global_to_shared(
+                            shift_descriptor, [line, 0], query_loaded.index(stage), shift_memory.index(stage)
+                        )
+                        mbarrier.expect(grad_loaded.index(stage), BYTES + ROWS * 4)
+                        tma.async_copy_global_to_shared(
+                            grad_descriptor, [row, head, 0], grad_loaded.index(stage), grad_memory.index(stage)
+                        )
+                        tma.async_copy_global_to_shared(
+                            delta_descriptor, [line, 0], grad_loaded.index(stage), delta_memory.index(stage)
+                        )
+                        step += 1
+
+
+@gluon.jit
+def add_items(work, ADDER: gl.constexpr, OPTIONS: gl.constexpr):
+    """Add gradients of queries to what other programs have added: the part of one of ``ADDERS`` warps.
+
+    They take turns: what passes until others may add takes longer than a step.
+    """
+    descriptor, memory, full, empty, turns_ptr, begins_ptr, tiles_of_queries, problem = work
+    _, heads_of, _, _, _, lists = problem
+    PHASES: gl.constexpr = 2 if lists is None else 1
+    LINES: gl.constexpr = memory.shape[1]
+    step = 0
+    for item in range(gl.program_id(0), count_items(problem), gl.num_programs(0)):
+        for phase in range(PHASES):
+            kv_head, sequence, tile, exists, lengths = find_tile(item, phase, problem)
+            if exists:
+                begin, end = tiles_that_see(tile, lengths, problem[4][2], OPTIONS)
+                begin_of_sequence = gl.load(begins_ptr + sequence)
+                for member in range(heads_of[1]):
+                    head = kv_head * heads_of[1] + member
+                    first_tile = head * tiles_of_queries + begin_of_sequence
+                    entry = 0
+                    if lists is not None:
+                        entries_ptr, _masked, end = entries_of(head, sequence, tile, problem)
+                        begin = end * 0
+                        entry = gl.load(entries_ptr)
+                    for place in range(begin, end):
+                        if lists is None:
+                            query_tile = place
+                            rank = rank_of(
+                                tile, item, phase, query_tile, lengths, problem[4][2], problem[3], gl.num_programs(0),
+                                OPTIONS,
+                            )  # fmt: skip
+                        else:
+                            query_tile, rank = entry // TILES_FROM, entry % TILES_FROM // 2
+                            entry = gl.load(entries_ptr + place + 1)  # ahead, as it takes long
+                        if step % ADDERS == ADDER:
+                            turn_ptr = turns_ptr + first_tile + query_tile
+                            gl.inline_asm_elementwise(
+                                AWAIT_TURN, "=r,l,r", [turn_ptr, rank], dtype=gl.int32, is_pure=False, pack=1
+                            )
+                            mbarrier.wait(full.index(ADDER), step // ADDERS & 1)
+                            for w in gl.static_range(WARPGROUPS):
+                                line = ((first_tile + query_tile) * WARPGROUPS + w) * LINES
+                                if rank == 0:
+                                    tma.async_copy_shared_to_global(descriptor, [line, 0], memory.index(w))
+                                else:
+                                    add_to_global(descriptor, [line, 0], memory.index(w))
+                            tma.store_wait(0)
+                            mbarrier.arrive(empty, count=1)
+                            gl.inline_asm_elementwise(AWAIT_SUMS, "=r,r", [rank], dtype=gl.int32, is_pure=False, pack=1)
+                            gl.atomic_add(turn_ptr, 1, sem="release")
+                        step += 1
+
+
+@gluon.jit
+def clear_beyond(
+    memory, first, limit, OPTIONS: gl.constexpr, GROUP: gl.constexpr, SHARES: gl.constexpr, SHARE: gl.constexpr
+):
+    """Clear rows of a tile before position 0 and from ``limit`` on: there may be anything, and 0 * NaN is not 0.
+
+    The tile's groups of ``GROUP`` are deinterleaved; of ``SHARES`` equal shares, this warpgroup clears one.
+    """
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    tile = memory.reshape([ROWS, OPTIONS.block_d])
+    for piece in gl.static_range(SHARE, ROWS // PIECE, SHARES):
+        rows = piece * PIECE + gl.arange(0, PIECE, gl.SliceLayout(1, LAYOUT))
+        positions = first + key_of_row(rows, ROWS, GROUP, OPTIONS.pair if GROUP > 1 else 1)
+        exist = (positions >= 0) & (positions < limit)
+        part = tile.slice(piece * PIECE, PIECE, 0)
+        found = part.load(LAYOUT)
+        part.store(gl.where(exist[:, None], found, gl.zeros_like(found)))
+    fence_async_shared()
+    synchronize()
+
+
+@gluon.jit
+def await_scores(step, scores_full):
+    """Wait until both warpgroups have stored a step's gradients of scores; before the first step, there is no wait."""
+    mbarrier.wait(scores_full.index((step + BUFFERS) % BUFFERS), ((step + BUFFERS) // BUFFERS & 1) ^ 1)
+
+
+@gluon.jit
+def multiply_keys(step, score_memory, key_memory, WARPGROUP: gl.constexpr, OPTIONS: gl.constexpr):
+    """Multiply a step's gradients of scores, of both warpgroups, with half of the columns of the keys."""
+    HALF: gl.constexpr = OPTIONS.block_d // 2
+    buffer = (step + BUFFERS) % BUFFERS
+    result = gl.full([ROWS, HALF], 0, gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16]))
+    for w in gl.static_range(WARPGROUPS):
+        keys = key_memory.index(w).reshape([ROWS, OPTIONS.block_d]).slice(WARPGROUP * HALF, HALF, 1)
+        scores = score_memory.index(WARPGROUPS * buffer + w)
+        result = warpgroup_mma(scores, keys, result, use_acc=w > 0, is_async=True)
+    return result
+
+
+@gluon.jit
+def hand_over(result, step, memory, full, empty, WARPGROUP: gl.constexpr):
+    """Hand half of the columns of a step's gradient of queries to the warp that adds them up."""
+    # What a thread has, four numbers after the other; see order_of.
+    HALF: gl.constexpr = result.shape[1]
+    result = result.reshape([ROWS // 16, 2, 8, HALF // 8, 4, 2]).permute([0, 3, 2, 4, 1, 5])
+    result = result.reshape([ROWS * HALF // LINE, LINE])
+    mbarrier.wait(empty, (step & 1) ^ 1)
+    memory.index(WARPGROUP).store(result)
+    fence_async_shared()
+    synchronize()
+    mbarrier.arrive(full.index((step + ADDERS) % ADDERS), count=1)
+
+
+@gluon.jit
+def weigh_scores(
+    products, rows, first, shift, rules, numbers, hook_args, SCORE_HOOK: gl.constexpr, OPTIONS: gl.constexpr,
+    MASKED: gl.constexpr, unlisted,
+):  # fmt: skip
+    """Compute softmax weights of products of queries and keys again; also returns the scores."""
+    scores, to_log2 = scale_scores(products, numbers, OPTIONS)
+    part = split_groups(scores, OPTIONS)[0]  # for its layout
+    columns = gl.arange(0, part.shape[1], gl.SliceLayout(0, part.type.layout))
+    groups = first + OPTIONS.group * columns[None, :]
+    q_pos = spread(rules[0] + rows, part)
+    parts, keep, _ = select_scores(scores, q_pos, groups, rules, hook_args, SCORE_HOOK, OPTIONS, MASKED, unlisted)
+    weights = ()
+    for r in gl.static_range(len(parts)):
+        weight = gl.exp2(parts[r] * to_log2 - spread(shift, parts[r]))
+        if len(keep) > 0:
+            weight = weigh(weight, keep[r])
+        weights = weights + (weight,)
+    return gl.convert_layout(join_groups(weights, OPTIONS), products.type.layout, assert_trivial=True), scores
+
+
+@gluon.jit
+def differentiate(
+    step, row, first, grad_key, grad_value, clearings, has_before, lengths, rules, numbers, hook_args,
+    buffers, barriers, WARPGROUP: gl.constexpr, SCORE_HOOK: gl.constexpr, OPTIONS: gl.constexpr, MASKED: gl.constexpr,
+    unlisted=0,
+):  # fmt: skip
+    """Add to the gradients of a warpgroup's keys, from position ``first`` on, what the queries from ``row`` on give.
+
+    The gradient of queries is that of the step before, if the tile of keys has one: so neither warpgroup waits for the
+    other one's scores.
+
+    Returns:
+        The gradients, and how often tiles of queries have been cleared.
+    """
+    query_memory, grad_memory, key_memory, value_memory, weight_memory, score_memory, sum_memory, of_rows = buffers
+    shift_memory, delta_memory = of_rows
+    query_loaded, grad_loaded, freed, scores_full, sums_full, sums_empty, cleared = barriers
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
+    ELEMENT: gl.constexpr = query_memory.dtype
+    LATE: gl.constexpr = OPTIONS.group > EARLY
+    TILE: gl.constexpr = [ROWS, OPTIONS.block_d]
+    query_length = lengths[0]
+    stage = step % STAGES
+    query = query_memory.index(stage).reshape(TILE)
+    grad = grad_memory.index(stage).reshape(TILE)
+    values = value_memory.index(WARPGROUP).reshape(TILE).permute([1, 0])
+    zeros = gl.full([ROWS, ROWS], 0, gl.float32, SCORES)
+    rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
+
+    mbarrier.wait(query_loaded.index(stage), step // STAGES & 1)
+    if MASKED:  # noqa: SIM102 - conditions at compile time and at run time do not mix
+        if (row < 0) | (row + ROWS > query_length):
+            mbarrier.wait(grad_loaded.index(stage), step // STAGES & 1)
+            clear_beyond(query, row, query_length, OPTIONS, 1, WARPGROUPS, WARPGROUP)
+            clear_beyond(grad, row, query_length, OPTIONS, 1, WARPGROUPS, WARPGROUP)
+            mbarrier.arrive(cleared, count=1)
+            mbarrier.wait(cleared, clearings & 1)
+            clearings += 1
+    keys = key_memory.index(WARPGROUP).reshape(TILE).permute([1, 0])
+    products = warpgroup_mma(query, keys, zeros, use_acc=False, is_async=True)
+    if LATE:
+        products = warpgroup_mma_wait(0, deps=[products])
+        mbarrier.wait(grad_loaded.index(stage), step // STAGES & 1)
+    else:
+        mbarrier.wait(grad_loaded.index(stage), step // STAGES & 1)
+        grad_weights = warpgroup_mma(grad, values, zeros, use_acc=False, is_async=True)
+        products = warpgroup_mma_wait(1, deps=[products])
+    shift = shift_memory.index(stage).reshape([ROWS]).load(rows.type.layout)
+    weights, scores = weigh_scores(
+        products, rows, first, shift, rules, numbers, hook_args, SCORE_HOOK, OPTIONS, MASKED, unlisted
+    )  # fmt: skip
+    own_weights = weight_memory.index(WARPGROUP)
+    own_weights.store(weights.to(ELEMENT))
+    if LATE:
+        grad_weights = warpgroup_mma(grad, values, zeros, use_acc=False, is_async=True)
+    fence_async_shared()
+    synchronize()
+    grad_value = warpgroup_mma(own_weights.permute([1, 0]), grad, grad_value, is_async=True)
+    grad_weights = warpgroup_mma_wait(1, deps=[grad_weights])
+    delta = delta_memory.index(stage).reshape([ROWS]).load(rows.type.layout)
+    grad_scores = weights * (grad_weights - delta[:, None])
+    if OPTIONS.softcap:
+        tanh_of_scores = scores / numbers[1]
+        grad_scores *= 1.0 - tanh_of_scores * tanh_of_scores
+    buffer = step % BUFFERS
+    own_scores = score_memory.index(WARPGROUPS * buffer + WARPGROUP)
+    # When both have the scores of the step before, both are done with what is in their place.
+    await_scores(step - 1, scores_full)
+    own_scores.store(grad_scores.to(ELEMENT))
+    fence_async_shared()
+    synchronize()
+    mbarrier.arrive(scores_full.index(buffer), count=1)
+    sums = multiply_keys(step - 1, score_memory, key_memory, WARPGROUP, OPTIONS)
+    grad_key = warpgroup_mma(own_scores.permute([1, 0]), query, grad_key, is_async=True)
+    sums = warpgroup_mma_wait(1, deps=[sums])
+    if has_before:
+        hand_over(sums, step - 1, sum_memory, sums_full, sums_empty, WARPGROUP)
+    grad_key, grad_value = warpgroup_mma_wait(0, deps=[grad_key, grad_value])
+    synchronize()
+    mbarrier.arrive(freed.index(stage), count=1)
+    return grad_key, grad_value, clearings
+
+
+@gluon.jit
+def store_keys(grad, pointer, strides, head, first_key, first, length, OPTIONS: gl.constexpr):
+    """Store the gradient of a warpgroup's keys or values, as far as they exist."""
+    LAYOUT: gl.constexpr = grad.type.layout
+    positions = first + key_of_row(gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT)), ROWS, OPTIONS.group, OPTIONS.pair)
+    rows = (first_key + positions)[:, None]
+    columns = gl.arange(0, OPTIONS.block_d, gl.SliceLayout(0, LAYOUT))[None, :]
+    pointers = pointer + head.to(gl.int64) * strides[1] + (rows * strides[0] + columns)
+    gl.store(pointers, grad.to(pointer.dtype.element_ty), mask=(positions < length)[:, None])
+
+
+@gluon.jit
+def differentiate_items(work, hook_args, WARPGROUP: gl.constexpr, SCORE_HOOK: gl.constexpr, OPTIONS: gl.constexpr):
+    """Compute the gradients of keys and values, and parts of those of queries: the part of a warpgroup."""
+    buffers, barriers, key_barriers, pointers, strides, problem, numbers = work
+    grad_key_ptr, grad_value_ptr = pointers
+    sequences, heads_of, _, _, distances, lists = problem
+    num_sinks, window, sliding_window = distances
+    OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, OPTIONS.block_d, 16])
+    PHASES: gl.constexpr = 2 if lists is None else 1
+    RUNS: gl.constexpr = 3 if lists is None else 1
+    step = 0
+    turn = 0
+    clearings = 0
+    for item in range(gl.program_id(0), count_items(problem), gl.num_programs(0)):
+        for phase in range(PHASES):
+            kv_head, sequence, tile, exists, lengths = find_tile(item, phase, problem)
+            if exists:
+                query_length, length = lengths
+                first_key = gl.load(sequences[2] + sequence).to(gl.int64)
+                exempt = window
+                if not OPTIONS.sparse_decode:
+                    exempt = gl.where(query_length == 1, length, window)
+                rules = (length - query_length, length, num_sinks, exempt, sliding_window)
+                begin, end = tiles_that_see(tile, lengths, problem[4][2], OPTIONS)
+                spans = query_spans(
+                    tile * KEYS, query_length, length - query_length, rules, SCORE_HOOK is not None, OPTIONS
+                )  # fmt: skip
+                spans = (spans[1] // ROWS, spans[2] // ROWS, spans[3] // ROWS, spans[4] // ROWS)
+                grad_key = gl.full([ROWS, OPTIONS.block_d], 0, gl.float32, OUTPUT)
+                grad_value = gl.full([ROWS, OPTIONS.block_d], 0, gl.float32, OUTPUT)
+                first = tile * KEYS + WARPGROUP * ROWS
+                mbarrier.wait(key_barriers[0], turn & 1)
+                turn += 1
+                if first + ROWS > length:
+                    clear_beyond(buffers[2].index(WARPGROUP), first, length, OPTIONS, OPTIONS.group, 1, 0)
+                    clear_beyond(buffers[3].index(WARPGROUP), first, length, OPTIONS, OPTIONS.group, 1, 0)
+                first_step = step
+                before = rows_before(lengths, problem)
+                for run in range(RUNS * heads_of[1]):
+                    entry = 0
+                    if lists is None:
+                        masked_begin, masked_end, hot_end = runs_of(run % RUNS, begin, spans, end)
+                    else:
+                        head = kv_head * heads_of[1] + run
+                        entries_ptr, masked_end, hot_end = entries_of(head, sequence, tile, problem)
+                        masked_begin = masked_end * 0
+                        entry = gl.load(entries_ptr)
+                    for place in range(masked_begin, masked_end):
+                        query_tile, unlisted = place, 0
+                        if lists is not None:
+                            query_tile, unlisted = entry // TILES_FROM, entry % 2
+                            entry = gl.load(entries_ptr + place + 1)  # ahead, as it takes long
+                        grad_key, grad_value, clearings = differentiate(
+                            step, query_tile * ROWS - before, first, grad_key, grad_value, clearings,
+                            step > first_step, lengths, rules, numbers, hook_args, buffers, barriers,
+                            WARPGROUP, SCORE_HOOK, OPTIONS, True, unlisted,
+                        )  # fmt: skip
+                        step += 1
+                    for place in range(masked_end, hot_end):
+                        query_tile = place
+                        if lists is not None:
+                            query_tile = entry // TILES_FROM
+                            entry = gl.load(entries_ptr + place + 1)
+                        grad_key, grad_value, clearings = differentiate(
+                            step, query_tile * ROWS - before, first, grad_key, grad_value, clearings,
+                            step > first_step, lengths, rules, numbers, hook_args, buffers, barriers,
+                            WARPGROUP, SCORE_HOOK, OPTIONS, False,
+                        )  # fmt: skip
+                        step += 1
+                if step > first_step:
+                    await_scores(step - 1, barriers[3])
+                    sums = multiply_keys(step - 1, buffers[5], buffers[2], WARPGROUP, OPTIONS)
+                    sums = warpgroup_mma_wait(0, deps=[sums])
+                    hand_over(sums, step - 1, buffers[6], barriers[4], barriers[5], WARPGROUP)
+                synchronize()
+                mbarrier.arrive(key_barriers[1], count=1)
+                store_keys(grad_key * numbers[0], grad_key_ptr, strides, kv_head, first_key, first, length, OPTIONS)
+                store_keys(grad_value, grad_value_ptr, strides, kv_head, first_key, first, length, OPTIONS)
+
+
+@gluon.jit(
+    do_not_specialize=[
+        "tail_start", "tiles_of_queries", "batch", "tiles_per_head", "num_sinks", "window", "sliding_window",
+        "lists", "hook_args",
+    ]
+)  # fmt: skip
+def attention_backward_hopper(
+    query_descriptor, grad_descriptor, key_descriptor, value_descriptor, key_tail_descriptor, value_tail_descriptor,
+    tail_start, sums_descriptor, shift_descriptor, delta_descriptor, grad_key_ptr, grad_value_ptr, turns_ptr,
+    begins_ptr, tiles_of_queries, strides, sequences, heads_of, numbers, batch, tiles_per_head, num_sinks, window,
+    sliding_window, lists, hook_args, SCORE_HOOK: gl.constexpr, OPTIONS: gl.constexpr,
+):  # fmt: skip
+    """Compute gradients of packed queries, keys and values; see :mod:`.hopper_backward_launch`.
+
+    Gradients of keys and values of no sequence are left as they are. Those of queries are added up in FP32, unscaled,
+    ``[heads, tiles_of_queries, ROWS * dim]`` in lines, through a descriptor. Of each head, tiles of all sequences
+    follow each other, and begin at ``begins_ptr``, ``[batch]``. Turns are ``[heads, tiles_of_queries]``, 0 at first.
+    """
+    ELEMENT: gl.constexpr = query_descriptor.dtype
+    DIM: gl.constexpr = OPTIONS.block_d
+    PAIR: gl.constexpr = OPTIONS.pair
+    TILE: gl.constexpr = [WARPGROUPS, OPTIONS.group // PAIR, ROWS // OPTIONS.group, PAIR, 1, DIM]
+    SQUARE: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    query_memory = gl.allocate_shared_memory(ELEMENT, [STAGES, ROWS, 1, DIM], query_descriptor.layout)
+    grad_memory = gl.allocate_shared_memory(ELEMENT, [STAGES, ROWS, 1, DIM], grad_descriptor.layout)
+    shift_memory = gl.allocate_shared_memory(gl.float32, [STAGES, 1, ROWS], shift_descriptor.layout)
+    delta_memory = gl.allocate_shared_memory(gl.float32, [STAGES, 1, ROWS], delta_descriptor.layout)
+    key_memory = gl.allocate_shared_memory(ELEMENT, TILE, key_descriptor.layout)
+    value_memory = gl.allocate_shared_memory(ELEMENT, TILE, value_descriptor.layout)
+    weight_memory = gl.allocate_shared_memory(ELEMENT, [WARPGROUPS, ROWS, ROWS], SQUARE)
+    score_memory = gl.allocate_shared_memory(ELEMENT, [BUFFERS * WARPGROUPS, ROWS, ROWS], SQUARE)
+    sum_memory = gl.allocate_shared_memory(
+        gl.float32, [WARPGROUPS, ROWS * DIM // WARPGROUPS // LINE, LINE], sums_descriptor.layout
+    )
+    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
+    query_loaded = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    grad_loaded = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    freed = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    scores_full = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], BARRIER)
+    keys_loaded = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    keys_freed = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    sums_full = gl.allocate_shared_memory(gl.int64, [ADDERS, 1], BARRIER)
+    sums_empty = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    cleared = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(query_loaded.index(stage), count=1)
+        mbarrier.init(grad_loaded.index(stage), count=1)
+        mbarrier.init(freed.index(stage), count=WARPGROUPS)
+    for buffer in gl.static_range(BUFFERS):
+        mbarrier.init(scores_full.index(buffer), count=WARPGROUPS)
+    mbarrier.init(keys_loaded, count=1)
+    mbarrier.init(keys_freed, count=WARPGROUPS)
+    for adder in gl.static_range(ADDERS):
+        mbarrier.init(sums_full.index(adder), count=WARPGROUPS)
+    mbarrier.init(sums_empty, count=1)
+    mbarrier.init(cleared, count=WARPGROUPS)
+    fence_async_shared()
+    synchronize()
+
+    keys = (key_descriptor, key_tail_descriptor, tail_start)
+    values = (value_descriptor, value_tail_descriptor, tail_start)
+    problem = (sequences, heads_of, batch, tiles_per_head, (num_sinks, window, sliding_window), lists)
+    tiles = (query_memory, grad_memory, shift_memory, delta_memory, key_memory, value_memory)
+    loading = (query_loaded, grad_loaded, freed, keys_loaded, keys_freed)
+    descriptors = (query_descriptor, grad_descriptor, shift_descriptor, delta_descriptor, keys, values)
+    to_load = (descriptors, tiles, loading, begins_ptr, tiles_of_queries, problem)
+    to_add = (sums_descriptor, sum_memory, sums_full, sums_empty, turns_ptr, begins_ptr, tiles_of_queries, problem)
+    of_rows = (shift_memory, delta_memory)
+    buffers = (query_memory, grad_memory, key_memory, value_memory, weight_memory, score_memory, sum_memory, of_rows)
+    barriers = (query_loaded, grad_loaded, freed, scores_full, sums_full, sums_empty, cleared)
+    pointers = (grad_key_ptr, grad_value_ptr)
+    work = (buffers, barriers, (keys_loaded, keys_freed), pointers, strides, problem, numbers)
+    gl.warp_specialize(
+        [
+            (differentiate_items, (work, hook_args, 0, SCORE_HOOK, OPTIONS)),
+            (differentiate_items, (work, hook_args, 1, SCORE_HOOK, OPTIONS)),
+            (load_items, (to_load, OPTIONS)),
+            (add_items, (to_add, 0, OPTIONS)),
+            (add_items, (to_add, 1, OPTIONS)),
+        ],
+        [4, 1, 1, 1],
+        [240, 24, 24, 24],
+    )

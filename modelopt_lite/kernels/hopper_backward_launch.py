@@ -1,0 +1,215 @@
+"""Launches the backward kernel for Hopper GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from triton.compiler.errors import CompilationError
+from triton.experimental.gluon.language import NVMMASharedLayout
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from . import hopper_launch
+from .device import Launch, cdiv, is_aligned, processors, rebased
+from .hopper_backward import (
+    CLEARED,
+    KEYS,
+    LINE,
+    ROWS,
+    WARPGROUPS,
+    attention_backward_hopper,
+    prepare_gradients,
+    round_gradients,
+)
+from .hopper_launch import key_descriptor, shared_descriptor, tail_of
+from .portable import gradient_of_sink_logits
+from .request import AttentionRequest, HookRefusedError
+from .settings import Options, Settings, distances, hook_arguments, options_of
+from .visits import TILES_FROM, gather_tiles, mark_tiles
+
+Backward: TypeAlias = (
+    "Callable[[Tensor, Tensor, Tensor, AttentionRequest], tuple[Tensor, Tensor, Tensor, Tensor | None]]"
+)
+
+SETTINGS = Settings(ROWS.value, KEYS.value, 4, 2, True, False)
+HEAD_DIMS = (64, 128)
+MAX_GROUP = 8
+LONGEST_LISTED = KEYS.value * TILES_FROM.value // 2
+"""Tokens of a sequence whose tiles can be numbered in an entry of a list."""
+FASTER_FROM = 1024
+"""Queries of a sequence, on average, from which on this kernel is faster than the portable ones."""
+
+_UNCOMPILABLE: dict[Any, str] = {}
+"""Why Gluon cannot compile a hook."""
+
+
+def refusal(request: AttentionRequest) -> str | None:
+    """Say why the kernel cannot compute a request's gradients, or None if it can."""
+    r = request
+    if (reason := hopper_launch.refusal(r)) is not None:
+        return reason
+    if r.blocks is not None and max(r.max_q, r.max_k) > LONGEST_LISTED:
+        return f"with lists of key blocks, sequences have more than {LONGEST_LISTED} tokens"
+    if r.plan.keeps_nothing:
+        return "the plan keeps sinks and recent keys alone"
+    if r.q.shape[0] == 0 or r.k.shape[0] == 0:
+        return "there are no queries or no keys"
+    if r.q.shape[2] not in HEAD_DIMS:
+        return f"head dimensions are {r.q.shape[2]}, not one of {HEAD_DIMS}"
+    if r.group > MAX_GROUP:
+        return f"groups have {r.group} keys, more than {MAX_GROUP}"
+    return _UNCOMPILABLE.get(r.plan.score_hook)
+
+
+def pays(request: AttentionRequest) -> bool:
+    """Whether the kernel is faster than the portable ones."""
+    return request.q.shape[0] / max(1, request.starts_q.shape[0]) >= FASTER_FROM
+
+
+def readable(grad: Tensor) -> Tensor:
+    """Return the gradient of the output as the kernel reads it."""
+    is_readable = is_aligned(grad) and grad.stride(2) == 1
+    return grad if is_readable else grad.clone(memory_format=torch.contiguous_format)
+
+
+def prepare(grad: Tensor, request: AttentionRequest) -> Backward:
+    """Compute what backward passes of one signature have in common.
+
+    Args:
+        grad: gradient of the output, from :func:`readable`, of one of them.
+        request: what was computed, of one of them.
+
+    Returns:
+        A function of the gradient, the output, its LSE and the request, which returns what
+        :func:`modelopt_lite.kernels.portable.backward` does. All tensors are alike in all calls but for their addresses
+        and contents. It raises :class:`~modelopt_lite.kernels.request.HookRefusedError` if Gluon cannot compile the
+        plan's hook.
+    """
+    r, plan, device = request, request.plan, request.q.device
+    (total, query_heads, head_dim), kv_heads, batch = r.q.shape, r.k.shape[1], r.starts_q.shape[0]
+    options = options_of(r, SETTINGS)._replace(pair=min(r.group, 2))
+    tiles = max(1, cdiv(r.max_k, KEYS.value))
+    items = batch * kv_heads * (cdiv(tiles, 2) if r.blocks is None else tiles)
+    # With lists, the first and the last tile of a sequence may both have fewer rows.
+    query_tiles = total // ROWS.value + batch * (1 if r.blocks is None else 2)
+    rows, columns = query_heads * query_tiles, ROWS.value
+    lines = rows * columns * head_dim // LINE.value
+    of_rows = _descriptor([rows, columns], [1, columns], 0, device)
+    of_sums = _descriptor(
+        [lines, LINE.value], [columns * head_dim // WARPGROUPS.value // LINE.value, LINE.value], 128, device
+    )
+    boxes = options._replace(block_n=ROWS.value)
+    of_queries, of_grad = (
+        shared_descriptor(x, [*x.shape], [*x.stride()], [ROWS.value, 1, head_dim]) for x in (r.q, grad)
+    )
+    of_keys, of_values = (key_descriptor(x, boxes) for x in (r.k, r.v))
+    tail_rows, tail_start = tail_of(r.k.shape[0], r.group, ROWS.value)
+    of_tail = None if tail_rows == 0 else key_descriptor(r.k.new_empty(tail_rows, *r.k.shape[1:]), boxes)
+    grad_strides, query_strides, key_strides = (
+        grad.stride()[:2],
+        (query_heads * head_dim, head_dim),
+        (kv_heads * head_dim, head_dim),
+    )
+    size = r.k.numel()
+    before = (query_tiles + cdiv(total, ROWS.value)) * query_heads + batch + cdiv(size, CLEARED.value)
+    launch_before = Launch(prepare_gradients, device, head_dim)
+    launch = Launch(
+        attention_backward_hopper, device, plan.score_hook, options,
+        num_warps=SETTINGS.num_warps, enable_fp_fusion=True, launch_cooperative_grid=True,
+    )  # fmt: skip
+    launch_after = Launch(round_gradients, device, head_dim)
+    prepare_entries = None if r.blocks is None else Entries(r, tiles, options)
+    programs = min(items, processors(device))
+    rest = ((kv_heads, query_heads // kv_heads), (r.softmax_scale, r.softcap or 0.0), batch, tiles, *distances(r))
+    hook_args = hook_arguments(plan)
+
+    def run(
+        grad: Tensor, out: Tensor, lse: Tensor, r: AttentionRequest
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        shift, delta, turns = (
+            torch.empty(rows, *dims, dtype=dtype, device=device)
+            for dims, dtype in (((columns,), torch.float32), ((columns,), torch.float32), ((), torch.int32))
+        )
+        sums = torch.empty(lines, LINE.value, dtype=torch.float32, device=device)
+        begins = torch.empty(batch, dtype=torch.int32, device=device)
+        grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in (r.q, r.k, r.v))
+        lengths = (r.lengths_q, None if prepare_entries is None else r.lengths_k)
+        launch_before(
+            before, grad, out, lse, shift, delta, grad_q, turns, begins, grad_k, grad_v,
+            (grad_strides, out.stride()[:2], query_strides), r.starts_q, lengths, query_heads, batch, total,
+            query_tiles, size,
+        )  # fmt: skip
+        tails = [None, None] if tail_rows == 0 else [_tail(x, tail_rows, tail_start) for x in (r.k, r.v)]
+        entries = None if prepare_entries is None else prepare_entries(r)
+        try:
+            launch(
+                programs, rebased(of_queries, r.q), rebased(of_grad, grad), rebased(of_keys, r.k),
+                rebased(of_values, r.v), *(rebased(of_tail, x) for x in tails), tail_start, rebased(of_sums, sums),
+                rebased(of_rows, shift), rebased(of_rows, delta), grad_k, grad_v, turns, begins, query_tiles,
+                key_strides, (r.starts_q, r.lengths_q, r.starts_k, r.lengths_k), *rest, entries, hook_args,
+            )  # fmt: skip
+        except CompilationError as error:
+            if plan.score_hook is None:
+                raise
+            _UNCOMPILABLE[plan.score_hook] = f"Gluon cannot compile the hook {plan.score_hook.__name__}: {error}"
+            raise HookRefusedError(_UNCOMPILABLE[plan.score_hook]) from None
+        launch_after(
+            rows, sums, shift, grad_q, begins, r.starts_q, lengths, r.softmax_scale, batch, query_tiles, query_heads,
+            query_strides,
+        )  # fmt: skip
+        return grad_q, grad_k, grad_v, gradient_of_sink_logits(r, *(x.view(query_heads, -1) for x in (shift, delta)))
+
+    return run
+
+
+def _descriptor(shape: list[int], box: list[int], swizzle: int, device: torch.device) -> TensorDescriptor:
+    """Describe a contiguous FP32 matrix without its address."""
+    layout = NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=32, rank=2)
+    x = torch.empty(16, dtype=torch.float32, device=device)
+    return rebased(TensorDescriptor(x, shape, [shape[1], 1], box, layout), None)
+
+
+def _tail(x: Tensor, rows: int, start: int) -> Tensor:
+    """Copy the last keys or values; see :func:`.hopper_launch.tail_of`."""
+    copy = x.new_empty(rows, *x.shape[1:])
+    copy[: x.shape[0] - start] = x[start:]
+    return copy
+
+
+class Entries:
+    """Finds which tiles of queries visit each tile of keys, without waiting for their device."""
+
+    def __init__(self, request: AttentionRequest, tiles: int, options: Options) -> None:
+        """Prepare for requests of one signature.
+
+        Args:
+            request: one of them, with lists of key blocks.
+            tiles: tiles of keys of the longest sequence.
+            options: the main kernel's.
+        """
+        r, blocks = request, request.blocks
+        assert blocks is not None
+        lists, list_rows = blocks.counts.shape
+        rows_each, batch = blocks.block_rows // ROWS.value, r.starts_q.shape[0]
+        self.shape = (lists, tiles, list_rows * rows_each)
+        self.numbers = (list_rows, blocks.indices.shape[2], rows_each, batch, tiles, *distances(r))
+        self.rest = (list_rows * rows_each, rows_each, r.q.shape[1] // lists)
+        self.mark = Launch(mark_tiles, r.q.device, r.plan.score_hook is not None, options, num_warps=4)
+        self.gather = Launch(gather_tiles, r.q.device, num_warps=1)
+
+    def __call__(self, request: AttentionRequest) -> tuple[Any, ...]:
+        """Launch, and return what :func:`.hopper_backward.entries_of` reads."""
+        r, blocks = request, request.blocks
+        assert blocks is not None
+        (lists, tiles, rows), (list_rows, _, rows_each, batch, *_) = self.shape, self.numbers
+        counts, indices, starts = (x.contiguous() for x in (blocks.counts, blocks.indices, blocks.starts))
+        marks = torch.empty(self.shape, dtype=torch.int32, device=r.q.device)
+        # The kernel reads an entry ahead.
+        entries = torch.empty(marks.numel() + 1, dtype=torch.int32, device=r.q.device)
+        numbers = torch.empty(lists, tiles, batch, 2, dtype=torch.int32, device=r.q.device)
+        lengths = (r.lengths_q, r.lengths_k)
+        self.mark(lists * rows, marks, counts, indices, starts, lengths, *self.numbers)
+        self.gather(lists * tiles * batch, entries, numbers, marks, starts, lengths, list_rows, rows_each, batch, tiles)
+        return (entries, numbers, starts, *self.rest)

@@ -1,0 +1,333 @@
+"""The backward kernel for Hopper without a GPU: its machine code, and when it is chosen.
+
+Like the portable kernel's test, this file runs itself as a program to compile.
+"""
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import sys
+from typing import NamedTuple
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from cases import OnGpu, one_sequence
+from machine_code import classify, inspect
+from test_forward_compile import BF16, FP16, pretend_gpu, zeros
+
+from modelopt_lite.kernels import choice, hopper_backward_launch, portable
+from modelopt_lite.kernels.backward import query_spans
+from modelopt_lite.kernels.hopper_backward import (
+    attention_backward_hopper,
+    prepare_gradients,
+    rank_of,
+    round_gradients,
+    runs_of,
+    tiles_that_see,
+)
+from modelopt_lite.kernels.request import HookRefusedError
+from modelopt_lite.kernels.top_n import top_n_plan
+from modelopt_lite.methods import SinkWindow
+from modelopt_lite.plan import DENSE
+
+SHARED_LIMIT = 227 * 1024
+VARIANTS = [
+    # dtype, (n, m) or None, causal, other options
+    (BF16, None, True, {}),
+    (BF16, (2, 4), True, {}),
+    (BF16, (4, 8), True, {}),
+    (FP16, (2, 4), False, {}),
+    (BF16, (2, 4), True, {"softcap": 30.0, "sliding_window": 100}),
+]
+# Accesses to spilled registers in the hot loop, with the Triton of constraints.txt; of 440 to 1430 instructions. With a
+# softcap, scores stay until gradients are there.
+SPILLS = [2, 4, 0, 5, 50]
+
+
+def compile_all():
+    """Launch all variants for a GPU that is not there.
+
+    Returns:
+        The kernels, and how many more are compiled for other lengths and windows.
+    """
+
+    def run(lengths, dtype, n_of_m, causal, options, window=64):
+        plan = dataclasses.replace(top_n_plan(*(n_of_m or (0, 4)), 0, 0), dense_window_size=window if n_of_m else 0)
+        request = zeros(lengths, plan, head_dim=128, dtype=dtype, is_causal=causal, softmax_scale=1.0, **options)
+        lse = torch.zeros(request.q.shape[:2])
+        hopper_backward_launch.prepare(request.q, request)(request.q, request.q, lse, request)
+
+    kernels = (attention_backward_hopper, prepare_gradients, round_gradients)
+    found = []
+    pretend_gpu(hopper_backward_launch, *kernels, compiled=found)
+    hopper_backward_launch.processors = lambda device: 132
+    for variant in VARIANTS:
+        run([300], *variant)
+
+    def number():
+        return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
+
+    found = [kernel for kernel in found if kernel.metadata.name == "attention_backward_hopper"]
+    before = number()
+    several = ([1], [16], [17], [1000], [5, 6], [16] * 16)
+    for lengths, window in zip(several, (0, 1, 16, 64, 100, 2**40), strict=True):
+        run(lengths, *VARIANTS[1], window=window)
+    return found, number() - before
+
+
+def request_on_gpu(plan=DENSE, tokens=2048, dim=128, dtype=BF16, **options):
+    q = torch.empty(tokens, 4, dim, dtype=dtype).as_subclass(OnGpu)
+    return one_sequence(q, q, q, plan, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({}, None),
+        ({"plan": top_n_plan(2, 4, 4, 64), "dtype": FP16, "softcap": 30.0, "sliding_window": 100}, None),
+        ({"plan": top_n_plan(8, 16, 0, 0)}, "groups have 16 keys, more than 8"),
+        ({"plan": SinkWindow().plan()}, "the plan keeps sinks and recent keys alone"),
+        ({"dim": 96}, "head dimensions are 96 and 96, not both 64 or both 128"),
+        ({"dtype": torch.float32}, "the tensors are torch.float32, not torch.float16 or torch.bfloat16"),
+        ({"first_q": torch.tensor([0])}, "first positions are given, or there is a sliding window without causality"),
+    ],
+    ids=str,
+)
+def test_refusal(absent_gpu, options, reason):
+    assert hopper_backward_launch.refusal(request_on_gpu(**options)) == reason
+    absent_gpu(100)
+    assert hopper_backward_launch.refusal(request_on_gpu(**options)) is not None
+
+
+@pytest.fixture
+def chosen(absent_gpu, monkeypatch):
+    """Return which kernel differentiates a request."""
+    monkeypatch.setattr(portable, "backward", lambda *arguments: "portable")
+    monkeypatch.setattr(hopper_backward_launch, "prepare", lambda *arguments: lambda *arguments: "hopper")
+    monkeypatch.setattr(choice, "_prepared_backward", {})
+    return lambda request: choice.differentiate(request.q, request.q, request.q, request)
+
+
+def test_choice(chosen, monkeypatch):
+    long, short, refused = request_on_gpu(), request_on_gpu(tokens=512), request_on_gpu(dim=96)
+    assert [chosen(x) for x in (long, short, refused)] == ["hopper", "portable", "portable"]
+    monkeypatch.setenv("MODELOPT_LITE_KERNEL", "hopper")
+    assert [chosen(x) for x in (long, short, refused)] == ["hopper", "hopper", "portable"]
+    monkeypatch.setenv("MODELOPT_LITE_KERNEL", "portable")
+    assert [chosen(x) for x in (long, short, refused)] == ["portable"] * 3
+
+
+def test_a_hook_that_cannot_be_compiled(chosen, monkeypatch, caplog):
+    def refuse(*arguments):
+        raise HookRefusedError("Gluon cannot compile the hook")
+
+    monkeypatch.setattr(hopper_backward_launch, "prepare", lambda *arguments: refuse)
+    assert chosen(request_on_gpu()) == "portable"
+    assert "the backward kernel for Hopper is left out: Gluon cannot compile the hook" in caplog.text
+
+
+class Rules(NamedTuple):
+    """Those of the kernel's options that say which queries see a key."""
+
+    causal: bool
+    sliding: bool
+
+
+@triton.jit
+def write_ranks(ranks_ptr, numbers_ptr, OPTIONS: tl.constexpr):
+    """Store the ranks of one item's tiles of keys, ``[heads, tiles_per_head, columns]``."""
+    item = tl.program_id(0)
+    query_length, length = tl.load(numbers_ptr), tl.load(numbers_ptr + 1)
+    sliding_window, tiles_per_head = tl.load(numbers_ptr + 2), tl.load(numbers_ptr + 3)
+    columns, programs = tl.load(numbers_ptr + 4), tl.load(numbers_ptr + 5)
+    pairs = (tiles_per_head + 1) // 2
+    pair = item % pairs
+    lengths = (query_length, length)
+    for phase in range(2):
+        tile = tl.where(phase == 0, tiles_per_head - 1 - pair, pair)
+        if (tile * 128 < length) & ((phase == 0) | (tile != tiles_per_head - 1 - pair)):
+            begin, end = tiles_that_see(tile, lengths, sliding_window, OPTIONS)
+            column = begin
+            while column < end:
+                rank = rank_of(tile, item, phase, column, lengths, sliding_window, tiles_per_head, programs, OPTIONS)
+                tl.store(ranks_ptr + (item // pairs * tiles_per_head + tile) * columns + column, rank)
+                column += 1
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
+@pytest.mark.parametrize("programs", [1, 3, 4, 132])
+@pytest.mark.parametrize(
+    ("query_length", "length", "longest", "rules", "sliding_window"),
+    [
+        (700, 700, 700, Rules(True, False), 0),
+        (64, 64, 64, Rules(True, False), 0),
+        (300, 900, 1300, Rules(True, False), 0),
+        (500, 300, 300, Rules(False, False), 0),
+        (900, 900, 900, Rules(True, True), 1),
+        (333, 900, 1000, Rules(True, True), 130),
+        (900, 900, 900, Rules(True, True), 2**30),
+    ],
+)
+def test_all_take_turns(query_length, length, longest, rules, sliding_window, programs):
+    """Those that add to a tile of queries have different ranks, without a gap, and wait for none that comes later."""
+    heads, tiles, columns = 3, -(-longest // 128), -(-query_length // 64)
+    pairs = (tiles + 1) // 2
+    ranks = torch.full((heads, tiles, columns), -1, dtype=torch.int32)
+    numbers = torch.tensor([query_length, length, sliding_window, tiles, columns, programs], dtype=torch.int32)
+    write_ranks[(heads * pairs,)](ranks, numbers, rules)
+    for head, column in itertools.product(range(heads), range(columns)):
+        found = ranks[head, :, column]
+        who = (found >= 0).nonzero().flatten().tolist()
+        assert sorted(found[who].tolist()) == list(range(len(who)))
+        # (round, phase) of each, in the order of their ranks
+        who.sort(key=lambda tile: found[tile])
+        pair = [min(tile, tiles - 1 - tile) for tile in who]
+        places = [((head * pairs + p) // programs, int(p == tile)) for p, tile in zip(pair, who, strict=True)]
+        middle = tiles // 2 if tiles % 2 else None
+        places = [(r, 0) if tile == middle else (r, phase) for (r, phase), tile in zip(places, who, strict=True)]
+        assert places == sorted(places)
+    seen = torch.arange(query_length)[:, None] + length - query_length - torch.arange(length)
+    visible = seen >= 0 if rules.causal else torch.ones_like(seen, dtype=torch.bool)
+    if rules.sliding:
+        visible &= seen < sliding_window
+    padded = torch.nn.functional.pad(visible, (0, -length % 128, 0, -query_length % 64))
+    needed = padded.unflatten(1, (-1, 128)).unflatten(0, (-1, 64)).any(3).any(1).T
+    assert (ranks[:, : needed.shape[0]] >= 0)[:, needed].all()
+
+
+class Spans(NamedTuple):
+    """Those of the kernel's options that say which queries need a mask."""
+
+    block_m: int
+    block_n: int
+    causal: bool
+    sliding: bool
+    positions: bool = False
+
+
+@triton.jit
+def write_runs(visits_ptr, numbers_ptr, SPARSE: tl.constexpr, OPTIONS: tl.constexpr):
+    """Store the tiles of queries that a tile of keys meets, plus 1000 if they are masked, in their order."""
+    tile = tl.program_id(0)
+    query_length, length, columns = tl.load(numbers_ptr), tl.load(numbers_ptr + 1), tl.load(numbers_ptr + 2)
+    sinks, window, sliding_window = tl.load(numbers_ptr + 3), tl.load(numbers_ptr + 4), tl.load(numbers_ptr + 5)
+    begin, end = tiles_that_see(tile, (query_length, length), sliding_window, OPTIONS)
+    rules = (length - query_length, length, sinks, window, sliding_window)
+    spans = query_spans(tile * 128, query_length, length - query_length, rules, SPARSE, OPTIONS)
+    spans = (spans[1] // 64, spans[2] // 64, spans[3] // 64, spans[4] // 64)
+    number = 0
+    for run in range(3):
+        column, masked_end, hot_end = runs_of(run, begin, spans, end)
+        while column < hot_end:
+            tl.store(visits_ptr + tile * columns + number, column + tl.where(column < masked_end, 1000, 0))
+            number += 1
+            column += 1
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
+@pytest.mark.parametrize(("query_length", "length"), [(700, 700), (64, 64), (300, 900), (65, 130)])
+@pytest.mark.parametrize(("sinks", "window"), [(0, 0), (130, 100)])
+@pytest.mark.parametrize("rules", [(True, 0), (False, 0), (True, 1), (True, 200)])
+def test_every_tile_is_met_once_and_masked_where_needed(query_length, length, sinks, window, rules):
+    causal, sliding_window = rules
+    tiles, columns = -(-length // 128), -(-query_length // 64)
+    visits = torch.full((tiles, columns + 1), -1, dtype=torch.int32)
+    numbers = torch.tensor([query_length, length, columns + 1, sinks, window, sliding_window], dtype=torch.int32)
+    write_runs[(tiles,)](visits, numbers, window > 0, Spans(64, 128, causal, sliding_window > 0))
+    distance = torch.arange(query_length)[:, None] + length - query_length - torch.arange(length)
+    visible = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
+    if sliding_window:
+        visible &= distance < sliding_window
+    exempt = ((distance >= 0) & (distance < window)) | (torch.arange(length) < sinks)
+    shape = (0, -length % 128, 0, -query_length % 64)
+    whole = torch.nn.functional.pad(visible & ~exempt, shape).unflatten(1, (-1, 128)).unflatten(0, (-1, 64))
+    needed = torch.nn.functional.pad(visible, shape).unflatten(1, (-1, 128)).unflatten(0, (-1, 64)).any(3).any(1)
+    for tile in range(tiles):
+        met = visits[tile][visits[tile] >= 0].tolist()
+        places = [x % 1000 for x in met]
+        assert places == list(range(places[0], places[0] + len(places))) if places else not needed[:, tile].any()
+        assert set(needed[:, tile].nonzero().flatten().tolist()) <= set(places)
+        assert all(whole[x, :, tile].all() for x in met if x < 1000)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
+@pytest.mark.parametrize("has_lists", [False, True])
+def test_before_and_after(has_lists):
+    """What is prepared for the kernel, and what becomes of its sums."""
+    total, heads, kv_heads, dim = 200, 4, 2, 128
+    starts, lengths_q, lengths_k = torch.tensor([70, 5, 3]), torch.tensor([100, 0, 64]), torch.tensor([190, 7, 64])
+    # With lists, tiles begin at multiples of 64: those of the first sequence at rows -26 and 38.
+    begins, before = ([0, 2, 2], 26) if has_lists else ([0, 2, 2], 0)
+    lengths = (lengths_q, lengths_k if has_lists else None)
+    grad, out = torch.randn(2, total, heads, dim).half()
+    lse = torch.randn(total, heads)
+    lse[:3] = lse[67:70] = lse[170:] = -torch.inf
+    lse[80, 1] = -torch.inf
+    alive = lse > -torch.inf
+    tiles = 4
+    shift, delta = torch.full((2, heads, tiles, 64), torch.nan)
+    grad_q = torch.full((total, heads, dim), torch.nan).half()
+    turns, found = torch.full((heads, tiles), -1, dtype=torch.int32), torch.full((3,), -1, dtype=torch.int32)
+    grad_k, grad_v = torch.full((2, 90, kv_heads, dim), torch.nan).half()
+    programs = (tiles + 4) * heads + 3 + -(-grad_k.numel() // 8192)
+    prepare_gradients[(programs,)](
+        grad, out, lse, shift, delta, grad_q, turns, found, grad_k, grad_v,
+        tuple(x.stride()[:2] for x in (grad, out, grad_q)), starts, lengths, heads, 3, total, tiles, grad_k.numel(),
+        dim,
+    )  # fmt: skip
+    assert found.tolist() == begins
+    shifts, deltas = torch.full((tiles * 64, heads), torch.inf), torch.zeros(tiles * 64, heads)
+    for number, (start, length) in enumerate(zip(starts.tolist(), lengths_q.tolist(), strict=True)):
+        first = begins[number] * 64 + (before if number == 0 else 0)
+        rows, places = slice(start, start + length), slice(first, first + length)
+        shifts[places] = torch.where(alive[rows], lse[rows] / math.log(2), torch.inf)
+        deltas[places] = (grad[rows].float() * out[rows].float()).sum(2).masked_fill(~alive[rows], 0.0)
+    torch.testing.assert_close(shift.flatten(1), shifts.T)
+    torch.testing.assert_close(delta.flatten(1), deltas.T)
+    assert not any(x.any() for x in (turns, grad_k, grad_v))
+    assert not grad_q[~alive].any()
+    assert grad_q[alive].isnan().all()
+
+    right = torch.randn(total, heads, dim)
+    sums = torch.full((heads, tiles, 64, dim), torch.nan)
+    for number, (start, length) in enumerate(zip(starts.tolist(), lengths_q.tolist(), strict=True)):
+        skipped = before if number == 0 else 0
+        for row in range(length):
+            tile, place = divmod(row + skipped, 64)
+            sums[:, begins[number] + tile, place] = right[start + row]
+    # [halves, 16 rows, blocks of 8 columns, rows, pairs of columns, row 8 further on, column]
+    lines = sums.view(heads, tiles, 4, 2, 8, 2, 8, 4, 2).permute(0, 1, 5, 2, 6, 4, 7, 3, 8).contiguous()
+    round_gradients[(tiles * heads,)](
+        lines, shift, grad_q, found, starts, lengths, 0.5, 3, tiles, heads, grad_q.stride()[:2], dim
+    )
+    torch.testing.assert_close(grad_q, (right * 0.5).masked_fill(~alive[..., None], 0.0).half())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("index", range(len(VARIANTS)), ids=lambda i: "-".join(map(str, VARIANTS[i])))
+def test_kernel_fits_the_gpu(compiled, index):
+    found = compiled[index]
+    loop = classify(found["hot loop"])
+    assert found["shared"] <= SHARED_LIMIT
+    assert found["registers"] == 168  # at the launch; then warps give and take
+    # Instructions that take 16 dimensions, for two products; queries, for two more; and keys.
+    assert loop["matrix"] == 8 + 8 + 4 + 4 + 8
+    assert loop["shuffles"] == 0
+    assert loop["shared memory"] <= 12
+    assert loop["spills"] <= SPILLS[index]
+
+
+@pytest.mark.slow
+def test_run_time_numbers_do_not_recompile(compiled):
+    assert compiled[-1] == 0
+
+
+if __name__ == "__main__":
+    kernels, more = compile_all()
+    for kernel in kernels:
+        sys.stdout.write(json.dumps(inspect(kernel)) + "\n")
+    sys.stdout.write(f"{more}\n")
