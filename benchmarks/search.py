@@ -1,40 +1,71 @@
 """Search a method for each layer, and compare with one method everywhere at the same sparsity, on other speeches.
 
-    python benchmarks/search.py [--model smollm2-135m] [--dtype float32] [--what 4 16 windows blocks]
+    python benchmarks/search.py [--model smollm2-135m] [--dtype float32] [--what 4 16 windows flash_prefill ...]
 
-Four searches: N of 4 keys, N of 16 keys, and N of 16 keys with several dense windows, all at the density of 2:4; and
-xattention at that of a target of one half. All choose on the first 2048 tokens of some speeches. What they cost is then
-measured on speeches of other presidents.
+Three searches over N:M at the density of 2:4: N of 4 keys, N of 16, and N of 16 with several dense windows. And one for
+each method that skips blocks, over values of its knob, at the densities that some of these values have in all layers.
+All choose on the beginnings of some speeches. What they cost is then measured on speeches of other presidents.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import recording
 import torch
-from calibration import CALIBRATED_ON, Clock, arguments, calibrate, prepare
+from calibration import CALIBRATED_ON, Clock, arguments, prepare
 from torch import Tensor
 
 import modelopt_lite as mtsa
 from modelopt_lite.experiment.quality import bootstrap, compare_predictions, mapped
 
-LENGTH = 2048
 RESULTS = Path(__file__).parents[1] / "examples" / "results" / "search"
-N_OF_M = {
-    "4": ("2:4", "1:4", "3:4"),
-    "16": ("2:4", "4:16", "6:16", "8:16", "10:16", "12:16"),
-    "windows": (
-        "2:4", "4:16", "8:16", "12:16", "4:16, window 256", "8:16, window 256", "2:16, window 256",
-        "4:16, window 512", "2:16, window 512", "1:16, window 512",
-    ),
-}  # fmt: skip
-BLOCKS = {"method": "xattention", "per_kv_head": True}
-TARGETS = (0.3, 0.5, 0.7)
+
+
+class Search(NamedTuple):
+    """What is searched.
+
+    Attributes:
+        candidates: methods by name.
+        wanted: candidates whose sparsity in all layers is the budget, each of a search.
+        length: tokens of a window.
+        windows: how many are searched on; each is the beginning of another speech.
+    """
+
+    candidates: dict[str, dict[str, Any]]
+    wanted: tuple[str, ...]
+    length: int
+    windows: int
+
+
+def n_of_m(*names: str) -> Search:
+    """Return a search over N:M at the density of 2:4; a name may hold a window, for example ``8:16, window 256``."""
+    candidates = {}
+    for name in ("2:4", *names):
+        ratio, _, window = name.partition(", window ")
+        n, m = map(int, ratio.split(":"))
+        candidates[name] = {"sparsity_n": n, "sparsity_m": m, "dense_window_size": int(window or 64)}
+    return Search({k: {"method": "sparse_softmax"} | v for k, v in candidates.items()}, ("2:4",), 2048, 4)
+
+
+def knob(method: str, field: str, values: tuple[float, ...], *wanted: float) -> Search:
+    """Return a search over values of a method's field."""
+    candidates = {f"{method} {value}": {"method": method, field: value} for value in values}
+    return Search(candidates, tuple(f"{method} {value}" for value in wanted), 4096, 2)
+
+
+SEARCHES = {
+    "4": n_of_m("1:4", "3:4"),
+    "16": n_of_m("4:16", "8:16", "12:16"),
+    "windows": n_of_m("8:16, window 256", "4:16, window 256", "2:16, window 256", "4:16, window 512"),
+    "flash_prefill": knob("flash_prefill", "alpha", (0.02, 0.05, 0.1, 0.2), 0.05, 0.1),
+    "xattention": knob("xattention", "threshold", (0.99, 0.95, 0.9, 0.8, 0.6), 0.95, 0.9),
+    "mean_pool_top_k": knob("mean_pool_top_k", "keep", (0.75, 0.5, 0.35, 0.25), 0.75, 0.5),
+    "skip_softmax": knob("skip_softmax", "threshold", (0.03, 0.1, 0.3, 0.9), 0.1, 0.3),
+}
 
 
 @torch.no_grad()
@@ -75,67 +106,57 @@ def evaluate(model: Any, configs: dict[str, mtsa.SparsityConfig], windows: list[
 def main() -> None:
     """Search, evaluate, write."""
     parser = arguments("search")
-    parser.add_argument("--what", nargs="+", default=[*N_OF_M, "blocks"])
-    parser.add_argument("--windows", type=int, default=4, help="of 2048 tokens, for each search")
-    parser.add_argument("--evaluate", type=int, default=16, help="windows of other speeches, 16 at most")
-    parser.add_argument("--length", type=int, default=LENGTH)
+    parser.add_argument("--what", nargs="+", default=list(SEARCHES), choices=list(SEARCHES))
+    parser.add_argument("--windows", type=int, help="for each search, if not as many as usual")
+    parser.add_argument("--evaluate", type=int, default=16, help="most windows of other speeches")
+    parser.add_argument("--length", type=int, help="tokens of a window, if not as many as usual")
     parser.add_argument("--configs", type=Path, default=RESULTS, help="folder for the configurations that are found")
     parser.add_argument("--states", type=Path, help="folder for what was measured, to go on from")
     options = parser.parse_args()
     model, texts = prepare(options)
-    clock, length = Clock(), options.length
-    reading = [text[:length] for text in texts["calibration"].values()][: options.windows]
-    others = [text[i * length : (i + 1) * length] for i in range(4) for text in texts["speeches"].values()]
-    others = others[: options.evaluate]
+    clock = Clock()
     results = recording.header(recording.device_name(model.device.type)) | {
         "model": options.model,
         "dtype": options.dtype,
-        "length": length,
         "evaluated_on": list(texts["speeches"]),
-        "evaluation_windows": len(others),
     }
     rows: list[dict[str, Any]] = []
+    options.configs.mkdir(parents=True, exist_ok=True)
     for what in options.what:
-        if what in N_OF_M:
-            candidates: dict[str, Any] = {name: _n_of_m(name) for name in N_OF_M[what]}
-            wanted = "2:4"
-        else:
-            with tempfile.TemporaryDirectory() as folder:
-                fitted, _ = calibrate(model, BLOCKS, reading, Path(folder) / "state.jsonl")
-            candidates = {f"xattention {target}": fitted.with_target(target) for target in TARGETS}
-            wanted = "xattention 0.5"
-            clock.say("calibrated")
+        task = SEARCHES[what]
+        length, number = options.length or task.length, options.windows or task.windows
+        reading = [text[:length] for text in texts["calibration"].values()][:number]
+        parts = [text[start:][:length] for start in range(0, 4 * length, length) for text in texts["speeches"].values()]
+        others = [part for part in parts if len(part) == length][: options.evaluate]
         state = None if options.states is None else options.states / f"search-{what}.jsonl"
-        found = mtsa.search(model, candidates, reading, sparsity=wanted, state=state, show_progress=False)
-        clock.say(f"searched\n{found}")
-        saved = options.configs / f"searched-{what}.yaml"
-        found.save(saved)
-        configs = {wanted: mtsa.SparsityConfig.load(candidates[wanted]), "searched": found.config}
-        figures = evaluate(model, configs, others)
-        again = evaluate(model, {"searched": mtsa.SparsityConfig.load(saved)}, reading)["searched"]
-        for name, values in (figures | {"searched, again on what was read": again}).items():
-            clock.say(f"{name}: {values}")
-        rows.append(
-            {
-                "what": what,
-                "searched_on": CALIBRATED_ON[: options.windows],
-                "candidates": list(candidates),
-                "budget": found.budget,
-                "in_search": {"kl": found.run.kl, "perplexity_percent": found.run.perplexity_percent},
-                "in_search_again": {key: again[key][0] for key in ("kl", "perplexity_percent")},
-                "predicted_kl": found.predicted_kl,
-                "everywhere_in_search": {name: vars(run) for name, run in found.everywhere.items()},
-                "layers": {layer.layer: layer.candidate for layer in found.layers},
-                "evaluated": figures,
-            }
-        )
-        recording.write(options.output, results, rows)
-
-
-def _n_of_m(name: str) -> dict[str, Any]:
-    ratio, _, window = name.partition(", window ")
-    n, m = map(int, ratio.split(":"))
-    return {"method": "sparse_softmax", "sparsity_n": n, "sparsity_m": m, "dense_window_size": int(window or 64)}
+        for wanted in task.wanted:
+            found = mtsa.search(model, task.candidates, reading, sparsity=wanted, state=state, show_progress=False)
+            clock.say(f"searched\n{found}")
+            saved = options.configs / f"searched-{what if len(task.wanted) == 1 else wanted.replace(' ', '-')}.yaml"
+            found.save(saved)
+            configs = {wanted: mtsa.SparsityConfig.load(task.candidates[wanted]), "searched": found.config}
+            figures = evaluate(model, configs, others)
+            again = evaluate(model, {"searched": mtsa.SparsityConfig.load(saved)}, reading)["searched"]
+            for name, values in (figures | {"searched, again on what was read": again}).items():
+                clock.say(f"{name}: {values}")
+            rows.append(
+                {
+                    "what": what,
+                    "wanted": wanted,
+                    "length": length,
+                    "searched_on": CALIBRATED_ON[:number],
+                    "candidates": list(task.candidates),
+                    "budget": found.budget,
+                    "in_search": {"kl": found.run.kl, "perplexity_percent": found.run.perplexity_percent},
+                    "in_search_again": {key: again[key][0] for key in ("kl", "perplexity_percent")},
+                    "predicted_kl": found.predicted_kl,
+                    "everywhere_in_search": {name: vars(run) for name, run in found.everywhere.items()},
+                    "layers": {layer.layer: layer.candidate for layer in found.layers},
+                    "evaluation_windows": len(others),
+                    "evaluated": figures,
+                }
+            )
+            recording.write(options.output, results, rows)
 
 
 if __name__ == "__main__":

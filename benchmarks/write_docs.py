@@ -403,28 +403,37 @@ def calibration_table() -> str:
 
 SEARCHES = {
     "4": "1:4, 2:4, 3:4",
-    "16": "2:4, and 4, 6, 8, 10 or 12 of 16",
-    "windows": "2:4, and N of 16 with a dense window of 64, 256 or 512",
-    "blocks": "`xattention` calibrated to 0.3, 0.5 and 0.7",
+    "16": "2:4, and 4, 8 or 12 of 16",
+    "windows": "2:4, and N of 16 with a dense window of 256 or 512",
 }
-"""The candidates of the searches of ``benchmarks/search.py``, in words."""
+"""The candidates of the searches of ``benchmarks/search.py`` over N:M, in words."""
+
+
+def _evaluated(found: dict[str, Any]) -> list[str]:
+    value, low, high = found["perplexity_percent"]
+    return [f"{value:+.2f} % [{low:+.2f}, {high:+.2f}]", f"{found['kl'][0]:.4f}", f"{100 * found['sparsity']:.1f} %"]
 
 
 def search_table() -> str:
-    """Return what searched configurations cost beside one method everywhere, on texts that the search did not read."""
+    """Return what searched N:M costs beside 2:4 everywhere, on texts that the search did not read."""
     lines = []
-    for row in rows_of("search-nvidia-h200"):
+    for row in rows_of("search-nvidia-h200", wanted="2:4"):
         for name, found in row["evaluated"].items():
             label = f"{name} everywhere" if name != "searched" else f"searched: {SEARCHES[row['what']]}"
-            value, low, high = found["perplexity_percent"]
-            cells = [
-                f"{value:+.2f} % [{low:+.2f}, {high:+.2f}]",
-                f"{found['kl'][0]:.4f}",
-                f"{100 * found['sparsity']:.1f} %",
-            ]
-            if [label, *cells] not in lines:  # what is everywhere is the same for several searches
-                lines.append([label, *cells])
+            if [label, *_evaluated(found)] not in lines:  # what is everywhere is the same for several searches
+                lines.append([label, *_evaluated(found)])
     return markdown(["configuration", "perplexity", "KL", "scores dropped"], lines, left=1)
+
+
+def block_searches_table() -> str:
+    """Return what block methods with a knob for each layer cost beside one knob everywhere, on other texts."""
+    lines = []
+    for row in rows_of("search-nvidia-h200"):
+        if row["wanted"] != "2:4":
+            for name, found in row["evaluated"].items():
+                lines.append([*_method_and_knob(row["wanted"] if name != "searched" else f"{row['what']} searched")])
+                lines[-1] += _evaluated(found)
+    return markdown(["method", "knob", "perplexity", "KL", "scores dropped"], lines, left=1)
 
 
 def efficiency_table() -> str:
@@ -462,11 +471,13 @@ def long_prompts_table() -> str:
 
 
 def windows_table() -> str:
-    """Return what single candidates with several dense windows cost in all layers, on the texts of the search."""
-    (row,) = rows_of("search-nvidia-h200", what="windows")
+    """Return what single candidates cost in all layers, on the texts of the searches over N:M."""
+    found = {}
+    for row in rows_of("search-nvidia-h200", wanted="2:4"):
+        found |= row["everywhere_in_search"]
     lines = [
         [name, f"{run['perplexity_percent']:+.2f} %", f"{run['kl']:.4f}", f"{100 * run['sparsity']:.1f} %"]
-        for name, run in sorted(row["everywhere_in_search"].items(), key=lambda item: item[1]["sparsity"])
+        for name, run in sorted(found.items(), key=lambda item: item[1]["sparsity"])
     ]
     return markdown(["everywhere", "perplexity", "KL", "scores dropped"], lines, left=1)
 
@@ -534,6 +545,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "block tasks": block_tasks_table,
     "calibration": calibration_table,
     "search": search_table,
+    "block searches": block_searches_table,
     "windows": windows_table,
     "efficiency": efficiency_table,
     "long prompts": long_prompts_table,

@@ -131,12 +131,17 @@ def run(
 
 def _load(config: Path | None, resume: Path | None, overrides: Sequence[str]) -> ExperimentConfig:
     if resume is not None:
-        ex.ExperimentResult.load(resume)  # says so if it is no run
+        ex.ExperimentResult.load(resume, _announce)  # says so if it is no run
         config = resume / "config.yaml"
     assert config is not None
     if str(config) == "quickstart" and not config.exists():
         config = next(path for path in QUICKSTART if path.exists())
-    return ex.ExperimentConfig.load(config, overrides, lambda what: typer.echo(f"running {what} (imports)", err=True))
+    return ex.ExperimentConfig.load(config, overrides, _announce)
+
+
+def _announce(what: str) -> None:
+    """Show what a configuration imports, before it runs."""
+    typer.echo(f"running {what} (imports)", err=True)
 
 
 def _print_plan(config: ExperimentConfig, resume: Path | None, as_json: bool) -> None:
@@ -437,7 +442,7 @@ def compare(
 ) -> None:
     """Put several runs side by side, on the windows and samples that they have in common."""
     with _user_errors():
-        tables = ex.compare_runs(runs)
+        tables = ex.compare_runs(runs, _announce)
     if as_json:
         typer.echo(json.dumps([dataclasses.asdict(table) for table in tables]))
     else:
@@ -497,7 +502,9 @@ def generate(
         for name, source in {"dense": None, **_by_name(sparse)}.items():
             if source is not None:
                 mtsa.sparsify(loaded, source)
-            # The first call only warms up, for a single token.
+            with mtsa.collect_statistics(loaded) as statistics:
+                loaded.generate(**inputs, max_new_tokens=1, do_sample=False)
+            # The first of two calls warms up.
             first = _seconds(lambda: loaded.generate(**inputs, max_new_tokens=1, do_sample=False))[0]
             first = min(first, _seconds(lambda: loaded.generate(**inputs, max_new_tokens=1, do_sample=False))[0])
             whole, output = _seconds(lambda: loaded.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False))
@@ -505,6 +512,7 @@ def generate(
             rows.append(
                 {
                     "variant": name,
+                    "sparsity": statistics.total.sparsity if source is not None else 0.0,
                     "first_token_seconds": first,
                     "seconds": whole,
                     "tokens": len(new),
@@ -517,8 +525,10 @@ def generate(
     console = Console()
     console.print(f"{inputs.input_ids.shape[1]} tokens of prompt")
     for row in rows:
-        times = f"first token {row['first_token_seconds']:.2f} s, {row['tokens']} tokens {row['seconds']:.2f} s"
-        console.print(f"\n[bold]{escape(row['variant'])}[/bold] ({times})\n{escape(row['text'].strip())}")
+        facts = f"first token {row['first_token_seconds']:.2f} s, {row['tokens']} tokens {row['seconds']:.2f} s"
+        if row["variant"] != "dense":
+            facts += f"; {row['sparsity']:.1%} of the prompt's scores dropped"
+        console.print(f"\n[bold]{escape(row['variant'])}[/bold] ({facts})\n{escape(row['text'].strip())}")
 
 
 def _seconds(call: Any) -> tuple[float, Any]:
@@ -676,7 +686,7 @@ def _resumable(state: Path | None) -> Iterator[None]:
         raise typer.Exit(INTERRUPTED) from None
 
 
-@app.command()
+@app.command(epilog="Example:\n\n  modelopt-lite schema experiment > experiment.schema.json")
 def schema(
     what: Annotated[str, typer.Argument(help="sparsity, for sparsify; or experiment, for run.")] = "sparsity",
 ) -> None:
@@ -688,7 +698,7 @@ def schema(
         typer.echo(json.dumps(config.model_json_schema(), indent=2))
 
 
-@app.command()
+@app.command(epilog="Example:\n\n  modelopt-lite methods xattention")
 def methods(
     name: Annotated[str | None, typer.Argument(help="One method; by default all.")] = None,
     as_json: AsJson = False,
@@ -734,7 +744,7 @@ def texts(as_json: AsJson = False) -> None:
         typer.echo(f"{name}: {what}")
 
 
-@app.command()
+@app.command(epilog="Example:\n\n  modelopt-lite doctor --json")
 def doctor(as_json: AsJson = False) -> None:
     """Say what this machine has: versions, GPUs, the kernels that will run and why others will not, the cache."""
     found = {

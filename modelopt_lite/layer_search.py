@@ -141,7 +141,7 @@ class SearchResult:
         )
         head = (
             f"A method for each layer, found by modelopt-lite search; the budget was: {self.budget}.\n"
-            f"Measured on {number} windows, {tokens} tokens: {self.run}\n"
+            f"Measured on {number} window{'s' if number > 1 else ''}, {tokens} tokens: {self.run}\n"
             f"{speed}{lines}Sum of the layers' KL alone: {self.predicted_kl:.5f}\n{self._choices()}\n{layers}"
         )
         self.config.save(path, head)

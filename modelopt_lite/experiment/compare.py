@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ..errors import ConfigError
 from .quality import summarize_quality, summarize_tasks
@@ -14,20 +14,23 @@ from .speed import summarize_speed
 from .tables import Table, quality_table, speed_table, task_table
 
 
-def compare_runs(folders: Sequence[str | os.PathLike[str]]) -> list[Table]:
+def compare_runs(
+    folders: Sequence[str | os.PathLike[str]], announce: Callable[[str], None] = lambda _: None
+) -> list[Table]:
     """Return tables of several runs: quality and tasks on the windows and samples that all of them have, and speed.
 
     Each run's changes are against its own dense model.
 
     Args:
         folders: of at least two runs.
+        announce: told what the runs' configurations import, before it runs.
 
     Raises:
         ConfigError: if there are fewer, one is no run, or they have nothing in common.
     """
     if len(folders) < 2:
         raise ConfigError("compare: needs at least two run folders")
-    runs = [ExperimentResult.load(folder) for folder in folders]
+    runs = [ExperimentResult.load(folder, announce) for folder in folders]
     names = _names([run.folder.name for run in runs])
     shared = set.intersection(*({key for r in run.records if (key := _shared_key(r))} for run in runs))
     quality, tasks, speed = [], [], []

@@ -461,7 +461,7 @@ def _override(content: dict[str, Any], override: str) -> None:
     if not equals or not path:
         raise ConfigError(f"--set: {override!r} is not allowed; must be path.to.field=value")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.safe_load(re.sub(r"(?<![\w\":'])(\d+:\d+)(?![\w\":'])", r'"\1"', text))  # 2:4 needs no quotes here
         set_path(content, path, value)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set: {override!r} is not allowed; {' '.join(str(error).split())}") from None

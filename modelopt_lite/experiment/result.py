@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -37,8 +37,12 @@ class ExperimentResult:
     records: Sequence[Record]
 
     @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> Self:
+    def load(cls, folder: str | os.PathLike[str], announce: Callable[[str], None] = lambda _: None) -> Self:
         """Read a run folder, finished or not.
+
+        Args:
+            folder: where the run is.
+            announce: told what the configuration imports, before it runs.
 
         Raises:
             ConfigError: if it is none.
@@ -46,7 +50,7 @@ class ExperimentResult:
         folder = Path(folder)
         if not (folder / CONFIG).is_file():
             raise ConfigError(f"{folder}: is not a run folder; must hold {CONFIG}")
-        return cls(folder, ExperimentConfig.load(folder / CONFIG), *read_results(folder))
+        return cls(folder, ExperimentConfig.load(folder / CONFIG, announce=announce), *read_results(folder))
 
     @cached_property
     def variants(self) -> list[str]:

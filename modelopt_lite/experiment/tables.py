@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -97,18 +97,16 @@ def task_table(rows: Sequence[TaskRow], variants: Sequence[str], threshold: floa
         lengths = sorted({length for _, _, length in mine})
         tasks = list(dict.fromkeys(task for _, task, _ in mine))
         names = ordered([variant for variant, _, _ in mine], variants)
+        found = {variant: _mean_scores(mine, variant, lengths) for variant in names}
+        complete = len(mine) == len(names) * len({(task, length) for _, task, length in mine})
+        lacking = "" if complete else "; where a variant lacks a task, the mean of all is over the others"
         cells = []
-        for variant in names:
-            means = {}
-            for length in lengths:
-                scores = [mine[key].score.value for task in tasks if (key := (variant, task, length)) in mine]
-                if scores:
-                    means[length] = math.fsum(scores) / len(scores)
+        for variant, means in found.items():
             longest = effective_length(means, threshold)
-            average = percent(math.fsum(means.values()) / len(means))
+            average = percent(math.fsum(means.values()) / len(means) if len(means) == len(lengths) else None)
             cells.append((variant, *(percent(means.get(x)) for x in lengths), str(longest or "none"), average))
         notes = {
-            "score": f"mean over the tasks {', '.join(tasks)}, {_samples(rows)}",
+            "score": f"mean over the tasks {', '.join(tasks)}, {_samples(rows)}{lacking}",
             "effective": f"largest length up to which the mean score is at least {threshold:.1%} "
             "(RULER, https://arxiv.org/abs/2404.06654)",
         }
@@ -126,6 +124,21 @@ def task_table(rows: Sequence[TaskRow], variants: Sequence[str], threshold: floa
         columns = ("task, variant", *map(str, lengths))
         tables.append(Table(f"{short(model)}: each task", columns, by_task, notes, folded=True))
     return tables
+
+
+def _mean_scores(
+    rows: Mapping[tuple[str, str, int], TaskRow], variant: str, lengths: Sequence[int]
+) -> dict[int, float]:
+    """Return a variant's mean scores by length, over the tasks that all variants with scores at that length share."""
+    means = {}
+    for length in lengths:
+        done: dict[str, set[str]] = {}
+        for name, task, where in rows:
+            if where == length:
+                done.setdefault(name, set()).add(task)
+        if variant in done and (shared := set.intersection(*done.values())):
+            means[length] = math.fsum(rows[variant, task, length].score.value for task in shared) / len(shared)
+    return means
 
 
 def _samples(rows: Sequence[TaskRow]) -> str:
@@ -223,10 +236,12 @@ def short(model: str) -> str:
 
 def rich_table(table: Table) -> Group:
     """Return a table with its title, for a terminal."""
-    shown = rich.table.Table(box=box.SIMPLE_HEAD, pad_edge=False, show_header=any(table.columns))
+    shown = rich.table.Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, show_header=any(table.columns))
     for i, column in enumerate(table.columns):
+        # In a narrow terminal intervals wrap too, as otherwise the names alone would give way.
+        wraps = i == 0 or not column or any("[" in row[i] for row in table.rows)
         shown.add_column(
-            escape(column), justify="right" if i and column else "left", overflow="fold", no_wrap=i > 0 and column != ""
+            escape(column), justify="right" if i and column else "left", overflow="fold", no_wrap=not wraps
         )
     for row in table.rows:
         shown.add_row(*(escape(cell) for cell in row))
@@ -250,7 +265,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list
 def html_table(table: Table) -> str:
     """Return a table as HTML with its title, and with its notes below."""
     head = "".join(f"<th>{html.escape(column)}</th>" for column in table.columns)
-    rows = "\n".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in table.rows)
+    rows = "\n".join(f"<tr>{''.join(f'<td>{_lines(cell)}</td>' for cell in row)}</tr>" for row in table.rows)
     body = f'<div class="wide"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody></table></div>'
     notes = "".join(f"<li><b>{html.escape(name)}</b>: {_links(note)}</li>" for name, note in table.notes.items())
     notes = f'<ul class="notes">{notes}</ul>' if notes else ""
@@ -258,6 +273,11 @@ def html_table(table: Table) -> str:
     if table.folded:
         return f"<details><summary>{title}</summary>{body}{notes}</details>"
     return f"<h3>{title}</h3>{body}{notes}"
+
+
+def _lines(cell: str) -> str:
+    """Return a cell's parts, which two spaces divide, below each other."""
+    return "<br>".join(map(html.escape, cell.split("  ")))
 
 
 def _links(text: str) -> str:

@@ -329,7 +329,10 @@ def test_generate(model_folder):
     content = json.loads(invoke(*arguments, "--json").stdout)
     assert [row["variant"] for row in content["variants"]] == ["dense", "1:4"]
     assert all(row["first_token_seconds"] > 0 and row["tokens"] == 4 for row in content["variants"])
-    assert "first token" in invoke(*arguments).stdout
+    assert content["variants"][0]["sparsity"] == 0 < content["variants"][1]["sparsity"] < 1
+    shown = invoke(*arguments).stdout
+    assert "first token" in shown
+    assert f"{content['variants'][1]['sparsity']:.1%} of the prompt's scores dropped" in " ".join(shown.split())
 
 
 def test_version():

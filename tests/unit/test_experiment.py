@@ -1,5 +1,6 @@
 """Experiments: what is measured, on which tokens, what is written and kept, and that nothing is lost or repeated."""
 
+import io
 import itertools
 import json
 import math
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from tiny_model import TEXT, save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -679,6 +681,18 @@ def test_a_table_fits_100_columns():
     assert max(map(len, tables.text_table(table).splitlines())) <= 100
 
 
+def test_a_narrow_terminal_shows_all_of_a_table():
+    """Names and intervals wrap; nothing is cut off."""
+    columns = ("variant", "perplexity", "change, %", "KL", "top-1", "mass kept", "sparsity", "seconds")
+    row = ("2:4, window 64", "200334.73", "+0.15 [-0.87, +1.01]", "0.0192", "84.0 %", "97.5 %", "18.9 %", "0.942")
+    console = Console(file=io.StringIO(), width=80, color_system=None)
+    console.print(tables.rich_table(tables.Table("quality", columns, [row])))
+    shown = console.file.getvalue()
+    assert max(map(len, shown.splitlines())) <= 80
+    words = [word for word in shown.split() if set(word) != {"─"}]
+    assert sorted(words) == sorted(" ".join(("quality", *columns, *row)).split())
+
+
 def test_summary_and_statistics_for_people(model_folder):
     model = AutoModelForCausalLM.from_pretrained(model_folder)
     mtsa.sparsify(model, {"sparse_cfg": {"*.0.*": SPARSE, "*.1.*": {**SPARSE, "sparsity_n": 3}}})
@@ -759,6 +773,14 @@ def test_overrides(tmp_path):
     assert config.quality.text == ("a", "c")
     assert config.variants["x.y"].sparse_cfg["*.0.*"].sparsity_n == 3
     assert (config.speed.lengths, config.seed) == ((8,), 4)
+    for change in (
+        "variants.n=1:4",
+        "variants.n='1:4'",
+        'variants.n="1:4"',
+        "variants.n={method: sparse_softmax, sparsity_n: 1}",
+    ):
+        config = ExperimentConfig.load(tmp_path / "c.yaml", [change])
+        assert config.variants["n"].sparse_cfg["*"].sparsity_n == 1, change
     for change in ("seed", "=3", "quality.text.9=c", "seed.x=1", "seed=[", "seed=x"):
         with pytest.raises(ConfigError):
             ExperimentConfig.load(tmp_path / "c.yaml", [change])
@@ -844,6 +866,24 @@ def test_task_rows_are_paired():
         ("x", "25.0 %", "none", "25.0 %"),
     ]
     assert by_task.rows[1][0] == "copy, x"
+    assert "lacks" not in by_length.notes["score"]
+
+
+def test_mean_scores_are_over_the_same_tasks():
+    """A variant that has not done a task yet does not look better or worse for it."""
+    done = {"dense": {100: (1, 0), 200: (1, 0)}, "x": {100: (0.5, 0), 200: (0.5,)}}
+    records = [
+        Answer("m", variant, task, length, None, 0, 90, value, "")
+        for variant, by_length in done.items()
+        for length, values in by_length.items()
+        for task, value in zip(("passkey", "copy"), values, strict=False)
+    ]
+    table, _ = tables.task_table(summarize_tasks(records, ["dense", "x"], 0), ["dense", "x"], 0.5)
+    assert [tuple(row) for row in table.rows] == [
+        ("dense", "50.0 %", "100.0 %", "200", "75.0 %"),
+        ("x", "25.0 %", "50.0 %", "none", "37.5 %"),
+    ]
+    assert "lacks" in table.notes["score"]
 
 
 # --- the built-in model ----------------------------------------------------------------------------------------------
