@@ -60,8 +60,19 @@ class AttentionStatistics(NamedTuple):
         """Make it of what :func:`count` returns."""
         mass = counts[:, MASS]
         rows, visible, kept, _, blocks, visited, skipped = counts.long().unbind(1)
-        totals = (rows, visible, kept, mass, blocks, visited, skipped)
-        return cls(*(x.sum() for x in totals), kept, mass, visited, skipped)
+        return cls(
+            rows=rows.sum(),
+            visible=visible.sum(),
+            kept=kept.sum(),
+            mass=mass.sum(),
+            blocks=blocks.sum(),
+            blocks_visited=visited.sum(),
+            blocks_skipped=skipped.sum(),
+            kept_by_head=kept,
+            mass_by_head=mass,
+            blocks_visited_by_head=visited,
+            blocks_skipped_by_head=skipped,
+        )
 
 
 @torch.no_grad()
