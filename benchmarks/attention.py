@@ -1,4 +1,4 @@
-"""Speed of the attention kernels on this GPU against cuDNN, FlashAttention-2 and -3 and FlexAttention.
+"""Speed of the attention kernels on this GPU against cuDNN, FlashAttention-2, -3 and -4, and FlexAttention.
 
 All kernels of one problem run in this process and take turns, after heating; each counts by the median of its CUDA
 events, short forward passes in CUDA graphs. TFLOP/s count the work of dense attention, also for sparse kernels; forward
@@ -45,12 +45,16 @@ try:
     from fa3_fwd_interface import flash_attn_func as flash_attention_3
 except ImportError:  # an optional peer
     flash_attention_3 = None
+try:
+    from flash_attn.cute.interface import flash_attn_func as flash_attention_4
+except ImportError:  # another one
+    flash_attention_4 = None
 
 Call: TypeAlias = Callable[[], object]
 
 SEQ_LENS = [2**power for power in range(10, 18)]
 NAMES = ["dense", "1:4", "2:4", "3:4", "2:8", "4:8", "8:16"]
-PEERS = ["cudnn", "fa2", "fa3", "flex"]
+PEERS = ["cudnn", "fa2", "fa3", "fa4", "fa4_deterministic", "flex"]
 PASSES = {"forward": 1.0, "forward_backward": 3.5}
 """What is measured, and its work in units of the forward's: two matrix products against seven."""
 PROBLEM = ("pass", "head_dim", "query_heads", "kv_heads", "causal", "dtype", "batch", "seq_len")
@@ -164,13 +168,23 @@ def compiled_flex(q: Tensor, k: Tensor, causal: bool) -> Callable[..., Tensor]:
     return functools.partial(compiled, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
 
 
+def fa4(q: Tensor, k: Tensor, v: Tensor, causal: bool, deterministic: bool) -> Tensor:
+    """Run FlashAttention-4 on ``[batch, seq, heads, dim]``; ``deterministic``: the same gradients every time."""
+    output: Tensor = flash_attention_4(q, k, v, causal=causal, deterministic=deterministic)[0]
+    return output
+
+
 def peer_call(peer: str, q: Tensor, k: Tensor, v: Tensor, causal: bool, which: str) -> Call:
     """Return a call of one of the kernels to compare with; ``which`` is one of ``PASSES``."""
     if peer == "fa3":
         return functools.partial(flash_attention_3, q, k, v, causal=causal)
-    q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
+    if not peer.startswith("fa4"):
+        q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
+    forward_call: Callable[..., Tensor]
     if peer == "flex":
         forward_call = compiled_flex(q, k, causal)
+    elif peer.startswith("fa4"):
+        forward_call = functools.partial(fa4, causal=causal, deterministic=peer == "fa4_deterministic")
     else:
         backend = SDPBackend.CUDNN_ATTENTION if peer == "cudnn" else SDPBackend.FLASH_ATTENTION
         forward_call = functools.partial(sdpa, causal=causal, backend=backend)
@@ -257,9 +271,13 @@ def measure_problem(
             calls |= {(label, name): own_call(request, kernel) for name, request in able.items()}
     else:
         calls |= {("triton", name): own_training_call(q, k, v, causal, name) for name in arguments.names}
+    missing = {
+        "fa3": flash_attention_3 is None or which != "forward",  # the package has no backward
+        "fa4": flash_attention_4 is None,
+        "fa4_deterministic": flash_attention_4 is None or which == "forward",
+    }
     for peer in arguments.peers:
-        # The package of FlashAttention-3 has no backward.
-        if peer != "fa3" or (flash_attention_3 is not None and which == "forward"):
+        if not missing.get(peer, False):
             calls[(peer, "dense")] = peer_call(peer, q, k, v, causal, which)
     times = measure(calls, arguments.heat, arguments.rounds, which == "forward")
     peaks = {key: peak_memory(calls[key]) for key in times}
@@ -366,7 +384,8 @@ def main() -> None:
     device = recording.device_name()
     output = arguments.output or recording.default_output("attention", device)
     fa3 = None if flash_attention_3 is None else importlib.metadata.version("fa3-fwd")
-    results = recording.header(device, **{"fa3-fwd": fa3})
+    fa4_version = None if flash_attention_4 is None else importlib.metadata.version("flash-attn-4")
+    results = recording.header(device, **{"fa3-fwd": fa3, "flash-attn-4": fa4_version})
     rows = recording.rows_before(output, results)
     for which, dtype, head_dim, heads, causal, seq_len in itertools.product(
         arguments.passes, arguments.dtypes, arguments.head_dims, arguments.heads, arguments.causal, arguments.seq_lens

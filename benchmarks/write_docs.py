@@ -512,6 +512,18 @@ def choice_table() -> str:
     return markdown(["setting", "perplexity", "speed at 8k", "at 32k", "at 128k"], lines, left=1)
 
 
+def statistics_table() -> str:
+    """Return what share of the time to first token statistics cost."""
+    rows = rows_of("counting-nvidia-h200", exact=False)
+    lengths = sorted({row["seq_len"] for row in rows})
+    lines = []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        found = {row["seq_len"]: row["ratio"] - 1 for row in rows if row["method"] == method}
+        cells = (f"{100 * found[length]:.1f} %" if length in found else MISSING for length in lengths)
+        lines.append([method if " " in method or ":" in method else f"`{method}`", *cells])
+    return markdown(["method", *(f"{length} tokens" for length in lengths)], lines, left=1)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "choice": choice_table,
     "time to first token": time_to_first_token,
@@ -520,6 +532,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "lists": lists_table,
     "chosen blocks": chosen_table,
     "skip-softmax": skip_softmax_table,
+    "statistics": statistics_table,
     "2:4": two_of_four_table,
     "2:4 in other types": two_of_four_types_table,
     "dense kernels": dense_table,

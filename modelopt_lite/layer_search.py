@@ -364,7 +364,7 @@ class _Work:
     def _run(self, config: SparsityConfig, window: Tensor) -> _Found:
         dense = self.dense_logits(window)
         sparsify(self.model, config)
-        with collect_statistics(self.model) as statistics:
+        with collect_statistics(self.model, exact=True) as statistics:
             sparse = self.logits(window)
         found = compare_predictions(sparse, dense, window.to(self._device))
         visible = {name: layer.visible for name, layer in statistics.layers.items()}

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, distributed, nn
 
-from .kernels import AttentionRequest, AttentionStatistics, request_statistics
+from .kernels import COUNTS, AttentionRequest, count_kept, count_prefill
 from .module import count, sparse_modules
 
 
@@ -19,60 +19,81 @@ class LayerStatistics:
     They are added up on the layer's device; reading one of the properties waits for it.
 
     Attributes:
+        is_exact: whether all query blocks are counted, however long the sequences are.
+        is_estimate: whether a sample of query blocks was counted in any call so far. Counts are then those of the
+            sample times the query blocks for which each of them stands.
         decode: the same over decode steps, if the method is sparse in them; None before any was counted.
     """
 
-    def __init__(self) -> None:
-        self._counts: tuple[int | float | Tensor, ...] = (0, 0, 0, 0.0, 0, 0, 0)
-        self._by_head: tuple[float | Tensor, ...] = (0, 0.0, 0, 0)
+    def __init__(self, *, is_exact: bool = False) -> None:
+        self.is_exact, self.is_estimate = is_exact, False
+        self._by_head: Tensor | None = None  # of calls, FP64 [query_heads, len(COUNTS)]
+        self._merged = [0.0] * len(COUNTS)  # of other layers
         self.decode: LayerStatistics | None = None
 
     def observe(self, request: AttentionRequest) -> AttentionRequest:
-        """Add what a call keeps; the call itself stays as it is. A sequence with a single query is a decode step."""
-        is_single, without_values = request.lengths_q == 1, request._replace(v=request.k, s_aux=None)
+        """Add what a call keeps, and return it, with the blocks that its plan chooses if they were needed here.
+
+        A sequence with a single query is a decode step.
+        """
+        without_values = request._replace(v=request.k, s_aux=None)
         if request.max_q > 1:
-            prefill = request.lengths_q.masked_fill(is_single, 0)
-            self.add(request_statistics(without_values._replace(lengths_q=prefill)))
+            counts, times, blocks = count_prefill(without_values, self.is_exact)
+            self.add(counts, times)
+            request = request._replace(blocks=blocks)
         if request.plan.sparse_decode:
-            decode = request.lengths_q.masked_fill(~is_single, 0)
-            self.decode = self.decode or LayerStatistics()
-            self.decode.add(request_statistics(without_values._replace(lengths_q=decode, max_q=1)))
+            is_single = request.lengths_q == 1
+            decode = without_values._replace(lengths_q=request.lengths_q.masked_fill(~is_single, 0), max_q=1)
+            self.decode = self.decode or LayerStatistics(is_exact=True)
+            self.decode.add(count_kept(decode))
         return request
 
-    def add(self, counts: AttentionStatistics) -> None:
-        """Add the counts of another computation."""
-        number = len(self._counts)
-        self._counts = tuple(a + b for a, b in zip(self._counts, counts[:number], strict=True))
-        self._by_head = tuple(a + b for a, b in zip(self._by_head, counts[number:], strict=True))
+    def add(self, counts: Tensor, times: int = 1) -> None:
+        """Add the counts of a call, :data:`~modelopt_lite.kernels.COUNTS` by head, a number of times."""
+        before = torch.zeros_like(counts) if self._by_head is None else self._by_head
+        self._by_head = torch.add(before, counts, alpha=times)
+        self.is_estimate = self.is_estimate or times > 1
 
     def merge(self, other: LayerStatistics) -> None:
         """Add the counts of another layer, which may be on another device."""
-        blocks = (other.blocks, other.blocks_visited, other.blocks_skipped)
-        counts = (other.rows, other.visible, other.kept, other.mass, *blocks)
-        self._counts = tuple(a + b for a, b in zip(self._counts, counts, strict=True))
+        self._merged = [a + b for a, b in zip(self._merged, other.counts(), strict=True)]
+        self.is_estimate = self.is_estimate or other.is_estimate
         if other.decode is not None:
             self.decode = self.decode or LayerStatistics()
             self.decode.merge(other.decode)
 
+    def counts(self) -> list[float]:
+        """Return what :data:`~modelopt_lite.kernels.COUNTS` names, over all heads; waits for the device."""
+        if self._by_head is None:
+            return self._merged
+        return [a + b for a, b in zip(self._merged, self._by_head.sum(0).tolist(), strict=True)]
+
+    def replace_counts(self, counts: list[float]) -> None:
+        """Take other counts for all so far; those by head are lost."""
+        self._by_head, self._merged = None, counts
+
+    def _count(self, name: str) -> float:
+        return self.counts()[COUNTS.index(name)]
+
     @property
     def rows(self) -> int:
         """Query rows over all heads that see any key."""
-        return int(self._counts[0])
+        return int(self._count("rows"))
 
     @property
     def visible(self) -> int:
         """Scores at visible keys."""
-        return int(self._counts[1])
+        return int(self._count("visible"))
 
     @property
     def kept(self) -> int:
         """Scores that took part in the softmax."""
-        return int(self._counts[2])
+        return int(self._count("kept"))
 
     @property
     def mass(self) -> float:
         """Sum over the rows of the share of the dense attention that lies on kept keys."""
-        return float(self._counts[3])
+        return self._count("mass")
 
     @property
     def blocks(self) -> int:
@@ -80,17 +101,17 @@ class LayerStatistics:
 
         0 if the method knows no blocks.
         """
-        return int(self._counts[4])
+        return int(self._count("blocks"))
 
     @property
     def blocks_visited(self) -> int:
         """Those of the blocks whose keys take part, and not only sinks and dense window."""
-        return int(self._counts[5])
+        return int(self._count("blocks_visited"))
 
     @property
     def blocks_skipped(self) -> int:
         """Those of the blocks that a selector kept, if there is one, and skip-softmax skipped."""
-        return int(self._counts[6])
+        return int(self._count("blocks_skipped"))
 
     @property
     def block_sparsity(self) -> float:
@@ -113,28 +134,28 @@ class LayerStatistics:
 
         Empty for sums over layers, and before anything was counted.
         """
-        return self._shares_by_head(1, self.rows)
+        return self._shares_by_head("mass", "rows")
 
     @property
     def sparsity_by_head(self) -> list[float]:
         """Share of the visible scores that each query head dropped; empty as :attr:`mass_kept_by_head` is."""
-        return [1 - share for share in self._shares_by_head(0, self.visible)]
+        return [1 - share for share in self._shares_by_head("kept", "visible")]
 
     @property
     def block_sparsity_by_head(self) -> list[float]:
         """Share of the blocks that each query head did not visit; also empty if the method knows no blocks."""
-        return [1 - share for share in self._shares_by_head(2, self.blocks)] if self.blocks else []
+        return [1 - share for share in self._shares_by_head("blocks_visited", "blocks")] if self.blocks else []
 
     @property
     def blocks_skipped_by_head(self) -> list[float]:
         """Share of the blocks that skip-softmax skipped for each query head, or an empty list as above."""
-        return self._shares_by_head(3, self.blocks) if self.blocks else []
+        return self._shares_by_head("blocks_skipped", "blocks") if self.blocks else []
 
-    def _shares_by_head(self, which: int, of_all_heads: int) -> list[float]:
-        counts = self._by_head[which]
-        if not isinstance(counts, Tensor):
+    def _shares_by_head(self, name: str, of: str) -> list[float]:
+        if self._by_head is None:
             return []
-        shares: list[float] = (counts.double() / (max(1, of_all_heads) / len(counts))).tolist()
+        part, whole = (self._by_head[:, COUNTS.index(x)] for x in (name, of))
+        shares: list[float] = (part / whole.clamp(min=1)).tolist()
         return shares
 
 
@@ -159,7 +180,8 @@ class ModelStatistics:
         ]
         if not found:
             return "no sparse prefill was counted: the model is dense, is switched off, or has only decoded"
-        return f"{len(self.layers)} layers: {'; '.join(found)}"
+        sample = " (estimated by a sample of the queries)" if total.is_estimate else ""
+        return f"{len(self.layers)} layers: {'; '.join(found)}{sample}"
 
     def _repr_html_(self) -> str:
         rows = "".join(
@@ -189,13 +211,13 @@ class ModelStatistics:
         # A process may have counted decode steps where others have not.
         phases = [phase for x in self.layers.values() for phase in (x, x.decode or LayerStatistics())]
         counts = torch.tensor(
-            [[float(count) for count in phase._counts] for phase in phases],
+            [phase.counts() for phase in phases],
             dtype=torch.float64,  # exact for integers up to 2^53
             device="cuda" if on_gpu else "cpu",
         )
         distributed.all_reduce(counts, group=group)
         for phase, summed in zip(phases, counts.tolist(), strict=True):
-            phase._counts, phase._by_head = tuple(summed), (0, 0.0, 0, 0)
+            phase.replace_counts(summed)
         for layer, decode in zip(self.layers.values(), phases[1::2], strict=True):
             layer.decode = decode if decode.rows else None
 
@@ -209,22 +231,28 @@ class ModelStatistics:
 
 
 @contextmanager
-def collect_statistics(model: nn.Module) -> Iterator[ModelStatistics]:
+def collect_statistics(model: nn.Module, *, exact: bool = False) -> Iterator[ModelStatistics]:
     """Count what the sparse layers of a model keep, over every call inside the ``with`` block.
 
-    On a GPU each call of a method that chooses blocks alone costs a sparse and a dense call of the kernels more. Any
-    other call computes its scores once more, on the torch backend, which costs about half of its attention there.
-    Prefills and decode steps are counted apart; decode steps are counted only if the method is sparse in them. Not
-    counted are layers that are switched off, what gradient checkpointing computes again, and calls in other threads.
-    Counting does not wait for the device. A CUDA graph is refused, because its replays would not be counted.
+    In sequences of 16 or more query blocks (2048 tokens, unless the method has blocks of another size) about eight
+    query blocks at equal distances are counted, and each stands for those around it. All counts are then estimates. A
+    GPU computes the scores of the counted queries once more in a kernel, or by PyTorch operations if the method's rule
+    has no hook; on a CPU PyTorch does. With ``exact=True`` all queries are counted, which takes about as long as dense
+    attention, or longer. The choice is the same in every run.
+
+    Prefills and decode steps are counted apart; decode steps are counted only if the method is sparse in them, and then
+    all of them. Not counted are layers that are switched off, what gradient checkpointing computes again, and calls in
+    other threads. Counting does not wait for the device. A CUDA graph is refused, because its replays would not be
+    counted.
 
     Args:
         model: a model after :func:`~modelopt_lite.conversion.sparsify`. Without sparse layers nothing is counted.
+        exact: whether to count all queries of long sequences, too.
 
     Yields:
         The statistics, which grow with every prefill.
     """
     modules = sparse_modules(model)
-    statistics = ModelStatistics({name: LayerStatistics() for name in modules})
+    statistics = ModelStatistics({name: LayerStatistics(is_exact=exact) for name in modules})
     with count({module: statistics.layers[name] for name, module in modules.items()}):
         yield statistics

@@ -154,10 +154,27 @@ class _Subject:
     @functools.cached_property
     def plans(self) -> tuple[AttentionPlan, ...]:
         """The plans that kernels run: on the smallest grid, with few exempt keys, so that short sequences tell much."""
-        small = _on_small_grid(self.method).plan()
-        return tuple(
-            dataclasses.replace(small, num_sink_tokens=sinks, dense_window_size=window) for sinks, window in EXEMPTIONS
-        )
+        return _with_exemptions(_on_small_grid(self.method).plan())
+
+    def kernel_requests(self) -> Iterator[AttentionRequest]:
+        """Yield batches whose plans, head dimensions and types reach every kernel there is on a device.
+
+        Each new one compiles kernels, so types and exemptions are not all tried together.
+        """
+        bare, exempt = self.plans
+        if self.device.type == "cpu":  # Triton's interpreter is slow, and has no BF16
+            for plan in (bare, exempt):
+                yield _request(plan, _ragged(plan), self.device, heads=(2, 1))
+            return
+        # Some kernels run blocks of the usual size alone.
+        own_bare, own_exempt = _with_exemptions(self.plan)
+        for plan, dim, dtype in (
+            (own_bare, 128, torch.bfloat16),
+            (own_exempt, 128, torch.bfloat16),
+            (exempt, 64, torch.float16),
+            (exempt, 32, torch.float32),
+        ):
+            yield _request(plan, _ragged(plan), self.device, dim=dim, dtype=dtype)
 
     def selectors(self) -> Iterator[AttentionPlan]:
         """Yield plans of the selector alone: on the small grid and, if that is another one, on that of its settings."""
@@ -165,6 +182,12 @@ class _Subject:
             yield AttentionPlan(blocks=self.plans[0].blocks)
             if self.plans[0].blocks != self.plan.blocks:
                 yield AttentionPlan(blocks=self.plan.blocks)
+
+
+def _with_exemptions(plan: AttentionPlan) -> tuple[AttentionPlan, ...]:
+    return tuple(
+        dataclasses.replace(plan, num_sink_tokens=sinks, dense_window_size=window) for sinks, window in EXEMPTIONS
+    )
 
 
 def _on_small_grid(method: SparseAttentionMethod) -> SparseAttentionMethod:
@@ -436,19 +459,20 @@ def _check_kernels(subject: _Subject) -> Iterator[str]:
     """Compare every kernel's output with the reference, in batches with gaps, decode, chunks and shared keys."""
     ran: set[str] = set()
     refused: dict[str, str] = {}
-    for plan in subject.plans:
-        for request in _kernel_requests(plan, subject.device):
-            listed, expected = _with_lists(request)
-            for kernel in _kernels(request):
-                reason = kernel.refusal(listed)
-                if reason is None:
-                    try:
-                        yield from _check_output(kernel, listed, expected)
-                        ran.add(kernel.name)
-                    except HookRefusedError as error:
-                        reason = str(error)
-                if reason is not None:
-                    refused[kernel.name] = reason
+    for request in subject.kernel_requests():
+        listed, expected = _with_lists(request)
+        for kernel in _kernels(request):
+            # One kernel applies skip rules itself.
+            given = listed if kernel.refusal(listed) is None else request
+            reason = kernel.refusal(given)
+            if reason is None:
+                try:
+                    yield from _check_output(kernel, given, expected)
+                    ran.add(kernel.name)
+                except HookRefusedError as error:
+                    reason = str(error)
+            if reason is not None:
+                refused[kernel.name] = reason
     if ran == {TORCH}:
         refused = {"Triton kernels": next(iter(refused.values()), "Triton is not installed")}
     subject.not_run.update({name: reason for name, reason in refused.items() if name not in ran})
@@ -471,34 +495,31 @@ def _check_output(kernel: _KernelUnderTest, listed: AttentionRequest, expected: 
 
 
 def _check_gradients(subject: _Subject) -> Iterator[str]:
-    for plan in subject.plans:
-        for request in _kernel_requests(plan, subject.device):
-            listed, expected = _with_lists(request)
-            direction = torch.randn(request.q.shape, generator=torch.Generator().manual_seed(1)).to(request.q)
+    for request in subject.kernel_requests():
+        listed, expected = _with_lists(request)
+        direction = torch.randn(request.q.shape, generator=torch.Generator().manual_seed(1)).to(request.q)
 
-            def reference(request: AttentionRequest) -> Tensor:
-                return attention_reference(request)[0]
+        def reference(request: AttentionRequest) -> Tensor:
+            return attention_reference(request)[0]
 
-            wanted = _gradients(reference, expected, direction, torch.float64)
-            theirs = _gradients(_pytorch_attention, expected, direction, request.q.dtype)
-            bounds = [_error_bound(x, y, request.max_k) for x, y in zip(theirs, wanted, strict=True)]
-            for backend in ("torch", "triton"):
-                if backend == "triton" and (
-                    choice.refusal(listed) is not None or (not request.q.is_cuda and not plan.dense_window_size)
-                ):
-                    continue
+        wanted = _gradients(reference, expected, direction, torch.float64)
+        theirs = _gradients(_pytorch_attention, expected, direction, request.q.dtype)
+        bounds = [_error_bound(x, y, request.max_k) for x, y in zip(theirs, wanted, strict=True)]
+        for backend in ("torch", "triton"):
+            if backend == "triton" and (choice.refusal(listed) is not None or not request.plan.dense_window_size):
+                continue  # one kind of exemptions will do
 
-                def attend(request: AttentionRequest, backend: Any = backend) -> Tensor:
-                    return compute(request, backend)[0]
+            def attend(request: AttentionRequest, backend: Any = backend) -> Tensor:
+                return compute(request, backend)[0]
 
-                where = f"backend {backend!r}, {_type_of(request)}, {_exemptions(plan)}"
-                try:
-                    with _quiet():
-                        found = _gradients(attend, request, direction, request.q.dtype)
-                except Exception as error:  # the method's own code may raise anything
-                    raise _BrokenContractError(f"{where}: {_brief(error)}") from error
-                for name, mine, right, bound in zip("qkv", found, wanted, bounds, strict=True):
-                    yield from _compare(where, f"the gradient of {name}", mine, right, bound)
+            where = f"backend {backend!r}, {_type_of(request)}, {_exemptions(request.plan)}"
+            try:
+                with _quiet():
+                    found = _gradients(attend, request, direction, request.q.dtype)
+            except Exception as error:  # the method's own code may raise anything
+                raise _BrokenContractError(f"{where}: {_brief(error)}") from error
+            for name, mine, right, bound in zip("qkv", found, wanted, bounds, strict=True):
+                yield from _compare(where, f"the gradient of {name}", mine, right, bound)
 
 
 def _check_statistics(subject: _Subject) -> Iterator[str]:
@@ -698,15 +719,6 @@ def _copied(into: Tensor, rows: Tensor) -> Tensor:
     return into
 
 
-def _kernel_requests(plan: AttentionPlan, device: torch.device) -> Iterator[AttentionRequest]:
-    """Yield batches whose head dimensions and types reach every kernel there is on a device."""
-    if device.type == "cpu":  # Triton's interpreter is slow, and has no BF16
-        yield _request(plan, _ragged(plan), device, heads=(2, 1))
-        return
-    for dim, dtype in ((128, torch.bfloat16), (64, torch.float16), (32, torch.float32)):
-        yield _request(plan, _ragged(plan), device, dim=dim, dtype=dtype)
-
-
 # Kernels, and what they are compared with.
 
 
@@ -731,12 +743,8 @@ def _kernels(request: AttentionRequest) -> Iterator[_KernelUnderTest]:
     if request.q.is_cuda or request.plan.chooses_blocks:
         for kernel in choice.GPU_KERNELS:
             yield _KernelUnderTest(f"the {kernel.name} kernel", kernel.refusal, prepared(kernel))
-    sizes: tuple[int, ...] = (16, 32)
-    if request.plan.chooses_blocks:  # lists bind the tiles
-        sizes = ()
-    elif is_interpreted:
-        sizes = (16,) if request.plan.dense_window_size else (32,)
-    for size in sizes:
+    if not request.plan.chooses_blocks:  # or else lists bind the tiles
+        size = 16 if request.plan.dense_window_size else 32
         tiles = Settings(size, size, num_warps=4, num_stages=1, descriptors=False, frozen=False)
         run = functools.partial(_run_portable, tiles)
         yield _KernelUnderTest(f"the portable kernel with tiles of {size} x {size}", portable.refusal, run)

@@ -68,7 +68,7 @@ def measure_attention(model: PreTrainedModel, tokens: Tensor, with_heads: bool) 
     """
     names = list(sparse_modules(model))
     probe = _Probe(names[len(names) // 2] if with_heads and names else "")
-    with collect_statistics(model) as statistics:
+    with collect_statistics(model, exact=True) as statistics:
         if with_heads:
             with _probing(probe):
                 model(tokens[None], use_cache=False, logits_to_keep=1)

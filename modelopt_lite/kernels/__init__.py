@@ -11,17 +11,17 @@ from torch import Tensor
 
 from ..plan import AttentionPlan
 from .arguments import check_request, is_count
-from .blocked import AttentionStatistics
 from .blocks import KeyBlocks
 from .choice import Backend, Run, prepared, run
 from .operator import compute, gradients, is_traced, pack
 from .request import MAX_QUERIES, AttentionRequest
 from .sdpa import sdpa
 from .selection import count_visited, select_blocks
-from .statistics import statistics_of
+from .statistics import COUNTS, AttentionStatistics, count, sample, sample_interval
 from .top_n import top_n_plan
 
 __all__ = [
+    "COUNTS",
     "MAX_QUERIES",
     "AttentionRequest",
     "AttentionStatistics",
@@ -31,6 +31,8 @@ __all__ = [
     "attention",
     "attention_statistics",
     "compute",
+    "count_kept",
+    "count_prefill",
     "gradients",
     "is_traced",
     "pack",
@@ -166,8 +168,8 @@ def attention_statistics(
 ) -> AttentionStatistics:
     """Measure what a plan keeps, without computing the attention; arguments as in :func:`attention`.
 
-    Runs on any device without waiting for it. On a GPU it costs a sparse and a dense call of the kernels, if the plan
-    has no rule for keys within a group; else about half a forward pass of the torch backend, more if lengths differ.
+    Runs on any device without waiting for it. It computes all scores once more: on a GPU in a kernel, unless the plan
+    has a rule without a hook, and else as the torch backend does, which costs about half of its forward pass.
 
     Raises:
         ValueError: if an argument is wrong; the message names it. Starts and lengths are checked value by value on the
@@ -178,17 +180,51 @@ def attention_statistics(
         s_aux=None, is_causal=is_causal, sliding_window=sliding_window, softcap=softcap, plan=plan,
         first_q=b_first_q, first_k=b_first_k,
     )  # fmt: skip
-    return cast(AttentionStatistics, request_statistics(request))
+    return request_statistics(request)
+
+
+def request_statistics(request: AttentionRequest) -> AttentionStatistics:
+    """Measure what the plan of a request keeps; as :func:`attention_statistics`."""
+    return AttentionStatistics.of_counts(count_kept(request))
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator] # a graph would hold every tile
-def request_statistics(request: AttentionRequest) -> AttentionStatistics:
-    """Measure what the plan of a request keeps; as :func:`attention_statistics`."""
+def count_kept(request: AttentionRequest) -> Tensor:
+    """Count what the plan of a request keeps; see :func:`~modelopt_lite.kernels.statistics.count`."""
+    _check_packing(request)
+    with torch.autocast(request.q.device.type, enabled=False):
+        return count(request)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator] # as above
+def count_prefill(request: AttentionRequest, is_exact: bool) -> tuple[Tensor, int, KeyBlocks | None]:
+    """Count what the plan of a request keeps of all sequences with more than one query.
+
+    Args:
+        request: the call, without lists.
+        is_exact: whether to count all query blocks, and not a sample of them; see
+            :func:`~modelopt_lite.kernels.statistics.sample`.
+
+    Returns:
+        The counts, as of :func:`count_kept`; the number by which to multiply them, 1 unless only a sample was counted;
+        and the blocks that the plan chooses, if they had to be found for the whole call.
+    """
+    _check_packing(request)
+    with torch.no_grad(), torch.autocast(request.q.device.type, enabled=False):
+        every = 1 if is_exact else sample_interval(request)
+        if every == 1:
+            lengths = request.lengths_q
+            return count(request._replace(lengths_q=lengths.masked_fill(lengths == 1, 0))), 1, None
+        # Which blocks are skipped can be found for the sample alone, and some kernels find it out by themselves.
+        if request.plan.blocks is not None and request.plan.skip is None:
+            request = request._replace(blocks=select_blocks(request))
+        return count(sample(request, every)), every, request.blocks
+
+
+def _check_packing(request: AttentionRequest) -> None:
     check_request(request)
     if request.q.device.type == "cpu":
         request.check_values()
-    with torch.autocast(request.q.device.type, enabled=False):
-        return statistics_of(request)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator] # it belongs to no graph

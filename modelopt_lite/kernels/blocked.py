@@ -8,7 +8,7 @@ of the inputs, never length times length.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -31,39 +31,6 @@ TILES_ON_GPU = 64
 def tile_scores(device: torch.device) -> int:
     """Return how many scores of all heads are computed at a time on a device."""
     return TILE_SCORES if device.type == "cpu" else TILES_ON_GPU * TILE_SCORES
-
-
-class AttentionStatistics(NamedTuple):
-    """What a plan keeps of one computation, counted over all query heads.
-
-    All are on the device of the computation; FP64 for the mass, integers for all else. What is counted by head has the
-    shape ``[query_heads]``; all else are tensors without dimensions.
-
-    Attributes:
-        rows: rows (query and head) that see any key.
-        visible: scores at visible keys.
-        kept: scores that take part in the softmax.
-        mass: sum over the rows of the share of the dense softmax that lies on kept keys.
-        blocks: pairs of a query block and a key block of which any query sees any key; 0 if the plan knows no blocks.
-        blocks_visited: those of them that are listed.
-        blocks_skipped: those that the plan's selector keeps and its skip rule skips.
-        kept_by_head: the kept scores of each query head.
-        mass_by_head: the mass of each query head.
-        blocks_visited_by_head: the listed blocks of each query head.
-        blocks_skipped_by_head: the skipped blocks of each query head.
-    """
-
-    rows: Tensor
-    visible: Tensor
-    kept: Tensor
-    mass: Tensor
-    blocks: Tensor
-    blocks_visited: Tensor
-    blocks_skipped: Tensor
-    kept_by_head: Tensor
-    mass_by_head: Tensor
-    blocks_visited_by_head: Tensor
-    blocks_skipped_by_head: Tensor
 
 
 @dataclass
@@ -575,20 +542,17 @@ def _blocks(request: AttentionRequest) -> Iterator[_Block]:
 
 
 @torch.no_grad()
-def statistics_blocked(request: AttentionRequest, counts_of_blocks: Sequence[Tensor] = ()) -> AttentionStatistics:
-    """Count what a plan keeps of a computation, without waiting for its device.
+def count_blocked(request: AttentionRequest) -> Tensor:
+    """Count what a plan keeps of a computation, as :func:`modelopt_lite.kernels.statistics_launch.count` does.
 
     Args:
         request: the computation, with its lists if the plan chooses blocks.
-        counts_of_blocks: the blocks that are seen, and of each query head those visited and those skipped, if there
-            are lists.
     """
     q, k, plan, window = request.q, request.k, request.plan, request.sliding_window
     dtype = torch.promote_types(q.dtype, torch.float32)
     heads, kv_heads, alignment = q.shape[1], k.shape[1], max(GROUP_SIZES)
     repeat = heads // kv_heads
-    rows, visible = (torch.zeros((), dtype=torch.int64, device=q.device) for _ in range(2))
-    kept = torch.zeros(heads, dtype=torch.int64, device=q.device)
+    rows, visible, kept = (torch.zeros(heads, dtype=torch.int64, device=q.device) for _ in range(3))
     mass = torch.zeros(heads, dtype=torch.float64, device=q.device)
     mask = None if request.blocks is None else request.blocks.mask()
     for block in _blocks(request):
@@ -610,7 +574,7 @@ def statistics_blocked(request: AttentionRequest, counts_of_blocks: Sequence[Ten
             if window is not None:
                 seen &= behind.abs() < window
             grouped.masked_fill_(~seen, -torch.inf)
-            visible += heads * seen.sum()
+            visible += seen.sum()
 
             chosen = seen
             if plan.keep is not None or mask is not None:
@@ -627,10 +591,7 @@ def statistics_blocked(request: AttentionRequest, counts_of_blocks: Sequence[Ten
             kept += chosen.sum(-1).unflatten(1, (repeat, -1)).sum(-1).flatten()
             highest, total, shrink = _add_to_softmax(highest, total, scores)
             kept_total = kept_total * shrink + scores.mul_(chosen).sum(-1)
-        rows += (total > 0).sum()
+        rows += (total > 0).unflatten(1, (repeat, -1)).sum(-1).flatten()
         share = (kept_total / total).where(total > 0, 0.0)  # [kv_heads, repeat * queries]
         mass += share.unflatten(1, (repeat, -1)).sum(-1, dtype=torch.float64).flatten()
-    blocks, visited, skipped = counts_of_blocks or (torch.zeros_like(rows), *[torch.zeros_like(kept)] * 2)
-    return AttentionStatistics(
-        rows, visible, kept.sum(), mass.sum(), blocks, visited.sum(), skipped.sum(), kept, mass, visited, skipped
-    )
+    return torch.stack([rows.double(), visible.double(), kept.double(), mass], 1)

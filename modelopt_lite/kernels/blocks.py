@@ -265,14 +265,7 @@ class BlockGrid:
 
     def once(self, tensors: tuple[Tensor | None, ...], numbers: tuple[Any, ...], find: Callable[[], T]) -> T:
         """Return what was found for the same tensors and numbers before, where calls share it."""
-        known = self.request.grids
-        if known is None:
-            return find()
-        key = (*map(id, tensors), *numbers)
-        if key not in known:
-            known[key] = (tensors, find())  # as long as the tensors are held, no others have their identity
-        found: T = known[key][1]
-        return found
+        return self.request.once(tensors, numbers, find)
 
     def mean_keys(self) -> Tensor:
         """Return the mean of each block's keys, ``[batch, key_blocks, kv_heads, head_dim]``; 0 if there are none."""

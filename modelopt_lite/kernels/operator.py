@@ -1,7 +1,7 @@
 """Attention as a PyTorch operator: its gradients, and its shapes for ``torch.compile``, which does not look inside.
 
-Operators take tensors, numbers and strings, so a request passes through them flattened. Where no gradient is recorded
-and nothing traces, there is no operator in between.
+Operators take tensors, numbers and strings, so a request passes through them flattened. Where nothing traces, there is
+no operator in between, because that takes the host longer than short kernels take the GPU.
 """
 
 from __future__ import annotations
@@ -259,7 +259,7 @@ def _one_by_one(operator: Any, size: int, in_dims: Sequence[int | None], inputs:
 
 
 class _Recorded(torch.autograd.Function):
-    """A request whose gradients are wanted, where nothing traces: operators cost more of the host's time."""
+    """A request whose gradients are wanted, where nothing traces."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, s_aux: Tensor | None, *rest: Any) -> Any:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..plan import BLOCK_SIZE, DENSE, AttentionPlan, plan_by_name
 from .blocks import KeyBlocks
+
+T = TypeVar("T")
 
 SCHEMA = {
     "q": "Tensor",
@@ -176,6 +178,16 @@ class AttentionRequest(NamedTuple):
         rows = rows.masked_fill(torch.arange(slots, device=rows.device) >= self.lengths_k[:, None], 0).flatten()
         starts = torch.arange(batch, device=rows.device, dtype=self.starts_k.dtype) * slots
         return self._replace(k=self.k[rows], v=self.v[rows], starts_k=starts, page_table=None, page_size=0)
+
+    def once(self, tensors: tuple[Tensor | None, ...], key: tuple[Any, ...], find: Callable[[], T]) -> T:
+        """Return what was found for the same tensors and the same key before, where calls share it in ``grids``."""
+        if self.grids is None:
+            return find()
+        key = (*map(id, tensors), *key)
+        if key not in self.grids:
+            self.grids[key] = (tensors, find())  # as long as the tensors are held, no others have their identity
+        found: T = self.grids[key][1]
+        return found
 
     @property
     def group(self) -> int:

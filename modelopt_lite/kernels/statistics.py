@@ -2,132 +2,167 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
-from ..plan import DENSE
-from . import choice
-from .blocked import AttentionStatistics, statistics_blocked
+from .blocked import count_blocked
 from .blocks import BlockGrid, KeyBlocks
+from .language import tl
 from .request import AttentionRequest
 from .selection import chosen_blocks
 
+if tl is not None:
+    from . import statistics_launch
+
+COUNTS = ("rows", "visible", "kept", "mass", "blocks", "blocks_visited", "blocks_skipped")
+"""What is counted for each head; see :class:`AttentionStatistics`."""
+MASS = COUNTS.index("mass")
+SAMPLED_BLOCKS = 8
+"""Query blocks of a long sequence that are sampled, at least; up to twice as many are all counted."""
+
+
+class AttentionStatistics(NamedTuple):
+    """What a plan keeps of one computation, counted over all query heads.
+
+    All are on the device of the computation; FP64 for the mass, integers for all else. What is counted by head has the
+    shape ``[query_heads]``; all else are tensors without dimensions.
+
+    Attributes:
+        rows: rows (query and head) that see any key.
+        visible: scores at visible keys.
+        kept: scores that take part in the softmax.
+        mass: sum over the rows of the share of the dense softmax that lies on kept keys.
+        blocks: pairs of a query block and a key block of which any query sees any key; 0 if the plan knows no blocks.
+        blocks_visited: those of them that are listed.
+        blocks_skipped: those that the plan's selector keeps and its skip rule skips.
+        kept_by_head: the kept scores of each query head.
+        mass_by_head: the mass of each query head.
+        blocks_visited_by_head: the listed blocks of each query head.
+        blocks_skipped_by_head: the skipped blocks of each query head.
+    """
+
+    rows: Tensor
+    visible: Tensor
+    kept: Tensor
+    mass: Tensor
+    blocks: Tensor
+    blocks_visited: Tensor
+    blocks_skipped: Tensor
+    kept_by_head: Tensor
+    mass_by_head: Tensor
+    blocks_visited_by_head: Tensor
+    blocks_skipped_by_head: Tensor
+
+    @classmethod
+    def of_counts(cls, counts: Tensor) -> AttentionStatistics:
+        """Make it of what :func:`count` returns."""
+        mass = counts[:, MASS]
+        rows, visible, kept, _, blocks, visited, skipped = counts.long().unbind(1)
+        return cls(
+            rows=rows.sum(),
+            visible=visible.sum(),
+            kept=kept.sum(),
+            mass=mass.sum(),
+            blocks=blocks.sum(),
+            blocks_visited=visited.sum(),
+            blocks_skipped=skipped.sum(),
+            kept_by_head=kept,
+            mass_by_head=mass,
+            blocks_visited_by_head=visited,
+            blocks_skipped_by_head=skipped,
+        )
+
 
 @torch.no_grad()
-def statistics_of(request: AttentionRequest) -> AttentionStatistics:
+def count(request: AttentionRequest) -> Tensor:
     """Count what a request keeps, with its lists or those that its plan chooses, without waiting for the device.
 
-    On a GPU the attention kernels tell how much mass is kept: it is the ratio of the softmax denominators with and
-    without sparsity. How many scores are kept follows from lists and positions, unless a rule looks at the scores.
-    PyTorch operations compute all scores once more to count those.
-    """
-    request = request.without_pages()
-    grid, heads, plan = BlockGrid(request, *request.grid), request.q.shape[1], request.plan
-    counts: tuple[Tensor, ...] = ()
-    if request.blocks is not None or plan.chooses_blocks:
-        skipped = None
-        if request.blocks is not None:
-            visited = request.blocks.mask()
-        else:
-            visited, skipped = chosen_blocks(request, grid)
-            visited = visited if skipped is None else visited & ~skipped
-            request = request._replace(blocks=KeyBlocks.from_mask(visited, grid.starts, *request.grid))
-        counts = (
-            heads * grid.seen().sum(),
-            visited.sum((1, 2)).repeat_interleave(heads // visited.shape[0], output_size=heads),
-            grid.starts.new_zeros(heads, dtype=torch.int64) if skipped is None else skipped.sum((1, 2)),
-        )
-    request = request._replace(s_aux=None)
-    if (plan.keep is None or plan.keeps_nothing) and _suits_kernels(request):
-        return _statistics_by_denominators(request, grid, counts)
-    return statistics_blocked(request, counts)
-
-
-def _suits_kernels(request: AttentionRequest) -> bool:
-    """Whether a GPU's kernels compute the denominators."""
-    return request.q.is_cuda and choice.refusal(request._replace(with_lse=True)) is None
-
-
-def _statistics_by_denominators(
-    request: AttentionRequest, grid: BlockGrid, counts_of_blocks: tuple[Tensor, ...]
-) -> AttentionStatistics:
-    """Count what a request keeps whose plan has no rule, or one that keeps nothing.
-
-    Args:
-        request: the computation, with its lists if the plan chooses blocks.
-        grid: its blocks.
-        counts_of_blocks: as in :func:`~modelopt_lite.kernels.blocked.statistics_blocked`.
-    """
-    heads, device = request.q.shape[1], request.q.device
-    visible, exempt = _scores_of_blocks(request, grid)
-    listed = exempt if request.plan.keeps_nothing else visible
-    is_dense = grid.is_dense()[:, None]
-    listed = visible.where(is_dense, listed)
-    if request.blocks is None:
-        kept = listed.sum().expand(heads)
-    else:
-        visited = _visited(request.blocks, grid)
-        kept = listed.where(visited | is_dense, exempt).sum((1, 2))
-        kept = kept.repeat_interleave(heads // len(visited), output_size=heads)
-    _, sparse = choice.run(request._replace(with_lse=True))
-    _, dense = choice.run(request._replace(with_lse=True, plan=DENSE, blocks=None))
-    assert sparse is not None
-    assert dense is not None
-    sees = dense > -torch.inf
-    mass = (sparse.double() - dense).exp().clamp(max=1.0).where(sees, 0.0).sum(0)
-    none = torch.zeros((), dtype=torch.int64, device=device), *(torch.zeros_like(kept),) * 2
-    blocks, blocks_visited, skipped = counts_of_blocks or none
-    return AttentionStatistics(
-        rows=sees.sum(),
-        visible=heads * visible.sum(),
-        kept=kept.sum(),
-        mass=mass.sum(),
-        blocks=blocks,
-        blocks_visited=blocks_visited.sum(),
-        blocks_skipped=skipped.sum(),
-        kept_by_head=kept,
-        mass_by_head=mass,
-        blocks_visited_by_head=blocks_visited,
-        blocks_skipped_by_head=skipped,
-    )
-
-
-def _visited(blocks: KeyBlocks, grid: BlockGrid) -> Tensor:
-    """Return what lists name, numbered as the grid is, ``[heads, query_blocks, key_blocks]``."""
-    mask, columns = blocks.mask(), grid.shape[1]
-    if 0 in mask.shape:
-        return mask.new_zeros(mask.shape[0], *grid.shape)
-    number = torch.arange(grid.shape[0], device=mask.device)
-    row = (blocks.starts - grid.starts)[grid.sequence] + number
-    # Rows behind the last one have no queries.
-    mask = mask[:, row.clamp(0, mask.shape[1] - 1), :columns]
-    return torch.nn.functional.pad(mask, (0, columns - mask.shape[2]))
-
-
-def _scores_of_blocks(request: AttentionRequest, grid: BlockGrid) -> tuple[Tensor, Tensor]:
-    """Return how many scores of each pair of blocks are visible, and how many of these exempt.
+    On a GPU a kernel computes all scores once more, or PyTorch operations if the plan's rule has no hook.
 
     Returns:
-        ``[query_blocks, key_blocks]``, int64.
+        For each query head what :data:`COUNTS` names, FP64 ``[query_heads, 7]``, exact but for the mass.
     """
-    plan, window = request.plan, request.sliding_window
-    found = [(grid.origin_q.new_empty(0, grid.shape[1]),) * 2]
-    for part in grid.parts(grid.block_rows * grid.shape[1] * 4):
-        rows = part.rows
-        sequence = grid.sequence[rows]
-        q_pos = grid.origin_q[rows, None, None] + torch.arange(grid.block_rows, device=request.q.device)[:, None]
-        is_query = (q_pos >= grid.low_q[rows, None, None]) & (q_pos <= grid.high_q[rows, None, None])
-        begin, end = grid.low_k[sequence, None], grid.high_k[sequence, None]
-        if request.is_causal:
-            end = end.minimum(q_pos)
-        if window is not None:
-            begin = begin.maximum(q_pos - window + 1)
-            if not request.is_causal:
-                end = end.minimum(q_pos + window - 1)
-        sinks = end.clamp(max=plan.num_sink_tokens - 1) - begin + 1
-        first_recent = begin.maximum(q_pos - plan.dense_window_size + 1).clamp(min=plan.num_sink_tokens)
-        exempt = sinks.clamp(min=0) + (end.minimum(q_pos) - first_recent + 1).clamp(min=0)
-        visible = (end - begin + 1).clamp(min=0)
-        found.append((visible.where(is_query, 0).sum(1), exempt.where(is_query, 0).sum(1)))
-    visible, exempt = (torch.cat(column) for column in zip(*found, strict=True))
-    return visible, exempt
+    request = request.without_pages()._replace(s_aux=None)
+    heads, plan = request.q.shape[1], request.plan
+    of_blocks = None
+    if request.blocks is not None or plan.chooses_blocks:
+        grid, skipped = BlockGrid(request, *request.grid), None
+        if request.blocks is not None:
+            mask = request.blocks.mask()
+        else:
+            mask, skipped = chosen_blocks(request, grid)
+            mask = mask if skipped is None else mask & ~skipped
+            request = request._replace(blocks=KeyBlocks.from_mask(mask, grid.starts, *request.grid))
+        visited = mask.sum((1, 2)).repeat_interleave(heads // mask.shape[0], output_size=heads)
+        by_rule = torch.zeros_like(visited) if skipped is None else skipped.sum((1, 2))
+        of_blocks = torch.stack([grid.seen().sum().expand(heads), visited, by_rule], 1)
+    if tl is not None and request.q.is_cuda and statistics_launch.refusal(request) is None:
+        counts = statistics_launch.count(request)
+    else:
+        counts = count_blocked(request)
+    if of_blocks is None:
+        return torch.nn.functional.pad(counts, (0, len(COUNTS) - counts.shape[1]))
+    return torch.cat([counts, of_blocks], 1)
+
+
+def sample_interval(request: AttentionRequest) -> int:
+    """Return for how many query blocks of a prefill one is sampled; 1 if all are counted.
+
+    With ``n`` query blocks in the longest sequence that is ``n // SAMPLED_BLOCKS``, so that the cost grows as the
+    length, not as its square. All are counted where queries are not the last of the keys that they see.
+    """
+    if not request.is_causal or request.first_q is not None or min(request.max_q, request.q.shape[0]) == 0:
+        return 1
+    return max(1, -(-request.max_k // request.grid[1]) // SAMPLED_BLOCKS)
+
+
+def sample(request: AttentionRequest, every: int) -> AttentionRequest:
+    """Return every ``every``-th query block of a prefill as a sequence of its own, with all keys that it sees.
+
+    Query blocks are counted from their sequence's first token, and the first one taken is number ``every // 2``. What
+    has a single query is left out: a sequence, because it is decode, and a query block, because it would look like it.
+
+    Args:
+        request: a checked causal request with queries, which are the last tokens; lists are taken along.
+        every: at least 2.
+    """
+    r, rows = request.without_pages(), request.grid[1]
+    packing = (r.starts_q, r.lengths_q, r.starts_k, r.lengths_k, r.first_k)
+    found, row = r.once(packing, ("sample", r.max_q, rows, every), lambda: _sampled_packing(r, rows, every))
+    changes: dict[str, Any] = dict(
+        zip(("starts_q", "lengths_q", "starts_k", "lengths_k", "first_k"), found, strict=True)
+    )
+    if r.blocks is not None:
+        row = (r.blocks.starts[:, None] + row).flatten().clamp(0, r.blocks.counts.shape[1] - 1)
+        changes["blocks"] = r.blocks._replace(
+            counts=r.blocks.counts[:, row].where(changes["lengths_q"] > 0, 0),
+            indices=r.blocks.indices[:, row],
+            starts=torch.arange(len(row), device=row.device, dtype=torch.int32),
+        )
+    return r._replace(counts=None, max_q=min(rows, r.max_q), **changes)
+
+
+def _sampled_packing(request: AttentionRequest, rows: int, every: int) -> tuple[tuple[Tensor | None, ...], Tensor]:
+    """Return the packing of sampled query blocks, and which of their sequence's they are, ``[batch, blocks]``."""
+    r, step = request, rows * every
+    first_k = torch.zeros_like(r.lengths_k) if r.first_k is None else r.first_k
+    end = first_k + r.lengths_k
+    first_q = end - r.lengths_q
+    # The first sampled block that has queries of the call, and as many more as there may be.
+    offset = every // 2 * rows
+    origin = ((first_q - offset - rows).div(step, rounding_mode="floor") + 1) * step + offset
+    each = torch.arange((r.max_q + rows - 2) // step + 1, device=origin.device, dtype=origin.dtype)
+    origin = origin[:, None] + each * step
+    begin = origin.maximum(first_q[:, None])
+    stop = (origin + rows).minimum(end[:, None])
+    number = (stop - begin).where(r.lengths_q[:, None] > 1, 0)
+    number = number.where(number > 1, 0)
+    starts_q = (r.starts_q[:, None] + begin - first_q[:, None]).where(number > 0, 0)
+    lengths_k = (stop - first_k[:, None]).where(number > 0, 0)
+    starts_k, firsts = (x[:, None].expand_as(origin) for x in (r.starts_k, first_k))
+    block = origin.div(rows, rounding_mode="floor") - first_q[:, None].div(rows, rounding_mode="floor")
+    found = (starts_q, number, starts_k, lengths_k, firsts)
+    starts_q, lengths_q, starts_k, lengths_k, firsts = (x.flatten().contiguous() for x in found)
+    return (starts_q, lengths_q, starts_k, lengths_k, None if r.first_k is None else firsts), block

@@ -280,49 +280,34 @@ def scale_scores(products, numbers, OPTIONS: tl.constexpr):
 
 
 @triton.jit
-def select_scores(
-    scores, q_pos, groups, rules, hook_args, SCORE_HOOK: tl.constexpr, OPTIONS: tl.constexpr, MASKED: tl.constexpr,
+def hide_invisible(parts, q_pos, groups, rules, OPTIONS: tl.constexpr):
+    """Hide the scores of keys that are not visible; arguments as in :func:`select_scores`, ``parts`` by place."""
+    GROUP: tl.constexpr = OPTIONS.group
+    _, length, _, _, sliding_window = rules[:5]
+    # Compared with a place's number, an immediate operand, so that positions of places take no registers.
+    last_visible = q_pos if OPTIONS.causal else length - 1
+    masked = ()
+    for r in tl.static_range(GROUP):
+        part = hide_beyond(parts[r], groups, last_visible, -r)
+        if OPTIONS.sliding:
+            part = hide_beyond(part, q_pos - sliding_window + 1, groups, r)
+        if OPTIONS.positions:
+            part = hide_beyond(hide_beyond(part, rules[5], groups, r), groups, length - 1, -r)
+            if OPTIONS.sliding and not OPTIONS.causal:
+                part = hide_beyond(part, groups, q_pos + sliding_window - 1, -r)
+        masked = masked + (part,)
+    return masked
+
+
+@triton.jit
+def hide_unkept(
+    visible, q_pos, groups, rules, hook_args, SCORE_HOOK: tl.constexpr, OPTIONS: tl.constexpr, MASKED: tl.constexpr,
     unlisted=0,
 ):  # fmt: skip
-    """Decide which keys take part in the softmax.
-
-    Args:
-        scores: ``[BLOCK_M, BLOCK_N]``.
-        q_pos: the queries' positions, spread over ``scores``.
-        groups: the positions of the groups' first keys, spread over ``scores``.
-        rules: ``(positions, length, num_sinks, window, sliding_window)``, and with ``OPTIONS.positions`` the first
-            key's position.
-        hook_args: constants, then numbers, for the hook.
-        SCORE_HOOK: which scores to keep, or None.
-        OPTIONS: :class:`modelopt_lite.kernels.settings.Options`.
-        MASKED: whether visibility and exemptions are checked for each key.
-        unlisted: not 0 if only exempt keys take part, because the tile's key block is not listed. It is used if
-            ``MASKED`` and ``OPTIONS.unlisted``.
-
-    Returns:
-        ``(parts, keep, largest)``: ``GROUP`` tiles of scores, ``-inf`` where a key is not visible and, if ``MASKED`` or
-        if the plan does not keep every group's maximum, where it is not kept; else, with a hook, as many tiles that say
-        what is kept, otherwise none; and the largest score of each group that is kept.
-    """
+    """Decide which visible keys take part in the softmax: :func:`select_scores` after :func:`hide_invisible`."""
     GROUP: tl.constexpr = OPTIONS.group
-    _, length, num_sinks, window, sliding_window = rules[:5]
-    parts = split_groups(scores, OPTIONS)
-
-    if MASKED:
-        # Compared with a place's number, an immediate operand, so that positions of places take no registers.
-        last_visible = q_pos if OPTIONS.causal else length - 1
-        masked = ()
-        for r in tl.static_range(GROUP):
-            part = hide_beyond(parts[r], groups, last_visible, -r)
-            if OPTIONS.sliding:
-                part = hide_beyond(part, q_pos - sliding_window + 1, groups, r)
-            if OPTIONS.positions:
-                part = hide_beyond(hide_beyond(part, rules[5], groups, r), groups, length - 1, -r)
-                if OPTIONS.sliding and not OPTIONS.causal:
-                    part = hide_beyond(part, groups, q_pos + sliding_window - 1, -r)
-            masked = masked + (part,)
-        parts = masked
-    visible = parts
+    _, _, num_sinks, window, _ = rules[:5]
+    parts = visible
 
     GATED: tl.constexpr = MASKED and OPTIONS.unlisted
     keep = ()
@@ -354,6 +339,37 @@ def select_scores(
     # Of visible ones, if that promise makes it the same: known before the hook has run.
     largest = maximum_of(visible if OPTIONS.keeps_group_max and not GATED else parts)
     return parts, keep, largest
+
+
+@triton.jit
+def select_scores(
+    scores, q_pos, groups, rules, hook_args, SCORE_HOOK: tl.constexpr, OPTIONS: tl.constexpr, MASKED: tl.constexpr,
+    unlisted=0,
+):  # fmt: skip
+    """Decide which keys take part in the softmax.
+
+    Args:
+        scores: ``[BLOCK_M, BLOCK_N]``.
+        q_pos: the queries' positions, spread over ``scores``.
+        groups: the positions of the groups' first keys, spread over ``scores``.
+        rules: ``(positions, length, num_sinks, window, sliding_window)``, and with ``OPTIONS.positions`` the first
+            key's position.
+        hook_args: constants, then numbers, for the hook.
+        SCORE_HOOK: which scores to keep, or None.
+        OPTIONS: :class:`modelopt_lite.kernels.settings.Options`.
+        MASKED: whether visibility and exemptions are checked for each key.
+        unlisted: not 0 if only exempt keys take part, because the tile's key block is not listed. It is used if
+            ``MASKED`` and ``OPTIONS.unlisted``.
+
+    Returns:
+        ``(parts, keep, largest)``: ``GROUP`` tiles of scores, ``-inf`` where a key is not visible and, if ``MASKED`` or
+        if the plan does not keep every group's maximum, where it is not kept; else, with a hook, as many tiles that say
+        what is kept, otherwise none; and the largest score of each group that is kept.
+    """
+    parts = split_groups(scores, OPTIONS)
+    if MASKED:
+        parts = hide_invisible(parts, q_pos, groups, rules, OPTIONS)
+    return hide_unkept(parts, q_pos, groups, rules, hook_args, SCORE_HOOK, OPTIONS, MASKED, unlisted)
 
 
 @triton.jit

@@ -49,7 +49,11 @@ class Combined(SparseAttentionMethod):
     """
 
     method: Literal["combined"] = Field(default="combined", description="the method's name")
-    methods: tuple[Part, ...] = Field(min_length=2, strict=False, description="the methods, one of each kind at most")
+    methods: tuple[Part, ...] = Field(
+        strict=False,
+        json_schema_extra={"minItems": 2},  # min_length would also complain of lists with a part that is wrong
+        description="the methods, one of each kind at most",
+    )
     num_sink_tokens: SkipJsonSchema[SinkTokens] = Field(
         default=0, exclude=True, description="the most that any of the methods has"
     )
@@ -72,6 +76,8 @@ class Combined(SparseAttentionMethod):
 
     @model_validator(mode="after")
     def _fit_together(self) -> Combined:
+        if len(self.methods) < 2:
+            raise ValueError("Input should be a list of at least two methods")
         reason = _misfit(self.methods)
         if reason is not None:
             raise ValueError(f"Input should be methods that fit together: {reason}")

@@ -371,6 +371,49 @@ def test_statistics(sparse, ids):
     assert (statistics.total.visible, nothing.total.visible) == (seen, 0)
 
 
+BLOCKS = {"block_size": 16, "block_rows": 16}
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"method": "sparse_softmax", "dense_window_size": 8},
+        {"method": "flash_prefill", **BLOCKS},
+        {"method": "skip_softmax", "threshold": 0.1, **BLOCKS},
+        [{"method": "mean_pool_top_k", "keep": 0.4, **BLOCKS}, {"method": "sparse_softmax", "dense_window_size": 8}],
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("chunk", [700, 96])
+def test_statistics_of_a_sample(model, entry, chunk, monkeypatch):
+    """They are near those of all queries, in chunks as in one piece, and change no logits."""
+    length, sampled = (240, 5) if "block_size" in str(entry) else (700, 3)
+    monkeypatch.setattr("modelopt_lite.kernels.statistics.SAMPLED_BLOCKS", sampled)
+    ids = torch.randint(101, (2, length), generator=torch.Generator().manual_seed(1))
+    mtsa.sparsify(model, {"sparse_cfg": {"*": entry}})
+
+    def prefill():
+        cache = None
+        for part in ids.split(chunk, 1):
+            found = model(part, past_key_values=cache, use_cache=True)
+            cache = found.past_key_values
+        return found.logits
+
+    with torch.no_grad():
+        expected = prefill()
+        with mtsa.collect_statistics(model) as sample:
+            torch.testing.assert_close(prefill(), expected, **CLOSE)
+        with mtsa.collect_statistics(model, exact=True) as exact:
+            torch.testing.assert_close(prefill(), expected, **CLOSE)
+    assert (sample.total.is_estimate, exact.total.is_estimate) == (True, False)
+    assert "estimated by a sample" in str(sample)
+    assert "estimated" not in str(exact)
+    assert sample.total.visible == pytest.approx(exact.total.visible, rel=0.15)
+    assert sample.total.sparsity == pytest.approx(exact.total.sparsity, abs=0.05)
+    assert sample.total.mass_kept == pytest.approx(exact.total.mass_kept, abs=0.05)
+    assert sample.total.block_sparsity == pytest.approx(exact.total.block_sparsity, abs=0.05)
+
+
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature")
 @pytest.mark.parametrize("device", ["meta", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("measured", [False, True])

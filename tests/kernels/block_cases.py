@@ -7,8 +7,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from modelopt_lite.kernels import AttentionRequest, KeyBlocks
+from modelopt_lite.kernels.reference import kept_scores, listed_blocks
+from modelopt_lite.kernels.statistics import COUNTS, MASS
 from modelopt_lite.kernels.top_n import top_n_plan
-from modelopt_lite.plan import AttentionPlan
+from modelopt_lite.plan import DENSE, AttentionPlan
 
 SCALE = 0.25  # a power of two: scores of the inputs below are exact in every precision
 GRIDS = ((16, 16), (16, 32), (32, 32), (16, 64))  # keys in a key block, positions in a query block
@@ -177,3 +179,34 @@ def _skip(kept, exempt, scores, first_q, grid, margin):
             if all(scores[i][j] < reference[i] + margin for i, j in others):
                 for i, j in others:
                     kept[i].discard(j)
+
+
+def counts_by_oracle(request: AttentionRequest, counted: Tensor | None = None) -> Tensor:
+    """Count what the oracle keeps, as :func:`modelopt_lite.kernels.statistics_launch.count` does.
+
+    Args:
+        request: the call.
+        counted: which of the packed queries count, ``[total_q]``; None: all.
+    """
+    heads = request.q.shape[1]
+    counts = torch.zeros(heads, 4, dtype=torch.float64)
+    dense = request._replace(plan=DENSE, blocks=None)
+    for number, sequence in enumerate(request.sequences()):
+        q, k = request.q[sequence.queries].detach().double(), request.k[sequence.keys].detach().double()
+        positions = (sequence.first_q, sequence.first_k)
+        kept = kept_scores(q, k, request, *positions, listed_blocks(request, number)) > -torch.inf
+        scores = kept_scores(q, k, dense, *positions)
+        if counted is not None:
+            rows = counted[sequence.queries]
+            kept, scores = kept[:, rows], scores[:, rows]
+        seen = scores > -torch.inf
+        mass = scores.softmax(-1).where(kept, 0.0).sum((1, 2))
+        counts += torch.stack([seen.any(-1).sum(-1), seen.sum((1, 2)), kept.sum((1, 2)), mass], 1)
+    return counts
+
+
+def assert_same_counts(found: Tensor, expected: Tensor) -> None:
+    """Compare counts by head, of which all but the mass are exact."""
+    integers = [i for i, name in enumerate(COUNTS) if name != "mass" and i < expected.shape[1]]
+    assert torch.equal(found[:, integers], expected[:, integers])
+    torch.testing.assert_close(found[:, MASS], expected[:, MASS], rtol=2e-5, atol=2e-5)

@@ -1,4 +1,4 @@
-"""The kernels that score and choose key blocks as machine code, without a GPU: registers and shared memory.
+"""The kernels that score, choose and count as machine code, without a GPU: registers and shared memory.
 
 Triton compiles for a GPU only where its interpreter is off, so this file runs itself as a program for that.
 """
@@ -32,8 +32,9 @@ def compile_variant(capability, dtype, head_dim, stride, options):
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
-    from modelopt_lite.kernels import AttentionRequest, block_launch
-    from modelopt_lite.kernels.blocks import BlockGrid
+    from modelopt_lite.kernels import AttentionRequest, block_launch, statistics_launch
+    from modelopt_lite.kernels.blocks import BlockGrid, KeyBlocks
+    from modelopt_lite.kernels.top_n import top_n_plan
     from modelopt_lite.plan import DENSE
 
     class AbsentGpu:
@@ -53,7 +54,8 @@ def compile_variant(capability, dtype, head_dim, stride, options):
 
     driver.set_active(AbsentGpu())
     block_launch._is_large = lambda x: capability == 90
-    block_launch.launch = compile_only
+    block_launch.launch = statistics_launch.launch = compile_only
+    statistics_launch.capability_of = lambda device: capability
     length = 4096
     q, k = (torch.zeros(length, heads, head_dim, dtype=dtype) for heads in (8, 2))
     start, lengths = torch.zeros(1, dtype=torch.int64), torch.tensor([length])
@@ -70,6 +72,8 @@ def compile_variant(capability, dtype, head_dim, stride, options):
     chosen = block_launch.above(scores, seen, 0.9)
     block_launch.listed(chosen, seen, forced)
     block_launch.excess(grid)
+    blocks = KeyBlocks.from_mask(torch.ones(1, *grid.shape, dtype=torch.bool), start, 128, 128)
+    statistics_launch.count(request._replace(plan=top_n_plan(2, 4, 4, 64), blocks=blocks))
     return {name: inspect(kernel) for name, kernel in compiled.items()}
 
 
@@ -91,12 +95,13 @@ def test_kernels_fit_the_gpu(compiled, index):
     assert set(found) == {
         "lay_out", "mark_blocks", "mean_rows", "multiply_means", "sum_softmax", "antidiagonal_tile",
         "join_antidiagonals", "choose_largest", "choose_above", "list_rows", "excess_of_blocks",
+        "count_scores",
     } | ({"split_numbers"} if dtype != FP32 else set())  # fmt: skip
     for name, kernel in found.items():
         assert kernel["shared"] <= SHARED_LIMIT[capability]
         # FP32 products are multiply-adds of registers, and masks take many. Elsewhere two registers may be spilled.
         assert kernel["spilled"] <= (256 if dtype == FP32 or name == "excess_of_blocks" else 8)
-    for name in ("sum_softmax", "antidiagonal_tile", "excess_of_blocks"):
+    for name in ("sum_softmax", "antidiagonal_tile", "excess_of_blocks", "count_scores"):
         assert (found[name]["products"] > 0) == (dtype != FP32)
 
 

@@ -2,12 +2,28 @@
 
 import pytest
 import torch
+from block_cases import assert_same_counts
 from cases import packed_request
 
-from modelopt_lite.kernels import block_launch, block_scores, request_statistics, statistics
+from modelopt_lite.kernels import (
+    block_launch,
+    block_scores,
+    count_kept,
+    count_prefill,
+    statistics,
+    statistics_launch,
+)
 from modelopt_lite.kernels.blocks import BlockGrid, KeyBlocks
 from modelopt_lite.kernels.selection import _excess, select_blocks
-from modelopt_lite.methods import FlashPrefill, MeanPoolTopK, SinkWindow, XAttention
+from modelopt_lite.methods import (
+    Combined,
+    FlashPrefill,
+    MeanPoolTopK,
+    SinkWindow,
+    SkipSoftmax,
+    SparseSoftmax,
+    XAttention,
+)
 from modelopt_lite.plan import AttentionPlan, SkipRule
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")]
@@ -114,21 +130,38 @@ def test_selection_does_not_wait_for_the_gpu(method, monkeypatch):
     assert (found.mask() != by_torch).float().mean() < 0.01  # near ties alone
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "method", [MeanPoolTopK(dense_window_size=70, num_sink_tokens=3), SinkWindow(dense_window_size=70)]
+    "method",
+    [
+        MeanPoolTopK(dense_window_size=70, num_sink_tokens=3),
+        SinkWindow(dense_window_size=70),
+        SparseSoftmax(num_sink_tokens=3, dense_window_size=70),
+        SparseSoftmax(sparsity_n=8, sparsity_m=16, dense_window_size=0),
+        SkipSoftmax(threshold=0.3),
+        Combined(methods=(FlashPrefill(alpha=0.9), SparseSoftmax(dense_window_size=70))),
+    ],
+    ids=lambda method: method.method,
 )
-def test_statistics(method, monkeypatch):
-    """Those from two softmax denominators are those from all scores, and take no wait for the GPU."""
-    request = packed_request(
-        heads=(4, 2), dims=(128, 128), dtype=torch.bfloat16, exact=False, plan=method.shared_plan()
-    )
-    request_statistics(request)
+def test_statistics(method, dtype, monkeypatch):
+    """The kernel counts what PyTorch operations count, of whole calls and of samples, and waits for no GPU."""
+    request = packed_request(heads=(4, 2), dims=(128, 128), dtype=dtype, exact=True, plan=method.shared_plan())
+    request = request._replace(v=request.k)
+    monkeypatch.setattr(statistics, "SAMPLED_BLOCKS", 2)
+
+    def count():
+        sampled, times, _ = count_prefill(request, is_exact=False)
+        assert times > 1
+        return count_kept(request), sampled, count_prefill(request, is_exact=True)[0]
+
+    count()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        found = request_statistics(request)
+        found = count()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    monkeypatch.setattr(statistics, "_suits_kernels", lambda request: False)
-    for name, x in request_statistics(request)._asdict().items():
-        torch.testing.assert_close(getattr(found, name), x, rtol=1e-4, atol=1e-4, msg=name)
+    assert all(map(torch.equal, found, count()))
+    monkeypatch.setattr(statistics_launch, "refusal", lambda request: "not now")
+    for x, y in zip(found, count(), strict=True):
+        assert_same_counts(x, y)

@@ -12,7 +12,7 @@ import triton
 from cases import OnGpu, arguments, one_sequence
 
 from modelopt_lite import UnsupportedError
-from modelopt_lite.kernels import AttentionRequest, attention, choice, hopper_launch, portable, settings
+from modelopt_lite.kernels import AttentionRequest, attention, choice, compute, hopper_launch, portable, settings
 from modelopt_lite.kernels.choice import BLOCKED, GPU_KERNELS, choose, refusal
 from modelopt_lite.kernels.top_n import top_n_plan
 from modelopt_lite.plan import AttentionPlan
@@ -179,6 +179,16 @@ def test_what_lies_apart_is_read_right(monkeypatch):
         for _ in range(2):
             found, _ = choice.run(moved, backend)
             torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
+
+
+def test_pages_take_no_gradient():
+    """Also where a request like it that wants none has run."""
+    q, k = torch.zeros(1, 2, 8), torch.zeros(16, 2, 8)
+    request = one_sequence(q, k, k, with_lse=True)
+    request = request._replace(page_table=torch.zeros(1, 1, dtype=torch.int32), page_size=16)
+    compute(request)
+    with pytest.raises(ValueError, match="page_table: not allowed where gradients are wanted"):
+        compute(request._replace(q=q.requires_grad_()))
 
 
 INTERPRETED = """

@@ -2,6 +2,7 @@
 
 import json
 
+import counting
 import model as benchmark
 import pytest
 import skip
@@ -91,6 +92,18 @@ def test_results_are_written_and_merged(tmp_path, capsys, monkeypatch):
     assert [line.split(" | ")[0].removeprefix("| ") for line in lines] == [
         *("ttft", "decode", "decode", "batch", "generate", "attention", "host")
     ]
+
+
+def test_what_statistics_cost(tmp_path, capsys):
+    output = tmp_path / "results.json"
+    options = ["--model", "tiny", "--device", "cpu", "--layers", "1", "--seq-lens", "100", "--rounds", "1"]
+    for _ in range(2):
+        counting.main([*options, "--methods", "2:4", "skip_softmax", "--output", str(output)])
+    rows = json.loads(output.read_text())["rows"]
+    assert [row["method"] for row in rows] == ["2:4", "skip_softmax"]
+    assert [row["share_dropped"] > 0 for row in rows] == [True, False]
+    for row in rows:
+        assert row["ratio"] == pytest.approx(row["ms_with_statistics"] / row["ms"], rel=1e-2)
 
 
 def test_a_variant_that_fails_is_reported_and_left_out(bench, capsys):

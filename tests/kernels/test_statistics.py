@@ -1,0 +1,104 @@
+"""What is counted of attention calls, by the kernel and in samples of their queries, against the oracle."""
+
+import dataclasses
+import os
+
+import pytest
+import torch
+from block_cases import assert_same_counts, counts_by_oracle, requests, with_lists
+from cases import one_sequence
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from test_blocks import selectors, skipping
+from test_lists_interpreter import plans
+
+from modelopt_lite.kernels import select_blocks, statistics_launch
+from modelopt_lite.kernels.blocks import BlockGrid
+from modelopt_lite.kernels.settings import Settings
+from modelopt_lite.kernels.statistics import COUNTS, count, sample, sample_interval
+from modelopt_lite.methods import SinkWindow
+from modelopt_lite.plan import DENSE
+
+interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
+SIZES = st.sampled_from([(16, 16), (32, 16), (16, 32)])
+
+
+def check_kernel(request, sizes):
+    tiles = Settings(*sizes, num_warps=4, num_stages=1, descriptors=False, frozen=False)
+    counts = statistics_launch.count(request, statistics_launch.portable.fitted(tiles, request.blocks))
+    assert_same_counts(counts, counts_by_oracle(request))
+
+
+@interpreted
+@pytest.mark.usefixtures("poison")
+@given(plans().flatmap(lambda plan: requests(longest=60, batch=2, plan=plan)), SIZES)
+@settings(max_examples=25, deadline=None)
+def test_kernel(request, sizes):
+    check_kernel(request, sizes)
+
+
+@interpreted
+@pytest.mark.usefixtures("poison")
+@given(plans().flatmap(lambda plan: with_lists(longest=60, batch=2, plan=plan)), SIZES)
+@settings(max_examples=25, deadline=None)
+def test_kernel_with_lists(request, sizes):
+    check_kernel(request, sizes)
+
+
+@interpreted
+@pytest.mark.usefixtures("poison")
+@given(requests(longest=60, batch=2, plan=SinkWindow(num_sink_tokens=5, dense_window_size=7).plan()), SIZES)
+@settings(max_examples=10, deadline=None)
+def test_kernel_with_a_rule_that_keeps_nothing(request, sizes):
+    check_kernel(request, sizes)
+
+
+def sampled_rows(request, every):
+    """Return which of the packed queries are in the sample, key by key."""
+    rows, found = request.grid[1], torch.zeros(request.q.shape[0], dtype=torch.bool)
+    for sequence in request.sequences():
+        number = sequence.queries.stop - sequence.queries.start
+        of_block = [(sequence.first_q + i) // rows for i in range(number)]
+        for i, block in enumerate(of_block):
+            found[sequence.queries.start + i] = block % every == every // 2 and of_block.count(block) > 1
+    return found
+
+
+@given(
+    st.one_of(plans(), selectors().flatmap(skipping), selectors().map(lambda x: dataclasses.replace(DENSE, blocks=x))),
+    st.integers(2, 4),
+    st.booleans(),
+    st.data(),
+)
+@settings(max_examples=60, deadline=None)
+def test_sample(plan, every, has_lists, data):
+    """A sample keeps what the whole call keeps of the same queries, with lists and without."""
+    request = data.draw(requests(plan=plan, longest=130, causal=True))._replace(first_q=None)
+    assume(min(request.max_q, request.q.shape[0]) > 0)
+    if not plan.chooses_blocks:
+        request = request._replace(plan=dataclasses.replace(plan, sparse_decode=False))
+    if plan.chooses_blocks and has_lists:
+        request = request._replace(blocks=select_blocks(request))
+    counted = sampled_rows(request, every)
+    sampled = sample(request, every)
+    sampled.check_values()
+    found = count(sampled._replace(v=request.k))
+    assert_same_counts(found, counts_by_oracle(request, counted))
+    if plan.chooses_blocks:
+        grid, lists = BlockGrid(request, *request.grid), select_blocks(request._replace(blocks=None))
+        rows = counted[(grid.row_q[grid.sequence] + grid.low_q).clamp(0, len(counted) - 1)] & (
+            grid.low_q <= grid.high_q
+        )
+        heads = request.q.shape[1]
+        assert bool((found[:, COUNTS.index("blocks")] == grid.seen()[rows].sum()).all())
+        visited = lists.counts[:, rows].sum(1).repeat_interleave(heads // len(lists.counts))
+        assert torch.equal(found[:, COUNTS.index("blocks_visited")].long(), visited)
+
+
+def test_sample_interval():
+    q = torch.zeros(1, 1, 8)
+    request = one_sequence(q, q, q)
+    lengths = {1: 1, 1920: 1, 1921: 2, 2048: 2, 3072: 3, 8192: 8, 32768: 32, 131072: 128}
+    assert {n: sample_interval(request._replace(max_k=n)) for n in lengths} == lengths
+    for changes in ({"is_causal": False}, {"first_q": torch.tensor([0])}):
+        assert sample_interval(request._replace(max_k=8192, **changes)) == 1
