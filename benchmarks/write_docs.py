@@ -426,14 +426,19 @@ def search_table() -> str:
 
 
 def block_searches_table() -> str:
-    """Return what block methods with a knob for each layer cost beside one knob everywhere, on other texts."""
+    """Return what block methods with a knob for each layer cost beside one knob everywhere."""
     lines = []
     for row in rows_of("search-nvidia-h200"):
-        if row["wanted"] != "2:4":
-            for name, found in row["evaluated"].items():
-                lines.append([*_method_and_knob(row["wanted"] if name != "searched" else f"{row['what']} searched")])
-                lines[-1] += _evaluated(found)
-    return markdown(["method", "knob", "perplexity", "KL", "scores dropped"], lines, left=1)
+        wanted = row["wanted"]
+        if wanted == "2:4":
+            continue
+        method, knob = _method_and_knob(wanted)
+        in_search = {wanted: row["everywhere_in_search"][wanted], "searched": row["in_search"]}
+        for name, run in in_search.items():
+            found = row["evaluated"].get(name)
+            cells = [MISSING] * 3 if found is None else _evaluated(found)
+            lines.append([method, knob if name == wanted else f"searched for {knob}", f"{run['kl']:.4f}", *cells])
+    return markdown(["method", "knob", "KL, searched windows", "perplexity", "KL", "scores dropped"], lines, left=2)
 
 
 def efficiency_table() -> str:

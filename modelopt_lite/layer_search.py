@@ -475,7 +475,7 @@ class _Frontier:
     """
 
     def __init__(self, gains: Mapping[str, Mapping[str, float]], losses: Mapping[str, Mapping[str, float]]) -> None:
-        self._layers = list(gains)
+        self._layers, self._gains = list(gains), gains
         self._choices: list[list[tuple[str, int]]] = []
         best = torch.full((STEPS + 1,), torch.inf, dtype=torch.float64)
         best[0] = 0.0
@@ -497,8 +497,8 @@ class _Frontier:
         return float(self._losses.isfinite().nonzero().max()) / STEPS
 
     def gain_everywhere(self, name: str) -> float:
-        """Return the gain of one candidate in all layers."""
-        return sum(dict(choices).get(name, 0) for choices in self._choices) / STEPS
+        """Return the gain of one candidate in all layers, not rounded."""
+        return sum(gains[name] for gains in self._gains.values())
 
     def least_loss(self, gain: float) -> dict[str, str]:
         """Return the choice by layer with the least loss that gains at least so much."""
@@ -531,12 +531,12 @@ def _choose(
     if kind == "speedup":
         goal = 1 - 1 / goal
     if kind in ("sparsity", "speedup"):
-        if goal > frontier.most + 0.5 / STEPS:
+        if goal > frontier.most + 0.5 / STEPS * len(work.layers):  # each layer's gain is rounded
             most = frontier.most if kind == "sparsity" else 1 / (1 - frontier.most)
             raise ConfigError(f"{kind}: cannot be met; the candidates reach {most:.4g} at most")
         best = _meet_gain(work, frontier, goal, checks_sparsity=kind == "sparsity")
         for name, run in everywhere.items():
-            if frontier.gain_everywhere(name) >= goal - 1 / STEPS and run.kl < best[1].kl:
+            if frontier.gain_everywhere(name) >= goal - 1e-9 and run.kl < best[1].kl:
                 best = dict.fromkeys(work.layers, name), run
         return best
     best = _meet_loss(work, frontier, goal, lambda run: run.kl if kind == "kl" else run.perplexity_percent)

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 import modelopt_lite as mtsa
 from modelopt_lite import cli, layer_search
 from modelopt_lite.experiment.quality import compare_predictions
-from modelopt_lite.layer_search import STEPS, _Frontier
+from modelopt_lite.layer_search import STEPS, Run, _choose, _Frontier
 
 CANDIDATES = {
     "2:4": {"method": "sparse_softmax", "dense_window_size": 4},
@@ -158,6 +159,18 @@ def test_the_frontier_is_the_best_choice(seed):
         largest = frontier.most_gain(loss + 1e-9)
         best = max(reached for reached, other in all_choices if other <= loss + 1e-9)
         assert sum(gains[x][n] for x, n in largest.items()) == pytest.approx(best)
+
+
+def test_one_candidate_everywhere_is_proposed_whatever_is_rounded():
+    """Thirty layers whose gains are all rounded down do not keep a candidate from what it gains itself."""
+    layers = [f"layer{i}" for i in range(30)]
+    gains = {layer: {"dense": 0.0, "a": 0.01580249} for layer in layers}
+    frontier = _Frontier(gains, {layer: {"dense": 0.0, "a": 1.0} for layer in layers})
+    assert frontier.gain_everywhere("a") == pytest.approx(30 * 0.01580249, abs=1e-12)
+    everywhere = {"a": Run(0.1, 0.0, 30 * 0.01580249)}
+    work = SimpleNamespace(layers=layers, config=lambda chosen: None, run=lambda config: Run(0.2, 0.0, 0.5))
+    chosen, run = _choose(work, frontier, "sparsity", everywhere["a"].sparsity, everywhere)
+    assert (set(chosen.values()), run) == ({"a"}, everywhere["a"])
 
 
 def test_an_interrupted_search_goes_on(model, tmp_path, monkeypatch):
