@@ -40,7 +40,8 @@ class LayerStatistics:
         if request.max_q > 1:
             counts, times, blocks = count_prefill(without_values, self.is_exact)
             self.add(counts, times)
-            request = request._replace(blocks=blocks)
+            if blocks is not None:
+                request = request._replace(blocks=blocks)
         if request.plan.sparse_decode:
             is_single = request.lengths_q == 1
             decode = without_values._replace(lengths_q=request.lengths_q.masked_fill(~is_single, 0), max_q=1)

@@ -201,13 +201,13 @@ def count_prefill(request: AttentionRequest, is_exact: bool) -> tuple[Tensor, in
     """Count what the plan of a request keeps of all sequences with more than one query.
 
     Args:
-        request: the call, without lists.
+        request: the call.
         is_exact: whether to count all query blocks, and not a sample of them; see
             :func:`~modelopt_lite.kernels.statistics.sample`.
 
     Returns:
         The counts, as of :func:`count_kept`; the number by which to multiply them, 1 unless only a sample was counted;
-        and the blocks that the plan chooses, if they had to be found for the whole call.
+        and the blocks that the whole call visits, if they are known.
     """
     _check_packing(request)
     with torch.no_grad(), torch.autocast(request.q.device.type, enabled=False):
@@ -216,7 +216,7 @@ def count_prefill(request: AttentionRequest, is_exact: bool) -> tuple[Tensor, in
             lengths = request.lengths_q
             return count(request._replace(lengths_q=lengths.masked_fill(lengths == 1, 0))), 1, None
         # Which blocks are skipped can be found for the sample alone, and some kernels find it out by themselves.
-        if request.plan.blocks is not None and request.plan.skip is None:
+        if request.blocks is None and request.plan.blocks is not None and request.plan.skip is None:
             request = request._replace(blocks=select_blocks(request))
         return count(sample(request, every)), every, request.blocks
 
