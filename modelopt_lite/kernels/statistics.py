@@ -88,16 +88,20 @@ def count(request: AttentionRequest) -> Tensor:
     heads, plan = request.q.shape[1], request.plan
     of_blocks = None
     if request.blocks is not None or plan.chooses_blocks:
-        grid, skipped = BlockGrid(request, *request.grid), None
-        if request.blocks is not None:
-            mask = request.blocks.mask()
-        else:
-            mask, skipped = chosen_blocks(request, grid)
-            mask = mask if skipped is None else mask & ~skipped
+        grid = BlockGrid(request, *request.grid)
+        skipped = grid.starts.new_zeros((), dtype=torch.int64)
+        if request.blocks is None:
+            mask, skips = chosen_blocks(request, grid)
+            if skips is not None:
+                mask, skipped = mask & ~skips, skips.sum((1, 2))
             request = request._replace(blocks=KeyBlocks.from_mask(mask, grid.starts, *request.grid))
-        visited = mask.sum((1, 2)).repeat_interleave(heads // mask.shape[0], output_size=heads)
-        by_rule = torch.zeros_like(visited) if skipped is None else skipped.sum((1, 2))
-        of_blocks = torch.stack([grid.seen().sum().expand(heads), visited, by_rule], 1)
+        assert request.blocks is not None
+        visited = request.blocks.counts.sum(1)
+        if len(visited) < heads:
+            visited = visited.repeat_interleave(heads // len(visited), output_size=heads)
+        masks = ("seen", request.is_causal, request.sliding_window)
+        seen = grid.once((grid.starts,), masks, lambda: grid.seen().sum())
+        of_blocks = torch.stack([seen.expand(heads), visited, skipped.expand(heads)], 1)
     if tl is not None and request.q.is_cuda and statistics_launch.refusal(request) is None:
         counts = statistics_launch.count(request)
     else:
