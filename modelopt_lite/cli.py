@@ -7,9 +7,10 @@ import importlib
 import inspect
 import json
 import platform
+import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
@@ -120,7 +121,8 @@ def run(
             raise ConfigError(
                 "--resume: goes on with the configuration of the run; not together with --set, --output-dir"
             )
-        experiment = _load(config, resume, set_)
+        with redirect_stdout(sys.stderr):  # what imports print is no part of the output
+            experiment = _load(config, resume, set_)
         if output_dir is not None:
             experiment = experiment.model_copy(update={"output_dir": output_dir})
         if dry_run:
@@ -441,7 +443,7 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Put several runs side by side, on the windows and samples that they have in common."""
-    with _user_errors():
+    with _user_errors(), redirect_stdout(sys.stderr):
         tables = ex.compare_runs(runs, _announce)
     if as_json:
         typer.echo(json.dumps([dataclasses.asdict(table) for table in tables]))

@@ -202,6 +202,14 @@ def test_a_failed_cell_gives_exit_code_1(file, tmp_path):
     assert "modelopt-lite run --resume" in result.stdout
 
 
+def test_what_imports_print_is_no_part_of_json(config, tmp_path):
+    (tmp_path / "mine.py").write_text("print('hello')", encoding="utf-8")
+    (tmp_path / "c.json").write_text(json.dumps({**config, "imports": "mine.py"}), encoding="utf-8")
+    result = invoke("run", "c.json", "--dry-run", "--json")
+    assert json.loads(result.stdout)["imports"] == [str(tmp_path / "mine.py")]
+    assert result.stderr.splitlines() == [f"running {tmp_path / 'mine.py'} (imports)", "hello"]
+
+
 def test_dry_run_runs_nothing(file, tmp_path):
     result = invoke("run", file, "--dry-run")
     assert result.exit_code == 0, result.output
