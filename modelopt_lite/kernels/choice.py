@@ -238,8 +238,9 @@ def differentiate(grad: Tensor, output: Tensor, lse: Tensor, request: AttentionR
 def _prepare_backward(grad: Tensor, request: AttentionRequest) -> Differentiate:
     """Choose the kernel, and copy what does not lie in memory as it reads it."""
     pinned, readable = os.environ.get("MODELOPT_LITE_KERNEL", ""), request.readable()
-    wanted = pinned == "hopper" or (pinned != "portable" and hopper_backward_launch.pays(readable))
-    if not wanted or hopper_backward_launch.refusal(readable) is not None:
+    if pinned == "portable" or hopper_backward_launch.refusal(readable) is not None:
+        return _differentiate_portably
+    if pinned != "hopper" and not hopper_backward_launch.pays(readable):
         return _differentiate_portably
     readable_grad = hopper_backward_launch.readable(grad)
     prepared = hopper_backward_launch.prepare(readable_grad, readable)

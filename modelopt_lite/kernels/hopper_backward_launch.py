@@ -38,8 +38,8 @@ HEAD_DIMS = (64, 128)
 MAX_GROUP = 8
 LONGEST_LISTED = KEYS.value * TILES_FROM.value // 2
 """Tokens of a sequence whose tiles can be numbered in an entry of a list."""
-FASTER_FROM = 1024
-"""Queries of a sequence, on average, from which on this kernel is faster than the portable ones."""
+FASTER_FROM = {64: 8192, 128: 1024}
+"""Queries of a sequence, on average, from which on this kernel is faster than the portable ones, by head_dim."""
 
 _UNCOMPILABLE: dict[Any, str] = {}
 """Why Gluon cannot compile a hook."""
@@ -65,7 +65,7 @@ def refusal(request: AttentionRequest) -> str | None:
 
 def pays(request: AttentionRequest) -> bool:
     """Whether the kernel is faster than the portable ones."""
-    return request.q.shape[0] / max(1, request.starts_q.shape[0]) >= FASTER_FROM
+    return request.q.shape[0] / max(1, request.starts_q.shape[0]) >= FASTER_FROM[request.q.shape[2]]
 
 
 def readable(grad: Tensor) -> Tensor:
