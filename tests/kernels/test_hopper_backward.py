@@ -95,7 +95,7 @@ def request_on_gpu(plan=DENSE, tokens=2048, dim=128, dtype=BF16, **options):
         ({"dtype": torch.float32}, "the tensors are torch.float32, not torch.float16 or torch.bfloat16"),
         ({"first_q": torch.tensor([0])}, "first positions are given, or there is a sliding window without causality"),
     ],
-    ids=str,
+    ids=["plain", "all options", "groups of 16", "nothing but sinks", "head_dim", "dtype", "first_q"],
 )
 def test_refusal(absent_gpu, options, reason):
     assert hopper_backward_launch.refusal(request_on_gpu(**options)) == reason
