@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias, get_args
 
 import torch
 import yaml
@@ -456,12 +456,21 @@ def _read_variant(value: Any, folder: Path) -> Any:
     return SparsityConfig.load(folder / value if (folder / value).exists() else value)
 
 
+class _WithoutBase60(yaml.SafeLoader):
+    """PyYAML's safe loader, for which ``2:4`` is a text, and not a number with the base 60."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, list[Any]]] = {  # type: ignore[misc] # its stubs name no class variable
+        first: [("tag:yaml.org,2002:str", re.compile(r"[-+]?\d[\d_]*(:\d+)+(\.\d*)?$")), *found]
+        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
 def _override(content: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     if not equals or not path:
         raise ConfigError(f"--set: {override!r} is not allowed; must be path.to.field=value")
     try:
-        value = yaml.safe_load(re.sub(r"(?<![\w\":'])(\d+:\d+)(?![\w\":'])", r'"\1"', text))  # 2:4 needs no quotes here
+        value = yaml.load(text, _WithoutBase60)  # noqa: S506 # a safe loader
         set_path(content, path, value)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set: {override!r} is not allowed; {' '.join(str(error).split())}") from None

@@ -67,7 +67,7 @@ def compute(request: AttentionRequest, backend: Backend = "auto") -> tuple[Tenso
     if _needs_gradient(request):
         request = request._replace(with_lse=True)
     if not is_traced(request.q):
-        if request.page_table is not None:  # refused by its like that wants no gradient, too
+        if request.page_table is not None:  # a known signature that wants no gradient is not checked again
             check_request(request)
         recorded: tuple[Tensor, Tensor] = _Recorded.apply(*request[:4], request, backend)  # type: ignore[no-untyped-call]
         return recorded
@@ -241,7 +241,10 @@ def _backward_of_forward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tens
         raise ValueError("with_lse: False is not allowed where gradients are wanted")
     fields = {**ctx.fields, **dict(zip(_TENSORS, tensors, strict=True))}
     inputs = [fields[name] for name in _NAMES]
-    grads = torch.ops.modelopt_lite.attention_backward(grad, output, lse, *inputs)
+    if torch.compiler.is_compiling():
+        grads = torch.ops.modelopt_lite.attention_backward(grad, output, lse, *inputs)
+    else:
+        grads = _Differentiated.apply(grad, output, lse, *inputs)  # type: ignore[no-untyped-call]
     by_name = dict(zip(("q", "k", "v", "s_aux"), grads, strict=True))
     if fields["s_aux"] is None:
         del by_name["s_aux"]
@@ -271,8 +274,12 @@ class _Recorded(torch.autograd.Function):
         return output, lse
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: None) -> Any:
-        if torch.is_grad_enabled() or is_traced(grad):
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> Any:
+        if grad is None:
+            return (None,) * 6
+        # Batched gradients (``is_grads_batched``) have no rules for the operations of a backward pass.
+        is_batched = torch._C._functorch.is_legacy_batchedtensor(grad)
+        if torch.is_grad_enabled() or is_batched or is_traced(grad):
             grads = _backward_of_forward(ctx, grad, None)[:4]
         else:
             output, lse, *tensors = ctx.saved_tensors
@@ -301,6 +308,29 @@ class _Transformed(torch.autograd.Function):
         raise UnsupportedError(
             "forward-mode derivatives (torch.func.jvp, torch.autograd.forward_ad) are not supported; use reverse mode "
             "(torch.func.vjp), or unsparsify the model and use attn_implementation='eager'"
+        )
+
+
+class _Differentiated(torch.autograd.Function):
+    """The operator of the gradients where nothing is compiled, so that a gradient of them is refused."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> Any:
+        return torch.ops.modelopt_lite.attention_backward(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Keep nothing: there is no gradient."""
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
+        return _one_by_one(_Differentiated.apply, info.batch_size, in_dims, inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> None:
+        raise UnsupportedError(
+            "second derivatives of attention (a gradient penalty, torch.func.hessian) are not supported; unsparsify "
+            "the model and use attn_implementation='eager'"
         )
 
 

@@ -114,12 +114,16 @@ def count(request: AttentionRequest) -> Tensor:
 def sample_interval(request: AttentionRequest) -> int:
     """Return for how many query blocks of a prefill one is sampled; 1 if all are counted.
 
-    With ``n`` query blocks in the longest sequence that is ``n // SAMPLED_BLOCKS``, so that the cost grows as the
-    length, not as its square. All are counted where queries are not the last of the keys that they see.
+    With ``n`` query blocks in the longest sequence that is the largest power of two up to ``n / SAMPLED_BLOCKS``, so that
+    the cost grows as the length, not as its square. It is a power of two, so that a prompt in chunks is sampled as
+    evenly as one at once; and no more than the query blocks of the call, so that every call counts some. All are
+    counted where queries are not the last of the keys that they see.
     """
-    if not request.is_causal or request.first_q is not None or min(request.max_q, request.q.shape[0]) == 0:
+    rows, longest = request.grid[1], min(request.max_q, request.q.shape[0])
+    if not request.is_causal or request.first_q is not None or longest == 0:
         return 1
-    return max(1, -(-request.max_k // request.grid[1]) // SAMPLED_BLOCKS)
+    most = min(-(-request.max_k // rows) // SAMPLED_BLOCKS, -(-longest // rows))
+    return 1 << max(0, most.bit_length() - 1)
 
 
 def sample(request: AttentionRequest, every: int) -> AttentionRequest:

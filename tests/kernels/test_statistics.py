@@ -96,9 +96,31 @@ def test_sample(plan, every, has_lists, data):
 
 
 def test_sample_interval():
-    q = torch.zeros(1, 1, 8)
+    q = torch.zeros(40_000, 1, 8)
     request = one_sequence(q, q, q)
-    lengths = {1: 1, 1920: 1, 1921: 2, 2048: 2, 3072: 3, 8192: 8, 32768: 32, 131072: 128}
-    assert {n: sample_interval(request._replace(max_k=n)) for n in lengths} == lengths
+    lengths = {1: 1, 1920: 1, 1921: 2, 2048: 2, 3968: 2, 3969: 4, 8192: 8, 32768: 32}
+    assert {n: sample_interval(request._replace(max_q=n, max_k=n)) for n in lengths} == lengths
+    chunks = {2: 1, 128: 1, 129: 2, 512: 4, 700: 4, 4096: 32}
+    assert {n: sample_interval(request._replace(max_q=n, max_k=32768)) for n in chunks} == chunks
     for changes in ({"is_causal": False}, {"first_q": torch.tensor([0])}):
         assert sample_interval(request._replace(max_k=8192, **changes)) == 1
+
+
+@pytest.mark.parametrize("length", [5000, 20_000, 32_768])
+@pytest.mark.parametrize("chunk", [128, 200, 512, 2048, 32_768])
+def test_chunks_are_sampled_evenly(length, chunk):
+    """A prompt in chunks sees about as many scores by its samples as it does."""
+    k = torch.zeros(length, 1, 8)
+    estimate = 0
+    for end in range(chunk, length + chunk, chunk):
+        end = min(end, length)
+        q = torch.zeros(end % chunk or chunk, 1, 8)
+        request = one_sequence(q, k[:end], k[:end])
+        every = sample_interval(request)
+        taken = sample(request, every) if every > 1 else request
+        last = taken.lengths_k.long()
+        first = last - taken.lengths_q
+        scores = int((last * (last + 1) - first * (first + 1)).sum()) // 2
+        assert scores > 0 or len(q) == 1
+        estimate += every * scores
+    assert estimate == pytest.approx(length * (length + 1) / 2, rel=0.08)

@@ -77,6 +77,50 @@ def test_vmap_of_grad(plan):
 
 
 @PLANS
+def test_batched_gradients(plan):
+    """Several gradients of one output at once, which do not come from ``torch.func``."""
+    q, k, v, _ = (x.requires_grad_() for x in batch_of())
+    directions = batch_of(3)[3]
+    output = attention(**arguments(one_sequence(q, k, v, plan)))
+    found = torch.autograd.grad(output, (q, k, v), directions, is_grads_batched=True)
+    for i, direction in enumerate(directions):
+        for ours, theirs in zip(found, wanted(q.detach(), k.detach(), v.detach(), direction, plan), strict=True):
+            torch.testing.assert_close(ours[i], theirs, rtol=1e-12, atol=1e-12)
+
+
+class WithoutGradient(torch.autograd.Function):
+    """Passes a tensor on, and no gradient back."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+def test_no_gradient_comes_back():
+    q, k, v, _ = (x.requires_grad_() for x in batch_of())
+    output = attention(**arguments(one_sequence(q, k, v, DENSE)))
+    (WithoutGradient.apply(output).sum() + q.sum()).backward()
+    assert torch.equal(q.grad, torch.ones_like(q))
+    assert k.grad is None
+
+
+@PLANS
+def test_second_derivatives_are_refused(plan):
+    q, k, v, direction = batch_of()
+    message = "second derivatives of attention .* are not supported"
+    with pytest.raises(UnsupportedError, match=message):
+        grad(lambda q: grad(loss)(q, k, v, direction, plan).square().sum())(q)
+    first = torch.autograd.grad(loss(q.requires_grad_(), k, v, direction, plan), q, create_graph=True)[0]
+    torch.testing.assert_close(first.detach(), wanted(q.detach(), k, v, direction, plan)[0], rtol=1e-12, atol=1e-12)
+    with pytest.raises(UnsupportedError, match=message):
+        torch.autograd.grad(first.square().sum(), q)
+
+
+@PLANS
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # which PyTorch itself uses
 def test_forward_mode_is_refused(plan):
     """PyTorch would take a missing derivative for 0."""

@@ -781,6 +781,9 @@ def test_overrides(tmp_path):
     ):
         config = ExperimentConfig.load(tmp_path / "c.yaml", [change])
         assert config.variants["n"].sparse_cfg["*"].sparsity_n == 1, change
+    for folder in ("runs/2:4", "runs-2:4", "12:30:45"):
+        found = ExperimentConfig.load(tmp_path / "c.yaml", [f"output_dir={folder}"]).output_dir
+        assert found.as_posix().endswith(folder)
     for change in ("seed", "=3", "quality.text.9=c", "seed.x=1", "seed=[", "seed=x"):
         with pytest.raises(ConfigError):
             ExperimentConfig.load(tmp_path / "c.yaml", [change])
