@@ -114,8 +114,8 @@ def count(request: AttentionRequest) -> Tensor:
 def sample_interval(request: AttentionRequest) -> int:
     """Return for how many query blocks of a prefill one is sampled; 1 if all are counted.
 
-    With ``n`` query blocks in the longest sequence that is the largest power of two up to ``n / SAMPLED_BLOCKS``, so that
-    the cost grows as the length, not as its square. It is a power of two, so that a prompt in chunks is sampled as
+    With ``n`` query blocks in the longest sequence that is the largest power of two up to ``n / SAMPLED_BLOCKS``, so
+    that the cost grows as the length, not as its square. It is a power of two, so that a prompt in chunks is sampled as
     evenly as one at once; and no more than the query blocks of the call, so that every call counts some. All are
     counted where queries are not the last of the keys that they see.
     """
