@@ -212,13 +212,14 @@ class ModelStatistics:
         # A process may have counted decode steps where others have not.
         phases = [phase for x in self.layers.values() for phase in (x, x.decode or LayerStatistics())]
         counts = torch.tensor(
-            [phase.counts() for phase in phases],
+            [[*phase.counts(), phase.is_estimate] for phase in phases],
             dtype=torch.float64,  # exact for integers up to 2^53
             device="cuda" if on_gpu else "cpu",
         )
         distributed.all_reduce(counts, group=group)
-        for phase, summed in zip(phases, counts.tolist(), strict=True):
+        for phase, (*summed, estimates) in zip(phases, counts.tolist(), strict=True):
             phase.replace_counts(summed)
+            phase.is_estimate = estimates > 0
         for layer, decode in zip(self.layers.values(), phases[1::2], strict=True):
             layer.decode = decode if decode.rows else None
 

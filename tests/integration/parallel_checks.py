@@ -224,8 +224,11 @@ def context_parallel(folder, method):
             close(result_of_all(model, batch, parallel), expected, exchange)
             with torch.no_grad(), mtsa.collect_statistics(model) as shared:
                 model(**parallel.shard(**batch), use_cache=False)
+        for layer in shared.layers.values():
+            layer.is_estimate = distributed.get_rank() == 0
         shared.sum_over_ranks()
         close(counts(shared), counts(statistics), (exchange, "statistics"))
+        assert all(layer.is_estimate for layer in shared.layers.values())
 
 
 def both_exchanges(model, batch, what, **tolerance):
