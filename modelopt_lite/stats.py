@@ -236,16 +236,16 @@ class ModelStatistics:
 def collect_statistics(model: nn.Module, *, exact: bool = False) -> Iterator[ModelStatistics]:
     """Count what the sparse layers of a model keep, over every call inside the ``with`` block.
 
-    In sequences of 16 or more query blocks (2048 tokens, unless the method has blocks of another size) about eight
-    query blocks at equal distances are counted, and each stands for those around it. All counts are then estimates. A
-    GPU computes the scores of the counted queries once more in a kernel, or by PyTorch operations if the method's rule
-    has no hook; on a CPU PyTorch does. With ``exact=True`` all queries are counted, which takes about as long as dense
-    attention, or longer. The choice is the same in every run.
+    In sequences of 16 or more query blocks (2048 tokens, unless the method has blocks of another size) 8 to 15 query
+    blocks at equal distances are counted, and each stands for those around it. All counts are then estimates. A GPU
+    computes the scores of the counted queries once more in a kernel, or by PyTorch operations if the method's rule has
+    no hook. On a CPU PyTorch computes them. With ``exact=True`` all queries are counted, which takes about as long as
+    dense attention, or longer. Every run counts the same queries.
 
-    Prefills and decode steps are counted apart; decode steps are counted only if the method is sparse in them, and then
+    Prefills and decode steps are counted apart. Decode steps are counted only if the method is sparse in them, and then
     all of them. Not counted are layers that are switched off, what gradient checkpointing computes again, and calls in
-    other threads. Counting does not wait for the device. A CUDA graph is refused, because its replays would not be
-    counted.
+    threads that the code in the block starts. Threads of continuous batching and of ``DataParallel`` are counted.
+    Counting does not wait for the device. A CUDA graph is refused, because its replays would not be counted.
 
     Args:
         model: a model after :func:`~modelopt_lite.conversion.sparsify`. Without sparse layers nothing is counted.

@@ -470,7 +470,7 @@ def _override(content: dict[str, Any], override: str) -> None:
     if not equals or not path:
         raise ConfigError(f"--set: {override!r} is not allowed; must be path.to.field=value")
     try:
-        value = yaml.load(text, _WithoutBase60)  # noqa: S506 # a safe loader
+        value = yaml.load(text, _WithoutBase60)  # noqa: S506 # it is PyYAML's safe loader
         set_path(content, path, value)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set: {override!r} is not allowed; {' '.join(str(error).split())}") from None

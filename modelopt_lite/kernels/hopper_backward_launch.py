@@ -83,8 +83,8 @@ def prepare(grad: Tensor, request: AttentionRequest) -> Backward:
 
     Returns:
         A function of the gradient, the output, its LSE and the request, which returns what
-        :func:`modelopt_lite.kernels.portable.backward` does. All tensors are alike in all calls but for their addresses
-        and contents. It raises :class:`~modelopt_lite.kernels.request.HookRefusedError` if Gluon cannot compile the
+        :func:`modelopt_lite.kernels.portable.backward` does. Between calls only the addresses and contents of tensors
+        may differ. It raises :class:`~modelopt_lite.kernels.request.HookRefusedError` if Gluon cannot compile the
         plan's hook.
     """
     r, plan, device = request, request.plan, request.q.device

@@ -82,7 +82,7 @@ def count(request: AttentionRequest) -> Tensor:
     On a GPU a kernel computes all scores once more, or PyTorch operations if the plan's rule has no hook.
 
     Returns:
-        For each query head what :data:`COUNTS` names, FP64 ``[query_heads, 7]``, exact but for the mass.
+        For each query head what :data:`COUNTS` names, FP64 ``[query_heads, 7]``; all but the mass are exact.
     """
     request = request.without_pages()._replace(s_aux=None)
     heads, plan = request.q.shape[1], request.plan
@@ -165,7 +165,7 @@ def _sampled_packing(request: AttentionRequest, rows: int, every: int) -> tuple[
     origin = origin[:, None] + each * step
     begin = origin.maximum(first_q[:, None])
     stop = (origin + rows).minimum(end[:, None])
-    number = (stop - begin).where(r.lengths_q[:, None] > 1, 0)
+    number = stop - begin
     number = number.where(number > 1, 0)
     starts_q = (r.starts_q[:, None] + begin - first_q[:, None]).where(number > 0, 0)
     lengths_k = (stop - first_k[:, None]).where(number > 0, 0)
