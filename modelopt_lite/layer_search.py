@@ -8,10 +8,11 @@ not add up exactly. So each proposal is run, and what counts for the budget is w
 from __future__ import annotations
 
 import glob
+import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -34,6 +35,8 @@ from .module import count, sparse_modules
 from .plan import DENSE
 from .stats import collect_statistics
 
+logger = logging.getLogger(__name__)
+
 Budget: TypeAlias = Literal["sparsity", "speedup", "kl", "perplexity"]
 
 DENSE_LAYER = "dense"
@@ -42,6 +45,8 @@ STEPS = 20_000
 """Into so many parts dynamic programming divides the whole gain."""
 TRIALS = 8
 """Most proposals that are run until one meets the budget."""
+ROUNDING = 1e-9
+"""Sums of gains that should be equal differ by less."""
 TIMED = 5
 """Runs of a layer's attention, of which the fastest counts."""
 
@@ -99,6 +104,7 @@ class SearchResult:
         everywhere: what runs with one candidate in all layers measured.
         layers: the layers, in order.
         windows: number of windows and of tokens they were measured on.
+        warnings: candidates that in all layers meet the budget with less perplexity, at a larger KL divergence.
     """
 
     config: SparsityConfig
@@ -109,6 +115,7 @@ class SearchResult:
     everywhere: dict[str, Run]
     layers: list[LayerChoice]
     windows: tuple[int, int]
+    warnings: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         """Return the runs as a table, and which layer got what."""
@@ -121,7 +128,10 @@ class SearchResult:
         console = Console(width=100, color_system=None)
         with console.capture() as captured:
             console.print(table)
-        return f"{captured.get()}{self._choices()}\n"
+        return f"{captured.get()}{self._choices()}\n{self._warned()}"
+
+    def _warned(self) -> str:
+        return "".join(f"warning: {warning}\n" for warning in self.warnings)
 
     def _choices(self) -> str:
         chosen = Counter(layer.candidate for layer in self.layers)
@@ -142,7 +152,8 @@ class SearchResult:
         head = (
             f"A method for each layer, found by modelopt-lite search; the budget was: {self.budget}.\n"
             f"Measured on {number} window{'s' if number > 1 else ''}, {tokens} tokens: {self.run}\n"
-            f"{speed}{lines}Sum of the layers' KL alone: {self.predicted_kl:.5f}\n{self._choices()}\n{layers}"
+            f"{speed}{lines}Sum of the layers' KL alone: {self.predicted_kl:.5f}\n{self._warned()}"
+            f"{self._choices()}\n{layers}"
         )
         self.config.save(path, head)
 
@@ -210,12 +221,16 @@ def search(
             gains = work.gains() if kind != "speedup" else work.savings(step)
             step("trying proposals")
             frontier = _Frontier(gains, losses)
-            goal = everywhere[wanted].sparsity if isinstance(wanted, str) else wanted
+            amount = everywhere[wanted].sparsity if isinstance(wanted, str) else wanted
+            goal = 1 - 1 / amount if kind == "speedup" else amount
             chosen, run = _choose(work, frontier, kind, goal, everywhere)
     finally:
         unsparsify(model)
     words = f"{kind} = {wanted:g}" if not isinstance(wanted, str) else f"sparsity of {wanted} everywhere = {goal:.4f}"
     saved = sum(gains[layer][name] for layer, name in chosen.items())
+    warnings = _better_by_perplexity(frontier, goal, run, everywhere) if kind in ("sparsity", "speedup") else []
+    for warning in warnings:
+        logger.warning(warning)
     return SearchResult(
         config=work.config(chosen),
         budget=words,
@@ -228,7 +243,18 @@ def search(
             for layer, name in chosen.items()
         ],
         windows=(len(tokens), sum(window.numel() for window in tokens)),
+        warnings=warnings,
     )
+
+
+def _better_by_perplexity(frontier: _Frontier, goal: float, run: Run, everywhere: Mapping[str, Run]) -> list[str]:
+    """Say which candidates reach a gain in all layers with less perplexity: KL and perplexity may disagree."""
+    return [
+        f"{name} everywhere meets the budget too, with {other}; what was chosen has less KL and more perplexity, so "
+        "measure both on more text"
+        for name, other in everywhere.items()
+        if frontier.gain_everywhere(name) >= goal - ROUNDING and other.perplexity_percent < run.perplexity_percent
+    ]
 
 
 def _without_dense(values: Mapping[str, float]) -> dict[str, float]:
@@ -493,16 +519,20 @@ class _Frontier:
 
     @property
     def most(self) -> float:
-        """The largest gain that there is."""
-        return float(self._losses.isfinite().nonzero().max()) / STEPS
+        """The largest gain that there is, not rounded."""
+        return sum(max(gains.values()) for gains in self._gains.values())
 
     def gain_everywhere(self, name: str) -> float:
         """Return the gain of one candidate in all layers, not rounded."""
         return sum(gains[name] for gains in self._gains.values())
 
+    def gain_of(self, chosen: Mapping[str, str]) -> float:
+        """Return the gain of a choice by layer, not rounded."""
+        return sum(self._gains[layer][name] for layer, name in chosen.items())
+
     def least_loss(self, gain: float) -> dict[str, str]:
-        """Return the choice by layer with the least loss that gains at least so much."""
-        start = min(round(gain * STEPS), round(self.most * STEPS))
+        """Return the choice by layer with the least loss that gains at least so much, or else the largest gain."""
+        start = min(round(gain * STEPS), self._last)
         return self._choice(start + int(self._losses[start:].argmin()))
 
     def most_gain(self, loss: float) -> dict[str, str]:
@@ -511,7 +541,12 @@ class _Frontier:
 
     def loss_of_most(self) -> float:
         """Return the loss of the largest gain."""
-        return float(self._losses[round(self.most * STEPS)])
+        return float(self._losses[self._last])
+
+    @property
+    def _last(self) -> int:
+        """The largest gain that there is, rounded, in steps."""
+        return int(self._losses.isfinite().nonzero().max())
 
     def _choice(self, gain: int) -> dict[str, str]:
         chosen = {}
@@ -528,17 +563,8 @@ def _choose(
     work: _Work, frontier: _Frontier, kind: Budget, goal: float, everywhere: Mapping[str, Run]
 ) -> tuple[dict[str, str], Run]:
     """Run proposals until one meets the budget, as measured; one candidate everywhere may be the best of them."""
-    if kind == "speedup":
-        goal = 1 - 1 / goal
     if kind in ("sparsity", "speedup"):
-        if goal > frontier.most + 0.5 / STEPS * len(work.layers):  # each layer's gain is rounded
-            most = frontier.most if kind == "sparsity" else 1 / (1 - frontier.most)
-            raise ConfigError(f"{kind}: cannot be met; the candidates reach {most:.4g} at most")
-        best = _meet_gain(work, frontier, goal, checks_sparsity=kind == "sparsity")
-        for name, run in everywhere.items():
-            if frontier.gain_everywhere(name) >= goal - 1e-9 and run.kl < best[1].kl:
-                best = dict.fromkeys(work.layers, name), run
-        return best
+        return _choose_by_gain(work, frontier, kind, goal, everywhere)
     best = _meet_loss(work, frontier, goal, lambda run: run.kl if kind == "kl" else run.perplexity_percent)
     for name, run in everywhere.items():
         if (run.kl if kind == "kl" else run.perplexity_percent) <= goal and run.sparsity > best[1].sparsity:
@@ -546,17 +572,36 @@ def _choose(
     return best
 
 
-def _meet_gain(work: _Work, frontier: _Frontier, goal: float, checks_sparsity: bool) -> tuple[dict[str, str], Run]:
-    """Propose the least loss for a gain; ask for a little more where a run shows that less was dropped."""
+def _choose_by_gain(
+    work: _Work, frontier: _Frontier, kind: Budget, goal: float, everywhere: Mapping[str, Run]
+) -> tuple[dict[str, str], Run]:
+    """Return the least loss of what reaches a gain: a measured sparsity, or the share of time that the layers save.
+
+    Proposals ask for a little more where a run shows that less was dropped.
+    """
+    if goal > frontier.most + ROUNDING:
+        most = frontier.most if kind == "sparsity" else 1 / (1 - frontier.most)
+        raise ConfigError(f"{kind}: cannot be met; the candidates reach {most:.4g} at most")
+
+    def reached(proposal: tuple[dict[str, str], Run]) -> float:
+        chosen, run = proposal
+        return run.sparsity if kind == "sparsity" else frontier.gain_of(chosen)
+
+    proposals = [(dict.fromkeys(work.layers, name), run) for name, run in everywhere.items()]
     asked = goal
     for _ in range(TRIALS):
         chosen = frontier.least_loss(asked)
-        run = work.run(work.config(chosen))
-        short = goal - run.sparsity
-        if not checks_sparsity or short <= 1 / STEPS * len(chosen) or asked >= frontier.most:
-            return chosen, run
-        asked = min(frontier.most, asked + short)
-    return chosen, run
+        proposals.append((chosen, work.run(work.config(chosen))))
+        short, gain = goal - reached(proposals[-1]), frontier.gain_of(chosen)
+        if short <= ROUNDING or max(asked, gain) >= frontier.most - ROUNDING:
+            break
+        asked = min(frontier.most, max(asked + short, gain + 1 / STEPS))
+    fitting = [proposal for proposal in proposals if reached(proposal) >= goal - ROUNDING]
+    if not fitting:
+        best = max(proposals, key=reached)
+        logger.warning("%s: what was run reaches %.5g at most, and not %.5g", kind, reached(best), goal)
+        return best
+    return min(fitting, key=lambda proposal: proposal[1].kl)
 
 
 def _meet_loss(

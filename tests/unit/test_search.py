@@ -134,8 +134,11 @@ def test_a_speed_budget_is_met_by_measured_times(model, monkeypatch):
 
 
 def test_times_are_measured(model):
-    result = search(model, {"window": CANDIDATES["window"]}, speedup=1.0000001, data=windows(200))
-    assert all(-10 < layer.gain["window"] < 1 for layer in result.layers)
+    entries = layer_search._entries({"window": CANDIDATES["window"]})
+    work = layer_search._Work(model, entries, windows(200), layer_search.Journal(None, {}))
+    savings = work.savings(lambda _: None)
+    assert all(-10 < layer["window"] < 1 and layer["window"] != layer["dense"] == 0 for layer in savings.values())
+    mtsa.unsparsify(model)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -171,6 +174,51 @@ def test_one_candidate_everywhere_is_proposed_whatever_is_rounded():
     work = SimpleNamespace(layers=layers, config=lambda chosen: None, run=lambda config: Run(0.2, 0.0, 0.5))
     chosen, run = _choose(work, frontier, "sparsity", everywhere["a"].sparsity, everywhere)
     assert (set(chosen.values()), run) == ({"a"}, everywhere["a"])
+
+
+GAINS = {"layer0": {"dense": 0.0, "a": 0.2, "b": 0.25}, "layer1": {"dense": 0.0, "a": 0.2, "b": 0.25}}
+LOSSES = {layer: {"dense": 0.0, "a": 1.0, "b": 3.0} for layer in GAINS}
+
+
+def choose(goal, everywhere, runs):
+    """Choose among two layers' methods, where real runs of proposals are given in turn."""
+    left = iter(runs)
+    work = SimpleNamespace(layers=list(GAINS), config=lambda chosen: None, run=lambda config: next(left))
+    return _choose(work, _Frontier(GAINS, LOSSES), "sparsity", goal, everywhere)
+
+
+def test_what_can_be_reached_is_not_rounded():
+    with pytest.raises(mtsa.ConfigError, match=r"sparsity: cannot be met; the candidates reach 0\.5 at most"):
+        choose(0.50001, {}, [])
+    everywhere = {"b": Run(0.3, 0.0, 0.5)}
+    assert choose(0.5, everywhere, [Run(0.4, 0.0, 0.5)]) == (dict.fromkeys(GAINS, "b"), everywhere["b"])
+
+
+def test_more_is_asked_for_until_a_run_drops_enough():
+    chosen, run = choose(0.4, {}, [Run(0.1, 0.0, 0.3999), Run(0.2, 0.0, 0.44)])
+    assert (sorted(chosen.values()), run) == (["a", "b"], Run(0.2, 0.0, 0.44))
+
+
+def test_a_budget_that_real_runs_miss_is_reported(caplog):
+    _, run = choose(0.45, {}, [Run(0.1, 0.0, 0.44), Run(0.2, 0.0, 0.445)])
+    assert run == Run(0.2, 0.0, 0.445)
+    assert "what was run reaches 0.445 at most, and not 0.45" in caplog.text
+
+
+def test_less_perplexity_at_more_kl_is_reported(model, tmp_path, caplog, monkeypatch):
+    everywhere = {"a": Run(0.2, 0.1, 0.4), "b": Run(0.9, 3.0, 0.5), "c": Run(0.0, 0.0, 0.1)}
+    gains = {layer: {**gains, "c": 0.05} for layer, gains in GAINS.items()}
+    frontier = _Frontier(gains, {layer: {**losses, "c": 0.1} for layer, losses in LOSSES.items()})
+    found = layer_search._better_by_perplexity(frontier, 0.4, Run(0.1, 0.5, 0.41), everywhere)
+    assert len(found) == 1  # b has more perplexity, and c does not drop enough
+    assert found[0].startswith(f"a everywhere meets the budget too, with {everywhere['a']}")
+
+    monkeypatch.setattr(layer_search, "_better_by_perplexity", lambda *_: found)
+    result = search(model, sparsity=0.2)
+    result.save(tmp_path / "found.yaml")
+    assert found[0] in caplog.text
+    assert f"warning: {found[0]}" in str(result)
+    assert f"# warning: {found[0]}" in (tmp_path / "found.yaml").read_text()
 
 
 def test_an_interrupted_search_goes_on(model, tmp_path, monkeypatch):
