@@ -238,7 +238,8 @@ def main(options: list[str] | None = None) -> None:
         gpu = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(gpu)
         options_of_group = {"backend": "nccl", "device_id": gpu}
-    if not distributed.is_initialized():
+    began_group = not distributed.is_initialized()
+    if began_group:
         distributed.init_process_group(**options_of_group)
     results = header(device_name(device), transformers=transformers.__version__) | {"model": arguments.model}
     output = arguments.output or default_output("long", device_name(device))
@@ -251,6 +252,8 @@ def main(options: list[str] | None = None) -> None:
             write(output, results, rows)
 
     measure(arguments, init_device_mesh(device, (distributed.get_world_size(),)), record)
+    if began_group:
+        distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
