@@ -2,8 +2,9 @@
 
 All kernels of one problem run in this process and take turns, after heating; each counts by the median of its CUDA
 events, short forward passes in CUDA graphs. TFLOP/s count the work of dense attention, also for sparse kernels; forward
-and backward together count as 3.5 times the forward. Prints a table and writes JSON, where problems that were measured
-before, on the same device with the same versions, stay unless they are measured again.
+and backward together count as 3.5 times the forward. Prints a table and writes JSON, where rows that were measured
+before, on the same device with the same versions, stay unless they are measured again; so their ratios are those of
+their own run.
 
     python benchmarks/attention.py                                              # everything forward, about an hour
     python benchmarks/attention.py --seq-lens 16384 --head-dims 128 --heads 32/8 --causal yes --names dense 2:4
@@ -393,7 +394,9 @@ def main() -> None:
         query_heads, kv_heads = map(int, heads.split("/"))
         new = measure_problem(arguments, which, seq_len, head_dim, (query_heads, kv_heads), causal == "yes", dtype)
         print(table(new).splitlines()[-1], flush=True)
-        rows = sorted([row for row in rows if problem_of(row) != problem_of(new[0])] + new, key=place_of)
+        measured = {(problem_of(row), row["kernel"], row["name"]) for row in new}
+        kept = [row for row in rows if (problem_of(row), row["kernel"], row["name"]) not in measured]
+        rows = sorted(kept + new, key=place_of)
         # after every problem, so that an interrupted run keeps what it measured
         recording.write(output, results, rows)
     print(f"\n{table(rows)}")

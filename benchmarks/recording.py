@@ -39,10 +39,19 @@ def header(device: str, **packages: str | None) -> dict[str, Any]:
 
 
 def rows_before(output: Path, results: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the rows of an earlier run, if there are any from the same device and versions as in ``results``."""
+    """Return the rows of an earlier run, if there are any from the same device and versions as in ``results``.
+
+    A package that only one of the runs had, such as an optional peer, does not count; its version goes into
+    ``results``.
+    """
     before = json.loads(output.read_text()) if output.exists() else results
-    same = all(before[name] == results[name] for name in ("device", "versions"))
-    return before.get("rows", []) if same else []
+    then, now = before["versions"], results["versions"]
+    same = before["device"] == results["device"] and then.keys() == now.keys()
+    if not same or any(then[name] != now[name] and None not in (then[name], now[name]) for name in now):
+        return []
+    results["versions"] = {name: now[name] if then[name] is None else then[name] for name in now}
+    rows: list[dict[str, Any]] = before.get("rows", [])
+    return rows
 
 
 def write(output: Path, results: dict[str, Any], rows: list[dict[str, Any]]) -> None:

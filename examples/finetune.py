@@ -48,7 +48,10 @@ from modelopt_lite.experiment.runner import describe_environment
 from modelopt_lite.experiment.tables import markdown_table
 
 COLUMNS = ("model", "perplexity", "change", "KL to dense", "tokens/s")
+DENSE_STEPS = 8
+"""Steps of the dense model whose time is taken, to compare the speed of training."""
 RESULT = "result.json"
+DENSE_SPEED = "dense_speed.json"
 STATE = "trainer_state.json"
 TEXTS = "texts.sha256"
 console = Console(markup=False, highlight=False)
@@ -154,10 +157,13 @@ class SparseTrainer(Trainer):
             metrics |= measure("dense", self.model, self.teacher, self.eval_dataset)
         self.log(metrics)  # into the checkpoint's history, which a resumed run continues
         if self.clock.seconds:
-            tokens = self.config.batch_size * self.config.sequence_length
-            self.log({"tokens_per_second": tokens / median(self.clock.seconds)})
+            self.log({"tokens_per_second": self.tokens_per_second()})
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def tokens_per_second(self) -> float:
+        """Return the speed of training, by the median time of the steps so far."""
+        return self.config.batch_size * self.config.sequence_length / median(self.clock.seconds)
 
 
 @torch.no_grad()
@@ -177,9 +183,9 @@ def cut_windows(config: FinetuneConfig, documents: dict[str, str], tokenizer: An
     """Return the windows of the documents to train on, and the first of each held-out document."""
     check_held_out(config.held_out, documents)
     length, train, held_out = config.sequence_length, [], {}
-    for name, text in documents.items():
-        tokens = torch.tensor(tokenizer(text).input_ids)
-        windows = [window for window in tokens.split(length) if len(window) == length]
+    tokenized = tokenizer(list(documents.values())).input_ids  # all at once uses all cores
+    for name, tokens in zip(documents, tokenized, strict=True):
+        windows = [window for window in torch.tensor(tokens).split(length) if len(window) == length]
         if name not in config.held_out:
             train += windows
         elif windows:
@@ -190,6 +196,45 @@ def cut_windows(config: FinetuneConfig, documents: dict[str, str], tokenizer: An
     if len(train) < config.batch_size:
         raise ConfigError(f"batch_size: {config.batch_size} is not allowed; texts has {len(train)} windows to train on")
     return train, list(held_out.values())
+
+
+def trained_part(config: FinetuneConfig, model: Any) -> Any:
+    """Return the model with adapters, if these are to be trained instead of all weights."""
+    if config.lora_rank is None:
+        return model
+    lora = LoraConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules="all-linear")
+    return get_peft_model(model, lora)
+
+
+def arguments_of(config: FinetuneConfig, folder: Path, steps: int, **others: Any) -> TrainingArguments:
+    """Return what the Trainer is told: what all runs have in common, and ``others``."""
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=config.batch_size,
+        dataloader_drop_last=True,
+        dataloader_pin_memory=False,
+        learning_rate=config.learning_rate,
+        report_to="none",
+        seed=config.seed,
+        **others,
+    )
+
+
+def measure_dense_speed(config: FinetuneConfig, dense: PreTrainedModel, train: list[Tensor]) -> float:
+    """Return how many tokens a second the dense model is trained on, from a few steps whose outcome is thrown away."""
+    arguments = arguments_of(
+        config, config.output_dir, DENSE_STEPS, save_strategy="no", logging_strategy="no", disable_tqdm=True
+    )
+    trainer = SparseTrainer(
+        config,
+        dense.to(arguments.device),
+        model=trained_part(config, copy.deepcopy(dense)),
+        args=arguments,
+        train_dataset=[{"input_ids": window} for window in train],
+    )
+    trainer.train()
+    return trainer.tokens_per_second()
 
 
 def finetune(
@@ -203,18 +248,12 @@ def finetune(
     """Train one variant, from its last checkpoint if there is one; save the model and what was measured on the way."""
     folder = config.folder(variant)
     set_seed(config.seed)
-    model: Any = mtsa.sparsify(copy.deepcopy(dense), config.variants[variant])
-    if config.lora_rank is not None:
-        lora = LoraConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules="all-linear")
-        model = get_peft_model(model, lora)
+    model = trained_part(config, mtsa.sparsify(copy.deepcopy(dense), config.variants[variant]))
     last = last_step(folder)
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=config.steps,
-        per_device_train_batch_size=config.batch_size,
-        dataloader_drop_last=True,
-        dataloader_pin_memory=False,
-        learning_rate=config.learning_rate,
+    arguments = arguments_of(
+        config,
+        folder,
+        config.steps,
         lr_scheduler_type="cosine",
         warmup_steps=config.steps // 10,
         eval_strategy="steps",
@@ -223,8 +262,6 @@ def finetune(
         save_steps=config.checkpoint_steps,
         save_total_limit=2,
         logging_steps=10,
-        report_to="none",
-        seed=config.seed,
     )
     if last < config.steps:  # the Trainer would take one more step
         trainer = SparseTrainer(
@@ -275,15 +312,18 @@ def whole(file: Path) -> Iterator[Path]:
     unfinished.replace(file)
 
 
-def table_rows(curves: dict[str, list[dict[str, float]]], speeds: dict[str, float]) -> list[tuple[str, ...]]:
+def table_rows(
+    curves: dict[str, list[dict[str, float]]], speeds: dict[str, float], dense_speed: float
+) -> list[tuple[str, ...]]:
     """Return the cells under COLUMNS: the dense model, then each variant before and after.
 
     Args:
         curves: what was measured, by variant.
         speeds: tokens a second of a variant's training.
+        dense_speed: of the dense model's.
     """
     start = next(iter(curves.values()))[0]  # untrained, so without sparsity it is the dense model
-    found = [("dense", start["dense_perplexity"], start["dense_kl"], "")]
+    found = [("dense", start["dense_perplexity"], start["dense_kl"], f"{dense_speed:.0f}")]
     for variant, curve in curves.items():
         speed = f"{speeds[variant]:.0f}"
         found += [
@@ -326,14 +366,20 @@ def write_report(config: FinetuneConfig) -> None:
         for variant in config.variants
     }
     curves = {variant: result["measurements"] for variant, result in results.items()}
-    rows = table_rows(curves, {variant: result["tokens_per_second"] for variant, result in results.items()})
+    dense_speed = json.loads((config.output_dir / DENSE_SPEED).read_text(encoding="utf-8"))["tokens_per_second"]
+    speeds = {variant: result["tokens_per_second"] for variant, result in results.items()}
+    rows = table_rows(curves, speeds, dense_speed)
     table = Table(*COLUMNS, title=f"{config.model}: {len(config.held_out)} held-out windows")
     for row in rows:
         table.add_row(*row)
     console.print(table)
 
     folder = config.output_dir
-    content = {"config": config.model_dump(mode="json"), "results": results}
+    content = {
+        "config": config.model_dump(mode="json"),
+        "dense_tokens_per_second": dense_speed,
+        "results": results,
+    }
     (folder / "results.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     figure = draw(curves)
     for suffix in ("png", "svg"):
@@ -353,7 +399,7 @@ def write_report(config: FinetuneConfig) -> None:
         "",
         "- **KL to dense**: from the untrained dense model's next-token distribution, in nats a token.",
         "- **sparsity off**: the trained model run dense, to tell recovery from adapting to the texts.",
-        "- **tokens/s**: of training, by the median time of its steps.",
+        "- **tokens/s**: of training, by the median time of a step; the dense model's from a few steps of its own.",
         "",
         "![Perplexity and divergence over the steps](finetune.png)",
     ]
@@ -368,12 +414,13 @@ def run(config: FinetuneConfig) -> None:
     unfinished = [variant for variant in config.variants if not (config.folder(variant) / RESULT).exists()]
     if unfinished:
         with console.status("starting") as status:
-            dense, tokenizer = load_model(config.model, torch.float32, "cpu", lambda what, *_: status.update(what))
+            tell = status.update if console.is_terminal else console.print  # a status shows on a terminal alone
+            dense, tokenizer = load_model(config.model, torch.float32, "cpu", lambda what, *_: tell(what))
             check_context(dense, config.sequence_length, "sequence_length")
             for variant, sparsity in config.variants.items():  # one that does not fit is found before any is trained
                 with naming(variant):
                     mtsa.unsparsify(mtsa.sparsify(dense, sparsity))
-            status.update("reading texts")
+            tell("reading texts")
             documents = read_corpus(config.texts, "texts")
             digest = hashlib.sha256(json.dumps(documents).encode()).hexdigest()
             refuse_other_texts(config, digest)
@@ -383,6 +430,11 @@ def run(config: FinetuneConfig) -> None:
             file.write_text(digest, encoding="utf-8")
         with whole(config.output_dir / "config.yaml") as file:
             config.save(file)
+        if not (config.output_dir / DENSE_SPEED).exists():
+            console.print(f"dense: {DENSE_STEPS} steps for their speed")
+            speed = measure_dense_speed(config, dense, train)
+            with whole(config.output_dir / DENSE_SPEED) as file:
+                file.write_text(json.dumps({"tokens_per_second": speed}), encoding="utf-8")
         for variant in unfinished:
             console.print(f"{variant}: {config.steps} steps")
             with naming(variant):

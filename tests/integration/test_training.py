@@ -403,6 +403,7 @@ def test_finetune(finetune, settings, change, metric, tmp_path, monkeypatch):
         return compute_loss(*args, **kwargs)
 
     monkeypatch.setattr(finetune.SparseTrainer, "compute_loss", interrupted)
+    monkeypatch.setattr(finetune, "measure_dense_speed", lambda *_: 1.0)
     config = finetune.FinetuneConfig.model_validate(settings | {"output_dir": str(tmp_path / "resumed")})
     with pytest.raises(KeyboardInterrupt):
         finetune.run(config)
@@ -428,7 +429,9 @@ def test_finetune(finetune, settings, change, metric, tmp_path, monkeypatch):
     after = mtsa.from_pretrained(tmp_path / "whole" / "1-4" / "model")
     off = mtsa.unsparsify(copy.deepcopy(after))
     expected = {"dense": dense, "1:4, before": before, "1:4, after": after, "1:4, after, sparsity off": off}
-    rows = {name: (perplexity, kl) for name, perplexity, _, kl, _ in finetune.table_rows({"1:4": curve}, {"1:4": 1.0})}
+    cells = finetune.table_rows({"1:4": curve}, {"1:4": 1.0}, 2.0)
+    rows = {name: (perplexity, kl) for name, perplexity, _, kl, _ in cells}
+    assert [speed for *_, speed in cells] == ["2", "", "1", ""]
     assert rows.keys() == expected.keys()
     report = (tmp_path / "whole" / "report.md").read_text()
     for name, model in expected.items():
