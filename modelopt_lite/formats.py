@@ -7,6 +7,7 @@ expression from a file is ever evaluated.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from .errors import ConfigError, UnsupportedError
 from .methods import Calibration, Combined, SkipSoftmax, SparseAttentionMethod, SparseSoftmax
 from .methods.calibrated import ExponentialFit
 from .schema import ConfigModel, describe_errors
+
+logger = logging.getLogger(__name__)
 
 MODELOPT_KEY = "sparse_attention_config"
 """The key in ``config.json``."""
@@ -62,7 +65,7 @@ class _Scale(ConfigModel):
     formula: str | None = None
     coefficients: _Coefficients | None = None
     prefill: _Coefficients | None = None
-    decode: dict[str, Any] | None = None  # not used
+    decode: _Coefficients | None = None
 
 
 class _Targets(ConfigModel):
@@ -124,7 +127,8 @@ def from_modelopt(content: Mapping[str, Any], layers: Layers | None = None) -> d
     """Translate Model-Optimizer's metadata into a configuration of this package.
 
     Groups become methods: ``sparse_softmax`` with its N:M, sinks and window; ``skip_softmax`` with its calibration and
-    target for prefill. Decode stays dense here, so that coefficients for decode are left out.
+    targets for prefill and decode. In layers that are N:M too decode is dense, so that coefficients for decode are left
+    out there, with a warning.
 
     Args:
         content: the metadata, or a whole ``config.json`` that holds it; in the present form or an older one.
@@ -225,24 +229,29 @@ def _skip_softmax(where: str, group: _SkipGroup) -> SkipSoftmax:
     where_scale = f"{where}.threshold_scale_factor"
     found = scale.prefill or scale.coefficients
     if found is None:
-        raise ConfigError(f"{where_scale}.prefill: missing; decode stays dense here, so prefill is required")
-    formula = scale.formula
+        raise ConfigError(f"{where_scale}.prefill: missing; prefill is never dense here, so it is required")
+    target = group.target_sparsity
+    prefill, decode = (target.prefill, target.decode) if isinstance(target, _Targets) else (target, target)
+    content: dict[str, Any] = {"target_sparsity": prefill}
+    fits = {"prefill": _fit(where_scale, scale.formula, found)}
+    if scale.decode is not None and decode > 0:
+        content["decode_target_sparsity"] = decode
+        fits["decode"] = _fit(where_scale, scale.formula, scale.decode)
+    return SkipSoftmax.model_validate(content | {"calibration": Calibration(**fits)})
+
+
+def _fit(where: str, formula: str | None, found: _Coefficients) -> ExponentialFit:
+    """Read the coefficients of one phase."""
     if formula is None:
         formula = FORMULA if found.log_a is None else "exp(log_a + b * target_sparsity)"
     if formula not in _FORMULAS:
         known = " or ".join(map(repr, _FORMULAS))
-        raise ConfigError(f"{where_scale}.formula: {formula!r} is not allowed; must be {known}: it is never evaluated")
+        raise ConfigError(f"{where}.formula: {formula!r} is not allowed; must be {known}: it is never evaluated")
     name, a_of = _FORMULAS[formula]
     value = getattr(found, name)
     if value is None:
-        raise ConfigError(f"{where_scale}: {name} is missing; {formula!r} needs it")
-    target = group.target_sparsity
-    return SkipSoftmax.model_validate(
-        {
-            "target_sparsity": target if isinstance(target, float) else target.prefill,
-            "calibration": Calibration(prefill=ExponentialFit(form="exponential", a=a_of(value), b=found.b)),
-        }
-    )
+        raise ConfigError(f"{where}: {name} is missing; {formula!r} needs it")
+    return ExponentialFit(form="exponential", a=a_of(value), b=found.b)
 
 
 _Methods: TypeAlias = dict[str, tuple[_Group, SparseAttentionMethod]]
@@ -285,8 +294,19 @@ def _by_layer(methods: _Methods, layers: Layers) -> dict[str, list[SparseAttenti
 
 
 def _entry(parts: list[SparseAttentionMethod]) -> dict[str, Any] | list[dict[str, Any]]:
+    if len(parts) > 1:
+        parts = [_dense_in_decode(part) if isinstance(part, SkipSoftmax) else part for part in parts]
     found = [part.model_dump(mode="json") for part in parts]
     return {"enable": False} if not found else found[0] if len(found) == 1 else found
+
+
+def _dense_in_decode(method: SkipSoftmax) -> SkipSoftmax:
+    """Leave out what a method that works together with N:M would skip in decode, which is dense with N:M."""
+    if method.calibration is None or method.calibration.decode is None:
+        return method
+    logger.warning("%s: skip_softmax is left out in decode, which is dense in layers that are N:M", MODELOPT_KEY)
+    calibration = Calibration(prefill=method.calibration.prefill)
+    return method.model_copy(update={"calibration": calibration, "decode_target_sparsity": None})
 
 
 def to_modelopt(layers: Layers, version: str) -> dict[str, Any]:
@@ -328,27 +348,34 @@ def to_modelopt(layers: Layers, version: str) -> dict[str, Any]:
 def _write_skip(methods: Mapping[str, SkipSoftmax], layers: Layers) -> dict[str, Any]:
     first = next(iter(methods))
     for name, method in methods.items():
-        fit = None if method.calibration is None else method.calibration.prefill
-        if not isinstance(fit, ExponentialFit):
+        fits = [] if method.calibration is None else [fit for _, fit in method.calibration if fit is not None]
+        if method.fit() is None or not all(isinstance(fit, ExponentialFit) for fit in fits):
             raise UnsupportedError(
                 f"{name}: skip_softmax cannot be exported without a calibration of the form {FORMULA!r}; "
                 'make one with modelopt_lite.calibrate(..., form="exponential")'
             )
-        plain = SkipSoftmax(target_sparsity=method.target_sparsity, calibration=method.calibration)
+        plain = SkipSoftmax(
+            target_sparsity=method.target_sparsity,
+            decode_target_sparsity=method.decode_target_sparsity,
+            calibration=method.calibration,
+        )
         _refuse_changed(name, method, plain, "has another value than the default, which the format cannot say")
         _refuse_changed(name, method, methods[first], f"is not that of {first}; the format has one for all layers")
-    calibration = methods[first].calibration
-    assert calibration is not None
-    fit = calibration.prefill
-    assert isinstance(fit, ExponentialFit)
+    method = methods[first]
+    coefficients, sparsities = {}, {}
+    for phase, knob in method.knobs().items():
+        fit = method.fit(phase)
+        if isinstance(fit, ExponentialFit):
+            coefficients[phase] = {"a": fit.a, "b": fit.b}
+            sparsities[phase] = getattr(method, knob.target)
     targets = sorted({layers[name].class_name for name in methods})
     ignore = [name for name, layer in layers.items() if layer.class_name in targets and name not in methods]
     return {
         "algorithm": "skip_softmax",
         "targets": targets,
         **({"ignore": ignore} if ignore else {}),
-        "threshold_scale_factor": {"formula": FORMULA, "prefill": {"a": fit.a, "b": fit.b}},
-        "target_sparsity": {"prefill": methods[first].target_sparsity},
+        "threshold_scale_factor": {"formula": FORMULA, **coefficients},
+        "target_sparsity": sparsities,
     }
 
 

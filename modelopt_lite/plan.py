@@ -128,7 +128,8 @@ class SkipRule:
             block may hold a query's heaviest key. Or a curve that gives ``ln(threshold)`` by length.
         block_size: keys in a key block, a multiple of 16.
         block_rows: positions in a query block, a multiple of ``block_size``.
-        decode_threshold: the threshold of a sequence with a single query, where decode is sparse; None: ``threshold``.
+        decode_threshold: the threshold of a sequence with a single query, where decode is sparse, or a curve likewise;
+            None: ``threshold``.
 
     Raises:
         ValueError: if a number is out of its range.
@@ -137,13 +138,13 @@ class SkipRule:
     threshold: float | LengthCurve
     block_size: int = BLOCK_SIZE
     block_rows: int = BLOCK_SIZE
-    decode_threshold: float | None = None
+    decode_threshold: float | LengthCurve | None = None
 
     def __post_init__(self) -> None:
         _check_block_sizes("skip", self.block_size, self.block_rows)
-        if not (self.decode_threshold is None or 0 < self.decode_threshold < math.inf):
+        if not (self.decode_threshold is None or _is_threshold(self.decode_threshold)):
             raise ValueError(f"skip.decode_threshold: {self.decode_threshold!r} is not allowed; a number > 0 or None")
-        if not (isinstance(self.threshold, LengthCurve) or 0 < self.threshold < math.inf):
+        if not _is_threshold(self.threshold):
             raise ValueError(f"skip.threshold: {self.threshold!r} is not allowed; a number > 0")
 
     def log_threshold(self, length: Tensor) -> Tensor:
@@ -155,6 +156,10 @@ class SkipRule:
     def of_decode(self) -> SkipRule:
         """Return the rule of a sequence with a single query."""
         return self if self.decode_threshold is None else replace(self, threshold=self.decode_threshold)
+
+
+def _is_threshold(value: float | LengthCurve) -> bool:
+    return isinstance(value, LengthCurve) or 0 < value < math.inf
 
 
 def _check_block_sizes(name: str, block_size: int, block_rows: int) -> None:

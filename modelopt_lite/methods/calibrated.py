@@ -17,6 +17,8 @@ from ..schema import ConfigModel
 from .blocks import GridMethod
 
 Scale: TypeAlias = Literal["log", "loglog", "linear"]
+Phase: TypeAlias = Literal["prefill", "decode"]
+"""Decode is a call with a single query of a sequence."""
 Row: TypeAlias = Annotated[tuple[float, ...], Field(strict=False)]
 
 LONGEST = 2.0**40
@@ -43,12 +45,14 @@ class Knob:
         scale: on which a fit is linear.
         values: what a calibration tries, ascending.
         high: the largest value that means anything.
+        target: name of the field that takes its place in a calibrated method.
     """
 
     field: str
     scale: Scale
     values: tuple[float, ...]
     high: float = math.inf
+    target: str = "target_sparsity"
 
     def transform(self, value: float) -> float:
         """Return a value on the scale of the fit."""
@@ -130,19 +134,27 @@ AnyFit: TypeAlias = Annotated[ExponentialFit | TableFit, Field(discriminator="fo
 
 
 class Calibration(ConfigModel):
-    """How a method's knob follows from a target sparsity; what :func:`~modelopt_lite.calibrate` measured."""
+    """How a method's knobs follow from target sparsities; what :func:`~modelopt_lite.calibrate` measured."""
 
-    prefill: AnyFit = Field(description="the fit for prefill")
+    prefill: AnyFit | None = Field(default=None, description="the fit for prefill")
+    decode: AnyFit | None = Field(default=None, description="the fit for decode steps")
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> Calibration:
+        if self.prefill is None and self.decode is None:
+            raise ValueError("Input should have prefill or decode")
+        return self
 
 
 class CalibratedMethod(GridMethod):
-    """A method that decides about blocks of keys by one number, its knob.
+    """A method that decides about blocks of keys by one number, its knob; in decode by another one, if at all.
 
     With a calibration the knob follows from ``target_sparsity`` and from the length of each query block, and the
     knob's own field is not used. The length is that of :class:`~modelopt_lite.plan.LengthCurve`.
     """
 
     knob: ClassVar[Knob]
+    decode_knob: ClassVar[Knob | None] = None
 
     target_sparsity: float | None = Field(
         default=None,
@@ -154,30 +166,47 @@ class CalibratedMethod(GridMethod):
         default=None, description="how the knob follows from target_sparsity, as modelopt_lite.calibrate measured it"
     )
 
+    @classmethod
+    def knobs(cls) -> dict[Phase, Knob]:
+        """Return the knob of each phase in which the method can be sparse."""
+        return {"prefill": cls.knob} if cls.decode_knob is None else {"prefill": cls.knob, "decode": cls.decode_knob}
+
     @model_validator(mode="after")
     def _target_and_calibration(self) -> CalibratedMethod:
-        if (self.target_sparsity is None) != (self.calibration is None):
-            raise ValueError(
-                "Input should have target_sparsity and calibration together; modelopt_lite.calibrate sets both"
-            )
-        if self.calibration is not None and self.calibration.prefill.form == "exponential" and self.knob.scale != "log":
-            raise ValueError(
-                f"Input should have a calibration of the form 'table', as {self.knob.field} has no logarithmic scale"
-            )
-        try:
-            self.knob_curve()
-        except ValueError:
-            raise ValueError(f"Input should have values of {self.knob.field} as calibration.prefill.knobs") from None
+        if self.decode_knob is None and self.fit("decode") is not None:
+            raise ValueError(f"Input should have no calibration.decode, because {self.method} is dense in decode")
+        for phase, knob in self.knobs().items():
+            fit = self.fit(phase)
+            if (getattr(self, knob.target) is None) != (fit is None):
+                raise ValueError(
+                    f"Input should have {knob.target} and calibration.{phase} together; modelopt_lite.calibrate sets "
+                    "both"
+                )
+            if isinstance(fit, ExponentialFit) and knob.scale != "log":
+                raise ValueError(
+                    f"Input should have a calibration of the form 'table', as {knob.field} has no logarithmic scale"
+                )
+            try:
+                self.knob_curve(phase)
+            except ValueError:
+                raise ValueError(f"Input should have values of {knob.field} as calibration.{phase}.knobs") from None
         return self
 
-    def knob_curve(self) -> LengthCurve | None:
-        """Return the knob on its scale by length, None without a calibration."""
-        if self.calibration is None or self.target_sparsity is None:
+    def fit(self, phase: Phase = "prefill") -> ExponentialFit | TableFit | None:
+        """Return the calibration of a phase, None without one."""
+        found: ExponentialFit | TableFit | None = None if self.calibration is None else getattr(self.calibration, phase)
+        return found
+
+    def knob_curve(self, phase: Phase = "prefill") -> LengthCurve | None:
+        """Return a phase's knob on its scale by length, None without a calibration."""
+        fit = self.fit(phase)
+        if fit is None:
             return None
-        return self.calibration.prefill.curve(self.target_sparsity, self.knob)
+        knob = self.knobs()[phase]
+        return fit.curve(getattr(self, knob.target), knob)
 
     def knob_of(self, seen: Tensor, dtype: torch.dtype) -> float | Tensor:
-        """Return the knob of query blocks.
+        """Return the knob of query blocks in prefill.
 
         Args:
             seen: where any query sees any key, ``[query_blocks, key_blocks]``.
@@ -192,15 +221,32 @@ class CalibratedMethod(GridMethod):
             return value
         return self.knob.inverse(curve.at(seen.sum(-1, keepdim=True) * self.block_size)).to(dtype)
 
-    def with_knob(self, value: float) -> CalibratedMethod:
-        """Return the same method with the knob at a value, without a calibration.
+    def with_knob(self, value: float, phase: Phase = "prefill") -> CalibratedMethod:
+        """Return the same method with a phase's knob at a value, without a calibration.
 
         Args:
             value: may lie outside of what the knob's field allows, as a calibration's may.
+            phase: whose knob it is.
         """
-        return self.model_copy(update={self.knob.field: value, "target_sparsity": None, "calibration": None})
+        targets = {knob.target: None for knob in self.knobs().values()}
+        return self.model_copy(update={**targets, "calibration": None, self.knobs()[phase].field: value})
+
+    def with_target(self, target: float, phase: Phase = "prefill", fit: Fit | None = None) -> CalibratedMethod:
+        """Return the same method with another target in a phase.
+
+        Args:
+            target: share of the blocks that is to be skipped, > 0 and < 1.
+            phase: whose target it is.
+            fit: the phase's calibration, by default that which it has.
+        """
+        fits = {} if self.calibration is None else dict(self.calibration)
+        calibration = Calibration(**{**fits, phase: fit or self.fit(phase)})
+        content = {**self.model_dump(), self.knobs()[phase].target: target, "calibration": calibration}
+        return type(self)(**content)
 
     def settings(self) -> dict[str, Any]:
         """Return the fields that tune the method; with a calibration its target instead of the knob."""
-        unused = {"target_sparsity"} if self.calibration is None else {self.knob.field}
-        return {name: x for name, x in super().settings().items() if name not in unused | {"calibration"}}
+        unused = {"calibration"}
+        for phase, knob in self.knobs().items():
+            unused.add(knob.target if self.fit(phase) is None else knob.field)
+        return {name: x for name, x in super().settings().items() if name not in unused}

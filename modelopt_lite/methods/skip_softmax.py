@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import AliasChoices, Field
@@ -40,6 +41,7 @@ class SkipSoftmax(CalibratedMethod):
     """
 
     knob: ClassVar[Knob] = Knob("threshold", "log", tuple(10 ** (0.25 * i - 5) for i in range(25)))
+    decode_knob: ClassVar[Knob | None] = replace(knob, field="decode_threshold", target="decode_target_sparsity")
 
     method: Literal["skip_softmax", "triton_skip_softmax", "flash_skip_softmax"] = Field(
         default="skip_softmax", description="the method's name; the others are Model-Optimizer's"
@@ -50,15 +52,26 @@ class SkipSoftmax(CalibratedMethod):
     decode_threshold: float | None = Field(
         default=None, gt=0, lt=1, description="the threshold of decode steps, which are dense without one"
     )
+    decode_target_sparsity: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="share of the key blocks that decode steps are to skip; needs a calibration of decode, and takes "
+        "the place of decode_threshold",
+    )
 
     def plan(self) -> AttentionPlan:
         """Return the plan of the skip rule."""
-        curve = self.knob_curve()
+        curve, decode = self.knob_curve(), self.knob_curve("decode")
+        rule = SkipRule(
+            self.threshold if curve is None else curve,
+            self.block_size,
+            self.block_rows,
+            self.decode_threshold if decode is None else decode,
+        )
         return AttentionPlan(
-            skip=SkipRule(
-                self.threshold if curve is None else curve, self.block_size, self.block_rows, self.decode_threshold
-            ),
+            skip=rule,
             num_sink_tokens=self.num_sink_tokens,
             dense_window_size=self.dense_window_size,
-            sparse_decode=self.decode_threshold is not None,
+            sparse_decode=rule.decode_threshold is not None,
         )

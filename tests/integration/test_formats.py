@@ -18,9 +18,13 @@ FILES = Path(__file__).parent / "modelopt"
 FIRST, SECOND = "model.layers.0.self_attn", "model.layers.1.self_attn"
 
 
-def skip(a, b, target):
-    fit = {"form": "exponential", "a": a, "b": b}
-    return mtsa.SkipSoftmax(target_sparsity=target, calibration={"prefill": fit})
+def skip(a, b, target, decode=None):
+    """A method with a fit and a target, and with those of decode, (a, b, target), if it is sparse there."""
+    content = {"target_sparsity": target, "calibration": {"prefill": {"form": "exponential", "a": a, "b": b}}}
+    if decode is not None:
+        content["calibration"]["decode"] = {"form": "exponential", "a": decode[0], "b": decode[1]}
+        content["decode_target_sparsity"] = decode[2]
+    return mtsa.SkipSoftmax(**content)
 
 
 def n_of_m(n, m, sinks=0, window=64):
@@ -33,8 +37,8 @@ EXPECTED = {
     "groups": [TWO_OF_FOUR, mtsa.Combined(methods=(skip(7.93, 8.61, 0.4), TWO_OF_FOUR))],
     "coefficients": [skip(math.exp(2), 5.0, 0.4)] * 2,
     "softmax_skip_groups": [skip(math.exp(2), 5.0, 0.5), None],
-    "shared_threshold": [skip(7.93, 8.61, 0.5)] * 2,
-    "top_level": [skip(100.0, 5.0, 0.7), None],
+    "shared_threshold": [skip(7.93, 8.61, 0.5, (0.12, 9.85, 0.5))] * 2,
+    "top_level": [skip(100.0, 5.0, 0.7, (0.05, 10.0, 0.3)), None],
     "sparse_softmax": [n_of_m(4, 8, 2, 16)] * 2,
 }
 
@@ -67,10 +71,14 @@ def with_metadata(folder, path, content):
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_every_form_is_read(name, folder, tmp_path):
-    """From a checkpoint, and from the file alone; and what was read is saved in our own form."""
+def test_every_form_is_read(name, folder, tmp_path, caplog):
+    """From a checkpoint, and from the file alone; and what was read is saved in our own form.
+
+    N:M is dense in decode, so that a layer of both is too, which is said.
+    """
     model = mtsa.from_pretrained(with_metadata(folder, tmp_path / "theirs", metadata(name)))
     assert methods(model) == EXPECTED[name]
+    assert ("is left out in decode, which is dense in layers that are N:M" in caplog.text) == (name == "groups")
     by_file = mtsa.sparsify(dense_model("llama", CPU), FILES / f"{name}.json")
     assert methods(by_file) == EXPECTED[name]
     assert mtsa.SparsityConfig.load(metadata(name)) == mtsa.SparsityConfig.load(FILES / f"{name}.json")
@@ -93,6 +101,28 @@ def check_round_trip(model, tmp_path):
     restored = mtsa.from_pretrained(tmp_path / "exported")
     assert methods(restored) == methods(model)
     return config[MODELOPT_KEY]
+
+
+def test_round_trip_of_both_phases(tmp_path):
+    """The form that its documentation shows, with coefficients and targets for prefill and decode."""
+    written = check_round_trip(
+        mtsa.sparsify(dense_model("llama", CPU), skip(7.93, 8.61, 0.4, (0.12, 9.85, 0.3))), tmp_path
+    )
+    assert written["config_groups"]["group_0"] == {
+        "algorithm": "skip_softmax",
+        "targets": ["LlamaAttention"],
+        "threshold_scale_factor": {
+            "formula": "a * exp(b * target_sparsity)",
+            "prefill": {"a": 7.93, "b": 8.61},
+            "decode": {"a": 0.12, "b": 9.85},
+        },
+        "target_sparsity": {"prefill": 0.4, "decode": 0.3},
+    }
+
+
+def test_decode_without_a_target_is_dense():
+    content = metadata("top_level") | {"target_sparse_ratio": {"prefill": 0.7, "decode": 0.0}}
+    assert mtsa.SparsityConfig.load(content).sparse_cfg["*"] == skip(100.0, 5.0, 0.7)
 
 
 def test_round_trip_of_n_of_m(tmp_path):
@@ -151,7 +181,7 @@ BAD = [
     ),
     (
         SKIP | {"threshold_scale_factor": {"formula": "a * exp(b * target_sparsity)", "decode": {"a": 1.0, "b": 2.0}}},
-        r"threshold_scale_factor\.prefill: missing; decode stays dense here",
+        r"threshold_scale_factor\.prefill: missing; prefill is never dense here",
     ),
     (
         SKIP | {"threshold_scale_factor": {"formula": SCALE["formula"], "prefill": {"log_a": 1.0, "b": 2.0}}},
@@ -195,6 +225,24 @@ CANNOT_BE_SAID = [
     (
         {"*": mtsa.SkipSoftmax(target_sparsity=0.5, calibration={"prefill": TABLE})},
         f"{FIRST}: skip_softmax cannot be exported without a calibration of the form",
+    ),
+    (
+        {"*": skip(1.0, 2.0, 0.5).model_copy(update={"decode_threshold": 0.1})},
+        rf"{FIRST}: skip_softmax\.decode_threshold: 0\.1 cannot be exported; it has another value than the default",
+    ),
+    (
+        {
+            "*": mtsa.SkipSoftmax(
+                target_sparsity=0.5,
+                decode_target_sparsity=0.5,
+                calibration={"prefill": {"form": "exponential", "a": 1.0, "b": 2.0}, "decode": TABLE},
+            )
+        },
+        f"{FIRST}: skip_softmax cannot be exported without a calibration of the form",
+    ),
+    (
+        {"*": skip(1.0, 2.0, 0.5, (1.0, 2.0, 0.3)), "*.1.*": skip(1.0, 2.0, 0.5, (1.0, 2.0, 0.4))},
+        rf"{SECOND}: skip_softmax\.decode_target_sparsity: 0\.4 cannot be exported; it is not that of {FIRST}",
     ),
     (
         {"*": skip(1.0, 2.0, 0.5).model_copy(update={"num_sink_tokens": 9})},

@@ -18,6 +18,8 @@ from modelopt_lite.kernels.blocks import BlockGrid
 from modelopt_lite.kernels.request import AttentionRequest
 from modelopt_lite.kernels.selection import chosen_blocks
 from modelopt_lite.methods.calibrated import Calibration, ExponentialFit, TableFit
+from modelopt_lite.module import count, sparse_modules
+from modelopt_lite.plan import DENSE
 
 GRID = {"block_size": 16, "block_rows": 16}
 # Random weights see far and near alike, so that it takes many sinks as references before anything can be skipped.
@@ -132,6 +134,152 @@ def test_a_refined_calibration_reads_sparse_activations(model, name, tmp_path):
     assert statistics.total.block_sparsity == pytest.approx(0.5, abs=0.08)
 
 
+# A step has fewer references: the 48 first and the 16 latest keys, and those of its own block.
+DECODE = {**SKIP, "num_sink_tokens": 48, "dense_window_size": 16}
+
+
+def decode_knobs(config):
+    return torch.tensor(config.sparse_cfg["*"].calibration.decode.knobs)
+
+
+def read_in_steps(model, window):
+    """Read a window as a calibration of decode does."""
+    cache, begin = None, 0
+    with torch.no_grad():
+        for position in calibration.decode_positions(len(window)):
+            for part in (window[None, begin:position], window[None, position : position + 1]):
+                if part.numel():
+                    cache = model(part, past_key_values=cache, use_cache=True).past_key_values
+            begin = position + 1
+
+
+def test_steps_of_decode_are_spread():
+    positions = calibration.decode_positions(4096)
+    assert len(set(positions)) == calibration.DECODE_STEPS
+    assert all(len([x for x in positions if x // 1024 == part]) == 4 for part in range(4))
+    assert {x % 128 // 32 for x in positions} == {0, 1, 2, 3}
+
+
+def test_one_pass_counts_what_each_threshold_keeps_of_decode_steps_by_itself(model):
+    """The steps of the dense model, looked at with one threshold after the other."""
+    (window,) = windows(400)
+    result = calibrate(model, DECODE, [window], target=None, decode_target=0.5)
+    steps: dict[str, list[AttentionRequest]] = {}
+
+    class Recorder:
+        def __init__(self, name):
+            self.calls = steps.setdefault(name, [])
+
+        def observe(self, request):
+            if request.max_q == 1:
+                self.calls.append(request)
+            return request._replace(plan=DENSE)
+
+    method = mtsa.SkipSoftmax(**DECODE)
+    mtsa.sparsify(model, method.with_knob(0.5, "decode"))
+    with count({module: Recorder(name) for name, module in sparse_modules(model).items()}):
+        read_in_steps(model, window)
+    assert {len(calls) for calls in steps.values()} == {calibration.DECODE_STEPS}
+    assert {(group.phase, group.layer) for group in result.groups} == {("decode", name) for name in steps}
+    for i, value in enumerate(result.values["*"]):
+        plan = method.with_knob(value, "decode").plan()
+        for name, calls in steps.items():
+            skipped = sum(chosen_blocks(request._replace(plan=plan))[1].sum((1, 2)) for request in calls)
+            seen = sum(-(-request.max_k // 16) for request in calls)
+            shares = [group.sparsity[i] for group in result.groups if group.layer == name]
+            assert shares == [1 - (2 * seen - x) / (2 * seen) for x in skipped.view(2, 2).sum(1).tolist()]
+    assert len({group.sparsity for group in result.groups}) > 1
+
+
+@pytest.mark.parametrize("form", ["table", "exponential"])
+def test_the_target_of_decode_is_achieved(model, form):
+    """Prefill has a target of its own."""
+    data = windows(512, 1024, 1024)
+    result = calibrate(model, DECODE, data, target=0.3, decode_target=0.5, form=form)
+    method = result.config.sparse_cfg["*"]
+    assert (method.target_sparsity, method.decode_target_sparsity) == (0.3, 0.5)
+    alone = calibrate(model, DECODE, data, target=0.3, form=form).config.sparse_cfg["*"]
+    assert method.calibration.prefill == alone.calibration.prefill
+    assert alone.calibration.decode is None
+    mtsa.sparsify(model, result.config)
+    with mtsa.collect_statistics(model, exact=True) as statistics:
+        read_in_steps(model, windows(900)[0])
+    assert statistics.total.decode.block_sparsity == pytest.approx(0.5, abs=0.08)
+    assert [line.split("│")[3].strip() for line in str(result).splitlines() if "skip_softmax" in line] == [
+        "prefill",
+        "decode",
+    ]
+    assert {reach.phase for reach in result.reach} == {group.phase for group in result.groups} == {"prefill", "decode"}
+
+
+def test_decode_alone_leaves_prefill_as_it_is(model, tmp_path, caplog):
+    data = windows(512, 1024)
+    config = calibrate(model, DECODE, data, target=None, decode_target=0.4).config
+    method = config.sparse_cfg["*"]
+    assert (method.threshold, method.target_sparsity, method.calibration.prefill) == (0.03, None, None)
+    assert {"threshold", "decode_target_sparsity"} <= set(method.settings())
+    assert not {"target_sparsity", "decode_threshold", "calibration"} & set(method.settings())
+    both = calibrate(model, config, data, target=0.5).config.sparse_cfg["*"]
+    assert both.calibration.decode == method.calibration.decode
+    assert (both.target_sparsity, both.decode_target_sparsity) == (0.5, 0.4)
+
+    again = config.with_target(decode_target_sparsity=0.6)
+    measured = calibrate(model, DECODE, data, target=None, decode_target=0.6).config
+    assert torch.equal(decode_knobs(again), decode_knobs(measured))
+    again.save(tmp_path / "config.yaml")
+    assert mtsa.SparsityConfig.load(tmp_path / "config.yaml") == again == measured
+    mtsa.sparsify(model, again)
+    model.save_pretrained(tmp_path / "model")
+    loaded = mtsa.from_pretrained(tmp_path / "model")
+    tokens = windows(300)[0][None]
+    with torch.no_grad():
+        steps = [
+            each(tokens[:, -1:], past_key_values=each(tokens[:, :-1], use_cache=True).past_key_values).logits
+            for each in (loaded, model)
+        ]
+    assert torch.equal(*steps)
+    assert not caplog.records
+    again.with_target(decode_target_sparsity=0.99)
+    assert "the target 0.99 lies outside of" in caplog.text
+    assert "its calibration of decode has points" in caplog.text
+    with pytest.raises(mtsa.ConfigError, match="has no method calibrated for prefill"):
+        again.with_target(0.5)
+
+
+def test_a_refined_calibration_of_decode_goes_on(model, tmp_path, monkeypatch):
+    data, state = windows(256, 512), tmp_path / "state.jsonl"
+    options = {"target": 0.5, "decode_target": 0.5, "refine": True}
+    whole = calibrate(model, DECODE, data, **options)
+    measure, calls = calibration._measure_decode, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return measure(*args)
+
+    monkeypatch.setattr(calibration, "_measure_decode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(model, DECODE, data, state=state, **options)
+    assert not sparse_modules(model)
+    assert len(state.read_text().splitlines()) == 1 + 4 * len(data) + 4
+    resumed = calibrate(model, DECODE, data, state=state, **options)
+    assert resumed.config == whole.config
+    assert len(calls) == 1 + 4 * len(data)
+    # Another target of prefill says nothing about decode, where the cache is dense.
+    other = calibrate(model, DECODE, data, state=state, **{**options, "target": 0.3})
+    assert torch.equal(decode_knobs(other.config), decode_knobs(whole.config))
+    assert len(calls) == 1 + 4 * len(data)
+    dense = calibrate(model, DECODE, data, target=None, decode_target=0.5)
+    assert not torch.equal(decode_knobs(dense.config), decode_knobs(whole.config))
+
+
+def test_a_target_of_decode_outside_of_what_was_seen_is_reported(model, caplog):
+    result = calibrate(model, {**DECODE, "dense_window_size": 400}, windows(512, 1024), target=None, decode_target=0.8)
+    assert any("the target 0.8 lies outside of" in x and "512 tokens in decode" in x for x in result.warnings)
+    assert result.warnings[0] in caplog.text
+
+
 def test_groups_say_what_each_head_group_skips(model):
     result = calibrate(model, METHODS["mean_pool_top_k"], windows(512), target=0.5)
     assert [(group.layer, group.group) for group in result.groups] == [
@@ -173,7 +321,7 @@ def test_the_target_changes_without_measuring(model, tmp_path, caplog):
     assert "flash_prefill: the target 0.99 lies outside of" in caplog.text
     with pytest.raises(mtsa.ConfigError, match="target_sparsity: 1.2 is not allowed"):
         config.with_target(1.2)
-    with pytest.raises(mtsa.ConfigError, match="has no calibrated method"):
+    with pytest.raises(mtsa.ConfigError, match="has no method calibrated for prefill"):
         mtsa.SparsityConfig.load("2:4").with_target(0.5)
 
 
@@ -234,6 +382,13 @@ def test_a_target_outside_of_what_was_seen_is_reported(model, caplog):
     ("change", "message"),
     [
         ({"target": 1.0}, "target: 1.0 is not allowed"),
+        ({"target": None}, "target: is missing; must have target or decode_target"),
+        ({"decode_target": 0.0}, "decode_target: 0.0 is not allowed"),
+        ({"decode_target": 0.5}, "decode_target: is not allowed without skip_softmax"),
+        (
+            {"config": [{"method": "skip_softmax", **GRID}, {"method": "sparse_softmax"}], "decode_target": 0.5},
+            "of skip_softmax and sparse_softmax, one is sparse in decode",
+        ),
         ({"config": "2:4"}, "has no method with a knob"),
         (
             {"config": [METHODS["xattention"], {"method": "skip_softmax", **GRID}]},
@@ -327,7 +482,13 @@ def test_a_table_that_is_none_is_refused(change, message):
 
 
 def test_calibration_and_target_belong_together():
-    with pytest.raises(mtsa.ConfigError, match="target_sparsity and calibration together"):
+    with pytest.raises(mtsa.ConfigError, match=r"decode_target_sparsity and calibration\.decode together"):
+        mtsa.SkipSoftmax(decode_target_sparsity=0.5)
+    with pytest.raises(mtsa.ConfigError, match=r"no calibration\.decode, because flash_prefill is dense in decode"):
+        mtsa.FlashPrefill(calibration=Calibration(decode=EXPONENTIAL))
+    with pytest.raises(mtsa.ConfigError, match="should have prefill or decode"):
+        Calibration()
+    with pytest.raises(mtsa.ConfigError, match=r"target_sparsity and calibration\.prefill together"):
         mtsa.SkipSoftmax(target_sparsity=0.5)
     with pytest.raises(mtsa.ConfigError, match="keep has no logarithmic scale"):
         mtsa.MeanPoolTopK(target_sparsity=0.5, calibration=Calibration(prefill=EXPONENTIAL))
@@ -335,9 +496,11 @@ def test_calibration_and_target_belong_together():
     assert mtsa.SkipSoftmax.model_validate(json.loads(method.model_dump_json())) == method
 
 
-def calibrated(name):
+def calibrated(name, **more):
     fit = TABLE | {"knobs": KNOBS[name], "lengths": [16.0, 1024.0]}
-    content = {**METHODS[name], "target_sparsity": 0.4, "calibration": {"prefill": fit}}
+    content = {**METHODS[name], "target_sparsity": 0.4, "calibration": {"prefill": fit, **more}}
+    if more:
+        content["decode_target_sparsity"] = 0.3
     return mtsa.get_sparse_method(name).model_validate(content)
 
 
@@ -353,6 +516,25 @@ def test_a_calibrated_method_is_what_its_reference_says(name):
     _, visited = visited_blocks(request, [plan])
     assert visited.sum() < visited_blocks(request, [mtsa.MeanPoolTopK(keep=1.0, **GRID).plan()])[1].sum()
     torch.testing.assert_close(compute(request, "torch")[0], attention_reference(request)[0])
+
+
+def test_calibrated_decode_is_what_its_reference_says():
+    """Sequences with a single query follow the curve of decode, others in the same call that of prefill."""
+    from modelopt_lite.kernels import compute
+    from modelopt_lite.kernels.reference import attention_reference
+
+    decode = TABLE | {"lengths": [16.0, 256.0], "knobs": [[0.9, 3.0], [0.2, 1.5]]}
+    plan = calibrated("skip_softmax", decode=decode).plan()
+    request = packed_request(plan, (150, 1, 1, 1), (150, 250, 140, 40))
+    request = request._replace(q=request.q.double(), k=request.k.double(), v=request.v.double())
+    _, visited = visited_blocks(request, [plan])
+    _, as_prefill = visited_blocks(request, [calibrated("skip_softmax").with_knob(0.5, "decode").plan()])
+    assert not torch.equal(visited[:, :, 10:], as_prefill[:, :, 10:])
+    torch.testing.assert_close(compute(request, "torch")[0], attention_reference(request)[0])
+    thresholds = plan.skip.of_decode().log_threshold(torch.tensor([16, 64, 256])).exp()
+    expected = [low**0.75 * high**0.25 for low, high in decode["knobs"]]  # 0.3 lies a quarter of the way to 0.6
+    assert thresholds[[0, 2]].tolist() == pytest.approx(expected)
+    assert thresholds[1] == pytest.approx(math.sqrt(expected[0] * expected[1]))
 
 
 @pytest.mark.parametrize("name", METHODS)
