@@ -118,7 +118,7 @@ def export_modelopt(model: nn.Module, path: str | os.PathLike[str], **kwargs: An
     """Save a sparse model for readers of NVIDIA Model-Optimizer's metadata, such as TensorRT-LLM.
 
     The folder is that of :func:`save_pretrained`, and its ``config.json`` also has ``sparse_attention_config``. That
-    has a group for N:M sparse softmax, and one for skip-softmax with its calibration and target for prefill.
+    has a group for N:M sparse softmax, and one for skip-softmax with its calibrations and targets.
 
     Args:
         model: a Transformers model after :func:`~modelopt_lite.conversion.sparsify`.

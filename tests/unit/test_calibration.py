@@ -486,7 +486,7 @@ def test_calibration_and_target_belong_together():
         mtsa.SkipSoftmax(decode_target_sparsity=0.5)
     with pytest.raises(mtsa.ConfigError, match=r"no calibration\.decode, because flash_prefill is dense in decode"):
         mtsa.FlashPrefill(calibration=Calibration(decode=EXPONENTIAL))
-    with pytest.raises(mtsa.ConfigError, match="should have prefill or decode"):
+    with pytest.raises(mtsa.ConfigError, match="must have prefill or decode"):
         Calibration()
     with pytest.raises(mtsa.ConfigError, match=r"target_sparsity and calibration\.prefill together"):
         mtsa.SkipSoftmax(target_sparsity=0.5)
@@ -597,3 +597,19 @@ def test_command(folder, tmp_path, monkeypatch):
     assert json.loads(result.stdout)["config"] == json.loads(config.model_dump_json())
     output.unlink()
     assert "--form: 'cubic' is not allowed" in invoke("--form", "cubic").stderr
+    assert "decode_target: 2.0 is not allowed" in invoke("--decode-target", "2").stderr
+
+
+def test_command_with_a_target_of_decode_alone(folder, tmp_path):
+    """It leaves prefill as the configuration has it."""
+    text, output, method = tmp_path / "text.txt", tmp_path / "decode.yaml", tmp_path / "method.yaml"
+    text.write_text("The lighthouse was finished in the autumn, after three winters of work. " * 40)
+    method.write_text(json.dumps(DECODE))
+    arguments = ["calibrate", folder, output, "--sparse", method, "--text", text, "--lengths", "512,1024"]
+    arguments += ["--windows", "1", "--decode-target", "0.4", "--no-refine"]
+    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    found = mtsa.SparsityConfig.load(output).sparse_cfg["*"]
+    assert (found.target_sparsity, found.decode_target_sparsity) == (None, 0.4)
+    assert "target of decode 0.4" in output.read_text()
+    assert "decode_threshold = " in result.stdout
