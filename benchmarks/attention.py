@@ -37,7 +37,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from modelopt_lite.kernels import AttentionRequest, attention, hopper_launch, portable, sparse_cores
+from modelopt_lite.kernels import AttentionRequest, attention
+from modelopt_lite.kernels.hopper import forward_launch as hopper_launch
+from modelopt_lite.kernels.hopper import sparse_cores
+from modelopt_lite.kernels.portable import launch as portable_launch
 from modelopt_lite.kernels.settings import Settings
 from modelopt_lite.kernels.top_n import top_n_plan
 from modelopt_lite.plan import AttentionPlan
@@ -112,7 +115,7 @@ def packed_request(
 def own_call(request: AttentionRequest, kernel: str, settings: Settings | None = None) -> Call:
     """Return a call of one of this project's kernels, prepared as for requests that come again."""
     if kernel == "portable":
-        prepared = portable.prepare(request, settings)
+        prepared = portable_launch.prepare(request, settings)
     else:
         prepared = {"hopper": hopper_launch.prepare, "sparse_cores": sparse_cores.prepare}[kernel](request)
     return functools.partial(prepared, request)
@@ -264,7 +267,7 @@ def measure_problem(
     if which == "forward":
         requests = {name: request_of(q, k, v, causal, name) for name in arguments.names}
         for label, kernel, refusal in (
-            ("triton", "portable", portable.refusal),
+            ("triton", "portable", portable_launch.refusal),
             ("hopper", "hopper", hopper_launch.refusal),
             ("sparse_cores", "sparse_cores", sparse_cores.refusal),
         ):

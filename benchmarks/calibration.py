@@ -32,7 +32,7 @@ from modelopt_lite.calibration import decode_positions
 from modelopt_lite.experiment.assets import load_model, read_documents
 from modelopt_lite.kernels import AttentionRequest, select_blocks
 from modelopt_lite.kernels.blocks import BlockGrid
-from modelopt_lite.module import count, sparse_modules
+from modelopt_lite.models.module import count, sparse_modules
 from modelopt_lite.plan import AttentionPlan
 
 METHODS = {

@@ -36,7 +36,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from triton.runtime.errors import OutOfResources
 
-from modelopt_lite.kernels.decode_launch import DecodeSettings, default_settings, prepare
+from modelopt_lite.kernels.decode.launch import DecodeSettings, default_settings, prepare
 from modelopt_lite.kernels.request import AttentionRequest
 from modelopt_lite.kernels.top_n import top_n_plan
 from modelopt_lite.plan import DENSE

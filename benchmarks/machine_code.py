@@ -21,8 +21,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from modelopt_lite.kernels import AttentionRequest, KeyBlocks, backward, forward, portable
-from modelopt_lite.kernels.portable import KEY_SETTINGS, QUERY_SETTINGS, SETTINGS
+from modelopt_lite.kernels import AttentionRequest, KeyBlocks
+from modelopt_lite.kernels.portable import backward, forward
+from modelopt_lite.kernels.portable import launch as portable_launch
+from modelopt_lite.kernels.portable.launch import KEY_SETTINGS, QUERY_SETTINGS, SETTINGS
 from modelopt_lite.kernels.settings import Settings, block_dim, default_settings
 from modelopt_lite.kernels.top_n import top_n_plan
 from modelopt_lite.plan import BLOCK_SIZE, AttentionPlan
@@ -56,7 +58,7 @@ def compile_kernel(
     settings: Settings | None = None,
     listed: bool = False,
 ) -> CompiledKernel:
-    """Compile one of ``KERNELS`` as :mod:`modelopt_lite.kernels.portable` would, by default with its settings.
+    """Compile one of ``KERNELS`` as :mod:`modelopt_lite.kernels.portable.launch` would, by default with its settings.
 
     Args:
         kernel: its name.
@@ -74,7 +76,7 @@ def compile_kernel(
     block_d, block_dv = map(block_dim, dims)
     request = empty_request(dtype, dims, plan, causal, listed)
     settings = settings or table_settings(kernel, capability, dtype, dims, n_of_m, causal)
-    settings = portable.fitted(settings, request.blocks)
+    settings = portable_launch.fitted(settings, request.blocks)
     keys_box, queries_box = [group, settings.block_n // group, 1], [1, settings.block_m]
     boxes = {
         "key_descriptor": [*keys_box, block_d],
@@ -112,7 +114,7 @@ def compile_kernel(
     constants |= {(places["sequences"], index): None for index in (4, 5)}
     constants |= {(places["hook_args"], index): number for index, number in enumerate(plan.hook_constants)}
     constants[places["SCORE_HOOK"],] = plan.score_hook
-    constants[places["OPTIONS"],] = portable.options_for(request, settings)
+    constants[places["OPTIONS"],] = portable_launch.options_for(request, settings)
     aligned = [(place,) for name, place in places.items() if name.endswith("_ptr") and signature[name] != "constexpr"]
     aligned += [(places["strides"], *pair) for pair in itertools.product(range(strided), range(2))]
     return triton.compile(

@@ -1,4 +1,4 @@
-"""Measure launch settings of the portable kernels on this GPU and propose rows for the tables in kernels/portable.py.
+"""Measure launch settings of the portable kernels on this GPU and propose rows for the tables in portable/launch.py.
 
 Candidates of one problem take turns, after heating, and count by their median. Kernels are compiled beforehand, in
 parallel. A candidate that does not fit the GPU is left out. Candidates of each kernel of the backward are measured with
@@ -25,7 +25,7 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from modelopt_lite.kernels.device import compute_capability
-from modelopt_lite.kernels.portable import KEY_SETTINGS, QUERY_SETTINGS, backward
+from modelopt_lite.kernels.portable.launch import KEY_SETTINGS, QUERY_SETTINGS, backward
 from modelopt_lite.kernels.settings import Settings, SettingsRow, block_dim, default_settings
 
 HEADS = (32, 8)

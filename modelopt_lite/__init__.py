@@ -35,8 +35,8 @@ if TYPE_CHECKING:
         SparseSoftmax,
         XAttention,
     )
-    from .module import SparseAttentionModule
-    from .parallel import context_parallel
+    from .models.module import SparseAttentionModule
+    from .models.parallel import context_parallel
     from .plan import AttentionPlan
     from .registry import get_sparse_method, list_sparse_methods, register_sparse_method
     from .stats import collect_statistics
@@ -54,7 +54,7 @@ _MODULE_OF = {
     "SearchResult": "layer_search",
     "SkipSoftmax": "methods",
     "SparseAttentionMethod": "methods",
-    "SparseAttentionModule": "module",
+    "SparseAttentionModule": "models.module",
     "SparseSoftmax": "methods",
     "SparsityConfig": "config",
     "UnsupportedError": "errors",
@@ -62,7 +62,7 @@ _MODULE_OF = {
     "attention": "kernels",
     "calibrate": "calibration",
     "collect_statistics": "stats",
-    "context_parallel": "parallel",
+    "context_parallel": "models.parallel",
     "continuous_batching": "conversion",
     "disable_sparse_attention": "conversion",
     "disabled": "conversion",

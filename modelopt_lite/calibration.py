@@ -28,7 +28,7 @@ from .experiment.measuring import Data, Journal, check_dense, describe_model, di
 from .kernels import AttentionRequest, visited_blocks
 from .methods import CalibratedMethod, Combined, SparseAttentionMethod
 from .methods.calibrated import ExponentialFit, Knob, Phase, TableFit
-from .module import count, sparse_modules
+from .models.module import count, sparse_modules
 from .plan import DENSE, AttentionPlan
 
 Form: TypeAlias = Literal["table", "exponential"]

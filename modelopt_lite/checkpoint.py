@@ -15,11 +15,11 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from . import __version__
 from .conversion import CONFIG_ATTRIBUTE, CONFIG_VERSION, sparsify
-from .discovery import attention_modules, pretrained_models
 from .errors import ConfigError, UnsupportedError
 from .formats import MODELOPT_KEY, AttentionLayer, from_modelopt, is_modelopt, to_modelopt
-from .huggingface import saving_sparsity
-from .module import original_class, sparse_modules
+from .models.discovery import attention_modules, pretrained_models
+from .models.huggingface import saving_sparsity
+from .models.module import original_class, sparse_modules
 
 ADAPTER_FILE = f"{CONFIG_ATTRIBUTE}.json"
 """What :func:`save_pretrained` writes beside an adapter: which layer has which method."""

@@ -15,7 +15,8 @@ from rich.table import Table
 from torch import nn
 
 from .config import ConfigSource, SparsityConfig, abbreviate, match_names
-from .discovery import (
+from .errors import ConfigError, UnsupportedError
+from .models.discovery import (
     ATTENTION_NAME,
     attention_modules,
     check_found,
@@ -24,8 +25,7 @@ from .discovery import (
     unreachable_modules,
     uses_interface,
 )
-from .errors import ConfigError, UnsupportedError
-from .huggingface import (
+from .models.huggingface import (
     PAGED_ATTENTION_NAME,
     check_paging,
     forget_own_attention,
@@ -37,8 +37,8 @@ from .huggingface import (
     unwatch,
     watch,
 )
-from .interception import InterceptedAttentionModule
-from .module import (
+from .models.interception import InterceptedAttentionModule
+from .models.module import (
     SparseAttentionFlags,
     SparseAttentionModule,
     check_revertible,

@@ -31,7 +31,7 @@ from .experiment.quality import compare_predictions
 from .experiment.speed import wait_for
 from .kernels import AttentionRequest, compute
 from .methods import SparseAttentionMethod
-from .module import count, sparse_modules
+from .models.module import count, sparse_modules
 from .plan import DENSE
 from .stats import collect_statistics
 

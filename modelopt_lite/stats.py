@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from .kernels import COUNTS, AttentionRequest, count_kept, count_prefill
-from .module import count, sparse_modules
+from .models.module import count, sparse_modules
 
 
 class LayerStatistics:

@@ -37,7 +37,7 @@ from .plan import DENSE, AttentionPlan, BlockSelector, canonical_name, plan_by_n
 from .registry import get_sparse_method, method_names
 
 if tl is not None:
-    from .kernels import portable
+    from .kernels.portable import launch as portable_launch
     from .kernels.settings import Settings
 
 EXEMPTIONS = ((0, 0), (3, 5))
@@ -747,11 +747,11 @@ def _kernels(request: AttentionRequest) -> Iterator[_KernelUnderTest]:
         size = 16 if request.plan.dense_window_size else 32
         tiles = Settings(size, size, num_warps=4, num_stages=1, descriptors=False, frozen=False)
         run = functools.partial(_run_portable, tiles)
-        yield _KernelUnderTest(f"the portable kernel with tiles of {size} x {size}", portable.refusal, run)
+        yield _KernelUnderTest(f"the portable kernel with tiles of {size} x {size}", portable_launch.refusal, run)
 
 
 def _run_portable(tiles: Settings, request: AttentionRequest) -> tuple[Tensor, Tensor | None]:
-    return portable.prepare(request, tiles)(request)
+    return portable_launch.prepare(request, tiles)(request)
 
 
 def _with_lists(request: AttentionRequest) -> tuple[AttentionRequest, AttentionRequest]:

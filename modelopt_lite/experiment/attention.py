@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from ..conversion import summary
-from ..discovery import ATTENTION_NAME
 from ..kernels import attention
-from ..module import SparseAttentionModule, sparse_modules
+from ..models.discovery import ATTENTION_NAME
+from ..models.module import SparseAttentionModule, sparse_modules
 from ..stats import collect_statistics
 from .records import LayerShare
 

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..module import sparse_modules
+from ..models.module import sparse_modules
 from .assets import check_context, read_documents
 from .config import TextDataset, TextSource
 from .tasks import TASKS, make_sample

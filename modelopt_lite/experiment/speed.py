@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from ..conversion import disabled
 from ..errors import ConfigError
 from ..kernels import attention
-from ..module import sparse_modules
+from ..models.module import sparse_modules
 from ..plan import AttentionPlan
 from .config import DENSE, OURS, ExperimentConfig, Metric
 from .records import Record, Speed, ordered

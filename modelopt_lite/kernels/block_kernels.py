@@ -10,8 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .hopper.visits import floor_div
 from .tiles import LOG2E
-from .visits import floor_div
 
 SEQUENCES = tl.constexpr(32)
 """Sequences that a program of :func:`lay_out` looks at together."""

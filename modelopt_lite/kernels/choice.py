@@ -18,14 +18,20 @@ from .language import tl
 from .request import AttentionRequest, HookRefusedError
 
 if tl is not None:
-    from . import (
-        decode_launch,
-        hopper_backward_launch,
-        hopper_launch,
-        hopper_skip_launch,
-        portable,
+    from .decode import launch as decode_launch
+    from .hopper import (
+        backward_launch as hopper_backward_launch,
+    )
+    from .hopper import (
+        forward_launch as hopper_launch,
+    )
+    from .hopper import (
+        skip_launch as hopper_skip_launch,
+    )
+    from .hopper import (
         sparse_cores,
     )
+    from .portable import launch as portable_launch
 
 Backend: TypeAlias = Literal["auto", "triton", "torch"]
 Result: TypeAlias = "tuple[Tensor, Tensor | None]"
@@ -87,7 +93,7 @@ if tl is not None:
         Kernel("hopper_skip", hopper_skip_launch.refusal, _always, hopper_skip_launch.prepare),
         Kernel("sparse_cores", sparse_cores.refusal, sparse_cores.pays, sparse_cores.prepare),
         Kernel("hopper", hopper_launch.refusal, hopper_launch.pays, hopper_launch.prepare),
-        Kernel("portable", portable.refusal, _always, portable.prepare),
+        Kernel("portable", portable_launch.refusal, _always, portable_launch.prepare),
     )
 
 _prepared: dict[tuple[Any, ...], Run] = {}
@@ -213,13 +219,13 @@ def differentiates_on_gpu(request: AttentionRequest, backend: Backend) -> bool:
     """Whether a GPU kernel computes the gradients of a request, and not PyTorch operations."""
     if tl is None or backend == "torch" or (backend == "auto" and not request.q.is_cuda):
         return False
-    return portable.refusal(request) is None
+    return portable_launch.refusal(request) is None
 
 
 def differentiate(grad: Tensor, output: Tensor, lse: Tensor, request: AttentionRequest) -> Gradients:
     """Compute gradients with the GPU kernel that suits a request, if :func:`differentiates_on_gpu`.
 
-    Arguments and results are those of :func:`modelopt_lite.kernels.portable.backward`.
+    Arguments and results are those of :func:`modelopt_lite.kernels.portable.launch.backward`.
     """
     key = (_key(request, "triton"), *((x.stride(), x.data_ptr() & 15) for x in (grad, output, lse)))
     known = _prepared_backward.get(key)
@@ -252,7 +258,7 @@ def _prepare_backward(grad: Tensor, request: AttentionRequest) -> Differentiate:
 
 
 def _differentiate_portably(grad: Tensor, output: Tensor, lse: Tensor, request: AttentionRequest) -> Gradients:
-    return portable.backward(grad, output, lse, request.readable())
+    return portable_launch.backward(grad, output, lse, request.readable())
 
 
 def check_backend(request: AttentionRequest, backend: Backend) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .visits import floor_div
+from .hopper.visits import floor_div
 
 CHUNK = tl.constexpr(128)
 """Blocks of a list that are looked at together."""
@@ -18,7 +18,7 @@ CHUNK = tl.constexpr(128)
 
 @triton.jit
 def floor_mod(x, SIZE: tl.constexpr):
-    """Return what is left where :func:`~modelopt_lite.kernels.visits.floor_div` divides; never below 0."""
+    """Return what is left where :func:`~modelopt_lite.kernels.hopper.visits.floor_div` divides; never below 0."""
     return x - floor_div(x, SIZE) * SIZE
 
 
@@ -36,7 +36,7 @@ def list_of_queries(lists, head, sequence, first_query, first_key, position, OPT
     """Return the list of the key blocks that a query at a position looks at.
 
     Args:
-        lists: see :func:`~modelopt_lite.kernels.forward.attention_forward`.
+        lists: see :func:`~modelopt_lite.kernels.portable.forward.attention_forward`.
         head: query head.
         sequence: number of the sequence.
         first_query: position of its first query.

@@ -10,7 +10,7 @@ from .language import tl
 
 if tl is not None:
     from .device import compute_capability
-    from .hopper_launch import HOPPER, HOPPER_TRITON
+    from .hopper.forward_launch import HOPPER, HOPPER_TRITON
 
 MAX_HEAD_DIM = 256
 _FUSED_DTYPES = (torch.float16, torch.bfloat16)

@@ -1,8 +1,8 @@
 """Counts what a plan keeps, in one pass over the scores: kept ones, and both denominators of the softmax.
 
 A program takes ``BLOCK_M`` queries of one head through all keys that they see, as
-:mod:`modelopt_lite.kernels.forward` does, and writes sums over its queries. Nothing is added up by atomics, so the
-numbers are the same from run to run.
+:mod:`modelopt_lite.kernels.portable.forward` does, and writes sums over its queries. Nothing is added up by atomics, so
+the numbers are the same from run to run.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .hopper.visits import floor_div
 from .lists import floor_mod
 from .tiles import (
     BOUNDED_N,
@@ -24,7 +25,6 @@ from .tiles import (
     scale_scores,
     split_groups,
 )
-from .visits import floor_div
 
 
 @triton.jit
@@ -103,7 +103,8 @@ def count_scores(
             are kept, and the sum over these queries of the share of the weights that is kept, FP64 ``[programs, 4]``.
             Programs are tiles of queries, in which are sequences, in which are heads.
         strides: ``(token stride, head stride)`` of query and key.
-        sequences: as for :func:`~modelopt_lite.kernels.forward.attention_forward`, as are all that are not named here.
+        sequences: as for :func:`~modelopt_lite.kernels.portable.forward.attention_forward`, as are all that are not
+            named here.
         heads_of: ``(query heads, query heads per kv head)``.
         numbers: ``(scale, softcap)``.
         batch: number of sequences.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import portable
 from .device import cdiv, launch
+from .portable import launch as portable_launch
 from .request import AttentionRequest
 from .settings import (
     Settings,
@@ -18,15 +18,17 @@ from .settings import (
 )
 from .statistics_kernel import count_scores
 
-refusal = portable.refusal
+refusal = portable_launch.refusal
 """Says why the kernel cannot run a request, or None if it can."""
 
 
 def settings_for(request: AttentionRequest) -> Settings:
     """Return tiles and warps: those of the portable forward, which holds more at a time."""
     r, block_d = request, block_dim(request.q.shape[2])
-    settings = default_settings(capability_of(r.q.device), r.q.dtype, block_d, r.group, r.is_causal, portable.SETTINGS)
-    return portable.fitted(settings._replace(frozen=False, descriptors=False), r.blocks)
+    settings = default_settings(
+        capability_of(r.q.device), r.q.dtype, block_d, r.group, r.is_causal, portable_launch.SETTINGS
+    )
+    return portable_launch.fitted(settings._replace(frozen=False, descriptors=False), r.blocks)
 
 
 def count(request: AttentionRequest, settings: Settings | None = None) -> Tensor:
@@ -43,7 +45,7 @@ def count(request: AttentionRequest, settings: Settings | None = None) -> Tensor
     r = request.readable()
     settings = settings or settings_for(r)
     heads, batch = r.q.shape[1], r.starts_q.shape[0]
-    options = portable.options_for(r, settings)._replace(keeps_group_max=False, unlisted=r.blocks is not None)
+    options = portable_launch.options_for(r, settings)._replace(keeps_group_max=False, unlisted=r.blocks is not None)
     programs = cdiv(r.max_q + settings.block_m - 1, settings.block_m) * batch * heads
     counts = torch.empty(programs, 4, dtype=torch.float64, device=r.q.device)
     listed = None

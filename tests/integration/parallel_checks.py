@@ -41,7 +41,7 @@ from transformers import (
 from transformers.distributed import DistributedConfig
 
 import modelopt_lite as mtsa
-from modelopt_lite.huggingface import attention_forward
+from modelopt_lite.models.huggingface import attention_forward
 
 CHECKS = {}
 """Functions by ``(number of processes, name)``."""

@@ -8,7 +8,7 @@ import transformers
 from test_families import by_hand, dense_model, in_continuous_batches, logits, needs_paging, sparse_model, tokens
 
 import modelopt_lite as mtsa
-from modelopt_lite import layout
+from modelopt_lite.models import layout
 
 pytestmark = needs_paging
 

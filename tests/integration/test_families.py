@@ -26,9 +26,9 @@ from transformers import (
 from transformers.masking_utils import create_causal_mask, create_chunked_causal_mask
 
 import modelopt_lite as mtsa
-from modelopt_lite import huggingface
-from modelopt_lite.discovery import ATTENTION_NAME
-from modelopt_lite.huggingface import attention_forward
+from modelopt_lite.models import huggingface
+from modelopt_lite.models.discovery import ATTENTION_NAME
+from modelopt_lite.models.huggingface import attention_forward
 
 LENGTH = 37
 # Twice what the FP32 logits of the dense models with PyTorch's own attention err against FP64: up to 2.4e-6 (olmo2).

@@ -9,9 +9,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import modelopt_lite as mtsa
-from modelopt_lite import layout
 from modelopt_lite.kernels import AttentionRequest, sdpa
 from modelopt_lite.kernels.reference import attention_reference
+from modelopt_lite.models import layout
 from modelopt_lite.plan import DENSE
 
 BATCH, LEN_Q, SLOTS, HEAD_DIM = 3, 5, 20, 16

@@ -16,9 +16,9 @@ from transformers import AttentionInterface
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 import modelopt_lite as mtsa
-from modelopt_lite.discovery import ATTENTION_NAME
-from modelopt_lite.huggingface import IRRELEVANT_ARGUMENTS, REFUSED_ARGUMENTS, attention_forward
-from modelopt_lite.layout import attend, layout_of_mask
+from modelopt_lite.models.discovery import ATTENTION_NAME
+from modelopt_lite.models.huggingface import IRRELEVANT_ARGUMENTS, REFUSED_ARGUMENTS, attention_forward
+from modelopt_lite.models.layout import attend, layout_of_mask
 
 SPARSE = {"method": "sparse_softmax", "sparsity_n": 1, "dense_window_size": 3, "num_sink_tokens": 1}
 DENSE = {**SPARSE, "sparsity_n": 4}

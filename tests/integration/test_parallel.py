@@ -12,7 +12,7 @@ import torch
 
 from modelopt_lite.kernels import AttentionRequest
 from modelopt_lite.methods import MeanPoolTopK, SinkWindow, SparseSoftmax
-from modelopt_lite.parallel import exchange, shards
+from modelopt_lite.models.parallel import exchange, shards
 from modelopt_lite.plan import DENSE
 
 

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, ViTConfig, ViTModel
 
 import modelopt_lite as mtsa
-from modelopt_lite import huggingface, recomputation
+from modelopt_lite.models import huggingface, recomputation
 
 CPU = ("torch", "cpu")
 CONFIG = config_for("torch")

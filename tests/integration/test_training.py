@@ -21,8 +21,8 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AttentionInterface, AutoModelForCausalLM, Trainer, TrainingArguments
 
 import modelopt_lite as mtsa
-from modelopt_lite import layout
 from modelopt_lite.experiment.assets import check_held_out, read_corpus
+from modelopt_lite.models import layout
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 LENGTH, SINKS, WINDOW = 40, 1, 3

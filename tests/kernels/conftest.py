@@ -8,7 +8,9 @@ import sys
 import pytest
 import torch
 
-from modelopt_lite.kernels import hopper_launch, settings, sparse_cores
+from modelopt_lite.kernels import settings
+from modelopt_lite.kernels.hopper import forward_launch as hopper_launch
+from modelopt_lite.kernels.hopper import sparse_cores
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the markers

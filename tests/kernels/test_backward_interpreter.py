@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_forward_interpreter import HOOKS, n_of_m, sequences
 
-from modelopt_lite.kernels import AttentionRequest, portable
+from modelopt_lite.kernels import AttentionRequest
+from modelopt_lite.kernels.portable import launch as portable_launch
 from modelopt_lite.kernels.reference import attention_reference
 from modelopt_lite.kernels.settings import Settings
 from modelopt_lite.methods.sink_window import SinkWindow
@@ -38,8 +39,8 @@ def run(grad, request, kernel_settings, forward_settings=None):
         out, lse = attention_reference(request)
         out, lse = out.to(request.q.dtype), lse.float()
     else:
-        out, lse = portable.prepare(request, forward_settings)(request)
-    return portable.backward(grad, out, lse, request, kernel_settings)
+        out, lse = portable_launch.prepare(request, forward_settings)(request)
+    return portable_launch.backward(grad, out, lse, request, kernel_settings)
 
 
 def gradients_of_oracle(grad, request):
@@ -215,7 +216,7 @@ def test_directional_derivative():
 
     def value(t):
         moved = (x + t * d for x, d in zip((q, k, v), directions, strict=True))
-        out, _ = portable.prepare(request, FORWARD)(AttentionRequest(*moved, *request[3:]))
+        out, _ = portable_launch.prepare(request, FORWARD)(AttentionRequest(*moved, *request[3:]))
         return (out.double() * grad).sum().item()
 
     near, far = ((value(t) - value(-t)) / (2 * t) for t in (step, 2 * step))

@@ -12,8 +12,21 @@ import triton
 from cases import OnGpu, arguments, one_sequence
 
 from modelopt_lite import UnsupportedError
-from modelopt_lite.kernels import AttentionRequest, attention, choice, compute, hopper_launch, portable, settings
-from modelopt_lite.kernels.choice import BLOCKED, GPU_KERNELS, choose, refusal
+from modelopt_lite.kernels import (
+    AttentionRequest,
+    attention,
+    choice,
+    compute,
+    settings,
+)
+from modelopt_lite.kernels.choice import (
+    BLOCKED,
+    GPU_KERNELS,
+    choose,
+    refusal,
+)
+from modelopt_lite.kernels.hopper import forward_launch as hopper_launch
+from modelopt_lite.kernels.portable import launch as portable_launch
 from modelopt_lite.kernels.top_n import top_n_plan
 from modelopt_lite.plan import AttentionPlan
 
@@ -103,7 +116,7 @@ def test_what_the_hopper_kernel_cannot_run(absent_gpu, capability, options, reas
     absent_gpu(capability)
     request = on_gpu(**options)
     assert hopper_launch.refusal(request).startswith(reason)
-    assert portable.refusal(request) is None
+    assert portable_launch.refusal(request) is None
 
 
 def test_the_hopper_kernel_needs_alignment(absent_gpu):

@@ -39,7 +39,8 @@ def compile_variant(capability, dtype, heads, dims, queries, n_of_m, page_size):
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
-    from modelopt_lite.kernels import AttentionRequest, decode_launch
+    from modelopt_lite.kernels import AttentionRequest
+    from modelopt_lite.kernels.decode import launch as decode_launch
     from modelopt_lite.kernels.top_n import top_n_plan
 
     class AbsentGpu:

@@ -10,9 +10,10 @@ from cases import cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modelopt_lite.kernels import AttentionRequest, portable
+from modelopt_lite.kernels import AttentionRequest
 from modelopt_lite.kernels.language import jit, tl
-from modelopt_lite.kernels.portable import KEY_SETTINGS, QUERY_SETTINGS, SETTINGS
+from modelopt_lite.kernels.portable import launch as portable_launch
+from modelopt_lite.kernels.portable.launch import KEY_SETTINGS, QUERY_SETTINGS, SETTINGS
 from modelopt_lite.kernels.reference import attention_reference
 from modelopt_lite.kernels.settings import DTYPES, Settings, default_settings
 from modelopt_lite.kernels.top_n import top_n_plan
@@ -37,7 +38,7 @@ def n_of_m(n, m, num_sink_tokens=0, dense_window_size=0):
 
 
 def run(request, kernel_settings):
-    return portable.prepare(request, kernel_settings)(request)
+    return portable_launch.prepare(request, kernel_settings)(request)
 
 
 def check(request, kernel_settings, tolerance=FP32):

@@ -7,9 +7,9 @@ from cases import packed_request as make
 
 from modelopt_lite import UnsupportedError
 from modelopt_lite.kernels import AttentionRequest, attention
-from modelopt_lite.kernels.forward import attention_forward
-from modelopt_lite.kernels.hopper import attention_forward_hopper
+from modelopt_lite.kernels.hopper.forward import attention_forward_hopper
 from modelopt_lite.kernels.language import jit, tl
+from modelopt_lite.kernels.portable.forward import attention_forward
 from modelopt_lite.kernels.reference import attention_reference
 from modelopt_lite.kernels.top_n import top_n_plan
 from modelopt_lite.methods import SinkWindow

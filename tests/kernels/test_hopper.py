@@ -17,13 +17,15 @@ from cases import OnGpu, one_sequence
 from machine_code import classify, inspect
 from test_forward_compile import pretend_gpu, zeros
 
-from modelopt_lite.kernels import AttentionRequest, KeyBlocks, hopper_launch, sparse_cores, visits_launch
+from modelopt_lite.kernels import AttentionRequest, KeyBlocks
 from modelopt_lite.kernels.choice import choose
-from modelopt_lite.kernels.hopper import attention_forward_hopper, prepare
+from modelopt_lite.kernels.hopper import forward_launch as hopper_launch
+from modelopt_lite.kernels.hopper import sparse_cores, visits_launch
+from modelopt_lite.kernels.hopper.forward import attention_forward_hopper, prepare
+from modelopt_lite.kernels.hopper.visits import schedule
 from modelopt_lite.kernels.settings import SHORT
 from modelopt_lite.kernels.tiles import join_groups, key_of_row, split_groups
 from modelopt_lite.kernels.top_n import top_n_plan
-from modelopt_lite.kernels.visits import schedule
 from modelopt_lite.plan import DENSE, GROUP_SIZES
 
 BF16, FP16 = torch.bfloat16, torch.float16

@@ -19,9 +19,9 @@ from cases import OnGpu, one_sequence
 from machine_code import classify, inspect
 from test_forward_compile import BF16, FP16, pretend_gpu, zeros
 
-from modelopt_lite.kernels import choice, hopper_backward_launch, portable
-from modelopt_lite.kernels.backward import query_spans
-from modelopt_lite.kernels.hopper_backward import (
+from modelopt_lite.kernels import choice
+from modelopt_lite.kernels.hopper import backward_launch as hopper_backward_launch
+from modelopt_lite.kernels.hopper.backward import (
     attention_backward_hopper,
     prepare_gradients,
     rank_of,
@@ -29,6 +29,8 @@ from modelopt_lite.kernels.hopper_backward import (
     runs_of,
     tiles_that_see,
 )
+from modelopt_lite.kernels.portable import launch as portable_launch
+from modelopt_lite.kernels.portable.backward import query_spans
 from modelopt_lite.kernels.request import HookRefusedError
 from modelopt_lite.kernels.top_n import top_n_plan
 from modelopt_lite.methods import SinkWindow
@@ -106,7 +108,7 @@ def test_refusal(absent_gpu, options, reason):
 @pytest.fixture
 def chosen(absent_gpu, monkeypatch):
     """Return which kernel differentiates a request."""
-    monkeypatch.setattr(portable, "backward", lambda *arguments: "portable")
+    monkeypatch.setattr(portable_launch, "backward", lambda *arguments: "portable")
     monkeypatch.setattr(hopper_backward_launch, "prepare", lambda *arguments: lambda *arguments: "hopper")
     monkeypatch.setattr(choice, "_prepared_backward", {})
     return lambda request: choice.differentiate(request.q, request.q, request.q, request)

@@ -6,14 +6,11 @@ from test_backward_gpu import PLANS, check, full_precision, make  # noqa: F401
 from test_forward_interpreter import HOOKS
 from test_lists_gpu import listed, of_128
 
-from modelopt_lite.kernels import (
-    AttentionRequest,
-    choice,
-    hopper_backward_launch,
-    hopper_launch,
-    portable,
-    sparse_cores,
-)
+from modelopt_lite.kernels import AttentionRequest, choice
+from modelopt_lite.kernels.hopper import backward_launch as hopper_backward_launch
+from modelopt_lite.kernels.hopper import forward_launch as hopper_launch
+from modelopt_lite.kernels.hopper import sparse_cores
+from modelopt_lite.kernels.portable import launch as portable_launch
 from modelopt_lite.kernels.top_n import top_n_plan
 
 pytestmark = pytest.mark.gpu
@@ -29,7 +26,7 @@ def only_hopper(monkeypatch):
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("not a Hopper GPU")
     monkeypatch.setenv("MODELOPT_LITE_KERNEL", "hopper")
-    monkeypatch.delattr(portable, "backward")
+    monkeypatch.delattr(portable_launch, "backward")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -101,7 +98,7 @@ def test_slices_of_a_fused_projection():
     check(AttentionRequest(*slices, *request[3:]))
 
 
-FORWARDS = {"hopper": hopper_launch, "portable": portable, "sparse_cores": sparse_cores}
+FORWARDS = {"hopper": hopper_launch, "portable": portable_launch, "sparse_cores": sparse_cores}
 
 
 def marks(request, names, first, width):

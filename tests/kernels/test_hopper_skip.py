@@ -15,12 +15,15 @@ from cases import OnGpu, one_sequence
 from machine_code import classify, inspect
 from test_forward_compile import pretend_gpu, zeros
 
-from modelopt_lite.kernels import choice, hopper_launch, hopper_skip_launch, visits_launch
-from modelopt_lite.kernels.hopper import prepare
-from modelopt_lite.kernels.hopper_skip import skip_forward_hopper
+from modelopt_lite.kernels import choice
+from modelopt_lite.kernels.hopper import forward_launch as hopper_launch
+from modelopt_lite.kernels.hopper import skip_launch as hopper_skip_launch
+from modelopt_lite.kernels.hopper import visits_launch
+from modelopt_lite.kernels.hopper.forward import prepare
+from modelopt_lite.kernels.hopper.skip import skip_forward_hopper
+from modelopt_lite.kernels.hopper.visits import schedule
 from modelopt_lite.kernels.selection import select_before_skipping, select_blocks
 from modelopt_lite.kernels.top_n import top_n_plan
-from modelopt_lite.kernels.visits import schedule
 from modelopt_lite.methods import MeanPoolTopK
 from modelopt_lite.plan import AttentionPlan, LengthCurve, SkipRule
 

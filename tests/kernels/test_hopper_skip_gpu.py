@@ -7,8 +7,9 @@ import torch
 from cases import packed_request
 from test_gpu import check, poison, run
 
-from modelopt_lite.kernels import AttentionRequest, compute, hopper_skip_launch, select_blocks
+from modelopt_lite.kernels import AttentionRequest, compute, select_blocks
 from modelopt_lite.kernels.choice import skips_itself
+from modelopt_lite.kernels.hopper import skip_launch as hopper_skip_launch
 from modelopt_lite.methods import FlashPrefill, MeanPoolTopK
 from modelopt_lite.plan import AttentionPlan, LengthCurve, SkipRule
 

@@ -9,8 +9,9 @@ from block_cases import shape_of_lists
 from cases import packed_request as make
 from test_gpu import check, poison, run
 
-from modelopt_lite.kernels import AttentionRequest, KeyBlocks, sparse_cores
+from modelopt_lite.kernels import AttentionRequest, KeyBlocks
 from modelopt_lite.kernels.choice import choose
+from modelopt_lite.kernels.hopper import sparse_cores
 from modelopt_lite.kernels.top_n import top_n_plan
 from modelopt_lite.methods import SinkWindow
 from modelopt_lite.plan import DENSE

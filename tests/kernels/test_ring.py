@@ -6,10 +6,11 @@ import pytest
 import torch
 from test_backward_interpreter import FORWARD, FP32, POINTERS
 
-from modelopt_lite.kernels import AttentionRequest, portable
+from modelopt_lite.kernels import AttentionRequest
+from modelopt_lite.kernels.portable import launch as portable_launch
 from modelopt_lite.kernels.reference import attention_reference
 from modelopt_lite.methods import SparseSoftmax
-from modelopt_lite.parallel import exchange, shards
+from modelopt_lite.models.parallel import exchange, shards
 from modelopt_lite.plan import DENSE
 
 PROCESSES, LENGTH = 2, 61
@@ -44,13 +45,13 @@ def test_parts_of_the_ring_add_up(plan):
             calls += [(keys, call) for call in exchange._calls(local, part, source)]
         merge = exchange._Merge(request._replace(q=q[own]))
         for _, call in calls:
-            merge.add(*portable.prepare(call.request, FORWARD)(call.request), call.rows)
+            merge.add(*portable_launch.prepare(call.request, FORWARD)(call.request), call.rows)
         rows = own[is_own]
         torch.testing.assert_close(merge.output[is_own], expected[rows].float(), **FP32)
         torch.testing.assert_close(merge.lse[is_own], expected_lse[rows].float(), **FP32)
         for keys, call in calls:
             results = (x[call.rows] for x in (grad[own], merge.output, merge.lse))
-            grad_q, grad_k, grad_v, _ = portable.backward(*results, call.request, POINTERS)
+            grad_q, grad_k, grad_v, _ = portable_launch.backward(*results, call.request, POINTERS)
             for total, places, x in zip(found, (own[call.rows], keys, keys), (grad_q, grad_k, grad_v), strict=True):
                 total.index_add_(0, places, x)
     for total, leaf in zip(found, wanted, strict=True):

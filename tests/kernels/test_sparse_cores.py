@@ -19,8 +19,10 @@ from test_gpu import check, poison, run
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import modelopt_lite as mtsa
-from modelopt_lite.kernels import KeyBlocks, choice, hopper_launch, sparse_cores
+from modelopt_lite.kernels import KeyBlocks, choice
 from modelopt_lite.kernels.choice import choose
+from modelopt_lite.kernels.hopper import forward_launch as hopper_launch
+from modelopt_lite.kernels.hopper import sparse_cores
 from modelopt_lite.kernels.reference import kept_scores
 from modelopt_lite.kernels.top_n import top_n_plan
 

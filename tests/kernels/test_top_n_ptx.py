@@ -7,7 +7,7 @@ from math import copysign, inf, isnan, nan
 
 import pytest
 
-from modelopt_lite.kernels.hopper import ANY_FEWER, FIND_BELOW, KEEP_FROM
+from modelopt_lite.kernels.hopper.forward import ANY_FEWER, FIND_BELOW, KEEP_FROM
 from modelopt_lite.kernels.tiles import HIDE_BEYOND, HIDE_DROPPED
 from modelopt_lite.kernels.top_n_hooks import _comparators, _keep_n, _nth_largest
 

@@ -9,13 +9,21 @@ from block_cases import shape_of_lists
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modelopt_lite.kernels import AttentionRequest, KeyBlocks, hopper_backward_launch, visits_launch
-from modelopt_lite.kernels.hopper_launch import hopper_settings
+from modelopt_lite.kernels import AttentionRequest, KeyBlocks
+from modelopt_lite.kernels.hopper import backward_launch as hopper_backward_launch
+from modelopt_lite.kernels.hopper import visits_launch
+from modelopt_lite.kernels.hopper.forward_launch import hopper_settings
+from modelopt_lite.kernels.hopper.visits import (
+    HALF,
+    HEADER,
+    TILE,
+    TILES_FROM,
+    UNLISTED,
+)
+from modelopt_lite.kernels.hopper.visits_launch import Schedule
 from modelopt_lite.kernels.reference import kept_scores, listed_blocks
 from modelopt_lite.kernels.settings import options_of
 from modelopt_lite.kernels.top_n import top_n_plan
-from modelopt_lite.kernels.visits import HALF, HEADER, TILE, TILES_FROM, UNLISTED
-from modelopt_lite.kernels.visits_launch import Schedule
 from modelopt_lite.methods import SinkWindow
 from modelopt_lite.plan import DENSE, AttentionPlan
 

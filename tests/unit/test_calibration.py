@@ -18,7 +18,7 @@ from modelopt_lite.kernels.blocks import BlockGrid
 from modelopt_lite.kernels.request import AttentionRequest
 from modelopt_lite.kernels.selection import chosen_blocks
 from modelopt_lite.methods.calibrated import Calibration, ExponentialFit, TableFit
-from modelopt_lite.module import count, sparse_modules
+from modelopt_lite.models.module import count, sparse_modules
 from modelopt_lite.plan import DENSE
 
 GRID = {"block_size": 16, "block_rows": 16}

@@ -412,7 +412,7 @@ def test_the_wheel_runs_an_experiment_elsewhere(config, file, tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {"modelopt_lite/examples/quickstart.yaml", "modelopt_lite/schemas/experiment.json"} <= names
-    assert {"modelopt_lite/kernels/sparse_cores.cu", "modelopt_lite/py.typed"} <= names
+    assert {"modelopt_lite/kernels/hopper/sparse_cores.cu", "modelopt_lite/py.typed"} <= names
     subprocess.run([*pip, "install", "--no-deps", "--no-index", "--target", tmp_path / "site", wheel], check=True)
     elsewhere = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
     code = "import modelopt_lite; print(modelopt_lite.__file__)"

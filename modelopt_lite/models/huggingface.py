@@ -22,9 +22,9 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..errors import UnsupportedError
+from ..kernels import MAX_QUERIES
 from .discovery import ATTENTION_NAME, forward_globals, uses_interface
-from .errors import UnsupportedError
-from .kernels import MAX_QUERIES
 from .layout import (
     READABLE_MASKS,
     Layout,
@@ -36,10 +36,21 @@ from .layout import (
     whole_call,
     whole_layout,
 )
-from .module import SparseAttentionModule, decide, original_class, sparse_modules
+from .module import (
+    SparseAttentionModule,
+    decide,
+    original_class,
+    sparse_modules,
+)
 from .parallel import ARGUMENT, Shards, attend_sharded
 from .recomputation import Decision
-from .transformers_masks import Mask, RefusedMask, attention_mask, note_positions, packed_by_positions
+from .transformers_masks import (
+    Mask,
+    RefusedMask,
+    attention_mask,
+    note_positions,
+    packed_by_positions,
+)
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,16 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from .errors import UnsupportedError
-from .layout import READABLE_MASKS, Layout, attend, layer_name, layout_of_mask, refuse_context_parallel, whole_layout
+from ..errors import UnsupportedError
+from .layout import (
+    READABLE_MASKS,
+    Layout,
+    attend,
+    layer_name,
+    layout_of_mask,
+    refuse_context_parallel,
+    whole_layout,
+)
 from .module import SparseAttentionModule, decide
 from .recomputation import Decision
 

@@ -10,10 +10,24 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .errors import UnsupportedError
-from .kernels import AttentionRequest, Run, compute, is_traced, pack, prepared, run, sdpa
-from .module import SparseAttentionModule, decide, original_class, present_decision
-from .plan import AttentionPlan
+from ..errors import UnsupportedError
+from ..kernels import (
+    AttentionRequest,
+    Run,
+    compute,
+    is_traced,
+    pack,
+    prepared,
+    run,
+    sdpa,
+)
+from ..plan import AttentionPlan
+from .module import (
+    SparseAttentionModule,
+    decide,
+    original_class,
+    present_decision,
+)
 from .recomputation import Decision
 
 ResultT = TypeVar("ResultT")

@@ -16,8 +16,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .lists import floor_mod, list_of_keys, list_of_queries, look_up, places_of, position_at, rows_exist
-from .tiles import (
+from ..lists import (
+    floor_mod,
+    list_of_keys,
+    list_of_queries,
+    look_up,
+    places_of,
+    position_at,
+    rows_exist,
+)
+from ..tiles import (
     BOUNDED_N,
     LOG2E,
     as_if_of,
@@ -208,7 +216,7 @@ def gradient_of_queries(
 ):
     """Compute the gradient of packed queries; rows of no sequence are left as they are.
 
-    Arguments are those of :func:`~modelopt_lite.kernels.forward.attention_forward`, except:
+    Arguments are those of :func:`~modelopt_lite.kernels.portable.forward.attention_forward`, except:
 
     Args:
         query_ptr: ``[tokens, heads, head_dim]``.

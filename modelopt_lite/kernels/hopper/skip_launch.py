@@ -7,15 +7,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import hopper_launch
-from .device import Launch, processors, rebased
-from .hopper import ROWS
-from .hopper_launch import WorkPreparation, hopper_settings
-from .hopper_skip import skip_forward_hopper
-from .portable import new_results
-from .request import AttentionRequest
-from .selection import select_before_skipping
-from .settings import distances, options_of
+from ..device import Launch, processors, rebased
+from ..portable.launch import new_results
+from ..request import AttentionRequest
+from ..selection import select_before_skipping
+from ..settings import distances, options_of
+from . import forward_launch as hopper_launch
+from .forward import ROWS
+from .forward_launch import WorkPreparation, hopper_settings
+from .skip import skip_forward_hopper
 from .visits import TILE
 from .visits_launch import Schedule
 
@@ -43,7 +43,7 @@ def refusal(request: AttentionRequest) -> str | None:
 
 
 def prepare(request: AttentionRequest) -> Callable[[AttentionRequest], tuple[Tensor, Tensor | None]]:
-    """Compute what requests of one signature have in common; as :func:`modelopt_lite.kernels.hopper_launch.prepare`."""
+    """As :func:`~modelopt_lite.kernels.hopper.forward_launch.prepare`: what requests of a signature have in common."""
     r = request
     total, query_heads, head_dim = r.q.shape
     settings = hopper_settings(r.q.dtype, head_dim, 1, True)

@@ -11,15 +11,31 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from ...errors import UnsupportedError
+from ...kernels import AttentionRequest
+from ...plan import AttentionPlan
 from ..discovery import attention_modules, unreachable_modules, uses_interface
-from ..errors import UnsupportedError
-from ..kernels import AttentionRequest
 from ..layout import layer_name, packed
-from ..module import SparseAttentionModule, decide, original_class, sparse_modules
-from ..plan import AttentionPlan
+from ..module import (
+    SparseAttentionModule,
+    decide,
+    original_class,
+    sparse_modules,
+)
 from ..recomputation import Decision
-from .exchange import attend_gathered, attend_in_ring, attend_replicated, gather_rows
-from .shards import Exchange, Segment, Shards, cut, sequences_of
+from .exchange import (
+    attend_gathered,
+    attend_in_ring,
+    attend_replicated,
+    gather_rows,
+)
+from .shards import (
+    Exchange,
+    Segment,
+    Shards,
+    cut,
+    sequences_of,
+)
 
 __all__ = ["ARGUMENT", "ContextParallel", "Shards", "attend_sharded", "context_parallel"]
 

@@ -25,7 +25,14 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .tiles import LOG2E, as_if_of, join_groups, scale_scores, select_scores, weigh
+from ..tiles import (
+    LOG2E,
+    as_if_of,
+    join_groups,
+    scale_scores,
+    select_scores,
+    weigh,
+)
 
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -284,7 +291,7 @@ def attend_pieces(
     OPTIONS: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
-    """Compute the attention of one piece of the keys; see :func:`modelopt_lite.kernels.decode_launch.prepare`.
+    """Compute the attention of one piece of the keys; see :func:`modelopt_lite.kernels.decode.launch.prepare`.
 
     Args:
         query_ptr: ``[tokens, query heads, head_dim]``; the last dimension is contiguous everywhere.
@@ -308,7 +315,7 @@ def attend_pieces(
         hook_args: constants, then numbers, for the hook.
         SCORE_HOOK: which scores to keep, or None.
         OPTIONS: :class:`modelopt_lite.kernels.settings.Options`; ``block_d`` is that of the first columns.
-        SPLIT: :class:`modelopt_lite.kernels.decode_launch.Split`.
+        SPLIT: :class:`modelopt_lite.kernels.decode.launch.Split`.
     """
     BLOCK_M: tl.constexpr = OPTIONS.block_m
     BLOCK_N: tl.constexpr = OPTIONS.block_n

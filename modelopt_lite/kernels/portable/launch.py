@@ -10,12 +10,16 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .backward import gradient_of_keys, gradient_of_queries, gradient_rows
-from .blocks import KeyBlocks
-from .device import Launch, cdiv, heads_per_wave, is_aligned, rebased
-from .forward import attention_forward
-from .request import AttentionRequest
-from .settings import (
+from ..blocks import KeyBlocks
+from ..device import (
+    Launch,
+    cdiv,
+    heads_per_wave,
+    is_aligned,
+    rebased,
+)
+from ..request import AttentionRequest
+from ..settings import (
     SMALL,
     Options,
     Settings,
@@ -29,7 +33,9 @@ from .settings import (
     is_short,
     options_of,
 )
-from .tiles import LOG2E
+from ..tiles import LOG2E
+from .backward import gradient_of_keys, gradient_of_queries, gradient_rows
+from .forward import attention_forward
 
 MAX_HEAD_DIM = 256
 

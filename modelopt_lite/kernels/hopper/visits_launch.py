@@ -7,10 +7,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .device import Launch, cdiv, heads_per_wave
-from .request import AttentionRequest
-from .settings import Options, distances
-from .visits import HEADER, RANKED, TILE, schedule
+from ..device import Launch, cdiv, heads_per_wave
+from ..request import AttentionRequest
+from ..settings import Options, distances
+from .visits import (
+    HEADER,
+    RANKED,
+    TILE,
+    schedule,
+)
 
 
 class Visits(NamedTuple):

@@ -20,7 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import masking_utils
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
-from .errors import UnsupportedError
+from ..errors import UnsupportedError
 from .layout import (
     Layout,
     SharedWork,

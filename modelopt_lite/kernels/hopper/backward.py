@@ -13,8 +13,9 @@ accelerator, in an order that follows from numbers alone, so that every run give
 counter says whose turn it is. :func:`rank_of` says why hardly anybody waits. Programs wait for each other, so all have
 to run at the same time.
 
-What is asked of shapes, masks and the selection is as in :mod:`modelopt_lite.kernels.backward`. FlashAttention-3
-(https://arxiv.org/abs/2407.08608) has the same roles of warps, other orientations, and an order that waits longer.
+What is asked of shapes, masks and the selection is as in :mod:`modelopt_lite.kernels.portable.backward`.
+FlashAttention-3 (https://arxiv.org/abs/2407.08608) has the same roles of warps, other orientations, and an order that
+waits longer.
 """
 
 from __future__ import annotations
@@ -33,10 +34,23 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .backward import query_spans
-from .hopper import PIECE, load_rows, spread, synchronize
-from .lists import floor_mod
-from .tiles import LOG2E, join_groups, key_of_row, scale_scores, select_scores, split_groups, weigh
+from ..lists import floor_mod
+from ..portable.backward import query_spans
+from ..tiles import (
+    LOG2E,
+    join_groups,
+    key_of_row,
+    scale_scores,
+    select_scores,
+    split_groups,
+    weigh,
+)
+from .forward import (
+    PIECE,
+    load_rows,
+    spread,
+    synchronize,
+)
 from .visits import TILES_FROM, sequence_of
 
 ROWS = tl.constexpr(64)
@@ -76,10 +90,11 @@ def prepare_gradients(
     """Prepare the rows of ``tiles`` tiles of queries of each head, and clear what nothing is written to.
 
     First come the programs of tiles. Shifts and deltas are those of
-    :func:`~modelopt_lite.kernels.backward.gradient_rows`, but ``[heads, tiles, ROWS]``, so that the tensor memory
-    accelerator can load them, which wants addresses that are multiples of 16 bytes; turns are 0. Then each sequence's
-    program finds the number of its first tile. Then come those that clear gradients of queries without a key, which may
-    belong to no sequence. The others clear ``CLEARED`` of the ``size`` numbers of gradients of keys and values each.
+    :func:`~modelopt_lite.kernels.portable.backward.gradient_rows`, but ``[heads, tiles, ROWS]``, so that the tensor
+    memory accelerator can load them, which wants addresses that are multiples of 16 bytes; turns are 0. Then each
+    sequence's program finds the number of its first tile. Then come those that clear gradients of queries without a
+    key, which may belong to no sequence. The others clear ``CLEARED`` of the ``size`` numbers of gradients of keys and
+    values each.
     """
     program = tl.program_id(0)
     row_programs = tl.cdiv(total, ROWS) * heads
@@ -241,7 +256,7 @@ def find_tile(item, phase, problem):
 def entries_of(head, sequence, tile, problem):
     """Return where the entries of a tile of keys begin, how many have a mask, and how many there are.
 
-    See :func:`modelopt_lite.kernels.visits.gather_tiles`.
+    See :func:`modelopt_lite.kernels.hopper.visits.gather_tiles`.
     """
     _, _, batch, tiles_per_head, _, lists = problem
     entries_ptr, numbers_ptr, starts_ptr, rows, rows_each, heads_per_list = lists

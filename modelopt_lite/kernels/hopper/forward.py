@@ -8,9 +8,9 @@ tile before; so a stage of the ring holds the keys of tile ``t`` and the values 
 
 The structure is FlashAttention-3's (https://arxiv.org/abs/2407.08608). What differs is the selection of scores, the
 phases (:func:`modelopt_lite.kernels.tiles.key_spans`), and ``OPTIONS.frozen``: masked tiles come first, and their row
-maximum stays the reference of the others, as in :mod:`modelopt_lite.kernels.forward`. An item whose sums overflow is
-posted a second time, to be computed with the ordinary online softmax. A hot tile in which a plan's quick hook keeps too
-many keys is computed a second time at once, while its keys are still there.
+maximum stays the reference of the others, as in :mod:`modelopt_lite.kernels.portable.forward`. An item whose sums
+overflow is posted a second time, to be computed with the ordinary online softmax. A hot tile in which a plan's quick
+hook keeps too many keys is computed a second time at once, while its keys are still there.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .forward import LN2, fill_gap
-from .tiles import (
+from ..portable.forward import LN2, fill_gap
+from ..tiles import (
     LOG2E,
     MAX_HALVINGS,
     join_groups,
@@ -289,7 +289,7 @@ def load_rows(source, row, head, barrier, memory, OPTIONS: gl.constexpr):
     """Have a tile of keys or values loaded, deinterleaved.
 
     The source is ``(descriptor, descriptor of the tail, the tail's first row)``, and that row is a multiple of the
-    group; see :func:`modelopt_lite.kernels.hopper_launch.tail_of`.
+    group; see :func:`modelopt_lite.kernels.hopper.forward_launch.tail_of`.
     """
     descriptor, tail, tail_start = source
     GROUP: gl.constexpr = OPTIONS.group
@@ -333,7 +333,7 @@ def next_item(counter_ptr, problem, OPTIONS: gl.constexpr):
 
 @gluon.jit
 def visits_of(number, lists):
-    """Return where the visits of an item are, and its head; see :class:`modelopt_lite.kernels.visits_launch.Visits`."""
+    """Return where an item's :class:`~modelopt_lite.kernels.hopper.visits_launch.Visits` are, and its head."""
     visits_ptr, _, rows, stride, heads_per_list = lists
     head = number // rows
     row = head // heads_per_list * rows + number % rows
@@ -971,7 +971,7 @@ def attention_forward_hopper(
 ):  # fmt: skip
     """Compute attention of packed sequences, and its log-sum-exp; see :mod:`.hopper_launch`.
 
-    With lists of key blocks there are :class:`modelopt_lite.kernels.visits_launch.Visits`; without, None.
+    With lists of key blocks there are :class:`modelopt_lite.kernels.hopper.visits_launch.Visits`; without, None.
     """
     ELEMENT: gl.constexpr = query_descriptor.dtype
     WARPGROUPS: gl.constexpr = OPTIONS.block_m // ROWS

@@ -1,7 +1,7 @@
 """Skip-softmax in the attention forward for Hopper GPUs: it decides in the main loop, so each score is computed once.
 
-The structure is that of :mod:`modelopt_lite.kernels.hopper`, for BF16 and a head dimension of 128. Masked tiles hold
-all keys that a query's reference comes from: those exempt or in the diagonal block. So the references of an item
+The structure is that of :mod:`modelopt_lite.kernels.hopper.forward`, for BF16 and a head dimension of 128. Masked tiles
+hold all keys that a query's reference comes from: those exempt or in the diagonal block. So the references of an item
 are found first, from the keys of its masked tiles. Then each tile is decided as soon as its scores are there.
 
 Both warpgroups of an item have to agree, as a key block is skipped for a whole query block. So each tells the other
@@ -20,7 +20,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper import (
+from ..tiles import select_scores, split_groups
+from .forward import (
     NUMBERS,
     ONLINE,
     ROWS,
@@ -40,7 +41,6 @@ from .hopper import (
     visits_of,
     write_number,
 )
-from .tiles import select_scores, split_groups
 from .visits import UNLISTED
 
 WARPGROUPS = gl.constexpr(2)
@@ -397,7 +397,7 @@ def skip_forward_hopper(
     """Compute attention with skip-softmax of packed sequences, and its log-sum-exp.
 
     ``margin_ptr`` is the logarithm of each query block's threshold; the rest is as in
-    :func:`modelopt_lite.kernels.hopper.attention_forward_hopper` with lists.
+    :func:`modelopt_lite.kernels.hopper.forward.attention_forward_hopper` with lists.
     """
     ELEMENT: gl.constexpr = query_descriptor.dtype
     query_memory = gl.allocate_shared_memory(

@@ -23,11 +23,11 @@ from torch import nn
 from torch.autograd.function import BackwardCFunction
 from torch.utils.checkpoint import _checkpoint_hook, _recomputation_hook
 
-from .errors import UnsupportedError
-from .plan import DENSE, AttentionPlan
+from ..errors import UnsupportedError
+from ..plan import DENSE, AttentionPlan
 
 if TYPE_CHECKING:
-    from .kernels import AttentionRequest, Backend
+    from ..kernels import AttentionRequest, Backend
 
 _RECORD = "_attention_decisions"
 

@@ -17,8 +17,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .lists import floor_mod, list_of_queries, look_up, places_of, position_at, rows_exist
-from .tiles import (
+from ..lists import (
+    floor_mod,
+    list_of_queries,
+    look_up,
+    places_of,
+    position_at,
+    rows_exist,
+)
+from ..tiles import (
     BOUNDED_N,
     LOG2E,
     as_if_of,
@@ -241,7 +248,9 @@ def attention_forward(
     SCORE_HOOK: tl.constexpr,
     OPTIONS: tl.constexpr,
 ):
-    """Compute attention of packed sequences, and its log-sum-exp; see :func:`modelopt_lite.kernels.portable.prepare`.
+    """Compute attention of packed sequences, and its log-sum-exp.
+
+    Its launch is :func:`modelopt_lite.kernels.portable.launch.prepare`.
 
     Args:
         query_ptr: ``[tokens, heads, head_dim]``, as are the keys; the last dimension is contiguous everywhere.

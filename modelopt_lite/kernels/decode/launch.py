@@ -8,12 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..plan import DENSE
-from .decode import attend_pieces, merge_pieces
-from .device import Launch, cdiv, processors
-from .portable import new_results
-from .request import MAX_QUERIES, AttentionRequest
-from .settings import (
+from ...plan import DENSE
+from ..device import Launch, cdiv, processors
+from ..portable.launch import new_results
+from ..request import MAX_QUERIES, AttentionRequest
+from ..settings import (
     SMALL,
     Options,
     Settings,
@@ -25,6 +24,7 @@ from .settings import (
     options_of,
     refuses_blocks,
 )
+from .kernel import attend_pieces, merge_pieces
 
 MAX_BATCH = 4096
 """Sequences up to which they run, as every program looks at all lengths."""
@@ -142,7 +142,7 @@ def pays(request: AttentionRequest) -> bool:
 def prepare(
     request: AttentionRequest, settings: DecodeSettings | None = None
 ) -> Callable[[AttentionRequest], tuple[Tensor, Tensor | None]]:
-    """Compute what requests of one signature have in common; as :func:`modelopt_lite.kernels.portable.prepare`.
+    """Compute what requests of one signature have in common; as :func:`modelopt_lite.kernels.portable.launch.prepare`.
 
     Args:
         request: one of them; :func:`refusal` has been asked.

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 
-from .errors import UnsupportedError
+from ..errors import UnsupportedError
 from .module import original_class
 
 logger = logging.getLogger(__name__)

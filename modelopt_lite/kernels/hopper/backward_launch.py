@@ -11,9 +11,24 @@ from triton.compiler.errors import CompilationError
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from . import hopper_launch
-from .device import Launch, cdiv, is_aligned, processors, rebased
-from .hopper_backward import (
+from ..device import (
+    Launch,
+    cdiv,
+    is_aligned,
+    processors,
+    rebased,
+)
+from ..portable.launch import gradient_of_sink_logits
+from ..request import AttentionRequest, HookRefusedError
+from ..settings import (
+    Options,
+    Settings,
+    distances,
+    hook_arguments,
+    options_of,
+)
+from . import forward_launch as hopper_launch
+from .backward import (
     CLEARED,
     KEYS,
     LINE,
@@ -23,10 +38,7 @@ from .hopper_backward import (
     prepare_gradients,
     round_gradients,
 )
-from .hopper_launch import key_descriptor, shared_descriptor, tail_of
-from .portable import gradient_of_sink_logits
-from .request import AttentionRequest, HookRefusedError
-from .settings import Options, Settings, distances, hook_arguments, options_of
+from .forward_launch import key_descriptor, shared_descriptor, tail_of
 from .visits import TILES_FROM, gather_tiles, mark_tiles
 
 Backward: TypeAlias = (
@@ -83,9 +95,9 @@ def prepare(grad: Tensor, request: AttentionRequest) -> Backward:
 
     Returns:
         A function of the gradient, the output, its LSE and the request, which returns what
-        :func:`modelopt_lite.kernels.portable.backward` does. Between calls only the addresses and contents of tensors
-        may differ. It raises :class:`~modelopt_lite.kernels.request.HookRefusedError` if Gluon cannot compile the
-        plan's hook.
+        :func:`modelopt_lite.kernels.portable.launch.backward` does. Between calls only the addresses and contents of
+        tensors may differ. It raises :class:`~modelopt_lite.kernels.request.HookRefusedError` if Gluon cannot compile
+        the plan's hook.
     """
     r, plan, device = request, request.plan, request.q.device
     (total, query_heads, head_dim), kv_heads, batch = r.q.shape, r.k.shape[1], r.starts_q.shape[0]

@@ -13,12 +13,29 @@ from triton.compiler.errors import CompilationError
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .device import Launch, cdiv, compute_capability, heads_per_wave, is_aligned, processors, rebased
-from .hopper import ROWS, attention_forward_hopper
-from .hopper import prepare as prepare_kernel
-from .portable import new_results
-from .request import AttentionRequest, HookRefusedError
-from .settings import Options, Settings, SettingsRow, distances, gpu_refusal, hook_arguments, is_short, options_of
+from ..device import (
+    Launch,
+    cdiv,
+    compute_capability,
+    heads_per_wave,
+    is_aligned,
+    processors,
+    rebased,
+)
+from ..portable.launch import new_results
+from ..request import AttentionRequest, HookRefusedError
+from ..settings import (
+    Options,
+    Settings,
+    SettingsRow,
+    distances,
+    gpu_refusal,
+    hook_arguments,
+    is_short,
+    options_of,
+)
+from .forward import ROWS, attention_forward_hopper
+from .forward import prepare as prepare_kernel
 from .visits_launch import Schedule
 from .visits_launch import refusal as lists_refusal
 
@@ -103,7 +120,7 @@ def pays(request: AttentionRequest) -> bool:
 
 
 def prepare(request: AttentionRequest) -> Callable[[AttentionRequest], tuple[Tensor, Tensor | None]]:
-    """Compute what requests of one signature have in common; as :func:`modelopt_lite.kernels.portable.prepare`.
+    """Compute what requests of one signature have in common; as :func:`modelopt_lite.kernels.portable.launch.prepare`.
 
     Raises:
         ValueError: if there may be more tiles than 32 bits count.

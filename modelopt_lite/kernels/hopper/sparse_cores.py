@@ -19,13 +19,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..cache import COMPILED_KERNELS, cached
-from .device import cdiv, compute_capability, current_stream, heads_per_wave, is_aligned, processors
-from .hopper_launch import HOPPER, WorkPreparation, hopper_settings
-from .portable import new_results
-from .request import AttentionRequest
-from .settings import distances, gpu_refusal, options_of
-from .tiles import LOG2E
+from ...cache import COMPILED_KERNELS, cached
+from ..device import (
+    cdiv,
+    compute_capability,
+    current_stream,
+    heads_per_wave,
+    is_aligned,
+    processors,
+)
+from ..portable.launch import new_results
+from ..request import AttentionRequest
+from ..settings import distances, gpu_refusal, options_of
+from ..tiles import LOG2E
+from .forward_launch import HOPPER, WorkPreparation, hopper_settings
 from .visits_launch import Schedule, Visits
 from .visits_launch import refusal as lists_refusal
 
@@ -149,7 +156,7 @@ def pays(request: AttentionRequest) -> bool:
 
 
 def prepare(request: AttentionRequest) -> Callable[[AttentionRequest], tuple[Tensor, Tensor | None]]:
-    """Compute what requests of one signature have in common; as :func:`modelopt_lite.kernels.portable.prepare`.
+    """Compute what requests of one signature have in common; as :func:`modelopt_lite.kernels.portable.launch.prepare`.
 
     Raises:
         RuntimeError: by the function returned, if the kernel cannot be launched.

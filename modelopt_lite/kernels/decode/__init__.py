@@ -1,0 +1,1 @@
+"""The kernel for few queries over many keys, and its launch."""
