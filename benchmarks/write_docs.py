@@ -391,13 +391,13 @@ def ruler_table() -> str:
     return markdown(["variant", *map(str, next(iter(found.values()))), "mean"], lines, left=1)
 
 
-def calibration_table() -> str:
+def calibration_table(phase: str) -> str:
     """Return what calibrated methods skip of texts that the calibration did not read; of source code in brackets."""
-    lines = []
-    for (method, length), group in by_problem(rows_of("calibration-nvidia-h200"), "method", "length"):
+    lines, rows = [], rows_of("calibration-nvidia-h200", phase=phase)
+    for (method, length), group in by_problem(rows, "method", "length"):
         cells = [f"{row['speeches']:.3f} ({row['code']:.3f})" for row in group]
         lines.append([f"`{method.partition(',')[0]}`", str(length), *cells])
-    targets = sorted({row["target"] for row in rows_of("calibration-nvidia-h200")})
+    targets = sorted({row["target"] for row in rows})
     return markdown(["method", "tokens", *(f"target {target}" for target in targets)], lines, left=1)
 
 
@@ -548,7 +548,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "blocks": blocks_table,
     "ruler": ruler_table,
     "block tasks": block_tasks_table,
-    "calibration": calibration_table,
+    "calibration": functools.partial(calibration_table, "prefill"),
+    "calibration of decode": functools.partial(calibration_table, "decode"),
     "search": search_table,
     "block searches": block_searches_table,
     "windows": windows_table,

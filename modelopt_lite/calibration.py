@@ -101,7 +101,7 @@ class CalibrationResult:
 
     def __str__(self) -> str:
         """Return the fits as a table, and the warnings."""
-        table = Table("pattern", "method", "phase", "target", "knob", "at", "error of the fit", "seen at the longest")
+        table = Table("pattern", "method", "phase", "target", "knob", "at", "error", "seen there")
         methods = _calibrated(self.config)
         for pattern, phase in dict.fromkeys((reach.pattern, reach.phase) for reach in self.reach):
             reached = [reach for reach in self.reach if (reach.pattern, reach.phase) == (pattern, phase)]
