@@ -549,7 +549,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "ruler": ruler_table,
     "block tasks": block_tasks_table,
     "calibration": functools.partial(calibration_table, "prefill"),
-    "calibration of decode": functools.partial(calibration_table, "decode"),
     "search": search_table,
     "block searches": block_searches_table,
     "windows": windows_table,
