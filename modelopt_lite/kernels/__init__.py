@@ -15,7 +15,7 @@ from .blocks import KeyBlocks
 from .choice import Backend, Run, prepared, run
 from .operator import compute, gradients, is_traced, pack
 from .request import MAX_QUERIES, AttentionRequest
-from .sdpa import sdpa
+from .sdpa import sdpa, sdpa_call
 from .selection import count_visited, select_blocks
 from .statistics import COUNTS, AttentionStatistics, count, sample, sample_interval
 from .top_n import top_n_plan
@@ -40,6 +40,7 @@ __all__ = [
     "request_statistics",
     "run",
     "sdpa",
+    "sdpa_call",
     "select_blocks",
     "visited_blocks",
 ]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -34,8 +37,7 @@ def sdpa(
 ) -> Tensor | None:
     """Compute a dense call if PyTorch's attention can in linear memory, and at least as fast as our own kernels.
 
-    The rows of the batch are one sequence each, without padding, and the queries are its last tokens. One function, as
-    Python's time for it is the user's in every layer.
+    The rows of the batch are one sequence each, without padding, and the queries are its last tokens.
 
     Args:
         query: ``[batch, query_heads, len_q, head_dim]``.
@@ -50,8 +52,21 @@ def sdpa(
     Returns:
         ``[batch, query_heads, len_q, head_dim]``, or None if PyTorch's attention does not suit.
     """
+    if softcap is not None or s_aux is not None:
+        return None
+    call = sdpa_call(query, key, value, is_causal=is_causal, sliding_window=sliding_window)
+    return None if call is None else call(query, key, value, scale=scale)
+
+
+def sdpa_call(
+    query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool, sliding_window: int | None = None
+) -> Callable[..., Tensor] | None:
+    """Return what :func:`sdpa` calls with such queries, keys, values and ``scale``, None if it would not.
+
+    That depends on their shapes, type, device and whether gradients are recorded, not on their strides or contents.
+    """
     (_, heads, len_q, head_dim), (_, kv_heads, len_k, _) = query.shape, key.shape
-    if softcap is not None or s_aux is not None or value.shape[3] != head_dim or len_q == 0 or len_k == 0:
+    if value.shape[3] != head_dim or len_q == 0 or len_k == 0:
         return None
     if sliding_window is not None and sliding_window < len_k:
         return None
@@ -72,13 +87,15 @@ def sdpa(
     elif query.device.type != "cpu":
         return None
     elif heads > kv_heads:
-        # With grouped heads, PyTorch would hold all scores at once on a CPU.
-        repeats = (-1, -1, heads // kv_heads, -1, -1)
-        key, value = (x[:, :, None].expand(repeats).flatten(1, 2) for x in (key, value))
-        kv_heads = heads
-    return scaled_dot_product_attention(
-        query, key, value, is_causal=is_causal, scale=scale, enable_gqa=heads > kv_heads
-    )
+        return functools.partial(_with_repeated_heads, is_causal=is_causal)
+    return functools.partial(scaled_dot_product_attention, is_causal=is_causal, enable_gqa=heads > kv_heads)
+
+
+def _with_repeated_heads(query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool, scale: float | None) -> Tensor:
+    """Compute grouped heads on a CPU, where PyTorch would hold all scores at once."""
+    repeats = (-1, -1, query.shape[1] // key.shape[1], -1, -1)
+    key, value = (x[:, :, None].expand(repeats).flatten(1, 2) for x in (key, value))
+    return scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scale)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

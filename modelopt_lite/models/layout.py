@@ -7,6 +7,8 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
+from torch.nn import functional
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -20,6 +22,7 @@ from ..kernels import (
     prepared,
     run,
     sdpa,
+    sdpa_call,
 )
 from ..plan import AttentionPlan
 from .module import (
@@ -28,7 +31,7 @@ from .module import (
     original_class,
     present_decision,
 )
-from .recomputation import Decision
+from .recomputation import Decision, may_be_checkpointed
 
 ResultT = TypeVar("ResultT")
 
@@ -44,12 +47,16 @@ class SharedWork:
     """What the layers of one forward pass need besides their layout, found by the first one that needs it.
 
     Attributes:
-        prepared: what runs calls of :func:`whole_call`, by what tells these apart.
+        dense_call: of the last dense call of :func:`whole_call`, all that :func:`~.kernels.sdpa_call` depends on.
+        dense_run: what it returned.
+        prepared: what runs other calls of :func:`whole_call`, by what tells these apart.
         starts_apart: starts of the keys in a cache whose rows lie apart, by their distance and device.
         grids: what is known of blocks, as in :class:`~modelopt_lite.kernels.AttentionRequest`.
     """
 
     def __init__(self) -> None:
+        self.dense_call: tuple[Any, ...] = ()
+        self.dense_run: Callable[..., Tensor] | None = None
         self.prepared: dict[tuple[Any, ...], Run] = {}
         self.starts_apart: dict[tuple[int, torch.device], Tensor] = {}
         self.grids: dict[Any, Any] = {}
@@ -477,44 +484,72 @@ def whole_call(
     Returns:
         The output, or None if :func:`attend` has to be called.
     """
-    (batch, heads, len_q, dim), (rows, kv_heads, slots, _) = query.shape, key.shape
+    len_q = layout.len_q
     if (
-        # All that is_traced() and may_be_checkpointed() look at, and more.
         torch.is_grad_enabled()
-        or torch.compiler.is_dynamo_compiling()
+        or is_dynamo_compiling()
         or type(query) is not Tensor
-        or query.is_meta
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._current_graph_task_id() != -1
-        or not (torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled())
-        or torch.autograd.forward_ad._current_level >= 0
+        or (len_q > 1 and may_be_checkpointed())
         or torch._C._is_any_autocast_enabled()
-        or torch.nn.functional.scaled_dot_product_attention is not scaled_dot_product_attention
-        or (batch, len_q, rows, slots) != (layout.batch, layout.len_q, layout.batch, layout.slots)
+        or functional.scaled_dot_product_attention is not scaled_dot_product_attention
     ):
         return None
     module.sparse_attention.last_call = object()
-    decision, window = present_decision(module), layout.sliding_window
-    plan, statistics = decision.plan, decision.statistics
-    if plan.chooses_blocks and statistics is None and layout.is_causal and layout.whole:
-        plan = plan.for_keys(slots, True)
-    is_dense = plan.is_dense or (len_q == 1 and not plan.sparse_decode)
-    if is_dense and decision.backend == "auto" and (statistics is None or len_q == 1):
-        output = sdpa(
-            query, key, value, is_causal=layout.is_causal, scale=scaling, sliding_window=window, softcap=softcap
-        )
-        if output is not None:
-            return output.transpose(1, 2)
-    strides = stride, key_stride, value_stride = query.stride(), key.stride(), value.stride()
-    value_dim = value.shape[3]
+    decision, shared = present_decision(module), layout.request
+    plan, is_decode = decision.plan, len_q == 1 and not decision.plan.sparse_decode
+    call = query.shape, key.shape, value.shape, query.dtype, query.device
     if (
-        statistics is not None
+        (plan.is_dense or is_decode)
+        and (decision.statistics is None or is_decode)
+        and decision.backend == "auto"
+        and softcap is None
+    ):
+        if shared is not None and shared.dense_call == call:
+            known = shared.dense_run
+        elif not _has_shape_of(layout, query, key):
+            return None
+        else:
+            known = sdpa_call(query, key, value, is_causal=layout.is_causal, sliding_window=layout.sliding_window)
+            if shared is not None:
+                shared.dense_call, shared.dense_run = call, known
+        if known is not None:
+            return known(query, key, value, scale=scaling).transpose(1, 2)
+    return _whole_call(module, query, key, value, layout, scaling, softcap, decision)
+
+
+def _whole_call(
+    module: SparseAttentionModule,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    scaling: float | None,
+    softcap: float | None,
+    decision: Decision,
+) -> Tensor | None:
+    """Compute what :func:`whole_call` does not leave to PyTorch's attention, or return None as it does."""
+    if (
+        decision.statistics is not None
+        or is_traced(query)
         or not layout.is_causal
         or layout.first_q is not None
         or layout.first_k is not None
         or layout.starts_q.device != query.device
-        or (batch > 1 and not all(map(_is_one_block, (query, key, value))))
+        or not _has_shape_of(layout, query, key)
+    ):
+        return None
+    (batch, heads, len_q, dim), (_, kv_heads, slots, _) = query.shape, key.shape
+    plan, value_dim = decision.plan, value.shape[3]
+    if plan.chooses_blocks:
+        plan = plan.for_keys(slots, True)
+        if plan.is_dense and decision.backend == "auto":
+            options: dict[str, Any] = {"sliding_window": layout.sliding_window, "softcap": softcap}
+            output = sdpa(query, key, value, is_causal=True, scale=scaling, **options)
+            if output is not None:
+                return output.transpose(1, 2)
+    strides = stride, key_stride, value_stride = query.stride(), key.stride(), value.stride()
+    if (
+        (batch > 1 and not all(map(_is_one_block, (query, key, value))))
         or value.shape[:3] != key.shape[:3]
         or (query.data_ptr() | key.data_ptr() | value.data_ptr()) & 15
     ):
@@ -533,7 +568,7 @@ def whole_call(
         max_k=slots,
         is_causal=True,
         softmax_scale=scale,
-        sliding_window=window,
+        sliding_window=layout.sliding_window,
         softcap=softcap,
         plan=plan,
         grids=None if layout.request is None else layout.request.grids,
@@ -559,6 +594,11 @@ def whole_call(
         ):
             shared.prepared[signature] = known
     return output.view(batch, len_q, heads, value_dim)
+
+
+def _has_shape_of(layout: Layout, query: Tensor, key: Tensor) -> bool:
+    found = query.shape[0], query.shape[2], key.shape[0], key.shape[2]
+    return found == (layout.batch, layout.len_q, layout.batch, layout.slots)
 
 
 def attend(
