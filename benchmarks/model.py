@@ -122,6 +122,9 @@ WARM_UPS = 4
 """Calls before any is timed: the first compiles, and CUDA graphs are recorded in the second and third."""
 LONG_PREFILL = 16384
 """Tokens from which on a prefill is warmed up once, because it keeps the GPU busy for a second or more."""
+DEPTHS = range(0, 112, 14)
+"""Functions below each call, in turn. Python keeps frames in chunks of 16 KiB, and where a function's frame begins a new
+chunk, each call of it maps memory and gives it back. At one depth that may hit one variant in every layer, by chance."""
 PROFILED = {"variants": ["sdpa", "2:4"], "calls": 20, "prefill": 128, "context": 2048}
 
 
@@ -298,12 +301,12 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def run_once(self, problem: Problem, variant: str) -> float:
-        """Run a variant's call and return the time of one of its operations in ms."""
+    def run_once(self, problem: Problem, variant: str, depth: int = 0) -> float:
+        """Run a variant's call below some functions and return the time of one of its operations in ms."""
         call = problem.calls[variant]
         self.synchronize()
         start = time.perf_counter()
-        call()
+        run_below(depth, call)
         if problem.waits:
             self.synchronize()
         taken = time.perf_counter() - start
@@ -346,10 +349,11 @@ class Bench:
         turn = max(1, int(TURN_MS / (problem.count * max(last.values(), default=TURN_MS))))
         order, random_order = list(last), random.Random(0)
         times: dict[str, list[float]] = {variant: [] for variant in order}
-        for _ in range(self.arguments.rounds):
+        for i in range(self.arguments.rounds):
             random_order.shuffle(order)
+            depths = [DEPTHS[j % len(DEPTHS)] for j in range(i * turn, (i + 1) * turn)]
             for variant in order:
-                times[variant].append(statistics.median(self.run_once(problem, variant) for _ in range(turn)))
+                times[variant].append(statistics.median(self.run_once(problem, variant, depth) for depth in depths))
         return {variant: statistics.median(taken) for variant, taken in times.items()}, peaks
 
     def rows(self, what: str, mode: str, seq_len: int) -> list[dict[str, Any]]:
@@ -388,6 +392,14 @@ def rope_parameters(model: str) -> dict[str, Any]:
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
+
+
+def run_below(depth: int, call: Call) -> None:
+    """Run a call with so many more functions on the stack."""
+    if depth:
+        run_below(depth - 1, call)
+    else:
+        call()
 
 
 def repeat(call: Call, count: int, cudnn: bool) -> None:

@@ -121,31 +121,38 @@ def attention(
             the CPU and by the torch backend. On a GPU they are not checked, as a check would stall it.
         UnsupportedError: if the backend asked for cannot run these arguments.
     """
-    request = _request(
-        q, k, v, (b_start_loc, b_seq_len, max_input_len), (b_start_loc_k, b_seq_len_k, max_input_len_k), softmax_scale,
-        s_aux=s_aux, is_causal=is_causal, sliding_window=sliding_window, softcap=softcap,
-        plan=_plan(plan, sparsity_n, sparsity_m, num_sink_tokens, dense_window_size),
-        first_q=b_first_q, first_k=b_first_k, with_lse=return_lse,
+    if plan is None or sparsity_n or num_sink_tokens or sparsity_m != 4 or dense_window_size != 64:
+        plan = _plan(plan, sparsity_n, sparsity_m, num_sink_tokens, dense_window_size)
+    if b_start_loc_k is None and b_seq_len_k is None and max_input_len_k is None:
+        _check_rows(q, k)
+        b_start_loc_k, b_seq_len_k, max_input_len_k = b_start_loc, b_seq_len, max_input_len
+    # Written out, as short calls take Python longer than the GPU.
+    request = AttentionRequest(
+        q=q,
+        k=k,
+        v=v,
+        s_aux=s_aux,
+        starts_q=b_start_loc,
+        lengths_q=b_seq_len,
+        max_q=max_input_len,
+        starts_k=b_start_loc_k,  # type: ignore[arg-type] # checked later, as all are
+        lengths_k=b_seq_len_k,  # type: ignore[arg-type]
+        max_k=max_input_len_k,  # type: ignore[arg-type]
+        is_causal=is_causal,
+        softmax_scale=_scale(q, softmax_scale),
+        sliding_window=sliding_window,
+        softcap=softcap,
+        plan=plan,
+        first_q=b_first_q,
+        first_k=b_first_k,
+        with_lse=return_lse,
         blocks=None if blocks is None else _blocks(blocks, plan),
-    )  # fmt: skip
-    starts_k: object = request.starts_k
-    lengths_k: object = request.lengths_k
-    if not (
-        isinstance(q, Tensor)
-        and isinstance(k, Tensor)
-        and isinstance(v, Tensor)
-        and isinstance(b_start_loc, Tensor)
-        and isinstance(b_seq_len, Tensor)
-        and (blocks is None or isinstance(blocks, KeyBlocks))
-        and isinstance(starts_k, Tensor)
-        and isinstance(lengths_k, Tensor)
-        and isinstance(request.plan, AttentionPlan)
-        and isinstance(s_aux, Tensor | None)
-        and isinstance(b_first_q, Tensor | None)
-        and isinstance(b_first_k, Tensor | None)
-    ):
-        check_request(request)
-    output, lse = compute(request, backend)
+    )
+    try:
+        output, lse = compute(request, backend)
+    except (AttributeError, TypeError):
+        check_request(request)  # says which argument is of a wrong type
+        raise
     return (output, cast(Tensor, lse)) if return_lse else output
 
 
@@ -247,8 +254,7 @@ def _request(
 ) -> AttentionRequest:
     """Make a request; starts, lengths and longest of the keys are by default those of the queries."""
     if keys[0] is None and keys[1] is None and keys[2] is None:
-        if isinstance(q, Tensor) and isinstance(k, Tensor) and q.shape[:1] != k.shape[:1]:
-            raise ValueError(f"k: {k.shape[0]} rows, q has {q.shape[0]}; then b_start_loc_k is needed")
+        _check_rows(q, k)
         keys = queries
     starts_q, lengths_q, max_q = queries
     starts_k, lengths_k, max_k = keys
@@ -265,6 +271,12 @@ def _request(
         softmax_scale=_scale(q, softmax_scale),
         **fields,
     )
+
+
+def _check_rows(q: Tensor, k: Tensor) -> None:
+    """Check that there are as many keys as queries, where nothing else is said of them."""
+    if isinstance(q, Tensor) and isinstance(k, Tensor) and q.shape[:1] != k.shape[:1]:
+        raise ValueError(f"k: {k.shape[0]} rows, q has {q.shape[0]}; then b_start_loc_k is needed")
 
 
 def _scale(q: Tensor, softmax_scale: float | None) -> float:

@@ -540,7 +540,7 @@ def _whole_call(
         return None
     (batch, heads, len_q, dim), (_, kv_heads, slots, _) = query.shape, key.shape
     plan, value_dim = decision.plan, value.shape[3]
-    if plan.chooses_blocks:
+    if plan.chooses_blocks and layout.whole:
         plan = plan.for_keys(slots, True)
         if plan.is_dense and decision.backend == "auto":
             options: dict[str, Any] = {"sliding_window": layout.sliding_window, "softcap": softcap}

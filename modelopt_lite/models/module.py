@@ -252,11 +252,11 @@ def present_decision(module: nn.Module) -> Decision:
         return Decision()
     flags, context = module.sparse_attention, module.call_context
     if context is None:
-        is_dense, observer = flags in _dense.get(), _counters.get().get(flags)
+        dense, counters = _dense.get(), _counters.get()
     else:
-        is_dense, observer = flags in context.get(_dense, ()), context.get(_counters, _NONE).get(flags)
-    if observer is not None or is_dense:
-        return _observed(flags, is_dense, observer)
+        dense, counters = context.get(_dense, frozenset()), context.get(_counters, _NONE)
+    if dense or counters:
+        return _observed(flags, flags in dense, counters.get(flags))
     return flags.sparse_decision if flags.enabled else flags.dense_decision
 
 
