@@ -116,15 +116,17 @@ CALLS = {"host": 20, "attention": 50}
 """How many calls follow each other without waiting for the GPU."""
 ROOM = 64
 """Tokens that a static cache has room for besides those in it."""
-TURN_MS = 200
-"""How long a variant runs at a time if its calls are shorter."""
+TURN_MS = 50
+"""How long a variant runs at a time if its calls are shorter. What else the machine does comes and goes within seconds,
+and should meet all variants."""
 WARM_UPS = 4
 """Calls before any is timed: the first compiles, and CUDA graphs are recorded in the second and third."""
 LONG_PREFILL = 16384
 """Tokens from which on a prefill is warmed up once, because it keeps the GPU busy for a second or more."""
 DEPTHS = range(0, 112, 14)
-"""Functions below each call, in turn. Python keeps frames in chunks of 16 KiB, and where a function's frame begins a new
-chunk, each call of it maps memory and gives it back. At one depth that may hit one variant in every layer, by chance."""
+"""Functions below each call, in turn. Python keeps frames in chunks of 16 KiB. Where a function's frame begins a new
+chunk, each of its calls maps memory and gives it back, and at one depth that may hit one variant alone, in every
+layer."""
 PROFILED = {"variants": ["sdpa", "2:4"], "calls": 20, "prefill": 128, "context": 2048}
 
 
@@ -530,7 +532,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=8, help="sequences of the part batch")
     parser.add_argument("--decode-batch", type=int, default=1, help="sequences of the part decode; padded if several")
     parser.add_argument("--new-tokens", type=int, default=32, help="tokens of the part generate")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each variant")
+    parser.add_argument("--rounds", type=int, default=20, help="turns of each variant")
     parser.add_argument("--compile-mode", default="reduce-overhead", help="of compiled decode steps")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--output", type=Path, help="by default benchmarks/results/model-<device>.json")

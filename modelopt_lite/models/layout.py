@@ -495,7 +495,8 @@ def whole_call(
     ):
         return None
     module.sparse_attention.last_call = object()
-    decision, shared = present_decision(module), layout.request
+    decision = present_decision(module)
+    shared: SharedWork | None = layout.request
     plan, is_decode = decision.plan, len_q == 1 and not decision.plan.sparse_decode
     call = query.shape, key.shape, value.shape, query.dtype, query.device
     if (

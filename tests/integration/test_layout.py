@@ -1,6 +1,7 @@
 """Batches as caches hold them, into the kernels without a copy."""
 
 import sys
+from itertools import product
 
 import pytest
 import torch
@@ -65,6 +66,22 @@ def test_the_short_way_does_what_the_long_one_does(len_q, batch, heads_first, wi
         else:
             assert torch.equal(found, expected)
     assert module.sparse_attention.last_call is not None
+
+
+@torch.no_grad()
+def test_layers_of_one_forward_may_differ():
+    """In heads, sizes and type: what the layer before them ran is not what they run."""
+    module = sparse_attention(("auto", "cpu"))
+    rows = layout.whole_layout(BATCH, 1, SLOTS, "cpu", is_causal=True)._replace(request=layout.SharedWork())
+    shapes = ((4, 2, HEAD_DIM, HEAD_DIM), (4, 4, HEAD_DIM, HEAD_DIM), (6, 1, 8, 8), (4, 2, HEAD_DIM, 8))
+    for (heads, kv_heads, dim, value_dim), dtype in (*product(shapes, (torch.float32, torch.float64)),) * 2:
+        query = torch.randn(BATCH, 1, heads, dim, dtype=dtype).transpose(1, 2)
+        key, value = (torch.randn(BATCH, SLOTS, kv_heads, x, dtype=dtype).transpose(1, 2) for x in (dim, value_dim))
+        for softcap in (None, 2.0):
+            found = layout.whole_call(module, query, key, value, rows, None, softcap)
+            assert torch.equal(found, layout.attend(module, query, key, value, rows, softcap=softcap))
+            assert found.dtype == dtype
+    assert layout.whole_call(module, query, key[:, :, 1:], value[:, :, 1:], rows, None, None) is None
 
 
 @pytest.mark.parametrize("len_q", [1, LEN_Q])

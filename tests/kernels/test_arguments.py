@@ -85,6 +85,8 @@ BAD = {
     "first queries": ({"b_first_q": torch.tensor([0])}, "b_first_q: 1 sequences; must be 2"),
     "softcap": ({"softcap": 0}, "softcap: 0 is not allowed; a finite number > 0"),
     "s_aux": ({"s_aux": torch.randn(3)}, "s_aux: float32 [3] on cpu; must be floating-point [query_heads = 4]"),
+    "s_aux list": ({"s_aux": [0.0] * 4}, "s_aux: [0.0, 0.0, 0.0, 0.0]; must be floating-point"),
+    "first keys list": ({"b_first_k": [0, 0]}, "b_first_k: [0, 0]; must be int32 or int64"),
     "backend": ({"backend": "cuda"}, "backend: 'cuda' is not allowed; one of ('auto', 'triton', 'torch')"),
 }
 
