@@ -194,6 +194,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--phase", choices=list(TARGET), default="prefill")
     parser.add_argument("--calibrate-on", type=int, default=4, help="number of speeches")
+    parser.add_argument("--calibrate-on-code", type=int, default=len(CALIBRATED_ON_CODE), help="number of modules")
     parser.add_argument("--states", type=Path, help="folder for what was measured, to go on from")
     parser.add_argument("--kinds", nargs="+", default=["dense", "refined"], help="whose activations are fitted")
     parser.add_argument("--fits", type=Path, help="earlier results, whose fits are taken")
@@ -202,7 +203,7 @@ def main() -> None:
     model, texts = prepare(options)
     clock = Clock()
     before = json.loads(options.fits.read_text())["fits"] if options.fits else {}
-    calibrated_on = (*CALIBRATED_ON[: options.calibrate_on], *CALIBRATED_ON_CODE)
+    calibrated_on = (*CALIBRATED_ON[: options.calibrate_on], *CALIBRATED_ON_CODE[: options.calibrate_on_code])
     reading = texts["calibration"] | texts["code-calibration"]
     windows = [reading[name][:length] for name in calibrated_on for length in options.lengths]
     results = recording.header(recording.device_name(model.device.type)) | {

@@ -149,9 +149,9 @@ class SkipRule:
 
     def log_threshold(self, length: Tensor) -> Tensor:
         """Return ``ln(threshold)`` of query blocks with these lengths in tokens, FP64, of the shape of ``length``."""
-        threshold = self.threshold
-        curve = threshold if isinstance(threshold, LengthCurve) else LengthCurve((1.0,), (math.log(threshold),))
-        return curve.at(length)
+        if isinstance(self.threshold, LengthCurve):
+            return self.threshold.at(length)
+        return length.double().new_full(length.shape, math.log(self.threshold))
 
     def of_decode(self) -> SkipRule:
         """Return the rule of a sequence with a single query."""

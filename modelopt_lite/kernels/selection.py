@@ -177,7 +177,10 @@ def _skipped(
 def _log_thresholds(grid: BlockGrid, seen: Tensor, rule: SkipRule) -> Tensor:
     """Return ``ln(threshold)`` of each query block, FP64 ``[query_blocks]``."""
     lengths = grid.lengths(seen)
-    return rule.log_threshold(lengths).where(~grid.is_single, rule.of_decode().log_threshold(lengths))
+    log_thresholds = rule.log_threshold(lengths)
+    if rule.decode_threshold is None:
+        return log_thresholds
+    return torch.where(grid.is_single, rule.of_decode().log_threshold(lengths), log_thresholds)
 
 
 def _excess(request: AttentionRequest, grid: BlockGrid, seen: Tensor, selected: Tensor) -> Tensor:

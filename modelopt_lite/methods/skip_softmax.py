@@ -40,7 +40,7 @@ class SkipSoftmax(CalibratedMethod):
     query block.
     """
 
-    knob: ClassVar[Knob] = Knob("threshold", "log", tuple(10 ** (0.25 * i - 5) for i in range(25)))
+    knob: ClassVar[Knob] = Knob("threshold", "log", tuple(10 ** (0.25 * i - 8) for i in range(37)))
     decode_knob: ClassVar[Knob | None] = replace(knob, field="decode_threshold", target="decode_target_sparsity")
 
     method: Literal["skip_softmax", "triton_skip_softmax", "flash_skip_softmax"] = Field(
