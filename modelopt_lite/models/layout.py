@@ -31,7 +31,7 @@ from .module import (
     original_class,
     present_decision,
 )
-from .recomputation import Decision, may_be_checkpointed
+from .recomputation import Decision, is_in_function
 
 ResultT = TypeVar("ResultT")
 
@@ -489,7 +489,7 @@ def whole_call(
         torch.is_grad_enabled()
         or is_dynamo_compiling()
         or type(query) is not Tensor
-        or (len_q > 1 and may_be_checkpointed())
+        or (len_q > 1 and is_in_function())
         or torch._C._is_any_autocast_enabled()
         or functional.scaled_dot_product_attention is not scaled_dot_product_attention
     ):

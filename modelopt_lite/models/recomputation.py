@@ -89,10 +89,10 @@ class _Record:
 
 def may_be_checkpointed() -> bool:
     """Whether there can be a checkpoint around the caller: not where nothing records gradients."""
-    return torch.is_grad_enabled() or _is_in_function()
+    return torch.is_grad_enabled() or is_in_function()
 
 
-def _is_in_function() -> bool:
+def is_in_function() -> bool:
     """Whether the caller may be in the forward of an autograd function, or in a backward pass."""
     if torch._C._current_graph_task_id() != -1:
         return True
@@ -182,7 +182,7 @@ def _closed_over(function: Any, name: str) -> Any:
 
 def _by_stack() -> Iterator[Checkpoint]:
     """Yield the autograd functions in whose forward or backward the caller is."""
-    if not _is_in_function():
+    if not is_in_function():
         return
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
