@@ -25,7 +25,7 @@ SIZES = st.sampled_from([(16, 16), (32, 16), (16, 32)])
 
 def check_kernel(request, sizes):
     tiles = Settings(*sizes, num_warps=4, num_stages=1, descriptors=False, frozen=False)
-    counts = statistics_launch.count(request, statistics_launch.portable.fitted(tiles, request.blocks))
+    counts = statistics_launch.count(request, statistics_launch.portable_launch.fitted(tiles, request.blocks))
     assert_same_counts(counts, counts_by_oracle(request))
 
 
