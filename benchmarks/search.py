@@ -80,7 +80,7 @@ def evaluate(model: Any, configs: dict[str, mtsa.SparsityConfig], windows: list[
         for name, config in configs.items():
             mtsa.sparsify(model, config)
             is_counted = name not in shares  # on the first window, as it takes long
-            with mtsa.collect_statistics(model) if is_counted else contextlib.nullcontext() as statistics:
+            with mtsa.collect_statistics(model, exact=True) if is_counted else contextlib.nullcontext() as statistics:
                 sparse = compare_predictions(model(tokens[None], use_cache=False).logits[0], dense, tokens)
             found[name].append((sparse.cross_entropy - loss, sparse.divergence))
             if is_counted:

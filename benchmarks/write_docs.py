@@ -391,14 +391,30 @@ def ruler_table() -> str:
     return markdown(["variant", *map(str, next(iter(found.values()))), "mean"], lines, left=1)
 
 
-def calibration_table(phase: str) -> str:
+def calibration_table() -> str:
     """Return what calibrated methods skip of texts that the calibration did not read; of source code in brackets."""
-    lines, rows = [], rows_of("calibration-nvidia-h200", phase=phase)
+    lines, rows = [], rows_of("calibration-nvidia-h200", phase="prefill")
     for (method, length), group in by_problem(rows, "method", "length"):
         cells = [f"{row['speeches']:.3f} ({row['code']:.3f})" for row in group]
         lines.append([f"`{method.partition(',')[0]}`", str(length), *cells])
     targets = sorted({row["target"] for row in rows})
     return markdown(["method", "tokens", *(f"target {target}" for target in targets)], lines, left=1)
+
+
+def decode_calibration_table() -> str:
+    """Return what decode steps skip, calibrated on the kind of text that they read, or on two kinds together."""
+    rows, lines = rows_of("calibration-nvidia-h200", phase="decode"), []
+    targets = sorted({row["target"] for row in rows})
+    for label, sources in {"the same kind": ("speeches", "code"), "both kinds": ("both", "both")}.items():
+        for (length,), group in by_problem(rows, "length"):
+            found = {(row["calibrated_on"], row["target"]): row for row in group}
+            on_speeches, on_code = sources
+            cells = [
+                f"{found[on_speeches, target]['speeches']:.3f} ({found[on_code, target]['code']:.3f})"
+                for target in targets
+            ]
+            lines.append([label, str(length), *cells])
+    return markdown(["calibrated on", "tokens", *(f"target {target}" for target in targets)], lines, left=1)
 
 
 SEARCHES = {
@@ -548,7 +564,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "blocks": blocks_table,
     "ruler": ruler_table,
     "block tasks": block_tasks_table,
-    "calibration": functools.partial(calibration_table, "prefill"),
+    "calibration": calibration_table,
+    "calibration of decode": decode_calibration_table,
     "search": search_table,
     "block searches": block_searches_table,
     "windows": windows_table,
