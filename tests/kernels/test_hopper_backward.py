@@ -23,6 +23,7 @@ from modelopt_lite.kernels import choice
 from modelopt_lite.kernels.hopper import backward_launch as hopper_backward_launch
 from modelopt_lite.kernels.hopper.backward import (
     attention_backward_hopper,
+    nth_tile,
     prepare_gradients,
     rank_of,
     round_gradients,
@@ -45,9 +46,9 @@ VARIANTS = [
     (FP16, (2, 4), False, {}),
     (BF16, (2, 4), True, {"softcap": 30.0, "sliding_window": 100}),
 ]
-# Accesses to spilled registers in the hot loop, with the Triton of constraints.txt; of 440 to 1430 instructions. With a
+# Accesses to spilled registers in the hot loop, with the Triton of constraints.txt; of 402 to 1318 instructions. With a
 # softcap, scores stay until gradients are there.
-SPILLS = [2, 4, 0, 5, 50]
+SPILLS = [1, 8, 3, 8, 55]
 
 
 def compile_all():
@@ -131,6 +132,14 @@ def test_a_hook_that_cannot_be_compiled(chosen, monkeypatch, caplog):
     monkeypatch.setattr(hopper_backward_launch, "prepare", lambda *arguments: refuse)
     assert chosen(request_on_gpu()) == "portable"
     assert "the backward kernel for Hopper is left out: Gluon cannot compile the hook" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "items", "heads"),
+    [(8, 16, 8), (8, 32, 4), (8, 64, 2), (8, 128, 1), (8, 1, 8), (6, 64, 2), (1, 500, 1)],
+)
+def test_heads_of_a_launch(kv_heads, items, heads):
+    assert hopper_backward_launch.heads_of_launch(kv_heads, items, 132) == heads
 
 
 class Rules(NamedTuple):
@@ -218,28 +227,32 @@ def write_runs(visits_ptr, numbers_ptr, SPARSE: tl.constexpr, OPTIONS: tl.conste
     tile = tl.program_id(0)
     query_length, length, columns = tl.load(numbers_ptr), tl.load(numbers_ptr + 1), tl.load(numbers_ptr + 2)
     sinks, window, sliding_window = tl.load(numbers_ptr + 3), tl.load(numbers_ptr + 4), tl.load(numbers_ptr + 5)
+    descending = tl.load(numbers_ptr + 6) != 0
     begin, end = tiles_that_see(tile, (query_length, length), sliding_window, OPTIONS)
     rules = (length - query_length, length, sinks, window, sliding_window)
     spans = query_spans(tile * 128, query_length, length - query_length, rules, SPARSE, OPTIONS)
     spans = (spans[1] // 64, spans[2] // 64, spans[3] // 64, spans[4] // 64)
     number = 0
     for run in range(3):
-        column, masked_end, hot_end = runs_of(run, begin, spans, end)
-        while column < hot_end:
-            tl.store(visits_ptr + tile * columns + number, column + tl.where(column < masked_end, 1000, 0))
+        place, masked_end, hot_end = runs_of(run, begin, spans, end, descending)
+        while place < hot_end:
+            column = nth_tile(place, begin, end, descending)
+            tl.store(visits_ptr + tile * columns + number, column + tl.where(place < masked_end, 1000, 0))
             number += 1
-            column += 1
+            place += 1
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
 @pytest.mark.parametrize(("query_length", "length"), [(700, 700), (64, 64), (300, 900), (65, 130)])
 @pytest.mark.parametrize(("sinks", "window"), [(0, 0), (130, 100)])
 @pytest.mark.parametrize("rules", [(True, 0), (False, 0), (True, 1), (True, 200)])
-def test_every_tile_is_met_once_and_masked_where_needed(query_length, length, sinks, window, rules):
+@pytest.mark.parametrize("descending", [False, True])
+def test_every_tile_is_met_once_and_masked_where_needed(query_length, length, sinks, window, rules, descending):
     causal, sliding_window = rules
     tiles, columns = -(-length // 128), -(-query_length // 64)
     visits = torch.full((tiles, columns + 1), -1, dtype=torch.int32)
-    numbers = torch.tensor([query_length, length, columns + 1, sinks, window, sliding_window], dtype=torch.int32)
+    numbers = [query_length, length, columns + 1, sinks, window, sliding_window, int(descending)]
+    numbers = torch.tensor(numbers, dtype=torch.int32)
     write_runs[(tiles,)](visits, numbers, window > 0, Spans(64, 128, causal, sliding_window > 0))
     distance = torch.arange(query_length)[:, None] + length - query_length - torch.arange(length)
     visible = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
@@ -251,6 +264,8 @@ def test_every_tile_is_met_once_and_masked_where_needed(query_length, length, si
     needed = torch.nn.functional.pad(visible, shape).unflatten(1, (-1, 128)).unflatten(0, (-1, 64)).any(3).any(1)
     for tile in range(tiles):
         met = visits[tile][visits[tile] >= 0].tolist()
+        if descending:
+            met.reverse()
         places = [x % 1000 for x in met]
         assert places == list(range(places[0], places[0] + len(places))) if places else not needed[:, tile].any()
         assert set(needed[:, tile].nonzero().flatten().tolist()) <= set(places)
@@ -305,7 +320,7 @@ def test_before_and_after(has_lists):
     # [halves, 16 rows, blocks of 8 columns, rows, pairs of columns, row 8 further on, column]
     lines = sums.view(heads, tiles, 4, 2, 8, 2, 8, 4, 2).permute(0, 1, 5, 2, 6, 4, 7, 3, 8).contiguous()
     round_gradients[(tiles * heads,)](
-        lines, shift, grad_q, found, starts, lengths, 0.5, 3, tiles, heads, grad_q.stride()[:2], dim
+        lines, shift, grad_q, found, starts, lengths, 0.5, 3, tiles, 0, heads, grad_q.stride()[:2], dim
     )
     torch.testing.assert_close(grad_q, (right * 0.5).masked_fill(~alive[..., None], 0.0).half())
 
@@ -317,10 +332,13 @@ def test_kernel_fits_the_gpu(compiled, index):
     loop = classify(found["hot loop"])
     assert found["shared"] <= SHARED_LIMIT
     assert found["registers"] == 168  # at the launch; then warps give and take
-    # Instructions that take 16 dimensions, for two products; queries, for two more; and keys.
-    assert loop["matrix"] == 8 + 8 + 4 + 4 + 8
+    is_dense = VARIANTS[index][1] is None
+    # Instructions that take 16 dimensions, for two products; queries, for two more; and keys, but with a hook they are
+    # left out here, as a warpgroup computes gradients of queries in every other step.
+    assert loop["matrix"] == 8 + 8 + 4 + 4 + (8 if is_dense else 0)
     assert loop["shuffles"] == 0
-    assert loop["shared memory"] <= 12
+    # Transposed, a thread reads numbers of 16 rows, and hands sums over in every step.
+    assert loop["shared memory"] <= (24 if is_dense else 4)
     assert loop["spills"] <= SPILLS[index]
 
 

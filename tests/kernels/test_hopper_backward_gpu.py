@@ -47,6 +47,14 @@ def test_heads(heads):
     check(make(heads=heads, dims=DIMS, plan=PLANS[1]))
 
 
+@pytest.mark.parametrize("plan", PLANS[:2], ids=["dense", "2:4"])
+def test_a_head_at_a_time(plan, monkeypatch):
+    """With few multiprocessors, four launches compute the heads of keys one by one, and sums lie in the same memory."""
+    monkeypatch.setattr(hopper_backward_launch, "processors", lambda device: 8)
+    monkeypatch.setattr(choice, "_prepared_backward", {})
+    check(make(lengths=((700, 700), (333, 800)), heads=(8, 4), dims=DIMS, plan=plan))
+
+
 @pytest.mark.parametrize(("n", "m"), [(1, 2), (1, 4), (3, 4), (1, 8), (7, 8)])
 def test_n_of_m(n, m):
     check(make(lengths=((500, 500), (129, 300)), heads=(4, 1), dims=DIMS, plan=top_n_plan(n, m, 3, 40)))

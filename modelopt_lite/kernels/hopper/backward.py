@@ -4,9 +4,13 @@ As many programs as multiprocessors compute items one after the other. An item i
 whose gradients stay in registers while queries and gradients of the output of all query heads that share them stream
 through shared memory, 64 rows a step. In a program, one warp loads, two warpgroups compute, for 64 keys each, and one
 warp adds up gradients of queries. A step is five matrix products where two passes need seven, because scores are
-computed and keys selected once: in the orientation of the forward, so that all scores of a group are in one thread and
+computed and keys selected once.
+
+With a hook, scores are computed in the orientation of the forward, so that all scores of a group are in one thread and
 hooks see the same numbers. Weights and gradients of scores then pass through shared memory, where matrix instructions
-read them transposed.
+read them transposed. Without a hook, scores are computed *transposed*, keys by queries. So weights and gradients of
+scores are operands in registers for the gradients of values and keys, and only the latter go to shared memory, for the
+gradients of queries.
 
 Many programs give a part of the gradient of a query. The parts are added in global memory in FP32, by the tensor memory
 accelerator, in an order that follows from numbers alone, so that every run gives the same bits: of a tile of queries, a
@@ -14,7 +18,7 @@ counter says whose turn it is. :func:`rank_of` says why hardly anybody waits. Pr
 to run at the same time.
 
 What is asked of shapes, masks and the selection is as in :mod:`modelopt_lite.kernels.portable.backward`.
-FlashAttention-3 (https://arxiv.org/abs/2407.08608) has the same roles of warps, other orientations, and an order that
+FlashAttention-3 (https://arxiv.org/abs/2407.08608) has the same roles of warps, transposed scores, and an order that
 waits longer.
 """
 
@@ -61,7 +65,7 @@ KEYS = tl.constexpr(128)
 STAGES = tl.constexpr(2)
 """Steps whose queries are in shared memory."""
 ADDERS = tl.constexpr(2)
-"""Warps that add gradients of queries."""
+"""Warps that add gradients of queries: one those of even steps, one those of odd steps."""
 BUFFERS = tl.constexpr(3)
 """Steps whose gradients of scores are there: one more than a warpgroup may be ahead of the other one, and its own."""
 LINE = tl.constexpr(32)
@@ -177,20 +181,24 @@ def tokens_of(tile, starts_ptr, lengths, sequence, exists):
     return tokens, (rows >= 0) & (rows < length)
 
 
-@triton.jit(do_not_specialize=["batch", "tiles"])
+@triton.jit(do_not_specialize=["batch", "tiles", "first_head"])
 def round_gradients(
-    sums_ptr, shift_ptr, grad_ptr, begins_ptr, starts_ptr, lengths, scale, batch, tiles, heads, strides,
+    sums_ptr, shift_ptr, grad_ptr, begins_ptr, starts_ptr, lengths, scale, batch, tiles, first_head, heads, strides,
     DIM: tl.constexpr,
 ):  # fmt: skip
-    """Scale and round gradients of queries, except those of queries without a key. A program takes a tile of a head."""
-    head, tile = (tl.program_id(0) % heads).to(tl.int64), tl.program_id(0) // heads
+    """Scale and round gradients of queries, except those of queries without a key.
+
+    A program takes a tile of one of ``heads`` heads from ``first_head`` on, which the sums are of.
+    """
+    number, tile = (tl.program_id(0) % heads).to(tl.int64), tl.program_id(0) // heads
+    head = first_head + number
     sequence = sequence_of(begins_ptr, tile, batch)
     tokens, _ = tokens_of(tile - tl.load(begins_ptr + sequence), starts_ptr, lengths, sequence, True)
     places = (head * tiles + tile) * ROWS + tl.arange(0, ROWS)
     has_keys = tl.load(shift_ptr + places) != float("inf")
     columns = tl.arange(0, DIM)[None, :]
     offsets = order_of(tl.arange(0, ROWS)[:, None], columns, DIM)
-    sums = tl.load(sums_ptr + (head * tiles + tile) * (ROWS * DIM) + offsets, mask=has_keys[:, None], other=0.0)
+    sums = tl.load(sums_ptr + (number * tiles + tile) * (ROWS * DIM) + offsets, mask=has_keys[:, None], other=0.0)
     pointers = grad_ptr + head * strides[1] + (tokens[:, None] * strides[0] + columns)
     tl.store(pointers, (sums * scale).to(grad_ptr.dtype.element_ty), mask=has_keys[:, None])
 
@@ -249,7 +257,7 @@ def find_tile(item, phase, problem):
         exists = phase == 0
     sequence = head // heads_of[0]
     lengths = (gl.load(sequences[1] + sequence).to(gl.int32), gl.load(sequences[3] + sequence).to(gl.int32))
-    return head % heads_of[0], sequence, tile, exists & (tile * KEYS < lengths[1]), lengths
+    return heads_of[2] + head % heads_of[0], sequence, tile, exists & (tile * KEYS < lengths[1]), lengths
 
 
 @gluon.jit
@@ -300,9 +308,10 @@ def rank_of(tile, item, phase, query_tile, lengths, sliding_window, tiles_per_he
     """Return how many tiles of keys come before one in adding to the gradient of a tile of queries.
 
     First come the tiles of items of earlier rounds, as each program takes one item a round; then the first tiles of
-    this round's items, the last keys first; then their second tiles, the first keys first. A program meets tiles of
-    queries in ascending order. So in a first phase, which all begin at the same time, keys further to the right meet a
-    tile of queries earlier; and they are done earlier, so that in a second phase those further to the left come first.
+    this round's items, the last keys first; then their second tiles, the first keys first. Keys further to the right
+    are seen by fewer queries. So in a first phase, which all begin at the same time, they meet a tile of queries
+    earlier, in either order of :func:`descends`; and they are done earlier, so that in a second phase those further to
+    the left come first.
     """
     query_length, length = lengths
     offset = length - query_length
@@ -327,17 +336,44 @@ def rank_of(tile, item, phase, query_tile, lengths, sliding_window, tiles_per_he
 
 
 @triton.jit
-def runs_of(number, begin, spans, end):
+def descends(phase, member, lists):
+    """Say whether a program meets the queries of a head, the ``member``-th of those that share it, last ones first.
+
+    It does so in the first phase with all heads but the first. Then the program that comes next in the order of
+    :func:`rank_of` meets a tile of queries ``2 * member`` steps later, or two steps for the first head, and not ``2 *
+    member + 2``: more tiles and their sums are still in the L2 cache.
+    """
+    descending = (phase == 0) & (member > 0)
+    if lists is not None:
+        descending = False
+    return descending
+
+
+@triton.jit
+def nth_tile(place, begin, end, descending):
+    """Return which tile of queries comes at a place of their order."""
+    return tl.where(descending, end - 1 - place, begin + place)
+
+
+@triton.jit
+def runs_of(number, begin, spans, end, descending):
     """Return one of three runs of tiles of queries, each of masked tiles and then of hot ones.
 
     Returns:
-        Where the masked tiles begin, where they end and the hot ones begin, and where these end.
+        The places in their order where the masked tiles begin, where they end and the hot ones begin, and where these
+        end.
     """
     hot_begin, band_begin, band_end, full_end = spans
+    first = begin
     masked_begin = tl.where(number == 0, begin, tl.where(number == 1, band_begin, full_end))
     masked_end = tl.where(number == 0, hot_begin, tl.where(number == 1, band_end, end))
     hot_end = tl.where(number == 0, band_begin, tl.where(number == 1, full_end, end))
-    return masked_begin, masked_end, hot_end
+    if descending:
+        first = end
+        masked_begin = tl.where(number == 0, end, tl.where(number == 1, band_end, hot_begin))
+        masked_end = tl.where(number == 0, full_end, tl.where(number == 1, band_begin, begin))
+        hot_end = tl.where(number == 0, band_end, tl.where(number == 1, hot_begin, begin))
+    return tl.abs(masked_begin - first), tl.abs(masked_end - first), tl.abs(hot_end - first)
 
 
 @gluon.jit
@@ -371,8 +407,8 @@ def load_items(work, OPTIONS: gl.constexpr):
                     if lists is not None:
                         entries_ptr, _masked, end = entries_of(head, sequence, tile, problem)
                         begin = end * 0
-                    for place in range(begin, end):
-                        query_tile = place
+                    for place in range(end - begin):
+                        query_tile = nth_tile(place, begin, end, descends(phase, member, lists))
                         if lists is not None:
                             query_tile = gl.load(entries_ptr + place) // TILES_FROM
                         row = first_query + query_tile * ROWS
@@ -416,14 +452,15 @@ def add_items(work, ADDER: gl.constexpr, OPTIONS: gl.constexpr):
                 for member in range(heads_of[1]):
                     head = kv_head * heads_of[1] + member
                     first_tile = head * tiles_of_queries + begin_of_sequence
+                    first_sum = first_tile - heads_of[2] * heads_of[1] * tiles_of_queries
                     entry = 0
                     if lists is not None:
                         entries_ptr, _masked, end = entries_of(head, sequence, tile, problem)
                         begin = end * 0
                         entry = gl.load(entries_ptr)
-                    for place in range(begin, end):
+                    for place in range(end - begin):
                         if lists is None:
-                            query_tile = place
+                            query_tile = nth_tile(place, begin, end, descends(phase, member, lists))
                             rank = rank_of(
                                 tile, item, phase, query_tile, lengths, problem[4][2], problem[3], gl.num_programs(0),
                                 OPTIONS,
@@ -438,13 +475,13 @@ def add_items(work, ADDER: gl.constexpr, OPTIONS: gl.constexpr):
                             )
                             mbarrier.wait(full.index(ADDER), step // ADDERS & 1)
                             for w in gl.static_range(WARPGROUPS):
-                                line = ((first_tile + query_tile) * WARPGROUPS + w) * LINES
+                                line = ((first_sum + query_tile) * WARPGROUPS + w) * LINES
                                 if rank == 0:
                                     tma.async_copy_shared_to_global(descriptor, [line, 0], memory.index(w))
                                 else:
                                     add_to_global(descriptor, [line, 0], memory.index(w))
                             tma.store_wait(0)
-                            mbarrier.arrive(empty, count=1)
+                            mbarrier.arrive(empty.index(ADDER), count=1)
                             gl.inline_asm_elementwise(AWAIT_SUMS, "=r,r", [rank], dtype=gl.int32, is_pure=False, pack=1)
                             gl.atomic_add(turn_ptr, 1, sem="release")
                         step += 1
@@ -478,30 +515,52 @@ def await_scores(step, scores_full):
 
 
 @gluon.jit
-def multiply_keys(step, score_memory, key_memory, WARPGROUP: gl.constexpr, OPTIONS: gl.constexpr):
-    """Multiply a step's gradients of scores, of both warpgroups, with half of the columns of the keys."""
-    HALF: gl.constexpr = OPTIONS.block_d // 2
-    buffer = (step + BUFFERS) % BUFFERS
-    result = gl.full([ROWS, HALF], 0, gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16]))
-    for w in gl.static_range(WARPGROUPS):
-        keys = key_memory.index(w).reshape([ROWS, OPTIONS.block_d]).slice(WARPGROUP * HALF, HALF, 1)
-        scores = score_memory.index(WARPGROUPS * buffer + w)
-        result = warpgroup_mma(scores, keys, result, use_acc=w > 0, is_async=True)
-    return result
+def hands_over(step, WARPGROUP: gl.constexpr, TRANSPOSED: gl.constexpr):
+    """Say whether a warpgroup has a part in a step's gradient of queries.
+
+    Transposed, both have, for half of the columns each: both read all gradients of scores, but the product is short.
+    Else they take turns, each with all columns, which reads less shared memory.
+    """
+    has_part = True
+    if not TRANSPOSED:
+        has_part = step % WARPGROUPS == WARPGROUP
+    return has_part
 
 
 @gluon.jit
-def hand_over(result, step, memory, full, empty, WARPGROUP: gl.constexpr):
-    """Hand half of the columns of a step's gradient of queries to the warp that adds them up."""
+def begin_sums(
+    step, score_memory, key_memory, WARPGROUP: gl.constexpr, TRANSPOSED: gl.constexpr, OPTIONS: gl.constexpr
+):
+    """Begin to multiply a step's gradients of scores, of both warpgroups, with a warpgroup's columns of the keys."""
+    COLUMNS: gl.constexpr = OPTIONS.block_d // 2 if TRANSPOSED else OPTIONS.block_d
+    FIRST: gl.constexpr = WARPGROUP * COLUMNS if TRANSPOSED else 0
+    buffer = (step + BUFFERS) % BUFFERS
+    sums = gl.full([ROWS, COLUMNS], 0, gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16]))
+    for w in gl.static_range(WARPGROUPS):
+        keys = key_memory.index(w).reshape([ROWS, OPTIONS.block_d]).slice(FIRST, COLUMNS, 1)
+        scores = by_query(score_memory.index(WARPGROUPS * buffer + w), TRANSPOSED)
+        sums = warpgroup_mma(scores, keys, sums, use_acc=w > 0, is_async=True)
+    return sums
+
+
+@gluon.jit
+def hand_over(sums, step, memory, full, empty, WARPGROUP: gl.constexpr, OPTIONS: gl.constexpr):
+    """Hand a warpgroup's columns of a step's gradient of queries to the warp that adds them up."""
+    HALF: gl.constexpr = OPTIONS.block_d // 2
+    LINES: gl.constexpr = ROWS * HALF // LINE
+    before = step + ADDERS - 1  # an even number of steps after the one whose sums must be out of the way
+    mbarrier.wait(empty.index(before % ADDERS), (before // ADDERS & 1) ^ 1)
     # What a thread has, four numbers after the other; see order_of.
-    HALF: gl.constexpr = result.shape[1]
-    result = result.reshape([ROWS // 16, 2, 8, HALF // 8, 4, 2]).permute([0, 3, 2, 4, 1, 5])
-    result = result.reshape([ROWS * HALF // LINE, LINE])
-    mbarrier.wait(empty, (step & 1) ^ 1)
-    memory.index(WARPGROUP).store(result)
+    if sums.shape[1] == HALF:
+        sums = sums.reshape([ROWS // 16, 2, 8, HALF // 8, 4, 2]).permute([0, 3, 2, 4, 1, 5])
+        memory.index(WARPGROUP).store(sums.reshape([LINES, LINE]))
+    else:
+        halves = sums.reshape([ROWS // 16, 2, 8, 2, HALF // 8, 4, 2]).permute([0, 4, 2, 5, 1, 6, 3]).split()
+        for half in gl.static_range(2):
+            memory.index(half).store(halves[half].reshape([LINES, LINE]))
     fence_async_shared()
     synchronize()
-    mbarrier.arrive(full.index((step + ADDERS) % ADDERS), count=1)
+    mbarrier.arrive(full.index(step % ADDERS), count=1)
 
 
 @gluon.jit
@@ -526,6 +585,30 @@ def weigh_scores(
 
 
 @gluon.jit
+def begin_product(queries, keys, TRANSPOSED: gl.constexpr):
+    """Begin to multiply 64 queries, or gradients of the output, and 64 keys, or values."""
+    zeros = gl.full([ROWS, ROWS], 0, gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16]))
+    if TRANSPOSED:
+        product = warpgroup_mma(keys, queries.permute([1, 0]), zeros, use_acc=False, is_async=True)
+    else:
+        product = warpgroup_mma(queries, keys.permute([1, 0]), zeros, use_acc=False, is_async=True)
+    return product
+
+
+@gluon.jit
+def by_query(product, TRANSPOSED: gl.constexpr):
+    """Return a product as ``[queries, keys]``, or bring such a tile back to how the product lies; nothing moves."""
+    return product.permute([1, 0]) if TRANSPOSED else product
+
+
+@gluon.jit
+def as_operand(tile, OPTIONS: gl.constexpr):
+    """Turn ``[queries, keys]`` of a transposed product into the operand ``[keys, queries]``, which moves nothing."""
+    OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, OPTIONS.block_d, 16])
+    return gl.convert_layout(tile.permute([1, 0]), gl.DotOperandLayout(0, OUTPUT, 2), assert_trivial=True)
+
+
+@gluon.jit
 def differentiate(
     step, row, first, grad_key, grad_value, clearings, has_before, lengths, rules, numbers, hook_args,
     buffers, barriers, WARPGROUP: gl.constexpr, SCORE_HOOK: gl.constexpr, OPTIONS: gl.constexpr, MASKED: gl.constexpr,
@@ -542,17 +625,18 @@ def differentiate(
     query_memory, grad_memory, key_memory, value_memory, weight_memory, score_memory, sum_memory, of_rows = buffers
     shift_memory, delta_memory = of_rows
     query_loaded, grad_loaded, freed, scores_full, sums_full, sums_empty, cleared = barriers
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     ELEMENT: gl.constexpr = query_memory.dtype
     LATE: gl.constexpr = OPTIONS.group > EARLY
+    TRANSPOSED: gl.constexpr = SCORE_HOOK is None
     TILE: gl.constexpr = [ROWS, OPTIONS.block_d]
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
+    OF_ROWS: gl.constexpr = gl.SliceLayout(0 if TRANSPOSED else 1, SCORES)
     query_length = lengths[0]
     stage = step % STAGES
     query = query_memory.index(stage).reshape(TILE)
     grad = grad_memory.index(stage).reshape(TILE)
-    values = value_memory.index(WARPGROUP).reshape(TILE).permute([1, 0])
-    zeros = gl.full([ROWS, ROWS], 0, gl.float32, SCORES)
-    rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
+    keys = key_memory.index(WARPGROUP).reshape(TILE)
+    values = value_memory.index(WARPGROUP).reshape(TILE)
 
     mbarrier.wait(query_loaded.index(stage), step // STAGES & 1)
     if MASKED:  # noqa: SIM102 - conditions at compile time and at run time do not mix
@@ -563,45 +647,61 @@ def differentiate(
             mbarrier.arrive(cleared, count=1)
             mbarrier.wait(cleared, clearings & 1)
             clearings += 1
-    keys = key_memory.index(WARPGROUP).reshape(TILE).permute([1, 0])
-    products = warpgroup_mma(query, keys, zeros, use_acc=False, is_async=True)
+    products = begin_product(query, keys, TRANSPOSED)
     if LATE:
         products = warpgroup_mma_wait(0, deps=[products])
+        shift = shift_memory.index(stage).reshape([ROWS]).load(OF_ROWS)
         mbarrier.wait(grad_loaded.index(stage), step // STAGES & 1)
     else:
         mbarrier.wait(grad_loaded.index(stage), step // STAGES & 1)
-        grad_weights = warpgroup_mma(grad, values, zeros, use_acc=False, is_async=True)
+        grad_weights = begin_product(grad, values, TRANSPOSED)
+        # Before the wait, which hides how long it takes: transposed, a thread reads 16 of them.
+        shift = shift_memory.index(stage).reshape([ROWS]).load(OF_ROWS)
         products = warpgroup_mma_wait(1, deps=[products])
-    shift = shift_memory.index(stage).reshape([ROWS]).load(rows.type.layout)
+    products = by_query(products, TRANSPOSED)
+    rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, products.type.layout))
     weights, scores = weigh_scores(
         products, rows, first, shift, rules, numbers, hook_args, SCORE_HOOK, OPTIONS, MASKED, unlisted
     )  # fmt: skip
-    own_weights = weight_memory.index(WARPGROUP)
-    own_weights.store(weights.to(ELEMENT))
-    if LATE:
-        grad_weights = warpgroup_mma(grad, values, zeros, use_acc=False, is_async=True)
-    fence_async_shared()
-    synchronize()
-    grad_value = warpgroup_mma(own_weights.permute([1, 0]), grad, grad_value, is_async=True)
-    grad_weights = warpgroup_mma_wait(1, deps=[grad_weights])
-    delta = delta_memory.index(stage).reshape([ROWS]).load(rows.type.layout)
-    grad_scores = weights * (grad_weights - delta[:, None])
+    if TRANSPOSED:
+        own_weights = as_operand(weights.to(ELEMENT), OPTIONS)
+    else:
+        own_weights = weight_memory.index(WARPGROUP)
+        own_weights.store(weights.to(ELEMENT))
+        if LATE:
+            grad_weights = begin_product(grad, values, TRANSPOSED)
+        fence_async_shared()
+        synchronize()
+        own_weights = own_weights.permute([1, 0])
+    grad_value = warpgroup_mma(own_weights, grad, grad_value, is_async=True)
+    grad_weights = by_query(warpgroup_mma_wait(1, deps=[grad_weights]), TRANSPOSED)
+    delta = delta_memory.index(stage).reshape([ROWS]).load(OF_ROWS)
+    grad_scores = weights * (grad_weights - spread(delta, grad_weights))
     if OPTIONS.softcap:
         tanh_of_scores = scores / numbers[1]
         grad_scores *= 1.0 - tanh_of_scores * tanh_of_scores
+    grad_scores = grad_scores.to(ELEMENT)
     buffer = step % BUFFERS
     own_scores = score_memory.index(WARPGROUPS * buffer + WARPGROUP)
     # When both have the scores of the step before, both are done with what is in their place.
     await_scores(step - 1, scores_full)
-    own_scores.store(grad_scores.to(ELEMENT))
+    own_scores.store(by_query(grad_scores, TRANSPOSED))
     fence_async_shared()
     synchronize()
     mbarrier.arrive(scores_full.index(buffer), count=1)
-    sums = multiply_keys(step - 1, score_memory, key_memory, WARPGROUP, OPTIONS)
-    grad_key = warpgroup_mma(own_scores.permute([1, 0]), query, grad_key, is_async=True)
-    sums = warpgroup_mma_wait(1, deps=[sums])
-    if has_before:
-        hand_over(sums, step - 1, sum_memory, sums_full, sums_empty, WARPGROUP)
+    has_part = has_before & hands_over(step - 1, WARPGROUP, TRANSPOSED)
+    if TRANSPOSED:
+        sums = begin_sums(step - 1, score_memory, key_memory, WARPGROUP, TRANSPOSED, OPTIONS)
+        grad_key = warpgroup_mma(as_operand(grad_scores, OPTIONS), query, grad_key, is_async=True)
+        sums = warpgroup_mma_wait(1, deps=[sums])
+        if has_part:
+            hand_over(sums, step - 1, sum_memory, sums_full, sums_empty, WARPGROUP, OPTIONS)
+    else:
+        grad_key = warpgroup_mma(own_scores.permute([1, 0]), query, grad_key, is_async=True)
+        if has_part:
+            sums = begin_sums(step - 1, score_memory, key_memory, WARPGROUP, TRANSPOSED, OPTIONS)
+            sums = warpgroup_mma_wait(0, deps=[sums])
+            hand_over(sums, step - 1, sum_memory, sums_full, sums_empty, WARPGROUP, OPTIONS)
     grad_key, grad_value = warpgroup_mma_wait(0, deps=[grad_key, grad_value])
     synchronize()
     mbarrier.arrive(freed.index(stage), count=1)
@@ -659,15 +759,17 @@ def differentiate_items(work, hook_args, WARPGROUP: gl.constexpr, SCORE_HOOK: gl
                 before = rows_before(lengths, problem)
                 for run in range(RUNS * heads_of[1]):
                     entry = 0
+                    descending = False
                     if lists is None:
-                        masked_begin, masked_end, hot_end = runs_of(run % RUNS, begin, spans, end)
+                        descending = descends(phase, run // RUNS, lists)
+                        masked_begin, masked_end, hot_end = runs_of(run % RUNS, begin, spans, end, descending)
                     else:
                         head = kv_head * heads_of[1] + run
                         entries_ptr, masked_end, hot_end = entries_of(head, sequence, tile, problem)
                         masked_begin = masked_end * 0
                         entry = gl.load(entries_ptr)
                     for place in range(masked_begin, masked_end):
-                        query_tile, unlisted = place, 0
+                        query_tile, unlisted = nth_tile(place, begin, end, descending), 0
                         if lists is not None:
                             query_tile, unlisted = entry // TILES_FROM, entry % 2
                             entry = gl.load(entries_ptr + place + 1)  # ahead, as it takes long
@@ -678,7 +780,7 @@ def differentiate_items(work, hook_args, WARPGROUP: gl.constexpr, SCORE_HOOK: gl
                         )  # fmt: skip
                         step += 1
                     for place in range(masked_end, hot_end):
-                        query_tile = place
+                        query_tile = nth_tile(place, begin, end, descending)
                         if lists is not None:
                             query_tile = entry // TILES_FROM
                             entry = gl.load(entries_ptr + place + 1)
@@ -688,11 +790,11 @@ def differentiate_items(work, hook_args, WARPGROUP: gl.constexpr, SCORE_HOOK: gl
                             WARPGROUP, SCORE_HOOK, OPTIONS, False,
                         )  # fmt: skip
                         step += 1
-                if step > first_step:
+                if (step > first_step) & hands_over(step - 1, WARPGROUP, SCORE_HOOK is None):
                     await_scores(step - 1, barriers[3])
-                    sums = multiply_keys(step - 1, buffers[5], buffers[2], WARPGROUP, OPTIONS)
+                    sums = begin_sums(step - 1, buffers[5], buffers[2], WARPGROUP, SCORE_HOOK is None, OPTIONS)
                     sums = warpgroup_mma_wait(0, deps=[sums])
-                    hand_over(sums, step - 1, buffers[6], barriers[4], barriers[5], WARPGROUP)
+                    hand_over(sums, step - 1, buffers[6], barriers[4], barriers[5], WARPGROUP, OPTIONS)
                 synchronize()
                 mbarrier.arrive(key_barriers[1], count=1)
                 store_keys(grad_key * numbers[0], grad_key_ptr, strides, kv_head, first_key, first, length, OPTIONS)
@@ -701,21 +803,23 @@ def differentiate_items(work, hook_args, WARPGROUP: gl.constexpr, SCORE_HOOK: gl
 
 @gluon.jit(
     do_not_specialize=[
-        "tail_start", "tiles_of_queries", "batch", "tiles_per_head", "num_sinks", "window", "sliding_window",
-        "lists", "hook_args",
+        "tail_start", "tiles_of_queries", "first_head", "batch", "tiles_per_head", "num_sinks", "window",
+        "sliding_window", "lists", "hook_args",
     ]
 )  # fmt: skip
 def attention_backward_hopper(
     query_descriptor, grad_descriptor, key_descriptor, value_descriptor, key_tail_descriptor, value_tail_descriptor,
     tail_start, sums_descriptor, shift_descriptor, delta_descriptor, grad_key_ptr, grad_value_ptr, turns_ptr,
-    begins_ptr, tiles_of_queries, strides, sequences, heads_of, numbers, batch, tiles_per_head, num_sinks, window,
-    sliding_window, lists, hook_args, SCORE_HOOK: gl.constexpr, OPTIONS: gl.constexpr,
+    begins_ptr, tiles_of_queries, strides, sequences, heads_of, first_head, numbers, batch, tiles_per_head, num_sinks,
+    window, sliding_window, lists, hook_args, SCORE_HOOK: gl.constexpr, OPTIONS: gl.constexpr,
 ):  # fmt: skip
     """Compute gradients of packed queries, keys and values; see :mod:`.hopper_backward_launch`.
 
+    It does so for ``heads_of[0]`` heads of keys from ``first_head`` on, and the heads of queries that share them.
     Gradients of keys and values of no sequence are left as they are. Those of queries are added up in FP32, unscaled,
-    ``[heads, tiles_of_queries, ROWS * dim]`` in lines, through a descriptor. Of each head, tiles of all sequences
-    follow each other, and begin at ``begins_ptr``, ``[batch]``. Turns are ``[heads, tiles_of_queries]``, 0 at first.
+    ``[heads of the launch, tiles_of_queries, ROWS * dim]`` in lines, through a descriptor. Of each head, tiles of all
+    sequences follow each other, and begin at ``begins_ptr``, ``[batch]``. Turns are ``[heads, tiles_of_queries]``, 0 at
+    first.
     """
     ELEMENT: gl.constexpr = query_descriptor.dtype
     DIM: gl.constexpr = OPTIONS.block_d
@@ -728,6 +832,7 @@ def attention_backward_hopper(
     delta_memory = gl.allocate_shared_memory(gl.float32, [STAGES, 1, ROWS], delta_descriptor.layout)
     key_memory = gl.allocate_shared_memory(ELEMENT, TILE, key_descriptor.layout)
     value_memory = gl.allocate_shared_memory(ELEMENT, TILE, value_descriptor.layout)
+    # Without a hook it is not used, and the compiler leaves it out.
     weight_memory = gl.allocate_shared_memory(ELEMENT, [WARPGROUPS, ROWS, ROWS], SQUARE)
     score_memory = gl.allocate_shared_memory(ELEMENT, [BUFFERS * WARPGROUPS, ROWS, ROWS], SQUARE)
     sum_memory = gl.allocate_shared_memory(
@@ -741,7 +846,7 @@ def attention_backward_hopper(
     keys_loaded = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     keys_freed = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     sums_full = gl.allocate_shared_memory(gl.int64, [ADDERS, 1], BARRIER)
-    sums_empty = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    sums_empty = gl.allocate_shared_memory(gl.int64, [ADDERS, 1], BARRIER)
     cleared = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     for stage in gl.static_range(STAGES):
         mbarrier.init(query_loaded.index(stage), count=1)
@@ -752,14 +857,15 @@ def attention_backward_hopper(
     mbarrier.init(keys_loaded, count=1)
     mbarrier.init(keys_freed, count=WARPGROUPS)
     for adder in gl.static_range(ADDERS):
-        mbarrier.init(sums_full.index(adder), count=WARPGROUPS)
-    mbarrier.init(sums_empty, count=1)
+        mbarrier.init(sums_full.index(adder), count=WARPGROUPS if SCORE_HOOK is None else 1)
+        mbarrier.init(sums_empty.index(adder), count=1)
     mbarrier.init(cleared, count=WARPGROUPS)
     fence_async_shared()
     synchronize()
 
     keys = (key_descriptor, key_tail_descriptor, tail_start)
     values = (value_descriptor, value_tail_descriptor, tail_start)
+    heads_of = (heads_of[0], heads_of[1], first_head)
     problem = (sequences, heads_of, batch, tiles_per_head, (num_sinks, window, sliding_window), lists)
     tiles = (query_memory, grad_memory, shift_memory, delta_memory, key_memory, value_memory)
     loading = (query_loaded, grad_loaded, freed, keys_loaded, keys_freed)

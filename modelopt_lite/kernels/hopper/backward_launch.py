@@ -103,11 +103,17 @@ def prepare(grad: Tensor, request: AttentionRequest) -> Backward:
     (total, query_heads, head_dim), kv_heads, batch = r.q.shape, r.k.shape[1], r.starts_q.shape[0]
     options = options_of(r, SETTINGS)._replace(pair=min(r.group, 2))
     tiles = max(1, cdiv(r.max_k, KEYS.value))
-    items = batch * kv_heads * (cdiv(tiles, 2) if r.blocks is None else tiles)
+    members = query_heads // kv_heads
+    if r.blocks is None:
+        heads = heads_of_launch(kv_heads, batch * cdiv(tiles, 2), processors(device))
+        items = batch * heads * cdiv(tiles, 2)
+    else:
+        heads, items = kv_heads, batch * kv_heads * tiles
     # With lists, the first and the last tile of a sequence may both have fewer rows.
     query_tiles = total // ROWS.value + batch * (1 if r.blocks is None else 2)
     rows, columns = query_heads * query_tiles, ROWS.value
-    lines = rows * columns * head_dim // LINE.value
+    rows_of_launch = heads * members * query_tiles
+    lines = rows_of_launch * columns * head_dim // LINE.value
     of_rows = _descriptor([rows, columns], [1, columns], 0, device)
     of_sums = _descriptor(
         [lines, LINE.value], [columns * head_dim // WARPGROUPS.value // LINE.value, LINE.value], 128, device
@@ -134,7 +140,7 @@ def prepare(grad: Tensor, request: AttentionRequest) -> Backward:
     launch_after = Launch(round_gradients, device, head_dim)
     prepare_entries = None if r.blocks is None else Entries(r, tiles, options)
     programs = min(items, processors(device))
-    rest = ((kv_heads, query_heads // kv_heads), (r.softmax_scale, r.softcap or 0.0), batch, tiles, *distances(r))
+    rest = ((r.softmax_scale, r.softcap or 0.0), batch, tiles, *distances(r))
     hook_args = hook_arguments(plan)
 
     def run(
@@ -155,25 +161,42 @@ def prepare(grad: Tensor, request: AttentionRequest) -> Backward:
         )  # fmt: skip
         tails = [None, None] if tail_rows == 0 else [_tail(x, tail_rows, tail_start) for x in (r.k, r.v)]
         entries = None if prepare_entries is None else prepare_entries(r)
-        try:
-            launch(
-                programs, rebased(of_queries, r.q), rebased(of_grad, grad), rebased(of_keys, r.k),
-                rebased(of_values, r.v), *(rebased(of_tail, x) for x in tails), tail_start, rebased(of_sums, sums),
-                rebased(of_rows, shift), rebased(of_rows, delta), grad_k, grad_v, turns, begins, query_tiles,
-                key_strides, (r.starts_q, r.lengths_q, r.starts_k, r.lengths_k), *rest, entries, hook_args,
+        for first_head in range(0, kv_heads, heads):
+            try:
+                launch(
+                    programs, rebased(of_queries, r.q), rebased(of_grad, grad), rebased(of_keys, r.k),
+                    rebased(of_values, r.v), *(rebased(of_tail, x) for x in tails), tail_start, rebased(of_sums, sums),
+                    rebased(of_rows, shift), rebased(of_rows, delta), grad_k, grad_v, turns, begins, query_tiles,
+                    key_strides, (r.starts_q, r.lengths_q, r.starts_k, r.lengths_k), (heads, members), first_head,
+                    *rest, entries, hook_args,
+                )  # fmt: skip
+            except CompilationError as error:
+                if plan.score_hook is None:
+                    raise
+                _UNCOMPILABLE[plan.score_hook] = f"Gluon cannot compile the hook {plan.score_hook.__name__}: {error}"
+                raise HookRefusedError(_UNCOMPILABLE[plan.score_hook]) from None
+            launch_after(
+                rows_of_launch, sums, shift, grad_q, begins, r.starts_q, lengths, r.softmax_scale, batch, query_tiles,
+                first_head * members, heads * members, query_strides,
             )  # fmt: skip
-        except CompilationError as error:
-            if plan.score_hook is None:
-                raise
-            _UNCOMPILABLE[plan.score_hook] = f"Gluon cannot compile the hook {plan.score_hook.__name__}: {error}"
-            raise HookRefusedError(_UNCOMPILABLE[plan.score_hook]) from None
-        launch_after(
-            rows, sums, shift, grad_q, begins, r.starts_q, lengths, r.softmax_scale, batch, query_tiles, query_heads,
-            query_strides,
-        )  # fmt: skip
         return grad_q, grad_k, grad_v, gradient_of_sink_logits(r, *(x.view(query_heads, -1) for x in (shift, delta)))
 
     return run
+
+
+def heads_of_launch(kv_heads: int, items: int, programs: int) -> int:
+    """Return of how many heads of keys a launch computes gradients.
+
+    It has memory for the sums of these alone. So they are few, but not so few that multiprocessors are left without an
+    item more often.
+
+    Args:
+        kv_heads: how many heads there are.
+        items: items of a head.
+        programs: how many items are computed at the same time.
+    """
+    divisors = [heads for heads in range(1, kv_heads + 1) if kv_heads % heads == 0]
+    return min(divisors, key=lambda heads: (kv_heads // heads * cdiv(heads * items, programs), heads))
 
 
 def _descriptor(shape: list[int], box: list[int], swizzle: int, device: torch.device) -> TensorDescriptor:
