@@ -115,13 +115,13 @@ class Problem:
 
 @dataclass
 class Entry:
-    """One call to measure, and what its row says of it: of a method that chooses its knob, too."""
+    """One call to measure, and what its row says of it: of a method that chooses its knob, of a package its version."""
 
     method: str
     share_skipped: float
     selection_included: bool
     call: Call
-    settings: dict[str, float] = field(default_factory=dict)
+    settings: dict[str, float | str] = field(default_factory=dict)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, packing: tuple[Tensor, Tensor, int], **options: Any) -> Tensor:
@@ -184,13 +184,14 @@ def flash_attention_4_of(problem: Problem) -> Iterator[Entry]:
     """FlashAttention-4 with the same lists; forward alone."""
     if flash_attention_4 is None or problem.which != "forward":
         return
+    version = {"flash-attn-4": importlib.metadata.version("flash-attn-4")}
     for share in problem.shares:
         mask = problem.random_mask(share)
         on_diagonal, full = (_lists(x) for x in _split(mask))
         lists = BlockSparseTensorsTorch(*on_diagonal, *full, block_size=(BLOCK_SIZE, BLOCK_SIZE))
         forward_call = functools.partial(flash_attention_4, causal=True, block_sparse_tensors=lists, pack_gqa=False)
-        tensors = [problem.q, problem.k, problem.v]
-        yield Entry("flash_attention_4", skipped(mask), False, functools.partial(forward_call, *tensors))
+        call = functools.partial(forward_call, problem.q, problem.k, problem.v)
+        yield Entry("flash_attention_4", skipped(mask), False, call, version)
 
 
 def _sees(_: Tensor, __: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -289,8 +290,7 @@ def main() -> None:
 
     device = recording.device_name()
     output = arguments.output or recording.default_output("skip", device)
-    fa4 = None if flash_attention_4 is None else importlib.metadata.version("flash-attn-4")
-    results = recording.header(device, **{"flash-attn-4": fa4})
+    results = recording.header(device)
     rows = recording.rows_before(output, results)
     makers = [METHODS[name] for name in arguments.methods] + [PEERS[name] for name in arguments.peers]
     tensors = tensors_of(arguments)

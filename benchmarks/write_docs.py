@@ -146,9 +146,9 @@ def time_to_first_token() -> str:
     return model_table("ttft", layers=32)
 
 
-def lists_table() -> str:
-    """Return how much faster attention with lists of key blocks is than dense attention."""
-    rows = rows_of("skip-nvidia-h200", head_dim=128, inputs="random", **{"pass": "forward"})
+def lists_table(which: str = "forward") -> str:
+    """Return how much faster a pass of attention with lists of key blocks is than that of dense attention."""
+    rows = rows_of("skip-nvidia-h200", head_dim=128, inputs="random", **{"pass": which})
     names = {"lists": "our kernels", "lists_2:4": "our kernels with 2:4", "flex_attention": "FlexAttention"}
     names |= {"flash_attention_4": "FlashAttention-4"}
     names = {key: name for key, name in names.items() if any(row["method"] == key for row in rows)}
@@ -546,6 +546,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "padded batch": functools.partial(model_table, "batch", layers=32),
     "decode of a model": functools.partial(model_table, "decode", layers=32),
     "lists": lists_table,
+    "lists backward": functools.partial(lists_table, "forward_backward"),
     "chosen blocks": chosen_table,
     "skip-softmax": skip_softmax_table,
     "statistics": statistics_table,

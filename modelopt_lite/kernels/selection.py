@@ -68,22 +68,46 @@ def select_before_skipping(request: AttentionRequest) -> tuple[KeyBlocks, Tensor
         logarithms of the thresholds of query blocks, FP32 ``[query_blocks]``, ``-inf`` where nothing is skipped.
     """
     grid = BlockGrid(request.without_pages(), *request.grid)
-    selector, skip = request.plan.blocks, request.plan.skip
-    assert skip is not None
-    # Which blocks there are and their thresholds depend on the packing alone.
-    numbers = (skip, request.is_causal, request.sliding_window, request.plan.sparse_decode)
-    everything, log_thresholds = grid.once((grid.starts,), numbers, lambda: _before_skipping(grid, skip))
+    selector = request.plan.blocks
+    everything, log_thresholds = _before_skipping(grid)
     if selector is None or 0 in grid.shape:
         return everything, log_thresholds
     (mask,) = _selected(request, grid, grid.seen(), [selector])
     return KeyBlocks.from_mask(mask, grid.starts, *request.grid), log_thresholds
 
 
-def _before_skipping(grid: BlockGrid, skip: SkipRule) -> tuple[KeyBlocks, Tensor]:
+def _before_skipping(grid: BlockGrid) -> tuple[KeyBlocks, Tensor]:
     """Return lists of all key blocks that are seen, the same for all heads, and the logarithms of thresholds."""
-    seen = grid.seen()
-    log_thresholds = _log_thresholds(grid, seen, skip).masked_fill(grid.is_dense(), -torch.inf)
-    return KeyBlocks.from_mask(seen[None], grid.starts, grid.block_size, grid.block_rows), log_thresholds.float()
+
+    def find() -> KeyBlocks:
+        return KeyBlocks.from_mask(grid.seen()[None], grid.starts, grid.block_size, grid.block_rows)
+
+    request = grid.request
+    blocks = grid.once((grid.starts,), (request.is_causal, request.sliding_window), find)
+    return blocks, _log_thresholds_once(grid)
+
+
+def _log_thresholds_once(grid: BlockGrid) -> Tensor:
+    """Return the logarithms of thresholds of query blocks, FP32 ``[query_blocks]``, ``-inf`` where none is skipped."""
+    request, skip = grid.request, grid.request.plan.skip
+    assert skip is not None
+
+    def find() -> Tensor:
+        return _log_thresholds(grid, grid.seen(), skip).masked_fill(grid.is_dense(), -torch.inf).float()
+
+    # They depend on the packing alone.
+    return grid.once(
+        (grid.starts,), (skip, request.is_causal, request.sliding_window, request.plan.sparse_decode), find
+    )
+
+
+def not_skipped(grid: BlockGrid) -> KeyBlocks | None:
+    """Return what a skip rule leaves of all key blocks, by a kernel; None if it has to be found otherwise."""
+    if 0 in grid.shape or (excess := skip_excess(grid, None)) is None:
+        return None
+    seen, forced = grid.marked(0, 0)
+    skipped = (excess < _log_thresholds_once(grid)[:, None]) & (excess > -torch.inf)
+    return KeyBlocks.of_choice(~skipped, seen, forced, grid)
 
 
 @torch.no_grad()

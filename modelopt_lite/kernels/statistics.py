@@ -11,16 +11,18 @@ from .blocked import count_blocked
 from .blocks import BlockGrid, KeyBlocks
 from .language import tl
 from .request import AttentionRequest
-from .selection import chosen_blocks
+from .selection import chosen_blocks, not_skipped
 
 if tl is not None:
     from . import statistics_launch
 
 COUNTS = ("rows", "visible", "kept", "mass", "blocks", "blocks_visited", "blocks_skipped")
 """What is counted for each head; see :class:`AttentionStatistics`."""
-MASS = COUNTS.index("mass")
-SAMPLED_BLOCKS = 8
-"""Query blocks of a long sequence that are sampled, at least; up to twice as many are all counted."""
+MASS, SKIPPED = COUNTS.index("mass"), COUNTS.index("blocks_skipped")
+SAMPLED_BLOCKS = 4
+"""Query blocks of a long sequence that are sampled, at least."""
+WHOLE_BLOCKS = 16
+"""Query blocks of a sequence from which on there is a sample."""
 
 
 class AttentionStatistics(NamedTuple):
@@ -85,30 +87,43 @@ def count(request: AttentionRequest) -> Tensor:
         For each query head what :data:`COUNTS` names, FP64 ``[query_heads, 7]``; all but the mass are exact.
     """
     request = request.without_pages()._replace(s_aux=None)
-    heads, plan = request.q.shape[1], request.plan
-    of_blocks = None
-    if request.blocks is not None or plan.chooses_blocks:
+    plan, skips, skipped = request.plan, False, None
+    if request.blocks is None and plan.chooses_blocks:
         grid = BlockGrid(request, *request.grid)
-        skipped = grid.starts.new_zeros((), dtype=torch.int64)
-        if request.blocks is None:
-            mask, skips = chosen_blocks(request, grid)
-            if skips is not None:
-                mask, skipped = mask & ~skips, skips.sum((1, 2))
-            request = request._replace(blocks=KeyBlocks.from_mask(mask, grid.starts, *request.grid))
-        assert request.blocks is not None
-        visited = request.blocks.counts.sum(1)
-        if len(visited) < heads:
-            visited = visited.repeat_interleave(heads // len(visited), output_size=heads)
-        masks = ("seen", request.is_causal, request.sliding_window)
-        seen = grid.once((grid.starts,), masks, lambda: grid.seen().sum())
-        of_blocks = torch.stack([seen.expand(heads), visited, skipped.expand(heads)], 1)
-    if tl is not None and request.q.is_cuda and statistics_launch.refusal(request) is None:
-        counts = statistics_launch.count(request)
+        blocks = not_skipped(grid) if plan.blocks is None and plan.keep is None else None
+        skips = blocks is not None
+        if blocks is None:
+            mask, skipping = chosen_blocks(request, grid)
+            if skipping is not None:
+                mask, skipped = mask & ~skipping, skipping.sum((1, 2))
+            blocks = KeyBlocks.from_mask(mask, grid.starts, *request.grid)
+        request = request._replace(blocks=blocks)
+    if _runs_kernel(request):
+        counts = statistics_launch.count(request, skips=skips)
     else:
-        counts = count_blocked(request)
-    if of_blocks is None:
-        return torch.nn.functional.pad(counts, (0, len(COUNTS) - counts.shape[1]))
-    return torch.cat([counts, of_blocks], 1)
+        counts = torch.nn.functional.pad(count_blocked(request), (0, len(COUNTS) - MASS - 1))
+        if request.blocks is not None:
+            counts[:, MASS + 1 :] = _count_blocks(request, request.blocks, skips)
+    if skipped is not None:
+        counts[:, SKIPPED] = skipped
+    return counts
+
+
+def _runs_kernel(request: AttentionRequest) -> bool:
+    return tl is not None and request.q.is_cuda and statistics_launch.refusal(request) is None
+
+
+def _count_blocks(request: AttentionRequest, blocks: KeyBlocks, skips: bool) -> Tensor:
+    """Return how many key blocks are seen, listed, and if ``skips`` not listed, of each query head."""
+    grid, heads = BlockGrid(request, *request.grid), request.q.shape[1]
+    if 0 in blocks.counts.shape:
+        return blocks.counts.new_zeros(heads, 3)
+    row = (blocks.starts - grid.starts)[grid.sequence] + torch.arange(grid.shape[0], device=blocks.starts.device)
+    exists = grid.low_q <= grid.high_q
+    listed = blocks.counts[:, row.clamp(0, blocks.counts.shape[1] - 1)].where(exists, 0).sum(1)
+    listed = listed.repeat_interleave(heads // len(listed))
+    seen = grid.seen().sum().expand(heads)
+    return torch.stack([seen, listed, (seen - listed) * skips], 1)
 
 
 def sample_interval(request: AttentionRequest) -> int:
@@ -117,12 +132,15 @@ def sample_interval(request: AttentionRequest) -> int:
     With ``n`` query blocks in the longest sequence that is the largest power of two up to ``n / SAMPLED_BLOCKS``, so
     that the cost grows as the length, not as its square. It is a power of two, so that a prompt in chunks is sampled as
     evenly as one at once; and no more than the query blocks of the call, so that every call counts some. All are
-    counted where queries are not the last of the keys that they see.
+    counted below ``WHOLE_BLOCKS``, and where queries are not the last of the keys that they see.
     """
     rows, longest = request.grid[1], min(request.max_q, request.q.shape[0])
     if not request.is_causal or request.first_q is not None or longest == 0:
         return 1
-    most = min(-(-request.max_k // rows) // SAMPLED_BLOCKS, -(-longest // rows))
+    blocks = -(-request.max_k // rows)
+    if blocks < WHOLE_BLOCKS:
+        return 1
+    most = min(blocks // SAMPLED_BLOCKS, -(-longest // rows))
     return 1 << max(0, most.bit_length() - 1)
 
 
@@ -143,34 +161,31 @@ def sample(request: AttentionRequest, every: int) -> AttentionRequest:
         zip(("starts_q", "lengths_q", "starts_k", "lengths_k", "first_k"), found, strict=True)
     )
     if r.blocks is not None:
-        row = (r.blocks.starts[:, None] + row).flatten().clamp(0, r.blocks.counts.shape[1] - 1)
-        changes["blocks"] = r.blocks._replace(
-            counts=r.blocks.counts[:, row].where(changes["lengths_q"] > 0, 0),
-            indices=r.blocks.indices[:, row],
-            starts=torch.arange(len(row), device=row.device, dtype=torch.int32),
+        starts, last = r.blocks.starts, r.blocks.counts.shape[1] - 1
+        # Each sequence's list is one of those that are there.
+        starts = r.once(
+            (starts, row), ("sampled lists", last), lambda: (starts[:, None] + row).flatten().clamp(0, last).int()
         )
+        changes["blocks"] = r.blocks._replace(starts=starts)
     return r._replace(counts=None, max_q=min(rows, r.max_q), **changes)
 
 
 def _sampled_packing(request: AttentionRequest, rows: int, every: int) -> tuple[tuple[Tensor | None, ...], Tensor]:
     """Return the packing of sampled query blocks, and which of their sequence's they are, ``[batch, blocks]``."""
-    r, step = request, rows * every
-    first_k = torch.zeros_like(r.lengths_k) if r.first_k is None else r.first_k
-    end = first_k + r.lengths_k
-    first_q = end - r.lengths_q
+    r, step, offset = request, rows * every, every // 2 * rows
+    end = r.lengths_k if r.first_k is None else r.first_k + r.lengths_k
+    first_q = (end - r.lengths_q)[:, None]
     # The first sampled block that has queries of the call, and as many more as there may be.
-    offset = every // 2 * rows
-    origin = ((first_q - offset - rows).div(step, rounding_mode="floor") + 1) * step + offset
-    each = torch.arange((r.max_q + rows - 2) // step + 1, device=origin.device, dtype=origin.dtype)
-    origin = origin[:, None] + each * step
-    begin = origin.maximum(first_q[:, None])
+    each = torch.arange(0, (r.max_q + rows - 2) // step * step + 1, step, device=end.device, dtype=end.dtype)
+    origin = (first_q - (offset + rows)) // step * step + (each + (step + offset))
+    begin = origin.maximum(first_q)
     stop = (origin + rows).minimum(end[:, None])
     number = stop - begin
-    number = number.where(number > 1, 0)
-    starts_q = (r.starts_q[:, None] + begin - first_q[:, None]).where(number > 0, 0)
-    lengths_k = (stop - first_k[:, None]).where(number > 0, 0)
-    starts_k, firsts = (x[:, None].expand_as(origin) for x in (r.starts_k, first_k))
-    block = origin.div(rows, rounding_mode="floor") - first_q[:, None].div(rows, rounding_mode="floor")
-    found = (starts_q, number, starts_k, lengths_k, firsts)
-    starts_q, lengths_q, starts_k, lengths_k, firsts = (x.flatten().contiguous() for x in found)
-    return (starts_q, lengths_q, starts_k, lengths_k, None if r.first_k is None else firsts), block
+    exists = number > 1
+    keys = stop if r.first_k is None else stop - r.first_k[:, None]
+    starts_q, lengths_q, lengths_k = (
+        (x * exists).flatten() for x in (begin + (r.starts_q[:, None] - first_q), number, keys)
+    )
+    starts_k, firsts_k = (None if x is None else x.repeat_interleave(len(each)) for x in (r.starts_k, r.first_k))
+    block = origin // rows - first_q // rows
+    return (starts_q, lengths_q, starts_k, lengths_k, firsts_k), block

@@ -394,6 +394,7 @@ def test_statistics_of_a_sample(model, entry, pieces, monkeypatch):
     """They are near those of all queries, in chunks as in one piece, and change no logits."""
     length, sampled = (240, 5) if "block_size" in str(entry) else (700, 3)
     monkeypatch.setattr("modelopt_lite.kernels.statistics.SAMPLED_BLOCKS", sampled)
+    monkeypatch.setattr("modelopt_lite.kernels.statistics.WHOLE_BLOCKS", 2 * sampled)
     ids = torch.randint(101, (2, length), generator=torch.Generator().manual_seed(1))
     mtsa.sparsify(model, {"sparse_cfg": {"*": entry}})
 

@@ -95,7 +95,7 @@ def test_kernels_fit_the_gpu(compiled, index):
     assert set(found) == {
         "lay_out", "mark_blocks", "mean_rows", "multiply_means", "sum_softmax", "antidiagonal_tile",
         "join_antidiagonals", "choose_largest", "choose_above", "list_rows", "excess_of_blocks",
-        "count_scores",
+        "count_scores", "join_parts",
     } | ({"split_numbers"} if dtype != FP32 else set())  # fmt: skip
     for name, kernel in found.items():
         assert kernel["shared"] <= SHARED_LIMIT[capability]

@@ -148,6 +148,7 @@ def test_statistics(method, dtype, monkeypatch):
     request = packed_request(heads=(4, 2), dims=(128, 128), dtype=dtype, exact=True, plan=method.shared_plan())
     request = request._replace(v=request.k)
     monkeypatch.setattr(statistics, "SAMPLED_BLOCKS", 2)
+    monkeypatch.setattr(statistics, "WHOLE_BLOCKS", 4)
 
     def count():
         sampled, times, _ = count_prefill(request, is_exact=False)

@@ -23,26 +23,27 @@ interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reas
 SIZES = st.sampled_from([(16, 16), (32, 16), (16, 32)])
 
 
-def check_kernel(request, sizes):
+def check_kernel(request, sizes, parts=1):
     tiles = Settings(*sizes, num_warps=4, num_stages=1, descriptors=False, frozen=False)
-    counts = statistics_launch.count(request, statistics_launch.portable_launch.fitted(tiles, request.blocks))
+    counts = statistics_launch.count(request, statistics_launch.portable_launch.fitted(tiles, request.blocks), parts)
     assert_same_counts(counts, counts_by_oracle(request))
+    assert_same_counts(counts, count(request))
 
 
 @interpreted
 @pytest.mark.usefixtures("poison")
-@given(plans().flatmap(lambda plan: requests(longest=60, batch=2, plan=plan)), SIZES)
+@given(plans().flatmap(lambda plan: requests(longest=60, batch=2, plan=plan)), SIZES, st.integers(1, 3))
 @settings(max_examples=25, deadline=None)
-def test_kernel(request, sizes):
-    check_kernel(request, sizes)
+def test_kernel(request, sizes, parts):
+    check_kernel(request, sizes, parts)
 
 
 @interpreted
 @pytest.mark.usefixtures("poison")
-@given(plans().flatmap(lambda plan: with_lists(longest=60, batch=2, plan=plan)), SIZES)
+@given(plans().flatmap(lambda plan: with_lists(longest=60, batch=2, plan=plan)), SIZES, st.integers(1, 3))
 @settings(max_examples=25, deadline=None)
-def test_kernel_with_lists(request, sizes):
-    check_kernel(request, sizes)
+def test_kernel_with_lists(request, sizes, parts):
+    check_kernel(request, sizes, parts)
 
 
 @interpreted
@@ -98,9 +99,9 @@ def test_sample(plan, every, has_lists, data):
 def test_sample_interval():
     q = torch.zeros(40_000, 1, 8)
     request = one_sequence(q, q, q)
-    lengths = {1: 1, 1920: 1, 1921: 2, 2048: 2, 3968: 2, 3969: 4, 8192: 8, 32768: 32}
+    lengths = {1: 1, 1920: 1, 1921: 4, 2048: 4, 3968: 4, 3969: 8, 8192: 16, 32768: 64}
     assert {n: sample_interval(request._replace(max_q=n, max_k=n)) for n in lengths} == lengths
-    chunks = {2: 1, 128: 1, 129: 2, 512: 4, 700: 4, 4096: 32}
+    chunks = {2: 1, 128: 1, 129: 2, 512: 4, 700: 4, 4096: 32, 8192: 64}
     assert {n: sample_interval(request._replace(max_q=n, max_k=32768)) for n in chunks} == chunks
     for changes in ({"is_causal": False}, {"first_q": torch.tensor([0])}):
         assert sample_interval(request._replace(max_k=8192, **changes)) == 1
