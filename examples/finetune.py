@@ -412,7 +412,7 @@ def run(config: FinetuneConfig) -> None:
     refuse_parallel()
     refuse_other_run(config)
     unfinished = [variant for variant in config.variants if not (config.folder(variant) / RESULT).exists()]
-    if unfinished:
+    if unfinished or not (config.output_dir / DENSE_SPEED).exists():
         with console.status("starting") as status:
             tell = status.update if console.is_terminal else console.print  # a status shows on a terminal alone
             dense, tokenizer = load_model(config.model, torch.float32, "cpu", lambda what, *_: tell(what))

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .config import ConfigSource, SparsityConfig
 from .conversion import sparsify, unsparsify
-from .errors import ConfigError
+from .errors import ConfigError, UnsupportedError
 from .experiment.measuring import Data, Journal, check_dense, describe_model, digest, progress_bar, read_windows
 from .kernels import AttentionRequest, visited_blocks
 from .methods import CalibratedMethod, Combined, SparseAttentionMethod
@@ -182,7 +182,7 @@ def calibrate(
         ConfigError: if an argument is wrong, no method has a knob, a list of methods has two, or a fit is not possible.
         UnsupportedError: if the model has a layer that is not supported.
     """
-    targets = check_targets(target=target, decode_target=decode_target)
+    targets = check_targets(target, decode_target)
     check_dense(model)
     config = SparsityConfig.load(config)
     methods = _calibrated(config)
@@ -195,6 +195,12 @@ def calibrate(
     for pattern, method in methods.items():
         if form == "exponential" and method.knob.scale != "log":
             raise ConfigError(f"form: 'exponential' is not allowed for {method.method} (sparse_cfg.{pattern})")
+    for phase in targets:
+        try:
+            _plans(config, _methods_of(methods, phase), phase)
+        except ConfigError as error:
+            name = {"prefill": "target", "decode": "decode_target"}[phase]
+            raise ConfigError(f"{name}: cannot be calibrated with this config: {error}") from None
     tokens = read_windows(data, model, tokenizer, lengths, windows, seed)
     header = {
         "kind": "calibration",
@@ -222,21 +228,29 @@ def calibrate(
     return result
 
 
-def check_targets(**given: float | None) -> dict[Phase, float]:
+def check_targets(
+    target: float | None, decode_target: float | None, names: tuple[str, str] = ("target", "decode_target")
+) -> dict[Phase, float]:
     """Return the target of each phase, from the arguments of :func:`calibrate`.
+
+    Args:
+        target: of prefill.
+        decode_target: of decode steps.
+        names: what errors call them.
 
     Raises:
         ConfigError: if none is given, or one is out of its range.
     """
-    phases: dict[str, Phase] = {"target": "prefill", "decode_target": "decode"}
-    found = {}
-    for name, value in given.items():
-        if value is not None and not 0 < value < 1:
+    found: dict[Phase, float] = {}
+    phases: tuple[tuple[Phase, float | None], ...] = (("prefill", target), ("decode", decode_target))
+    for name, (phase, value) in zip(names, phases, strict=True):
+        if value is None:
+            continue
+        if not 0 < value < 1:
             raise ConfigError(f"{name}: {value!r} is not allowed; a number > 0 and < 1")
-        if value is not None:
-            found[phases[name]] = value
+        found[phase] = value
     if not found:
-        raise ConfigError("target: is missing; must have target or decode_target")
+        raise ConfigError(f"{names[0]}: is missing; must have {names[0]} or {names[1]}")
     return found
 
 
@@ -250,15 +264,13 @@ def _read(
     sparse: SparsityConfig | None,
 ) -> dict[str, _Tables]:
     """Let the model read all windows, dense or as another configuration says; return what each pattern counted."""
-    methods = {pattern: method for pattern, method in _calibrated(config).items() if phase in method.knobs()}
+    methods = _methods_of(_calibrated(config), phase)
     plans = _plans(config, methods, phase)
     # Layers that are dense in decode do not hand over what they compute there.
     sparsify(model, sparse or _with_knobs(config, methods, phase))
     counters = _counters(model, config, plans, phase, is_dense=sparse is None)
     prefix = "" if sparse is None else digest(torch.tensor(list(sparse.model_dump_json().encode()))) + "/"
-    tables = {
-        pattern: _Tables(pattern, method, config.sparse_cfg[pattern], phase) for pattern, method in methods.items()
-    }
+    tables = {pattern: _Tables(pattern, method, phase) for pattern, method in methods.items()}
     measure = {"prefill": _measure, "decode": _measure_decode}[phase]
     for window in tokens:
         step(f"{phase}, {window.numel()} tokens")
@@ -282,6 +294,11 @@ def _calibrated(config: SparsityConfig) -> dict[str, CalibratedMethod]:
         if knobs and knobs[0].enable:
             found[pattern] = knobs[0]
     return found
+
+
+def _methods_of(methods: Mapping[str, CalibratedMethod], phase: Phase) -> dict[str, CalibratedMethod]:
+    """Return the methods that can be sparse in a phase."""
+    return {pattern: method for pattern, method in methods.items() if phase in method.knobs()}
 
 
 def _replaced(entry: Any, old: CalibratedMethod, new: CalibratedMethod) -> SparseAttentionMethod:
@@ -391,6 +408,8 @@ def _measure_decode(model: nn.Module, counters: Mapping[Any, _Counter], window: 
                 if part.numel():
                     output = model(part, past_key_values=cache, use_cache=True, logits_to_keep=1)
                     cache = output.past_key_values
+                    if cache is None:
+                        raise UnsupportedError("decode_target: the model returns no cache, which decode steps need")
             begin = position + 1
     return {counter.layer: counter.take() for counter in counters.values()}
 
@@ -419,8 +438,8 @@ class _Tables:
         lengths: how many tokens each of them has.
     """
 
-    def __init__(self, pattern: str, method: CalibratedMethod, entry: Any, phase: Phase = "prefill") -> None:
-        self.pattern, self.method, self.entry, self.phase = pattern, method, entry, phase
+    def __init__(self, pattern: str, method: CalibratedMethod, phase: Phase = "prefill") -> None:
+        self.pattern, self.method, self.phase = pattern, method, phase
         self.knob: Knob = method.knobs()[phase]
         self.windows: list[_Counts] = []
         self.lengths: list[int] = []

@@ -588,7 +588,7 @@ def calibrate(
             raise ConfigError(f"--form: {form!r} is not allowed; must be table or exponential")
         if target is None and decode_target is None:
             target = 0.5
-        targets = _late("calibration").check_targets(target=target, decode_target=decode_target)
+        targets = _late("calibration").check_targets(target, decode_target, ("--target", "--decode-target"))
         _check_new(output)
         loaded, tokenizer = _load_model(model, dtype, device)
         result = mtsa.calibrate(

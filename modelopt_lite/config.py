@@ -184,8 +184,11 @@ class SparsityConfig(ConfigModel):
             decode_target_sparsity: the same in decode steps.
 
         Raises:
-            ConfigError: if no method is calibrated in a phase whose target is given, or a target is out of its range.
+            ConfigError: if no target is given, no method is calibrated in a phase whose target is given, or a target is
+                out of its range.
         """
+        if target_sparsity is None and decode_target_sparsity is None:
+            raise ConfigError("target_sparsity: is missing; must have target_sparsity or decode_target_sparsity")
         entries: dict[str, Any] = dict(self.sparse_cfg)
         targets: dict[Phase, float | None] = {"prefill": target_sparsity, "decode": decode_target_sparsity}
         for phase, target in targets.items():

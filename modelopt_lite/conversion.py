@@ -80,7 +80,7 @@ def sparsify(
     *,
     attention: AttentionChoice | None = None,
 ) -> ModelT:
-    """Make a model's attention sparse during prefill, in place. Decode stays dense.
+    """Make a model's attention sparse during prefill, in place. Decode stays dense unless a method says otherwise.
 
     Two kinds of attention modules are found without help. The first are modules of Transformers models that go through
     Transformers' attention interface. The second are modules whose forward calls

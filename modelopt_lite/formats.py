@@ -65,7 +65,7 @@ class _Scale(ConfigModel):
     formula: str | None = None
     coefficients: _Coefficients | None = None
     prefill: _Coefficients | None = None
-    decode: _Coefficients | None = None
+    decode: dict[str, Any] | None = None  # looked at only where decode has a target
 
 
 class _Targets(ConfigModel):
@@ -233,10 +233,15 @@ def _skip_softmax(where: str, group: _SkipGroup) -> SkipSoftmax:
     target = group.target_sparsity
     prefill, decode = (target.prefill, target.decode) if isinstance(target, _Targets) else (target, target)
     content: dict[str, Any] = {"target_sparsity": prefill}
-    fits = {"prefill": _fit(where_scale, scale.formula, found)}
-    if scale.decode is not None and decode > 0:
+    phase = "prefill" if scale.prefill else "coefficients"
+    fits = {"prefill": _fit(f"{where_scale}.{phase}", scale.formula, found)}
+    if scale.decode and decode > 0:
         content["decode_target_sparsity"] = decode
-        fits["decode"] = _fit(where_scale, scale.formula, scale.decode)
+        try:
+            coefficients = _Coefficients.model_validate(scale.decode)
+        except ValidationError as error:
+            raise ConfigError(describe_errors(error, f"{where_scale}.decode.")) from None
+        fits["decode"] = _fit(f"{where_scale}.decode", scale.formula, coefficients)
     return SkipSoftmax.model_validate(content | {"calibration": Calibration(**fits)})
 
 
@@ -245,8 +250,8 @@ def _fit(where: str, formula: str | None, found: _Coefficients) -> ExponentialFi
     if formula is None:
         formula = FORMULA if found.log_a is None else "exp(log_a + b * target_sparsity)"
     if formula not in _FORMULAS:
-        known = " or ".join(map(repr, _FORMULAS))
-        raise ConfigError(f"{where}.formula: {formula!r} is not allowed; must be {known}: it is never evaluated")
+        known, scale = " or ".join(map(repr, _FORMULAS)), where.rpartition(".")[0]
+        raise ConfigError(f"{scale}.formula: {formula!r} is not allowed; must be {known}: it is never evaluated")
     name, a_of = _FORMULAS[formula]
     value = getattr(found, name)
     if value is None:

@@ -104,7 +104,8 @@ class SearchResult:
         everywhere: what runs with one candidate in all layers measured.
         layers: the layers, in order.
         windows: number of windows and of tokens they were measured on.
-        warnings: candidates that in all layers meet the budget with less perplexity, at a larger KL divergence.
+        warnings: that no run meets the budget, or which candidates in all layers meet it with less perplexity, at a
+            larger KL divergence.
     """
 
     config: SparsityConfig
@@ -199,7 +200,8 @@ def search(
         show_progress: whether to draw a bar on the terminal.
 
     Raises:
-        ConfigError: if an argument is wrong, or no choice of candidates meets the budget.
+        ConfigError: if an argument is wrong, or no choice of candidates can meet the budget. If one can by its layers'
+            gains, and no run does, the nearest run is returned with a warning.
         UnsupportedError: if the model has a layer that is not supported.
     """
     kind, wanted = check_budget(sparsity=sparsity, speedup=speedup, kl=kl, perplexity=perplexity)
@@ -228,7 +230,9 @@ def search(
         unsparsify(model)
     words = f"{kind} = {wanted:g}" if not isinstance(wanted, str) else f"sparsity of {wanted} everywhere = {goal:.4f}"
     saved = sum(gains[layer][name] for layer, name in chosen.items())
-    warnings = _better_by_perplexity(frontier, goal, run, everywhere) if kind in ("sparsity", "speedup") else []
+    warnings = []
+    if kind in ("sparsity", "speedup"):
+        warnings = _missed(frontier, kind, goal, chosen, run) + _better_by_perplexity(frontier, goal, run, everywhere)
     for warning in warnings:
         logger.warning(warning)
     return SearchResult(
@@ -245,6 +249,14 @@ def search(
         windows=(len(tokens), sum(window.numel() for window in tokens)),
         warnings=warnings,
     )
+
+
+def _missed(frontier: _Frontier, kind: Budget, goal: float, chosen: dict[str, str], run: Run) -> list[str]:
+    """Say so if no run reached a gain."""
+    reached = run.sparsity if kind == "sparsity" else frontier.gain_of(chosen)
+    if reached >= goal - ROUNDING:
+        return []
+    return [f"{kind}: what was run reaches {reached:.5g} at most, and not {goal:.5g}"]
 
 
 def _better_by_perplexity(frontier: _Frontier, goal: float, run: Run, everywhere: Mapping[str, Run]) -> list[str]:
@@ -598,9 +610,7 @@ def _choose_by_gain(
         asked = min(frontier.most, max(asked + short, gain + 1 / STEPS))
     fitting = [proposal for proposal in proposals if reached(proposal) >= goal - ROUNDING]
     if not fitting:
-        best = max(proposals, key=reached)
-        logger.warning("%s: what was run reaches %.5g at most, and not %.5g", kind, reached(best), goal)
-        return best
+        return max(proposals, key=reached)
     return min(fitting, key=lambda proposal: proposal[1].kl)
 
 

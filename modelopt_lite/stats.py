@@ -235,7 +235,7 @@ class ModelStatistics:
 def collect_statistics(model: nn.Module, *, exact: bool = False) -> Iterator[ModelStatistics]:
     """Count what the sparse layers of a model keep, over every call inside the ``with`` block.
 
-    In sequences of 16 or more query blocks (2048 tokens, unless the method has blocks of another size) 4 to 7 query
+    In sequences of 16 or more query blocks (2048 tokens, unless the method has blocks of another size) 4 to 8 query
     blocks at equal distances are counted, and each stands for those around it. All counts are then estimates. A GPU
     computes the scores of the counted queries once more in a kernel, or by PyTorch operations if the method's rule has
     no hook. On a CPU PyTorch computes them. With ``exact=True`` all queries are counted, which takes about as long as

@@ -15,16 +15,7 @@ import yaml
 from matplotlib.figure import Figure
 
 from .config import DENSE
-from .plots import (
-    Plot,
-    draw_heads,
-    draw_needles,
-    draw_patterns,
-    draw_quality,
-    draw_speed,
-    draw_tasks,
-    draw_trade,
-)
+from .plots import Plot, draw_heads, draw_needles, draw_patterns, draw_quality, draw_speed, draw_tasks, draw_trade
 from .quality import QualityRow, summarize_quality
 from .records import Answer, Attention, Window
 from .result import ExperimentResult

@@ -21,17 +21,7 @@ from .assets import AssetError, Progress
 from .config import DENSE, ExperimentConfig
 from .harness import Harness
 from .plan import HARNESS, Unit, cells_of, plan_units
-from .records import (
-    CONFIG,
-    SAMPLES,
-    Failure,
-    HarnessScore,
-    Record,
-    RunFile,
-    Session,
-    read_results,
-    results_file,
-)
+from .records import CONFIG, SAMPLES, Failure, HarnessScore, Record, RunFile, Session, read_results, results_file
 from .report import write_report
 from .result import ExperimentResult
 from .work import ModelWork

@@ -121,7 +121,7 @@ def attention(
             the CPU and by the torch backend. On a GPU they are not checked, as a check would stall it.
         UnsupportedError: if the backend asked for cannot run these arguments.
     """
-    if plan is None or sparsity_n or num_sink_tokens or sparsity_m != 4 or dense_window_size != 64:
+    if plan is None or sparsity_n != 0 or num_sink_tokens != 0 or sparsity_m != 4 or dense_window_size != 64:
         plan = _plan(plan, sparsity_n, sparsity_m, num_sink_tokens, dense_window_size)
     if b_start_loc_k is None and b_seq_len_k is None and max_input_len_k is None:
         _check_rows(q, k)
@@ -151,7 +151,10 @@ def attention(
     try:
         output, lse = compute(request, backend)
     except (AttributeError, TypeError):
-        check_request(request)  # says which argument is of a wrong type
+        try:
+            check_request(request)  # says which argument is of a wrong type
+        except ValueError as refused:
+            raise refused from None
         raise
     return (output, cast(Tensor, lse)) if return_lse else output
 

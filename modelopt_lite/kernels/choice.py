@@ -19,18 +19,10 @@ from .request import AttentionRequest, HookRefusedError
 
 if tl is not None:
     from .decode import launch as decode_launch
-    from .hopper import (
-        backward_launch as hopper_backward_launch,
-    )
-    from .hopper import (
-        forward_launch as hopper_launch,
-    )
-    from .hopper import (
-        skip_launch as hopper_skip_launch,
-    )
-    from .hopper import (
-        sparse_cores,
-    )
+    from .hopper import backward_launch as hopper_backward_launch
+    from .hopper import forward_launch as hopper_launch
+    from .hopper import skip_launch as hopper_skip_launch
+    from .hopper import sparse_cores
     from .portable import launch as portable_launch
 
 Backend: TypeAlias = Literal["auto", "triton", "torch"]

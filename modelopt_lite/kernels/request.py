@@ -191,8 +191,8 @@ class AttentionRequest(NamedTuple):
 
     @property
     def group(self) -> int:
-        """How many consecutive keys one decision of the plan looks at; 1 if it is dense."""
-        return 1 if self.plan.is_dense else self.plan.group
+        """How many consecutive keys one decision of the plan's rule looks at; 1 if it has no rule."""
+        return 1 if self.plan.keep is None else self.plan.group
 
     @property
     def has_positions(self) -> bool:

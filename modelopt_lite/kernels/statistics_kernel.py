@@ -93,7 +93,7 @@ def locate(program, sequences, heads, batch, num_sinks, window, OPTIONS: tl.cons
 
     Returns:
         ``(head, sequence, row_start, query_length)``, and what :func:`~modelopt_lite.kernels.tiles.place` returns.
-        There are no queries if ``row_start`` is not below ``query_length``.
+        There are no queries if ``max(row_start, 0)`` is not below ``query_length``.
     """
     _, lengths_q, starts_k, lengths_k, firsts_q, firsts_k = sequences
     head = program % heads

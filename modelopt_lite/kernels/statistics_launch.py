@@ -8,20 +8,15 @@ from torch import Tensor
 from .device import cdiv, launch
 from .portable import launch as portable_launch
 from .request import AttentionRequest
-from .settings import (
-    Settings,
-    block_dim,
-    capability_of,
-    default_settings,
-    distances,
-    hook_arguments,
-)
+from .settings import Settings, block_dim, capability_of, default_settings, distances, hook_arguments
 from .statistics_kernel import count_scores, join_parts
 
 PROGRAMS = 8192
 """Programs up to which keys are cut into parts: more than a GPU runs at once, so that none waits for a long one."""
 SHORTEST_PART = 1024
-"""Keys of a part, on average over a causal sequence twice as many as one has."""
+"""Keys of a part, at least, of the last queries; over a causal sequence parts have half as many on average."""
+MOST_PARTS = 32
+"""How many parts one program joins, in registers."""
 refusal = portable_launch.refusal
 """Says why the kernel cannot run a request, or None if it can."""
 
@@ -60,7 +55,7 @@ def count(
         return torch.zeros(heads, 7, dtype=torch.float64, device=r.q.device)
     if parts is None:
         keys = min(r.max_k, r.k.shape[0])
-        parts = max(1, min(PROGRAMS // programs, keys // SHORTEST_PART))
+        parts = max(1, min(PROGRAMS // programs, keys // SHORTEST_PART, MOST_PARTS))
     states = torch.empty(programs, parts, 4, settings.block_m, dtype=torch.float32, device=r.q.device)
     counts = torch.empty(programs, 7, dtype=torch.float64, device=r.q.device)
     lists = None

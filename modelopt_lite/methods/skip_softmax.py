@@ -36,8 +36,8 @@ class SkipSoftmax(CalibratedMethod):
     order and the size of tiles. Here it depends on neither, and sinks and dense window stay exact. Sinks matter as
     references: without any, many queries see their heaviest key too late, and fewer blocks are skipped.
 
-    With ``decode_threshold`` decode steps skip as well, against the sinks, the dense window and the keys of their own
-    query block.
+    With ``decode_threshold`` or ``decode_target_sparsity`` decode steps skip as well, against the sinks, the dense
+    window and the keys of their own query block.
     """
 
     knob: ClassVar[Knob] = Knob("threshold", "log", tuple(10 ** (0.25 * i - 8) for i in range(37)))
@@ -50,7 +50,10 @@ class SkipSoftmax(CalibratedMethod):
     dense_window_size: WindowSize = 0
     threshold: Threshold = 0.03
     decode_threshold: float | None = Field(
-        default=None, gt=0, lt=1, description="the threshold of decode steps, which are dense without one"
+        default=None,
+        gt=0,
+        lt=1,
+        description="the threshold of decode steps, which are dense without one or a target of their own",
     )
     decode_target_sparsity: float | None = Field(
         default=None,

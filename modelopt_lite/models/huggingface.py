@@ -36,21 +36,10 @@ from .layout import (
     whole_call,
     whole_layout,
 )
-from .module import (
-    SparseAttentionModule,
-    decide,
-    original_class,
-    sparse_modules,
-)
+from .module import SparseAttentionModule, decide, original_class, sparse_modules
 from .parallel import ARGUMENT, Shards, attend_sharded
 from .recomputation import Decision
-from .transformers_masks import (
-    Mask,
-    RefusedMask,
-    attention_mask,
-    note_positions,
-    packed_by_positions,
-)
+from .transformers_masks import Mask, RefusedMask, attention_mask, note_positions, packed_by_positions
 
 logger = logging.getLogger(__name__)
 

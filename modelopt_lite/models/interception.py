@@ -15,15 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from ..errors import UnsupportedError
-from .layout import (
-    READABLE_MASKS,
-    Layout,
-    attend,
-    layer_name,
-    layout_of_mask,
-    refuse_context_parallel,
-    whole_layout,
-)
+from .layout import READABLE_MASKS, Layout, attend, layer_name, layout_of_mask, refuse_context_parallel, whole_layout
 from .module import SparseAttentionModule, decide
 from .recomputation import Decision
 

@@ -13,24 +13,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import UnsupportedError
-from ..kernels import (
-    AttentionRequest,
-    Run,
-    compute,
-    is_traced,
-    pack,
-    prepared,
-    run,
-    sdpa,
-    sdpa_call,
-)
+from ..kernels import AttentionRequest, Run, compute, is_traced, pack, prepared, run, sdpa, sdpa_call
 from ..plan import AttentionPlan
-from .module import (
-    SparseAttentionModule,
-    decide,
-    original_class,
-    present_decision,
-)
+from .module import SparseAttentionModule, decide, original_class, present_decision
 from .recomputation import Decision, is_in_function
 
 ResultT = TypeVar("ResultT")
@@ -47,16 +32,15 @@ class SharedWork:
     """What the layers of one forward pass need besides their layout, found by the first one that needs it.
 
     Attributes:
-        dense_call: of the last dense call of :func:`whole_call`, all that :func:`~.kernels.sdpa_call` depends on.
-        dense_run: what it returned.
+        dense: of the last dense call of :func:`whole_call`, what :func:`~.kernels.sdpa_call` depends on besides the
+            layout, and what it returned.
         prepared: what runs other calls of :func:`whole_call`, by what tells these apart.
         starts_apart: starts of the keys in a cache whose rows lie apart, by their distance and device.
         grids: what is known of blocks, as in :class:`~modelopt_lite.kernels.AttentionRequest`.
     """
 
     def __init__(self) -> None:
-        self.dense_call: tuple[Any, ...] = ()
-        self.dense_run: Callable[..., Tensor] | None = None
+        self.dense: tuple[tuple[Any, ...], Callable[..., Tensor] | None] = ((), None)
         self.prepared: dict[tuple[Any, ...], Run] = {}
         self.starts_apart: dict[tuple[int, torch.device], Tensor] = {}
         self.grids: dict[Any, Any] = {}
@@ -505,14 +489,13 @@ def whole_call(
         and decision.backend == "auto"
         and softcap is None
     ):
-        if shared is not None and shared.dense_call == call:
-            known = shared.dense_run
-        elif not _has_shape_of(layout, query, key):
-            return None
-        else:
+        of, known = ((), None) if shared is None else shared.dense
+        if of != call:
+            if not _has_shape_of(layout, query, key):
+                return None
             known = sdpa_call(query, key, value, is_causal=layout.is_causal, sliding_window=layout.sliding_window)
             if shared is not None:
-                shared.dense_call, shared.dense_run = call, known
+                shared.dense = call, known
         if known is not None:
             return known(query, key, value, scale=scaling).transpose(1, 2)
     return _whole_call(module, query, key, value, layout, scaling, softcap, decision)

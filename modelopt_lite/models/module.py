@@ -20,15 +20,7 @@ from torch import nn
 from ..errors import UnsupportedError
 from ..methods import SparseAttentionMethod
 from ..plan import DENSE, AttentionPlan
-from .recomputation import (
-    Decision,
-    Observer,
-    checkpoints,
-    forbid,
-    may_be_checkpointed,
-    record,
-    recorded,
-)
+from .recomputation import Decision, Observer, checkpoints, forbid, may_be_checkpointed, record, recorded
 
 T = TypeVar("T")
 

@@ -15,14 +15,7 @@ from families import ALTERNATING, FAMILIES, SMALL, VOCABULARY, Family, names
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from transformers import (
-    DynamicCache,
-    GenerationConfig,
-    LlamaConfig,
-    QuantizedCache,
-    StaticCache,
-    cache_utils,
-)
+from transformers import DynamicCache, GenerationConfig, LlamaConfig, QuantizedCache, StaticCache, cache_utils
 from transformers.masking_utils import create_causal_mask, create_chunked_causal_mask
 
 import modelopt_lite as mtsa

@@ -185,7 +185,7 @@ BAD = [
     ),
     (
         SKIP | {"threshold_scale_factor": {"formula": SCALE["formula"], "prefill": {"log_a": 1.0, "b": 2.0}}},
-        r"threshold_scale_factor: a is missing",
+        r"threshold_scale_factor.(prefill|coefficients): a is missing",
     ),
     (
         SKIP | {"threshold_scale_factor": {"formula": SCALE["formula"], "prefill": {"a": 1.0, "b": 0.0}}},

@@ -30,12 +30,7 @@ from transformers import (
 
 import modelopt_lite as mtsa
 from modelopt_lite.models import layout
-from modelopt_lite.models.huggingface import (
-    ATTENTION_NAME,
-    attention_forward,
-    attention_mask,
-    paged_attention_forward,
-)
+from modelopt_lite.models.huggingface import ATTENTION_NAME, attention_forward, attention_mask, paged_attention_forward
 
 # Sparsity that bites on short inputs.
 CONFIG = {

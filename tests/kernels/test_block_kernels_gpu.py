@@ -5,14 +5,7 @@ import torch
 from block_cases import assert_same_counts
 from cases import packed_request
 
-from modelopt_lite.kernels import (
-    block_launch,
-    block_scores,
-    count_kept,
-    count_prefill,
-    statistics,
-    statistics_launch,
-)
+from modelopt_lite.kernels import block_launch, block_scores, count_kept, count_prefill, statistics, statistics_launch
 from modelopt_lite.kernels.blocks import BlockGrid, KeyBlocks
 from modelopt_lite.kernels.selection import _excess, select_blocks
 from modelopt_lite.methods import (

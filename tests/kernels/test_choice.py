@@ -12,19 +12,8 @@ import triton
 from cases import OnGpu, arguments, one_sequence
 
 from modelopt_lite import UnsupportedError
-from modelopt_lite.kernels import (
-    AttentionRequest,
-    attention,
-    choice,
-    compute,
-    settings,
-)
-from modelopt_lite.kernels.choice import (
-    BLOCKED,
-    GPU_KERNELS,
-    choose,
-    refusal,
-)
+from modelopt_lite.kernels import AttentionRequest, attention, choice, compute, settings
+from modelopt_lite.kernels.choice import BLOCKED, GPU_KERNELS, choose, refusal
 from modelopt_lite.kernels.hopper import forward_launch as hopper_launch
 from modelopt_lite.kernels.portable import launch as portable_launch
 from modelopt_lite.kernels.top_n import top_n_plan

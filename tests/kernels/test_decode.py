@@ -12,12 +12,7 @@ from hypothesis import strategies as st
 
 from modelopt_lite.kernels.decode import launch as decode_launch
 from modelopt_lite.kernels.decode.kernel import divide_work
-from modelopt_lite.kernels.decode.launch import (
-    DecodeSettings,
-    pays,
-    prepare,
-    refusal,
-)
+from modelopt_lite.kernels.decode.launch import DecodeSettings, pays, prepare, refusal
 from modelopt_lite.kernels.language import jit, tl
 from modelopt_lite.kernels.reference import attention_reference, kept_scores
 from modelopt_lite.kernels.request import AttentionRequest

@@ -14,12 +14,7 @@ from test_backward_interpreter import check as check_gradients
 from test_forward_interpreter import FROZEN, ORDINARY, check, n_of_m, sequences
 
 from modelopt_lite.kernels import KeyBlocks, attention
-from modelopt_lite.kernels.portable.launch import (
-    KEY_SETTINGS,
-    QUERY_SETTINGS,
-    SETTINGS,
-    fitted,
-)
+from modelopt_lite.kernels.portable.launch import KEY_SETTINGS, QUERY_SETTINGS, SETTINGS, fitted
 from modelopt_lite.methods import SinkWindow
 from modelopt_lite.plan import DENSE, AttentionPlan, SkipRule
 

@@ -13,13 +13,7 @@ from modelopt_lite.kernels import AttentionRequest, KeyBlocks
 from modelopt_lite.kernels.hopper import backward_launch as hopper_backward_launch
 from modelopt_lite.kernels.hopper import visits_launch
 from modelopt_lite.kernels.hopper.forward_launch import hopper_settings
-from modelopt_lite.kernels.hopper.visits import (
-    HALF,
-    HEADER,
-    TILE,
-    TILES_FROM,
-    UNLISTED,
-)
+from modelopt_lite.kernels.hopper.visits import HALF, HEADER, TILE, TILES_FROM, UNLISTED
 from modelopt_lite.kernels.hopper.visits_launch import Schedule
 from modelopt_lite.kernels.reference import kept_scores, listed_blocks
 from modelopt_lite.kernels.settings import options_of

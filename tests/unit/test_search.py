@@ -199,10 +199,17 @@ def test_more_is_asked_for_until_a_run_drops_enough():
     assert (sorted(chosen.values()), run) == (["a", "b"], Run(0.2, 0.0, 0.44))
 
 
-def test_a_budget_that_real_runs_miss_is_reported(caplog):
-    _, run = choose(0.45, {}, [Run(0.1, 0.0, 0.44), Run(0.2, 0.0, 0.445)])
+def test_a_budget_that_real_runs_miss_is_reported(model, caplog, monkeypatch):
+    chosen, run = choose(0.45, {}, [Run(0.1, 0.0, 0.44), Run(0.2, 0.0, 0.445)])
     assert run == Run(0.2, 0.0, 0.445)
-    assert "what was run reaches 0.445 at most, and not 0.45" in caplog.text
+    frontier = _Frontier(GAINS, LOSSES)
+    missed = layer_search._missed(frontier, "sparsity", 0.45, chosen, run)
+    assert missed == ["sparsity: what was run reaches 0.445 at most, and not 0.45"]
+    assert layer_search._missed(frontier, "sparsity", 0.445, chosen, run) == []
+
+    monkeypatch.setattr(layer_search, "_missed", lambda *_: missed)
+    assert f"warning: {missed[0]}" in str(search(model, sparsity=0.2))
+    assert missed[0] in caplog.text
 
 
 def test_less_perplexity_at_more_kl_is_reported(model, tmp_path, caplog, monkeypatch):

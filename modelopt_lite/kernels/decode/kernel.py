@@ -25,14 +25,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ..tiles import (
-    LOG2E,
-    as_if_of,
-    join_groups,
-    scale_scores,
-    select_scores,
-    weigh,
-)
+from ..tiles import LOG2E, as_if_of, join_groups, scale_scores, select_scores, weigh
 
 LN2 = tl.constexpr(0.6931471805599453)
 

@@ -2,8 +2,8 @@
 
 As many programs as multiprocessors compute items one after the other. An item is two tiles of 128 keys of one head,
 whose gradients stay in registers while queries and gradients of the output of all query heads that share them stream
-through shared memory, 64 rows a step. In a program, one warp loads, two warpgroups compute, for 64 keys each, and one
-warp adds up gradients of queries. A step is five matrix products where two passes need seven, because scores are
+through shared memory, 64 rows a step. In a program, one warp loads, two warpgroups compute, for 64 keys each, and two
+warps add up gradients of queries. A step is five matrix products where two passes need seven, because scores are
 computed and keys selected once.
 
 With a hook, scores are computed in the orientation of the forward, so that all scores of a group are in one thread and
@@ -40,21 +40,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..lists import floor_mod
 from ..portable.backward import query_spans
-from ..tiles import (
-    LOG2E,
-    join_groups,
-    key_of_row,
-    scale_scores,
-    select_scores,
-    split_groups,
-    weigh,
-)
-from .forward import (
-    PIECE,
-    load_rows,
-    spread,
-    synchronize,
-)
+from ..tiles import LOG2E, join_groups, key_of_row, scale_scores, select_scores, split_groups, weigh
+from .forward import PIECE, load_rows, spread, synchronize
 from .visits import TILES_FROM, sequence_of
 
 ROWS = tl.constexpr(64)
@@ -548,7 +535,7 @@ def hand_over(sums, step, memory, full, empty, WARPGROUP: gl.constexpr, OPTIONS:
     """Hand a warpgroup's columns of a step's gradient of queries to the warp that adds them up."""
     HALF: gl.constexpr = OPTIONS.block_d // 2
     LINES: gl.constexpr = ROWS * HALF // LINE
-    before = step + ADDERS - 1  # an even number of steps after the one whose sums must be out of the way
+    before = step + ADDERS - 1  # ADDERS steps after the one whose sums must be out of the way
     mbarrier.wait(empty.index(before % ADDERS), (before // ADDERS & 1) ^ 1)
     # What a thread has, four numbers after the other; see order_of.
     if sums.shape[1] == HALF:
@@ -813,7 +800,7 @@ def attention_backward_hopper(
     begins_ptr, tiles_of_queries, strides, sequences, heads_of, first_head, numbers, batch, tiles_per_head, num_sinks,
     window, sliding_window, lists, hook_args, SCORE_HOOK: gl.constexpr, OPTIONS: gl.constexpr,
 ):  # fmt: skip
-    """Compute gradients of packed queries, keys and values; see :mod:`.hopper_backward_launch`.
+    """Compute gradients of packed queries, keys and values; see :mod:`.backward_launch`.
 
     It does so for ``heads_of[0]`` heads of keys from ``first_head`` on, and the heads of queries that share them.
     Gradients of keys and values of no sequence are left as they are. Those of queries are added up in FP32, unscaled,

@@ -11,22 +11,10 @@ from triton.compiler.errors import CompilationError
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..device import (
-    Launch,
-    cdiv,
-    is_aligned,
-    processors,
-    rebased,
-)
+from ..device import Launch, cdiv, is_aligned, processors, rebased
 from ..portable.launch import gradient_of_sink_logits
 from ..request import AttentionRequest, HookRefusedError
-from ..settings import (
-    Options,
-    Settings,
-    distances,
-    hook_arguments,
-    options_of,
-)
+from ..settings import Options, Settings, distances, hook_arguments, options_of
 from . import forward_launch as hopper_launch
 from .backward import (
     CLEARED,
@@ -66,8 +54,8 @@ def refusal(request: AttentionRequest) -> str | None:
         return f"with lists of key blocks, sequences have more than {LONGEST_LISTED} tokens"
     if r.plan.keeps_nothing:
         return "the plan keeps sinks and recent keys alone"
-    if r.q.shape[0] == 0 or r.k.shape[0] == 0:
-        return "there are no queries or no keys"
+    if 0 in (r.q.shape[0], r.k.shape[0], r.starts_q.shape[0]):
+        return "there are no queries, no keys or no sequences"
     if r.q.shape[2] not in HEAD_DIMS:
         return f"head dimensions are {r.q.shape[2]}, not one of {HEAD_DIMS}"
     if r.group > MAX_GROUP:
@@ -207,7 +195,7 @@ def _descriptor(shape: list[int], box: list[int], swizzle: int, device: torch.de
 
 
 def _tail(x: Tensor, rows: int, start: int) -> Tensor:
-    """Copy the last keys or values; see :func:`.hopper_launch.tail_of`."""
+    """Copy the last keys or values; see :func:`.forward_launch.tail_of`."""
     copy = x.new_empty(rows, *x.shape[1:])
     copy[: x.shape[0] - start] = x[start:]
     return copy
@@ -235,7 +223,7 @@ class Entries:
         self.gather = Launch(gather_tiles, r.q.device, num_warps=1)
 
     def __call__(self, request: AttentionRequest) -> tuple[Any, ...]:
-        """Launch, and return what :func:`.hopper_backward.entries_of` reads."""
+        """Launch, and return what :func:`.backward.entries_of` reads."""
         r, blocks = request, request.blocks
         assert blocks is not None
         (lists, tiles, rows), (list_rows, _, rows_each, batch, *_) = self.shape, self.numbers

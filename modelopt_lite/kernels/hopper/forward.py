@@ -969,7 +969,7 @@ def attention_forward_hopper(
     hook_args,
     SCORE_HOOK: gl.constexpr, QUICK_HOOK: gl.constexpr, OPTIONS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Compute attention of packed sequences, and its log-sum-exp; see :mod:`.hopper_launch`.
+    """Compute attention of packed sequences, and its log-sum-exp; see :mod:`.forward_launch`.
 
     With lists of key blocks there are :class:`modelopt_lite.kernels.hopper.visits_launch.Visits`; without, None.
     """

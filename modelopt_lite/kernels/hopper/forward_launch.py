@@ -13,27 +13,10 @@ from triton.compiler.errors import CompilationError
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..device import (
-    Launch,
-    cdiv,
-    compute_capability,
-    heads_per_wave,
-    is_aligned,
-    processors,
-    rebased,
-)
+from ..device import Launch, cdiv, compute_capability, heads_per_wave, is_aligned, processors, rebased
 from ..portable.launch import new_results
 from ..request import AttentionRequest, HookRefusedError
-from ..settings import (
-    Options,
-    Settings,
-    SettingsRow,
-    distances,
-    gpu_refusal,
-    hook_arguments,
-    is_short,
-    options_of,
-)
+from ..settings import Options, Settings, SettingsRow, distances, gpu_refusal, hook_arguments, is_short, options_of
 from .forward import ROWS, attention_forward_hopper
 from .forward import prepare as prepare_kernel
 from .visits_launch import Schedule

@@ -20,14 +20,7 @@ import torch
 from torch import Tensor
 
 from ...cache import COMPILED_KERNELS, cached
-from ..device import (
-    cdiv,
-    compute_capability,
-    current_stream,
-    heads_per_wave,
-    is_aligned,
-    processors,
-)
+from ..device import cdiv, compute_capability, current_stream, heads_per_wave, is_aligned, processors
 from ..portable.launch import new_results
 from ..request import AttentionRequest
 from ..settings import distances, gpu_refusal, options_of

@@ -10,12 +10,7 @@ from torch import Tensor
 from ..device import Launch, cdiv, heads_per_wave
 from ..request import AttentionRequest
 from ..settings import Options, distances
-from .visits import (
-    HEADER,
-    RANKED,
-    TILE,
-    schedule,
-)
+from .visits import HEADER, RANKED, TILE, schedule
 
 
 class Visits(NamedTuple):

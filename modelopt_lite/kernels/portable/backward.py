@@ -16,15 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..lists import (
-    floor_mod,
-    list_of_keys,
-    list_of_queries,
-    look_up,
-    places_of,
-    position_at,
-    rows_exist,
-)
+from ..lists import floor_mod, list_of_keys, list_of_queries, look_up, places_of, position_at, rows_exist
 from ..tiles import (
     BOUNDED_N,
     LOG2E,

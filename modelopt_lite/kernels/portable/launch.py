@@ -11,13 +11,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..blocks import KeyBlocks
-from ..device import (
-    Launch,
-    cdiv,
-    heads_per_wave,
-    is_aligned,
-    rebased,
-)
+from ..device import Launch, cdiv, heads_per_wave, is_aligned, rebased
 from ..request import AttentionRequest
 from ..settings import (
     SMALL,

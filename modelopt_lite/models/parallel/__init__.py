@@ -16,26 +16,10 @@ from ...kernels import AttentionRequest
 from ...plan import AttentionPlan
 from ..discovery import attention_modules, unreachable_modules, uses_interface
 from ..layout import layer_name, packed
-from ..module import (
-    SparseAttentionModule,
-    decide,
-    original_class,
-    sparse_modules,
-)
+from ..module import SparseAttentionModule, decide, original_class, sparse_modules
 from ..recomputation import Decision
-from .exchange import (
-    attend_gathered,
-    attend_in_ring,
-    attend_replicated,
-    gather_rows,
-)
-from .shards import (
-    Exchange,
-    Segment,
-    Shards,
-    cut,
-    sequences_of,
-)
+from .exchange import attend_gathered, attend_in_ring, attend_replicated, gather_rows
+from .shards import Exchange, Segment, Shards, cut, sequences_of
 
 __all__ = ["ARGUMENT", "ContextParallel", "Shards", "attend_sharded", "context_parallel"]
 

@@ -16,24 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, distributed
 
-from ...kernels import (
-    AttentionRequest,
-    Backend,
-    KeyBlocks,
-    compute,
-    gradients,
-    select_blocks,
-)
+from ...kernels import AttentionRequest, Backend, KeyBlocks, compute, gradients, select_blocks
 from ...plan import DENSE, AttentionPlan
 from ..recomputation import Observer
-from .shards import (
-    Pair,
-    Run,
-    Shards,
-    calls_of,
-    packing,
-    reachable,
-)
+from .shards import Pair, Run, Shards, calls_of, packing, reachable
 
 # PyTorch 2.13 gave both new names.
 _all_gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
