@@ -489,8 +489,8 @@ def whole_call(
         and decision.backend == "auto"
         and softcap is None
     ):
-        of, known = ((), None) if shared is None else shared.dense
-        if of != call:
+        known_call, known = ((), None) if shared is None else shared.dense
+        if known_call != call:
             if not _has_shape_of(layout, query, key):
                 return None
             known = sdpa_call(query, key, value, is_causal=layout.is_causal, sliding_window=layout.sliding_window)
