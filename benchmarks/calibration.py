@@ -49,7 +49,7 @@ TARGET = {"prefill": "target", "decode": "decode_target"}
 FIELD = {"prefill": "target_sparsity", "decode": "decode_target_sparsity"}
 LENGTHS = (1024, 2048, 4096, 8192)
 CALIBRATED_ON = ("1848-Polk-1", "1890-Harrison-1", "1912-Taft-1", "1946-Truman-1", "1981-Carter-1", "1995-Clinton-1")
-CALIBRATED_ON_CODE = ("inspect", "subprocess")
+CALIBRATED_ON_CODE = ("inspect", "subprocess", "typing", "doctest", "pydoc", "datetime")
 ACHIEVED_ON = ("1858-Buchanan-1", "1906-Roosevelt-1", "1974-Nixon-2", "2000-Clinton-1")
 CODE = ("argparse", "tarfile")
 
@@ -194,7 +194,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--phase", choices=list(TARGET), default="prefill")
     parser.add_argument("--calibrate-on", type=int, default=4, help="number of speeches")
-    parser.add_argument("--calibrate-on-code", type=int, default=len(CALIBRATED_ON_CODE), help="number of modules")
+    parser.add_argument("--calibrate-on-code", type=int, default=2, help="number of modules")
     parser.add_argument("--states", type=Path, help="folder for what was measured, to go on from")
     parser.add_argument("--kinds", nargs="+", default=["dense", "refined"], help="whose activations are fitted")
     parser.add_argument("--fits", type=Path, help="earlier results, whose fits are taken")
