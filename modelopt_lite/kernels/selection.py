@@ -190,7 +190,11 @@ def _skipped(
     Returns:
         ``[rules, query_heads, query_blocks, key_blocks]``.
     """
-    margins = torch.stack([_log_thresholds(grid, seen, rule) for rule in rules]).to(grid.dtype)
+
+    def find() -> Tensor:
+        return torch.stack([_log_thresholds(grid, seen, rule) for rule in rules]).to(grid.dtype)
+
+    margins = grid.once((grid.starts,), (tuple(rules), request.is_causal, request.sliding_window, grid.dtype), find)
     excess = skip_excess(grid, None if request.plan.blocks is None else selected)
     if excess is None:
         excess = _excess(request, grid, seen, selected)
