@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -28,6 +29,7 @@ from .discovery import ATTENTION_NAME, forward_globals, uses_interface
 from .layout import (
     READABLE_MASKS,
     Layout,
+    SharedWork,
     attend,
     layer_name,
     layout_of_mask,
@@ -36,9 +38,9 @@ from .layout import (
     whole_call,
     whole_layout,
 )
-from .module import SparseAttentionModule, decide, original_class, sparse_modules
+from .module import SparseAttentionModule, caller_state, decide, original_class, sparse_modules
 from .parallel import ARGUMENT, Shards, attend_sharded
-from .recomputation import Decision
+from .recomputation import Decision, is_in_function
 from .transformers_masks import Mask, RefusedMask, attention_mask, note_positions, packed_by_positions
 
 logger = logging.getLogger(__name__)
@@ -109,8 +111,9 @@ _READ_ARGUMENTS = frozenset(
         "position_ids",
     }
 )
-# What changes nothing in a call whose layout holds the rest.
-_PLAIN_ARGUMENTS = (IRRELEVANT_ARGUMENTS - {"output_attentions"}) | {"is_causal", "sliding_window", "softcap"}
+# What changes nothing in a call whose layout holds the rest, and what :func:`~.layout.whole_call` takes besides.
+_NEEDLESS_ARGUMENTS = (IRRELEVANT_ARGUMENTS - {"output_attentions"}) | {"is_causal", "sliding_window"}
+_PLAIN_ARGUMENTS = _NEEDLESS_ARGUMENTS | {"softcap"}
 # What continuous batching hands to every layer for its cache.
 PAGING_ARGUMENTS = ("block_table", "cu_seq_lens_k", "max_length_k", "read_index", "write_index")
 _NO_WEIGHTS = "output_attentions is not supported; unsparsify the model and use attn_implementation='eager'"
@@ -168,6 +171,25 @@ def attention_forward(
     Raises:
         UnsupportedError: if the call asks for something this attention cannot do; names the layer.
     """
+    shared: SharedWork | None = attention_mask.request if type(attention_mask) is Layout else None
+    if (
+        # A layer of this forward was dense, did all that whole_call() and attend() do, and left it to PyTorch. Python's
+        # time is the user's in short prefills and decode steps, so what is left of that for the others is written out.
+        shared is not None
+        and (known := shared.dense) is not None
+        and (flags := module.__dict__.get("sparse_attention")) is not None
+        and caller_state.get() is None
+        and (known.is_decode and not flags.sparse_plan.sparse_decode or not flags.enabled or flags.sparse_plan.is_dense)
+        and flags.method.backend == "auto"
+        and known.like == (query.shape, key.shape, value.shape, query.dtype, query.device)
+        and kwargs.keys() <= _NEEDLESS_ARGUMENTS
+        and not (torch.is_grad_enabled() or is_dynamo_compiling() or dropout)
+        and (known.is_decode or not is_in_function())
+        and not flags.is_sharded
+        and module.call_context is None
+    ):
+        flags.last_call = object()
+        return known.run(query, key, value, scale=scaling).transpose(1, 2), None
     if (
         type(attention_mask) is Layout
         and attention_mask.whole

@@ -28,19 +28,32 @@ READABLE_MASKS = (
 )
 
 
+class DenseCall(NamedTuple):
+    """A call of :func:`whole_call` that PyTorch's attention computed, as it does others of the same layout like it.
+
+    Attributes:
+        like: shapes of queries, keys and values, and type and device of the queries.
+        is_decode: whether there is one query in each sequence.
+        run: what computes it.
+    """
+
+    like: tuple[Any, ...]
+    is_decode: bool
+    run: Callable[..., Tensor]
+
+
 class SharedWork:
     """What the layers of one forward pass need besides their layout, found by the first one that needs it.
 
     Attributes:
-        dense: of the last dense call of :func:`whole_call`, what :func:`~.kernels.sdpa_call` depends on besides the
-            layout, and what it returned.
+        dense: the last call that PyTorch's attention computed.
         prepared: what runs other calls of :func:`whole_call`, by what tells these apart.
         starts_apart: starts of the keys in a cache whose rows lie apart, by their distance and device.
         grids: what is known of blocks, as in :class:`~modelopt_lite.kernels.AttentionRequest`.
     """
 
     def __init__(self) -> None:
-        self.dense: tuple[tuple[Any, ...], Callable[..., Tensor] | None] = ((), None)
+        self.dense: DenseCall | None = None
         self.prepared: dict[tuple[Any, ...], Run] = {}
         self.starts_apart: dict[tuple[int, torch.device], Tensor] = {}
         self.grids: dict[Any, Any] = {}
@@ -480,24 +493,21 @@ def whole_call(
         return None
     module.sparse_attention.last_call = object()
     decision = present_decision(module)
-    shared: SharedWork | None = layout.request
     plan, is_decode = decision.plan, len_q == 1 and not decision.plan.sparse_decode
-    call = query.shape, key.shape, value.shape, query.dtype, query.device
     if (
         (plan.is_dense or is_decode)
         and (decision.statistics is None or is_decode)
         and decision.backend == "auto"
         and softcap is None
     ):
-        known_call, known = ((), None) if shared is None else shared.dense
-        if known_call != call:
-            if not _has_shape_of(layout, query, key):
-                return None
-            known = sdpa_call(query, key, value, is_causal=layout.is_causal, sliding_window=layout.sliding_window)
-            if shared is not None:
-                shared.dense = call, known
-        if known is not None:
-            return known(query, key, value, scale=scaling).transpose(1, 2)
+        if not _has_shape_of(layout, query, key):
+            return None
+        call = sdpa_call(query, key, value, is_causal=layout.is_causal, sliding_window=layout.sliding_window)
+        if call is not None:
+            if layout.request is not None:
+                like = query.shape, key.shape, value.shape, query.dtype, query.device
+                layout.request.dense = DenseCall(like, len_q == 1, call)
+            return call(query, key, value, scale=scaling).transpose(1, 2)
     return _whole_call(module, query, key, value, layout, scaling, softcap, decision)
 
 

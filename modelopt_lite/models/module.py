@@ -11,11 +11,13 @@ from contextlib import contextmanager
 from contextvars import Context, ContextVar, copy_context
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 from weakref import WeakSet
 
 import torch
 from torch import nn
+from torch.compiler import is_dynamo_compiling
+from torch.nn.modules.module import _has_any_global_hook as any_global_hook
 
 from ..errors import UnsupportedError
 from ..methods import SparseAttentionMethod
@@ -81,9 +83,20 @@ class SparseAttentionFlags:
         vars(self).update(vars(SparseAttentionFlags(sparse_plan=state["method"].shared_plan(), **state)))
 
 
-_NONE: Mapping[SparseAttentionFlags, Observer] = MappingProxyType({})
-_dense: ContextVar[frozenset[SparseAttentionFlags]] = ContextVar("modelopt_lite_dense", default=frozenset())
-_counters: ContextVar[Mapping[SparseAttentionFlags, Observer]] = ContextVar("modelopt_lite_counters", default=_NONE)
+class CallerState(NamedTuple):
+    """What blocks that are open in a context change.
+
+    Attributes:
+        dense: the modules that :func:`run_dense` makes dense, by their flags.
+        counters: what :func:`count` fills.
+    """
+
+    dense: frozenset[SparseAttentionFlags] = frozenset()
+    counters: Mapping[SparseAttentionFlags, Observer] = MappingProxyType({})
+
+
+caller_state: ContextVar[CallerState | None] = ContextVar("modelopt_lite_state", default=None)
+"""None where no block is open, as nearly always: one look-up is all that a layer can afford."""
 _followers: ContextVar[tuple[SparseAttentionModule, ...]] = ContextVar("modelopt_lite_followers", default=())
 _lock = threading.Lock()
 _MODULE_CALL = nn.Module.__call__
@@ -109,8 +122,9 @@ class SparseAttentionModule(nn.Module):
     # Hooks would see the same, but cost several times as much.
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module, and report once if its forward does not call this package's attention."""
-        flags = self.sparse_attention
-        if torch.compiler.is_dynamo_compiling():
+        own = self.__dict__  # PyTorch looks for a module's attributes slowly
+        flags = own["sparse_attention"]
+        if is_dynamo_compiling():
             # In a traced graph whose activations are checkpointed, flags must be in the end as they were before.
             before, flags.reached = flags.reached, False
             output = super().__call__(*args, **kwargs)
@@ -119,10 +133,18 @@ class SparseAttentionModule(nn.Module):
             flags.reached = before
             return output
         last_call = flags.last_call
-        # Tracers, such as that of torch.export, put a function of their own there.
-        if self.is_called_plainly and nn.Module.__call__ is _MODULE_CALL and self._compiled_call_impl is None:
-            # All that it would do, in one function less.
-            output = self._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+        if (
+            self.is_called_plainly
+            and not (own["_forward_pre_hooks"] or own["_forward_hooks"])
+            and not (own["_backward_pre_hooks"] or own["_backward_hooks"])
+            and not any_global_hook()  # type: ignore[no-untyped-call]
+            and own.get("_compiled_call_impl") is None
+            # Tracers, such as that of torch.export, put a function of their own there.
+            and nn.Module.__call__ is _MODULE_CALL
+            and not torch._C._get_tracing_state()
+        ):
+            # All that it would do, in two functions less.
+            output = self.forward(*args, **kwargs)
         else:
             output = super().__call__(*args, **kwargs)
         # A call in another thread may hide that there was none in this one, but never seem to be missing.
@@ -243,12 +265,9 @@ def present_decision(module: nn.Module) -> Decision:
     if not isinstance(module, SparseAttentionModule):
         return Decision()
     flags, context = module.sparse_attention, module.call_context
-    if context is None:
-        dense, counters = _dense.get(), _counters.get()
-    else:
-        dense, counters = context.get(_dense, frozenset()), context.get(_counters, _NONE)
-    if dense or counters:
-        return _observed(flags, flags in dense, counters.get(flags))
+    state = caller_state.get() if context is None else context.get(caller_state)
+    if state is not None:
+        return _observed(flags, flags in state.dense, state.counters.get(flags))
     return flags.sparse_decision if flags.enabled else flags.dense_decision
 
 
@@ -265,7 +284,8 @@ def run_dense(modules: Sequence[SparseAttentionModule]) -> Iterator[None]:
         with _lock:
             each.dense_blocks += 1
     try:
-        with _setting(_dense, _dense.get() | frozenset(flags)):
+        state = caller_state.get() or CallerState()
+        with _setting(caller_state, state._replace(dense=state.dense | frozenset(flags))):
             yield
     finally:
         for each in flags:
@@ -281,7 +301,8 @@ def count(counters: Mapping[SparseAttentionModule, Observer]) -> Iterator[None]:
         with _lock:
             flags.counters = (*flags.counters, statistics)
     try:
-        with _setting(_counters, {**_counters.get(), **by_flags}):
+        state = caller_state.get() or CallerState()
+        with _setting(caller_state, state._replace(counters={**state.counters, **by_flags})):
             yield
     finally:
         for flags, statistics in by_flags.items():
