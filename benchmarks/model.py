@@ -101,8 +101,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "25 % of blocks": {"method": "mean_pool_top_k", "keep": 0.25},
     "10 % of blocks": {"method": "mean_pool_top_k", "keep": 0.1},
 }
-"""The model as it is, twice, so that the noise can be seen, and methods' settings; N of M is this project's own dense attention if N = M. Of the methods that
-choose blocks, this one keeps the same share of them whatever the weights are."""
+"""The model as it is, twice, so that the noise can be seen, and methods' settings; N of M is this project's own dense
+attention if N = M. Of the methods that choose blocks, this one keeps the same share of them with any weights."""
 SEQ_LENS = {
     "ttft": [128, 512, 2048, 8192, 32768, 131072],
     "decode": [2048, 32768, 131072],

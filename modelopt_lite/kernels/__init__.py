@@ -126,28 +126,15 @@ def attention(
     if b_start_loc_k is None and b_seq_len_k is None and max_input_len_k is None:
         _check_rows(q, k)
         b_start_loc_k, b_seq_len_k, max_input_len_k = b_start_loc, b_seq_len, max_input_len
-    # Written out, as short calls take Python longer than the GPU.
+    # In the order of the fields, as short calls take Python longer than the GPU: by names, it takes twice as long.
     request = AttentionRequest(
-        q=q,
-        k=k,
-        v=v,
-        s_aux=s_aux,
-        starts_q=b_start_loc,
-        lengths_q=b_seq_len,
-        max_q=max_input_len,
-        starts_k=b_start_loc_k,  # type: ignore[arg-type] # checked later, as all are
-        lengths_k=b_seq_len_k,  # type: ignore[arg-type]
-        max_k=max_input_len_k,  # type: ignore[arg-type]
-        is_causal=is_causal,
-        softmax_scale=_scale(q, softmax_scale),
-        sliding_window=sliding_window,
-        softcap=softcap,
-        plan=plan,
-        first_q=b_first_q,
-        first_k=b_first_k,
+        q, k, v, s_aux,
+        b_start_loc, b_seq_len, max_input_len,
+        b_start_loc_k, b_seq_len_k, max_input_len_k,  # type: ignore[arg-type] # checked later, as all are
+        is_causal, _scale(q, softmax_scale), sliding_window, softcap, plan, b_first_q, b_first_k,
         with_lse=return_lse,
         blocks=None if blocks is None else _blocks(blocks, plan),
-    )
+    )  # fmt: skip
     try:
         output, lse = compute(request, backend)
     except (AttributeError, TypeError):

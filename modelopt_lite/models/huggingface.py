@@ -173,20 +173,20 @@ def attention_forward(
     """
     shared: SharedWork | None = attention_mask.request if type(attention_mask) is Layout else None
     if (
-        # A layer of this forward was dense, did all that whole_call() and attend() do, and left it to PyTorch. Python's
-        # time is the user's in short prefills and decode steps, so what is left of that for the others is written out.
+        # PyTorch's attention has computed a layer of this forward, after all the checks of the longer ways. What these
+        # cannot say of another layer is written out here, because Python's time is the user's in short prefills and
+        # decode steps.
         shared is not None
         and (known := shared.dense) is not None
         and (flags := module.__dict__.get("sparse_attention")) is not None
-        and caller_state.get() is None
-        and (known.is_decode and not flags.sparse_plan.sparse_decode or not flags.enabled or flags.sparse_plan.is_dense)
+        and (not flags.enabled or (plan := flags.sparse_plan).is_dense or (known.is_decode and not plan.sparse_decode))
         and flags.method.backend == "auto"
         and known.like == (query.shape, key.shape, value.shape, query.dtype, query.device)
         and kwargs.keys() <= _NEEDLESS_ARGUMENTS
-        and not (torch.is_grad_enabled() or is_dynamo_compiling() or dropout)
+        and not (dropout or flags.is_sharded or torch.is_grad_enabled() or is_dynamo_compiling())
         and (known.is_decode or not is_in_function())
-        and not flags.is_sharded
-        and module.call_context is None
+        and caller_state.get() is None
+        and "call_context" not in module.__dict__
     ):
         flags.last_call = object()
         return known.run(query, key, value, scale=scaling).transpose(1, 2), None

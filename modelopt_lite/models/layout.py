@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
@@ -42,19 +42,41 @@ class DenseCall(NamedTuple):
     run: Callable[..., Tensor]
 
 
+class PreparedCall(NamedTuple):
+    """What calls of :func:`whole_call` that a kernel computes have in common if their tensors differ in contents alone.
+
+    Attributes:
+        views: sizes and strides of queries, keys and values as kernels take them.
+        fields: what follows these in a request.
+        run: what computes requests like it.
+        shape: of the output, ``[batch, len_q, query_heads, value_dim]``.
+    """
+
+    views: tuple[tuple[Sequence[int], Sequence[int]], ...]
+    fields: tuple[Any, ...]
+    run: Run
+    shape: tuple[int, ...]
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Compute a call."""
+        q, k, v = self.views
+        request = AttentionRequest(query.as_strided(*q), key.as_strided(*k), value.as_strided(*v), *self.fields)
+        return self.run(request)[0].view(self.shape)
+
+
 class SharedWork:
     """What the layers of one forward pass need besides their layout, found by the first one that needs it.
 
     Attributes:
         dense: the last call that PyTorch's attention computed.
-        prepared: what runs other calls of :func:`whole_call`, by what tells these apart.
+        prepared: other calls of :func:`whole_call`, by what tells them apart.
         starts_apart: starts of the keys in a cache whose rows lie apart, by their distance and device.
         grids: what is known of blocks, as in :class:`~modelopt_lite.kernels.AttentionRequest`.
     """
 
     def __init__(self) -> None:
         self.dense: DenseCall | None = None
-        self.prepared: dict[tuple[Any, ...], Run] = {}
+        self.prepared: dict[tuple[Any, ...], PreparedCall] = {}
         self.starts_apart: dict[tuple[int, torch.device], Tensor] = {}
         self.grids: dict[Any, Any] = {}
 
@@ -522,9 +544,19 @@ def _whole_call(
     decision: Decision,
 ) -> Tensor | None:
     """Compute what :func:`whole_call` does not leave to PyTorch's attention, or return None as it does."""
+    if decision.statistics is not None:
+        return None
+    # With the layout, all that a request depends on, and the choice of a kernel and its preparation.
+    signature = (
+        query.shape, key.shape, value.shape, query.stride(), key.stride(), value.stride(), query.dtype, key.dtype,
+        value.dtype, query.device, (query.data_ptr() | key.data_ptr() | value.data_ptr()) & 15, scaling, softcap,
+        decision.plan.name, decision.backend,
+    )  # fmt: skip
+    shared: SharedWork | None = layout.request
+    if shared is not None and (known := shared.prepared.get(signature)) is not None:
+        return known(query, key, value)
     if (
-        decision.statistics is not None
-        or is_traced(query)
+        is_traced(query)
         or not layout.is_causal
         or layout.first_q is not None
         or layout.first_k is not None
@@ -532,7 +564,7 @@ def _whole_call(
         or not _has_shape_of(layout, query, key)
     ):
         return None
-    (batch, heads, len_q, dim), (_, kv_heads, slots, _) = query.shape, key.shape
+    (batch, heads, len_q, dim), slots = query.shape, key.shape[2]
     plan, value_dim = decision.plan, value.shape[3]
     if plan.chooses_blocks and layout.whole:
         plan = plan.for_keys(slots, True)
@@ -541,18 +573,16 @@ def _whole_call(
             output = sdpa(query, key, value, is_causal=True, scale=scaling, **options)
             if output is not None:
                 return output.transpose(1, 2)
-    strides = stride, key_stride, value_stride = query.stride(), key.stride(), value.stride()
     if (
         (batch > 1 and not all(map(_is_one_block, (query, key, value))))
         or value.shape[:3] != key.shape[:3]
         or (query.data_ptr() | key.data_ptr() | value.data_ptr()) & 15
     ):
         return None
-    scale = dim**-0.5 if scaling is None else float(scaling)
     request = AttentionRequest(
-        q=query.as_strided((batch * len_q, heads, dim), (stride[2], stride[1], stride[3])),
-        k=key.as_strided((batch * slots, kv_heads, key.shape[3]), (key_stride[2], key_stride[1], key_stride[3])),
-        v=value.as_strided((batch * slots, kv_heads, value_dim), (value_stride[2], value_stride[1], value_stride[3])),
+        q=_as_rows(query),
+        k=_as_rows(key),
+        v=_as_rows(value),
         s_aux=None,
         starts_q=layout.starts_q,
         lengths_q=layout.lengths_q,
@@ -561,33 +591,22 @@ def _whole_call(
         lengths_k=layout.lengths_k,
         max_k=slots,
         is_causal=True,
-        softmax_scale=scale,
+        softmax_scale=dim**-0.5 if scaling is None else float(scaling),
         sliding_window=layout.sliding_window,
         softcap=softcap,
         plan=plan,
-        grids=None if layout.request is None else layout.request.grids,
+        grids=None if shared is None else shared.grids,
     )
-    shared: SharedWork | None = layout.request
-    # With the layout, all that the choice of a kernel and its preparation depend on.
-    signature = (
-        query.shape, key.shape, value.shape, *strides, query.dtype, key.dtype, value.dtype, scale, softcap, plan.name,
-        decision.backend,
-    )  # fmt: skip
-    known = None if shared is None else shared.prepared.get(signature)
-    if known is not None:
-        output, _ = known(request)
-    else:
-        try:
-            output, _ = (compute if plan.chooses_blocks else run)(request, decision.backend)
-        except UnsupportedError as error:
-            raise UnsupportedError(f"{layer_name(module)}: {error}") from None
-        if (
-            shared is not None
-            and not plan.chooses_blocks
-            and (known := prepared(request, decision.backend)) is not None
-        ):
-            shared.prepared[signature] = known
-    return output.view(batch, len_q, heads, value_dim)
+    try:
+        output, _ = (compute if plan.chooses_blocks else run)(request, decision.backend)
+    except UnsupportedError as error:
+        raise UnsupportedError(f"{layer_name(module)}: {error}") from None
+    shape = batch, len_q, heads, value_dim
+    if shared is not None and not plan.chooses_blocks and (kernel := prepared(request, decision.backend)) is not None:
+        q, k, v, *fields = request
+        views = tuple((x.shape, x.stride()) for x in (q, k, v))
+        shared.prepared[signature] = PreparedCall(views, tuple(fields), kernel, shape)
+    return output.view(shape)
 
 
 def _has_shape_of(layout: Layout, query: Tensor, key: Tensor) -> bool:

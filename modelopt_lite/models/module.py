@@ -137,7 +137,7 @@ class SparseAttentionModule(nn.Module):
             self.is_called_plainly
             and not (own["_forward_pre_hooks"] or own["_forward_hooks"])
             and not (own["_backward_pre_hooks"] or own["_backward_hooks"])
-            and not any_global_hook()  # type: ignore[no-untyped-call]
+            and not any_global_hook()
             and own.get("_compiled_call_impl") is None
             # Tracers, such as that of torch.export, put a function of their own there.
             and nn.Module.__call__ is _MODULE_CALL

@@ -13,7 +13,11 @@ import modelopt_lite as mtsa
 from modelopt_lite.kernels import AttentionRequest, sdpa
 from modelopt_lite.kernels.reference import attention_reference
 from modelopt_lite.models import layout
+from modelopt_lite.models.huggingface import attention_forward
+from modelopt_lite.models.module import count, run_dense
+from modelopt_lite.models.transformers_masks import MaskRequest
 from modelopt_lite.plan import DENSE
+from modelopt_lite.stats import LayerStatistics
 
 BATCH, LEN_Q, SLOTS, HEAD_DIM = 3, 5, 20, 16
 # FP32 rounding of exponentials, sums and products of numbers of order 1 over at most 20 keys.
@@ -77,11 +81,52 @@ def test_layers_of_one_forward_may_differ():
     for (heads, kv_heads, dim, value_dim), dtype in (*product(shapes, (torch.float32, torch.float64)),) * 2:
         query = torch.randn(BATCH, 1, heads, dim, dtype=dtype).transpose(1, 2)
         key, value = (torch.randn(BATCH, SLOTS, kv_heads, x, dtype=dtype).transpose(1, 2) for x in (dim, value_dim))
-        for softcap in (None, 2.0):
-            found = layout.whole_call(module, query, key, value, rows, None, softcap)
+        for softcap in (None, 2.0, None):
+            found, _ = attention_forward(module, query, key, value, rows, softcap=softcap)
             assert torch.equal(found, layout.attend(module, query, key, value, rows, softcap=softcap))
             assert found.dtype == dtype
-    assert layout.whole_call(module, query, key[:, :, 1:], value[:, :, 1:], rows, None, None) is None
+    with pytest.raises(mtsa.UnsupportedError, match="do not have the layout"):
+        attention_forward(module, query, key[:, :, 1:], value[:, :, 1:], rows)
+
+
+@pytest.mark.parametrize("len_q", [1, SLOTS])
+def test_what_layers_of_one_forward_are_told_may_differ(len_q):
+    """A layer that was dense does not decide for others, in whatever way these are sparse, counted or refused."""
+    module, other = sparse_attention(("auto", "cpu")), sparse_attention(("auto", "cpu"))
+    module.sparse_attention.enabled = False
+    query = torch.randn(1, 4, len_q, HEAD_DIM)
+    key, value = torch.randn(2, 1, 2, SLOTS, HEAD_DIM)
+    request = MaskRequest({"q_offset": SLOTS - len_q, "attention_mask": None})
+    rows = layout.whole_layout(1, len_q, SLOTS, "cpu", is_causal=True)._replace(request=request)
+
+    def call(which, **options):
+        return attention_forward(which, query, key, value, rows, **options)[0]
+
+    def long_way(which):
+        return layout.attend(which, query, key, value, rows)
+
+    with torch.no_grad():
+        dense = call(module)
+        assert request.dense is not None
+        assert torch.equal(call(module, use_cache=True), dense)
+        for enabled in (True, False):
+            other.sparse_attention.enabled = enabled
+            found = call(other)
+            assert torch.equal(found, long_way(other))
+            assert torch.equal(found, dense) == (len_q == 1 or not enabled)
+        other.sparse_attention.enabled = True
+        with run_dense([other]):
+            assert torch.equal(call(other), dense)
+        module.sparse_attention.enabled = True
+        with count({module: (counted := LayerStatistics())}):
+            call(module)
+        assert any(counted.counts()) == (len_q > 1)
+        for refused in ({"dropout": 0.5}, {"output_attentions": True}, {"head_mask": query}):
+            with pytest.raises(mtsa.UnsupportedError):
+                call(module, **refused)
+    module.sparse_attention.enabled = False
+    query.requires_grad_()
+    assert call(module).requires_grad
 
 
 @pytest.mark.parametrize("len_q", [1, LEN_Q])
