@@ -176,14 +176,15 @@ def attention_forward(
         # PyTorch's attention has computed a layer of this forward, after all the checks of the longer ways. What these
         # cannot say of another layer is written out here, because Python's time is the user's in short prefills and
         # decode steps.
-        shared is not None
+        not is_dynamo_compiling()
+        and shared is not None
         and (known := shared.dense) is not None
         and (flags := module.__dict__.get("sparse_attention")) is not None
         and (not flags.enabled or (plan := flags.sparse_plan).is_dense or (known.is_decode and not plan.sparse_decode))
         and flags.method.backend == "auto"
         and known.like == (query.shape, key.shape, value.shape, query.dtype, query.device)
         and kwargs.keys() <= _NEEDLESS_ARGUMENTS
-        and not (dropout or flags.is_sharded or torch.is_grad_enabled() or is_dynamo_compiling())
+        and not (dropout or flags.is_sharded or torch.is_grad_enabled())
         and (known.is_decode or not is_in_function())
         and caller_state.get() is None
         and "call_context" not in module.__dict__

@@ -122,9 +122,8 @@ class SparseAttentionModule(nn.Module):
     # Hooks would see the same, but cost several times as much.
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module, and report once if its forward does not call this package's attention."""
-        own = self.__dict__  # PyTorch looks for a module's attributes slowly
-        flags = own["sparse_attention"]
         if is_dynamo_compiling():
+            flags = self.sparse_attention
             # In a traced graph whose activations are checkpointed, flags must be in the end as they were before.
             before, flags.reached = flags.reached, False
             output = super().__call__(*args, **kwargs)
@@ -132,6 +131,8 @@ class SparseAttentionModule(nn.Module):
                 _warn_of_bypass(flags.name, original_class(self).__name__)
             flags.reached = before
             return output
+        own = self.__dict__  # PyTorch looks attributes of modules up slowly
+        flags = own["sparse_attention"]
         last_call = flags.last_call
         if (
             self.is_called_plainly
