@@ -103,7 +103,7 @@ def prepare_gradients(
         out = tl.load(out_pointers, mask=alive[:, None], other=0.0).to(tl.float32)
         places = (head * tiles + tile) * ROWS + tl.arange(0, ROWS)
         tl.store(shift_ptr + places, tl.where(alive, lse * LOG2E, float("inf")))
-        tl.store(delta_ptr + places, tl.sum(grad * out, 1))
+        tl.store(delta_ptr + places, -tl.sum(grad * out, 1))
         tl.store(turns_ptr + head * tiles + tile, 0)
     elif program < tiles * heads + batch:
         sequence = program - tiles * heads
@@ -583,6 +583,23 @@ def begin_product(queries, keys, TRANSPOSED: gl.constexpr):
 
 
 @gluon.jit
+def begin_difference(queries, keys, memory, TRANSPOSED: gl.constexpr):
+    """Begin to multiply like :func:`begin_product`, and to add a number of each query, which is in shared memory.
+
+    These numbers take the place of the product, so reading them early needs no registers.
+    """
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
+    numbers = memory.reshape([ROWS]).load(gl.SliceLayout(0 if TRANSPOSED else 1, SCORES))
+    numbers = gl.expand_dims(numbers, 0 if TRANSPOSED else 1)
+    numbers, _ = gl.broadcast(numbers, gl.full([ROWS, ROWS], 0, gl.float32, SCORES))
+    if TRANSPOSED:
+        product = warpgroup_mma(keys, queries.permute([1, 0]), numbers, is_async=True)
+    else:
+        product = warpgroup_mma(queries, keys.permute([1, 0]), numbers, is_async=True)
+    return product
+
+
+@gluon.jit
 def by_query(product, TRANSPOSED: gl.constexpr):
     """Return a product as ``[queries, keys]``, or bring such a tile back to how the product lies; nothing moves."""
     return product.permute([1, 0]) if TRANSPOSED else product
@@ -641,7 +658,7 @@ def differentiate(
         mbarrier.wait(grad_loaded.index(stage), step // STAGES & 1)
     else:
         mbarrier.wait(grad_loaded.index(stage), step // STAGES & 1)
-        grad_weights = begin_product(grad, values, TRANSPOSED)
+        grad_weights = begin_difference(grad, values, delta_memory.index(stage), TRANSPOSED)
         # Before the wait, which hides how long it takes: transposed, a thread reads 16 of them.
         shift = shift_memory.index(stage).reshape([ROWS]).load(OF_ROWS)
         products = warpgroup_mma_wait(1, deps=[products])
@@ -656,14 +673,13 @@ def differentiate(
         own_weights = weight_memory.index(WARPGROUP)
         own_weights.store(weights.to(ELEMENT))
         if LATE:
-            grad_weights = begin_product(grad, values, TRANSPOSED)
+            grad_weights = begin_difference(grad, values, delta_memory.index(stage), TRANSPOSED)
         fence_async_shared()
         synchronize()
         own_weights = own_weights.permute([1, 0])
     grad_value = warpgroup_mma(own_weights, grad, grad_value, is_async=True)
     grad_weights = by_query(warpgroup_mma_wait(1, deps=[grad_weights]), TRANSPOSED)
-    delta = delta_memory.index(stage).reshape([ROWS]).load(OF_ROWS)
-    grad_scores = weights * (grad_weights - spread(delta, grad_weights))
+    grad_scores = weights * grad_weights
     if OPTIONS.softcap:
         tanh_of_scores = scores / numbers[1]
         grad_scores *= 1.0 - tanh_of_scores * tanh_of_scores
