@@ -15,6 +15,7 @@ their own run.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import functools
 import importlib.metadata
@@ -25,7 +26,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -208,6 +209,15 @@ def burst(call: Call, ms: float = math.inf) -> float:
     return statistics.median(before.elapsed_time(after) for before, after in itertools.pairwise(events))
 
 
+@contextlib.contextmanager
+def reporting(key: tuple[str, str]) -> Iterator[None]:
+    """Report an error of one of several kernels, so that the others are measured nevertheless."""
+    try:
+        yield
+    except Exception as error:
+        print(f"{key}: {type(error).__name__}: {str(error).partition(chr(10))[0]}", file=sys.stderr)
+
+
 def measure(calls: dict[Any, Call], heat: float, rounds: int, graphs: bool = True) -> dict[Any, float]:
     """Return the median time of each call in ms. A call that fails is reported and left out.
 
@@ -215,12 +225,10 @@ def measure(calls: dict[Any, Call], heat: float, rounds: int, graphs: bool = Tru
     """
     usable = {}
     for key, call in calls.items():
-        try:
+        with reporting(key):
             call()
             torch.cuda.synchronize()
             usable[key] = call
-        except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:
-            print(f"{key}: {str(error).splitlines()[0]}", file=sys.stderr)
     until = time.monotonic() + heat
     while time.monotonic() < until:
         for call in usable.values():
@@ -282,7 +290,8 @@ def measure_problem(
     }
     for peer in arguments.peers:
         if not missing.get(peer, False):
-            calls[(peer, "dense")] = peer_call(peer, q, k, v, causal, which)
+            with reporting((peer, "dense")):
+                calls[(peer, "dense")] = peer_call(peer, q, k, v, causal, which)
     times = measure(calls, arguments.heat, arguments.rounds, which == "forward")
     peaks = {key: peak_memory(calls[key]) for key in times}
     flop = PASSES[which] * 4 * batch * heads[0] * seq_len**2 * head_dim * (0.5 if causal else 1.0)
