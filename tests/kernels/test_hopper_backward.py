@@ -18,11 +18,13 @@ import triton.language as tl
 from cases import OnGpu, one_sequence
 from machine_code import classify, inspect
 from test_forward_compile import BF16, FP16, pretend_gpu, zeros
+from turns import steps_left
 
 from modelopt_lite.kernels import choice
 from modelopt_lite.kernels.hopper import backward_launch as hopper_backward_launch
 from modelopt_lite.kernels.hopper.backward import (
     attention_backward_hopper,
+    descends,
     nth_tile,
     prepare_gradients,
     rank_of,
@@ -209,6 +211,64 @@ def test_all_take_turns(query_length, length, longest, rules, sliding_window, pr
     padded = torch.nn.functional.pad(visible, (0, -length % 128, 0, -query_length % 64))
     needed = padded.unflatten(1, (-1, 128)).unflatten(0, (-1, 64)).any(3).any(1).T
     assert (ranks[:, : needed.shape[0]] >= 0)[:, needed].all()
+
+
+def steps_of(item, heads, members, tiles, ranks):
+    """Return an item's steps: to which tiles of queries of which heads it adds, and how many add before it."""
+    head, pair = divmod(item, (tiles + 1) // 2)
+    steps = []
+    for phase, tile in enumerate(dict.fromkeys((tiles - 1 - pair, pair))):
+        found = ranks[head][tile]
+        columns = [column for column, rank in enumerate(found) if rank >= 0]
+        for member in range(members):
+            order = reversed(columns) if descends.fn(phase, member, None) else columns
+            steps += [((head, member, column), found[column]) for column in order]
+    return steps
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
+@pytest.mark.parametrize("programs", [1, 2, 3, 7, 78, 132])
+@pytest.mark.parametrize(
+    ("sequences", "heads", "members", "rules", "sliding_window"),
+    [
+        ([(2048, 2048)], 4, 4, Rules(True, False), 0),
+        ([(2100, 2100)], 1, 3, Rules(True, False), 0),
+        ([(1300, 1300)], 3, 1, Rules(False, False), 0),
+        ([(400, 2000)], 2, 4, Rules(True, False), 0),
+        ([(500, 1500), (0, 700), (1000, 1000), (65, 65)], 2, 2, Rules(True, False), 0),
+        ([(900, 300), (128, 1280)], 2, 3, Rules(False, False), 0),
+        ([(2048, 2048)], 2, 4, Rules(True, True), 1),
+        ([(1500, 1900), (700, 700)], 2, 4, Rules(True, True), 300),
+    ],
+)
+def test_nobody_waits_for_ever(sequences, heads, members, rules, sliding_window, programs):
+    """Whatever the number of multiprocessors, a program that waits for its turn waits for one that can go on.
+
+    Steps of a program are taken one after the other here. In the kernel, the warp that adds for the next step may wait
+    for its turn at the same time, but it adds no earlier.
+    """
+    tiles = max(-(-length // 128) for _, length in sequences)
+    columns = max(-(-query_length // 64) for query_length, _ in sequences)
+    items = len(sequences) * heads * ((tiles + 1) // 2)
+    programs = min(programs, items)
+    ranks = []
+    for number, lengths in enumerate(sequences):
+        found = torch.full((len(sequences) * heads, tiles, columns), -1, dtype=torch.int32)
+        numbers = torch.tensor([*lengths, sliding_window, tiles, columns, programs], dtype=torch.int32)
+        write_ranks[(items,)](found, numbers, rules)
+        ranks += found[number * heads : (number + 1) * heads].tolist()
+    work = [
+        [step for item in range(program, items, programs) for step in steps_of(item, heads, members, tiles, ranks)]
+        for program in range(programs)
+    ]
+    assert any(work)
+    assert steps_left(work) == 0
+
+
+def test_a_ring_of_programs_that_wait_is_found():
+    first, second = [("a", 1), ("b", 0)], [("b", 1), ("a", 0)]
+    assert steps_left([first, second]) == 4
+    assert steps_left([first[::-1], second]) == 0
 
 
 class Spans(NamedTuple):

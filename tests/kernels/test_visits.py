@@ -8,6 +8,7 @@ import torch
 from block_cases import shape_of_lists
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from turns import steps_left
 
 from modelopt_lite.kernels import AttentionRequest, KeyBlocks
 from modelopt_lite.kernels.hopper import backward_launch as hopper_backward_launch
@@ -232,3 +233,25 @@ def test_visits_of_the_backward(request):
                         assert request.plan.keep is None or not (whole & exempt)[rows, keys].any()
                 assert torch.equal(found, kept[head * heads_per_list][:, keys])
             assert all(found == list(range(len(found))) for found in ranks.values())
+
+
+@given(listed_requests(), st.sampled_from([1, 2, 5, 132]))
+@settings(max_examples=20, deadline=None)
+def test_nobody_waits_for_ever(request, programs):
+    """As in test_hopper_backward.py, with lists of key blocks: an item is a tile of keys, the first ones first."""
+    if request.plan.keeps_nothing:
+        return
+    entries, numbers, starts, heads_per_list = entries_of(request)
+    kv_heads = request.k.shape[1]
+    members = request.q.shape[1] // kv_heads
+    heads, tiles = len(starts) * kv_heads, entries.shape[1]
+    work = [[] for _ in range(programs)]
+    for item in range(heads * tiles):
+        tile, (sequence, kv_head) = item // heads, divmod(item % heads, kv_heads)
+        for head in range(kv_head * members, (kv_head + 1) * members):
+            number = head // heads_per_list
+            found = entries[number, tile, starts[sequence] :][: numbers[number, tile, sequence, 1]].tolist()
+            work[item % programs] += [
+                ((sequence, head, entry // TILES_FROM.value), entry % TILES_FROM.value // 2) for entry in found
+            ]
+    assert steps_left(work) == 0
