@@ -56,12 +56,21 @@ MISSING = "-"
 MODEL = "llama-3.1-8b"
 SHAPE = {"dtype": "bf16", "query_heads": 32, "kv_heads": 8, "causal": True, "head_dim": 128}
 """The shape of attention in tables that do not say otherwise."""
+TRAINED = ("cudnn", "dense", "2:4", "4:8", "25 % of blocks")
+"""Variants of ``benchmarks/training.py`` beside Transformers' own attention."""
 VARIANTS = {"dense": "our dense", "4:8": "4:8", "2:4": "2:4"}
 EXCHANGES = ("ring", "gather")
 """Of context parallelism."""
 """How tables call the variants of ``benchmarks/model.py``; others keep their names."""
 KERNELS = {"triton": "portable", "hopper": "Hopper", "sparse_cores": "sparse tensor cores"}
-PEERS = {"cudnn": "cuDNN", "fa2": "FlashAttention-2", "fa3": "FlashAttention-3", "flex": "FlexAttention"}
+PEERS = {
+    "cudnn": "cuDNN",
+    "fa2": "FlashAttention-2",
+    "fa3": "FlashAttention-3",
+    "fa4": "FlashAttention-4",
+    "fa4_deterministic": "the same, deterministic",
+    "flex": "FlexAttention",
+}
 PATTERNS = ["dense", "1:4", "2:4", "3:4", "2:8", "4:8", "8:16"]
 DECODE_CASES = {
     "b1-2k": "1 sequence, 2k keys",
@@ -271,11 +280,26 @@ def decode_table() -> str:
     return markdown(["one decode step", "speed", "best of PyTorch", "ours", "TB/s"], lines, left=1)
 
 
-def training_table() -> str:
+def training_table(head_dim: int) -> str:
     """Return the speed of forward and backward together, relative to cuDNN's dense attention."""
-    rows = rows_of("attention-nvidia-h200", **SHAPE, **{"pass": "forward_backward"})
+    rows = rows_of("attention-nvidia-h200", **SHAPE | {"head_dim": head_dim, "pass": "forward_backward"})
     columns = {("triton", name): f"our {name}" if name == "dense" else name for name in PATTERNS}
-    return _kernels_table(rows, columns | {(peer, "dense"): PEERS[peer] for peer in ("fa2", "flex")})
+    peers = ("fa4", "fa4_deterministic", "fa2", "flex")
+    return _kernels_table(rows, columns | {(peer, "dense"): PEERS[peer] for peer in peers})
+
+
+def trained_models_table() -> str:
+    """Return how fast whole models train: tokens a second, and speeds relative to Transformers' own attention."""
+    names = {name: PEERS.get(name, VARIANTS.get(name, name)) for name in TRAINED}
+    lines = []
+    for (model, layers, length, batch), group in by_problem(
+        rows_of("training-nvidia-h200"), "model", "layers", "seq_len", "batch"
+    ):
+        found = {row["variant"]: row for row in group}
+        shape = {"llama-3.1-8b": f"Llama-8B's, {layers} layers", "smollm2-135m": "SmolLM2-135M's"}[model]
+        cells = [ratio(found[name]["speed_to_sdpa"]) if name in found else MISSING for name in names]
+        lines.append([shape, f"{batch} x {length}", str(found["sdpa"]["tokens_per_second"]), *cells])
+    return markdown(["shape", "tokens", "sdpa, tokens/s", *names.values()], lines, left=1)
 
 
 def training_memory_table() -> str:
@@ -557,7 +581,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "patterns in the portable kernel": functools.partial(patterns_table, "triton"),
     "shapes": shapes_table,
     "decode": decode_table,
-    "training": training_table,
+    "training": functools.partial(training_table, 128),
+    "training with a head dimension of 64": functools.partial(training_table, 64),
     "training memory": training_memory_table,
     "inputs": inputs_table,
     "cpu": cpu_table,

@@ -50,7 +50,7 @@ VARIANTS = [
 ]
 # Accesses to spilled registers in the hot loop, with the Triton of constraints.txt; of 402 to 1318 instructions. With a
 # softcap, scores stay until gradients are there.
-SPILLS = [1, 8, 3, 8, 55]
+SPILLS = [3, 7, 0, 4, 55]
 
 
 def compile_all():
@@ -334,7 +334,8 @@ def test_every_tile_is_met_once_and_masked_where_needed(query_length, length, si
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
 @pytest.mark.parametrize("has_lists", [False, True])
-def test_before_and_after(has_lists):
+@pytest.mark.parametrize("transposed", [False, True])
+def test_before_and_after(has_lists, transposed):
     """What is prepared for the kernel, and what becomes of its sums."""
     total, heads, kv_heads, dim = 200, 4, 2, 128
     starts, lengths_q, lengths_k = torch.tensor([70, 5, 3]), torch.tensor([100, 0, 64]), torch.tensor([190, 7, 64])
@@ -355,7 +356,7 @@ def test_before_and_after(has_lists):
     prepare_gradients[(programs,)](
         grad, out, lse, shift, delta, grad_q, turns, found, grad_k, grad_v,
         tuple(x.stride()[:2] for x in (grad, out, grad_q)), starts, lengths, heads, 3, total, tiles, grad_k.numel(),
-        dim,
+        dim, transposed,
     )  # fmt: skip
     assert found.tolist() == begins
     shifts, deltas = torch.full((tiles * 64, heads), torch.inf), torch.zeros(tiles * 64, heads)
@@ -364,8 +365,11 @@ def test_before_and_after(has_lists):
         rows, places = slice(start, start + length), slice(first, first + length)
         shifts[places] = torch.where(alive[rows], lse[rows] / math.log(2), torch.inf)
         deltas[places] = (grad[rows].float() * out[rows].float()).sum(2).masked_fill(~alive[rows], 0.0)
-    torch.testing.assert_close(shift.flatten(1), shifts.T)
-    torch.testing.assert_close(delta.flatten(1), deltas.T)
+    # Transposed, a thread's four numbers of 16 rows are two neighbours and the two that are 8 rows further on.
+    shapes, order = ((heads, tiles * 4, 4, 2, 2), (0, 1, 3, 2, 4)) if transposed else ((heads, -1), (0, 1))
+    found_shifts, found_deltas = (x.view(shapes).permute(order).reshape(heads, -1) for x in (shift, delta))
+    torch.testing.assert_close(found_shifts, shifts.T)
+    torch.testing.assert_close(found_deltas, -deltas.T)
     assert not any(x.any() for x in (turns, grad_k, grad_v))
     assert not grad_q[~alive].any()
     assert grad_q[alive].isnan().all()
@@ -380,7 +384,7 @@ def test_before_and_after(has_lists):
     # [halves, 16 rows, blocks of 8 columns, rows, pairs of columns, row 8 further on, column]
     lines = sums.view(heads, tiles, 4, 2, 8, 2, 8, 4, 2).permute(0, 1, 5, 2, 6, 4, 7, 3, 8).contiguous()
     round_gradients[(tiles * heads,)](
-        lines, shift, grad_q, found, starts, lengths, 0.5, 3, tiles, 0, heads, grad_q.stride()[:2], dim
+        lines, shift, grad_q, found, starts, lengths, 0.5, 3, tiles, 0, heads, grad_q.stride()[:2], dim, transposed
     )
     torch.testing.assert_close(grad_q, (right * 0.5).masked_fill(~alive[..., None], 0.0).half())
 
@@ -397,8 +401,8 @@ def test_kernel_fits_the_gpu(compiled, index):
     # left out here, as a warpgroup computes gradients of queries in every other step.
     assert loop["matrix"] == 8 + 8 + 4 + 4 + (8 if is_dense else 0)
     assert loop["shuffles"] == 0
-    # Transposed, a thread reads numbers of 16 rows, and hands sums over in every step.
-    assert loop["shared memory"] <= (24 if is_dense else 4)
+    # Transposed, a thread reads numbers of 16 rows, four at a time, and hands sums over in every step.
+    assert loop["shared memory"] <= (16 if is_dense else 4)
     assert loop["spills"] <= SPILLS[index]
 
 

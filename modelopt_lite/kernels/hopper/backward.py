@@ -72,17 +72,45 @@ setp.ne.u32 others, $0, $2;
 }""")
 AWAIT_SUMS = tl.constexpr("cp.async.bulk.wait_group 0; bar.warp.sync 0xffffffff; mov.b32 $0, 0;")
 
+# Barriers of the hardware, by number; the compiler itself uses the first ones. An mbarrier would do as well, but there
+# one thread arrives for its warpgroup, and before and after it the compiler has the warps wait for each other. Here,
+# each warp arrives by itself. All are pairs, as there are two stages and two adders: even steps use the first one.
+FREED = tl.constexpr(8)
+"""Both warpgroups are done with a step's queries."""
+SUMS_FULL = tl.constexpr(10)
+"""A step's gradients of queries are there, to be added."""
+SCORES_FULL = tl.constexpr((12, 14))
+"""The first or the second warpgroup has stored its gradients of scores."""
+THREADS_OF_STEP = tl.constexpr(2 * 128 + 32)
+"""Both warpgroups and a warp."""
+THREADS_OF_BOTH = tl.constexpr(2 * 128)
+THREADS_OF_ONE = tl.constexpr(128 + 32)
+"""A warpgroup and a warp."""
+
+
+@gluon.constexpr_function
+def at_barrier(what, pair, threads):
+    """Write PTX that comes to the one barrier of a pair if a number is even, and to the other one if it is odd."""
+    instructions = f"@p {what} {pair + 1}, {threads}; @!p {what} {pair}, {threads};"
+    return (
+        "{ .reg .pred p; .reg .b32 odd; and.b32 odd, $1, 1; setp.ne.b32 p, odd, 0; "
+        + instructions
+        + " mov.b32 $0, 0; }"
+    )
+
 
 @triton.jit(do_not_specialize=["batch", "total", "tiles"])
 def prepare_gradients(
     grad_ptr, out_ptr, lse_ptr, shift_ptr, delta_ptr, grad_query_ptr, turns_ptr, begins_ptr, grad_key_ptr,
     grad_value_ptr, strides, starts_ptr, lengths, heads, batch, total, tiles, size, DIM: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
     """Prepare the rows of ``tiles`` tiles of queries of each head, and clear what nothing is written to.
 
     First come the programs of tiles. Shifts and deltas are those of
     :func:`~modelopt_lite.kernels.portable.backward.gradient_rows`, but ``[heads, tiles, ROWS]``, so that the tensor
-    memory accelerator can load them, which wants addresses that are multiples of 16 bytes; turns are 0. Then each
+    memory accelerator can load them, which wants addresses that are multiples of 16 bytes; rows lie as
+    :func:`place_of` says, and deltas are negative, as they are to be added; turns are 0. Then each
     sequence's program finds the number of its first tile. Then come those that clear gradients of queries without a
     key, which may belong to no sequence. The others clear ``CLEARED`` of the ``size`` numbers of gradients of keys and
     values each.
@@ -101,7 +129,7 @@ def prepare_gradients(
         out_pointers = out_ptr + head * strides[1][1] + (tokens[:, None] * strides[1][0] + columns)
         grad = tl.load(grad_pointers, mask=alive[:, None], other=0.0).to(tl.float32)
         out = tl.load(out_pointers, mask=alive[:, None], other=0.0).to(tl.float32)
-        places = (head * tiles + tile) * ROWS + tl.arange(0, ROWS)
+        places = (head * tiles + tile) * ROWS + place_of(tl.arange(0, ROWS), TRANSPOSED)
         tl.store(shift_ptr + places, tl.where(alive, lse * LOG2E, float("inf")))
         tl.store(delta_ptr + places, -tl.sum(grad * out, 1))
         tl.store(turns_ptr + head * tiles + tile, 0)
@@ -171,7 +199,7 @@ def tokens_of(tile, starts_ptr, lengths, sequence, exists):
 @triton.jit(do_not_specialize=["batch", "tiles", "first_head"])
 def round_gradients(
     sums_ptr, shift_ptr, grad_ptr, begins_ptr, starts_ptr, lengths, scale, batch, tiles, first_head, heads, strides,
-    DIM: tl.constexpr,
+    DIM: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
     """Scale and round gradients of queries, except those of queries without a key.
 
@@ -181,13 +209,22 @@ def round_gradients(
     head = first_head + number
     sequence = sequence_of(begins_ptr, tile, batch)
     tokens, _ = tokens_of(tile - tl.load(begins_ptr + sequence), starts_ptr, lengths, sequence, True)
-    places = (head * tiles + tile) * ROWS + tl.arange(0, ROWS)
+    places = (head * tiles + tile) * ROWS + place_of(tl.arange(0, ROWS), TRANSPOSED)
     has_keys = tl.load(shift_ptr + places) != float("inf")
     columns = tl.arange(0, DIM)[None, :]
     offsets = order_of(tl.arange(0, ROWS)[:, None], columns, DIM)
     sums = tl.load(sums_ptr + (number * tiles + tile) * (ROWS * DIM) + offsets, mask=has_keys[:, None], other=0.0)
     pointers = grad_ptr + head * strides[1] + (tokens[:, None] * strides[0] + columns)
     tl.store(pointers, (sums * scale).to(grad_ptr.dtype.element_ty), mask=has_keys[:, None])
+
+
+@triton.jit
+def place_of(row, TRANSPOSED: tl.constexpr):
+    """Return where the shift and the delta of a row of a tile lie: transposed, four that a thread needs together."""
+    place = row
+    if TRANSPOSED:
+        place = row // 16 * 16 + row % 8 // 2 * 4 + row % 16 // 8 * 2 + row % 2
+    return place
 
 
 @triton.jit
@@ -200,6 +237,20 @@ def order_of(row, column, DIM: tl.constexpr):
     HALF: tl.constexpr = DIM // 2
     block = (column // HALF * (ROWS // 16) + row // 16) * (HALF // 8) + column % HALF // 8
     return block * 128 + row % 8 * 16 + column % 8 // 2 * 4 + row % 16 // 8 * 2 + column % 2
+
+
+@gluon.jit
+def tell(step, PAIR: gl.constexpr, THREADS: gl.constexpr):
+    """Tell the others at a step's barrier that this thread has come to it, and go on."""
+    PROGRAM: gl.constexpr = at_barrier("bar.arrive", PAIR, THREADS)
+    gl.inline_asm_elementwise(PROGRAM, "=r,r", [gl.to_tensor(step)], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def meet(step, PAIR: gl.constexpr, THREADS: gl.constexpr):
+    """Wait until all of so many threads have come to a step's barrier."""
+    PROGRAM: gl.constexpr = at_barrier("bar.sync", PAIR, THREADS)
+    gl.inline_asm_elementwise(PROGRAM, "=r,r", [gl.to_tensor(step)], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @builtin
@@ -369,7 +420,7 @@ def load_items(work, OPTIONS: gl.constexpr):
     descriptors, buffers, barriers, begins_ptr, tiles_of_queries, problem = work
     query_descriptor, grad_descriptor, shift_descriptor, delta_descriptor, keys, values = descriptors
     query_memory, grad_memory, shift_memory, delta_memory, key_memory, value_memory = buffers
-    query_loaded, grad_loaded, freed, keys_loaded, keys_freed = barriers
+    query_loaded, grad_loaded, keys_loaded, keys_freed = barriers
     sequences, heads_of, _, _, _, lists = problem
     PHASES: gl.constexpr = 2 if lists is None else 1
     BYTES: gl.constexpr = ROWS * OPTIONS.block_d * 2
@@ -401,7 +452,8 @@ def load_items(work, OPTIONS: gl.constexpr):
                         row = first_query + query_tile * ROWS
                         line = head * tiles_of_queries + begin_of_sequence + query_tile
                         stage = step % STAGES
-                        mbarrier.wait(freed.index(stage), (step // STAGES & 1) ^ 1)
+                        if step >= STAGES:
+                            meet(step, FREED, THREADS_OF_STEP)
                         mbarrier.expect(query_loaded.index(stage), BYTES + ROWS * 4)
                         tma.async_copy_global_to_shared(
                             query_descriptor, [row, head, 0], query_loaded.index(stage), query_memory.index(stage)
@@ -420,12 +472,12 @@ def load_items(work, OPTIONS: gl.constexpr):
 
 
 @gluon.jit
-def add_items(work, ADDER: gl.constexpr, OPTIONS: gl.constexpr):
+def add_items(work, ADDER: gl.constexpr, TRANSPOSED: gl.constexpr, OPTIONS: gl.constexpr):
     """Add gradients of queries to what other programs have added: the part of one of ``ADDERS`` warps.
 
     They take turns: what passes until others may add takes longer than a step.
     """
-    descriptor, memory, full, empty, turns_ptr, begins_ptr, tiles_of_queries, problem = work
+    descriptor, memory, empty, turns_ptr, begins_ptr, tiles_of_queries, problem = work
     _, heads_of, _, _, _, lists = problem
     PHASES: gl.constexpr = 2 if lists is None else 1
     LINES: gl.constexpr = memory.shape[1]
@@ -460,7 +512,7 @@ def add_items(work, ADDER: gl.constexpr, OPTIONS: gl.constexpr):
                             gl.inline_asm_elementwise(
                                 AWAIT_TURN, "=r,l,r", [turn_ptr, rank], dtype=gl.int32, is_pure=False, pack=1
                             )
-                            mbarrier.wait(full.index(ADDER), step // ADDERS & 1)
+                            meet(step, SUMS_FULL, THREADS_OF_STEP if TRANSPOSED else THREADS_OF_ONE)
                             for w in gl.static_range(WARPGROUPS):
                                 line = ((first_sum + query_tile) * WARPGROUPS + w) * LINES
                                 if rank == 0:
@@ -496,9 +548,9 @@ def clear_beyond(
 
 
 @gluon.jit
-def await_scores(step, scores_full):
-    """Wait until both warpgroups have stored a step's gradients of scores; before the first step, there is no wait."""
-    mbarrier.wait(scores_full.index((step + BUFFERS) % BUFFERS), ((step + BUFFERS) // BUFFERS & 1) ^ 1)
+def await_scores(step, WARPGROUP: gl.constexpr):
+    """Wait, once for each step, until the other warpgroup has stored its gradients of scores."""
+    meet(step, SCORES_FULL[1 - WARPGROUP], THREADS_OF_BOTH)
 
 
 @gluon.jit
@@ -531,10 +583,11 @@ def begin_sums(
 
 
 @gluon.jit
-def hand_over(sums, step, memory, full, empty, WARPGROUP: gl.constexpr, OPTIONS: gl.constexpr):
+def hand_over(sums, step, memory, empty, WARPGROUP: gl.constexpr, OPTIONS: gl.constexpr):
     """Hand a warpgroup's columns of a step's gradient of queries to the warp that adds them up."""
     HALF: gl.constexpr = OPTIONS.block_d // 2
     LINES: gl.constexpr = ROWS * HALF // LINE
+    THREADS: gl.constexpr = THREADS_OF_STEP if sums.shape[1] == HALF else THREADS_OF_ONE
     before = step + ADDERS - 1  # ADDERS steps after the one whose sums must be out of the way
     mbarrier.wait(empty.index(before % ADDERS), (before // ADDERS & 1) ^ 1)
     # What a thread has, four numbers after the other; see order_of.
@@ -546,8 +599,7 @@ def hand_over(sums, step, memory, full, empty, WARPGROUP: gl.constexpr, OPTIONS:
         for half in gl.static_range(2):
             memory.index(half).store(halves[half].reshape([LINES, LINE]))
     fence_async_shared()
-    synchronize()
-    mbarrier.arrive(full.index(step % ADDERS), count=1)
+    tell(step, SUMS_FULL, THREADS)
 
 
 @gluon.jit
@@ -583,13 +635,34 @@ def begin_product(queries, keys, TRANSPOSED: gl.constexpr):
 
 
 @gluon.jit
+def load_rows_of(memory, TRANSPOSED: gl.constexpr):
+    """Load a number of each query, which lie as :func:`place_of` says."""
+    OF_ROWS: gl.constexpr = gl.SliceLayout(
+        0 if TRANSPOSED else 1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
+    )
+    if TRANSPOSED:
+        FOUR: gl.constexpr = gl.DistributedLinearLayout(
+            [[0, 0, 0, 1], [0, 0, 1, 0], [1, 0, 0, 0], [2, 0, 0, 0]],
+            [[0, 1, 0, 0], [0, 2, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]],
+            [[0, 0, 0, 0], [0, 0, 0, 0]],
+            [],
+            [ROWS // 16, 4, 2, 2],
+        )
+        numbers = memory.reshape([ROWS // 16, 4, 2, 2]).load(FOUR).permute([0, 2, 1, 3]).reshape([ROWS])
+        numbers = gl.convert_layout(numbers, OF_ROWS, assert_trivial=True)
+    else:
+        numbers = memory.reshape([ROWS]).load(OF_ROWS)
+    return numbers
+
+
+@gluon.jit
 def begin_difference(queries, keys, memory, TRANSPOSED: gl.constexpr):
     """Begin to multiply like :func:`begin_product`, and to add a number of each query, which is in shared memory.
 
     These numbers take the place of the product, so reading them early needs no registers.
     """
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
-    numbers = memory.reshape([ROWS]).load(gl.SliceLayout(0 if TRANSPOSED else 1, SCORES))
+    numbers = load_rows_of(memory, TRANSPOSED)
     numbers = gl.expand_dims(numbers, 0 if TRANSPOSED else 1)
     numbers, _ = gl.broadcast(numbers, gl.full([ROWS, ROWS], 0, gl.float32, SCORES))
     if TRANSPOSED:
@@ -628,7 +701,7 @@ def differentiate(
     """
     query_memory, grad_memory, key_memory, value_memory, weight_memory, score_memory, sum_memory, of_rows = buffers
     shift_memory, delta_memory = of_rows
-    query_loaded, grad_loaded, freed, scores_full, sums_full, sums_empty, cleared = barriers
+    query_loaded, grad_loaded, sums_empty, cleared = barriers
     ELEMENT: gl.constexpr = query_memory.dtype
     LATE: gl.constexpr = OPTIONS.group > EARLY
     TRANSPOSED: gl.constexpr = SCORE_HOOK is None
@@ -660,7 +733,7 @@ def differentiate(
         mbarrier.wait(grad_loaded.index(stage), step // STAGES & 1)
         grad_weights = begin_difference(grad, values, delta_memory.index(stage), TRANSPOSED)
         # Before the wait, which hides how long it takes: transposed, a thread reads 16 of them.
-        shift = shift_memory.index(stage).reshape([ROWS]).load(OF_ROWS)
+        shift = load_rows_of(shift_memory.index(stage), TRANSPOSED)
         products = warpgroup_mma_wait(1, deps=[products])
     products = by_query(products, TRANSPOSED)
     rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, products.type.layout))
@@ -686,28 +759,34 @@ def differentiate(
     grad_scores = grad_scores.to(ELEMENT)
     buffer = step % BUFFERS
     own_scores = score_memory.index(WARPGROUPS * buffer + WARPGROUP)
-    # When both have the scores of the step before, both are done with what is in their place.
-    await_scores(step - 1, scores_full)
-    own_scores.store(by_query(grad_scores, TRANSPOSED))
-    fence_async_shared()
-    synchronize()
-    mbarrier.arrive(scores_full.index(buffer), count=1)
     has_part = has_before & hands_over(step - 1, WARPGROUP, TRANSPOSED)
+    # When both have the scores of the step before, both are done with what is in the place of these.
+    if has_before:
+        await_scores(step - 1, WARPGROUP)
     if TRANSPOSED:
+        # Products first: what is stored is not needed before the next step.
         sums = begin_sums(step - 1, score_memory, key_memory, WARPGROUP, TRANSPOSED, OPTIONS)
         grad_key = warpgroup_mma(as_operand(grad_scores, OPTIONS), query, grad_key, is_async=True)
+        own_scores.store(by_query(grad_scores, TRANSPOSED))
+        fence_async_shared()
+        tell(step, SCORES_FULL[WARPGROUP], THREADS_OF_BOTH)
         sums = warpgroup_mma_wait(1, deps=[sums])
         if has_part:
-            hand_over(sums, step - 1, sum_memory, sums_full, sums_empty, WARPGROUP, OPTIONS)
+            hand_over(sums, step - 1, sum_memory, sums_empty, WARPGROUP, OPTIONS)
     else:
+        own_scores.store(grad_scores)
+        fence_async_shared()
+        tell(step, SCORES_FULL[WARPGROUP], THREADS_OF_BOTH)
+        synchronize()
         grad_key = warpgroup_mma(own_scores.permute([1, 0]), query, grad_key, is_async=True)
         if has_part:
             sums = begin_sums(step - 1, score_memory, key_memory, WARPGROUP, TRANSPOSED, OPTIONS)
             sums = warpgroup_mma_wait(0, deps=[sums])
-            hand_over(sums, step - 1, sum_memory, sums_full, sums_empty, WARPGROUP, OPTIONS)
+            hand_over(sums, step - 1, sum_memory, sums_empty, WARPGROUP, OPTIONS)
     grad_key, grad_value = warpgroup_mma_wait(0, deps=[grad_key, grad_value])
-    synchronize()
-    mbarrier.arrive(freed.index(stage), count=1)
+    tell(step, FREED, THREADS_OF_STEP)
+    if not TRANSPOSED:
+        synchronize()  # before the next weights are stored in the place of these
     return grad_key, grad_value, clearings
 
 
@@ -793,11 +872,12 @@ def differentiate_items(work, hook_args, WARPGROUP: gl.constexpr, SCORE_HOOK: gl
                             WARPGROUP, SCORE_HOOK, OPTIONS, False,
                         )  # fmt: skip
                         step += 1
+                if step > first_step:
+                    await_scores(step - 1, WARPGROUP)
                 if (step > first_step) & hands_over(step - 1, WARPGROUP, SCORE_HOOK is None):
-                    await_scores(step - 1, barriers[3])
                     sums = begin_sums(step - 1, buffers[5], buffers[2], WARPGROUP, SCORE_HOOK is None, OPTIONS)
                     sums = warpgroup_mma_wait(0, deps=[sums])
-                    hand_over(sums, step - 1, buffers[6], barriers[4], barriers[5], WARPGROUP, OPTIONS)
+                    hand_over(sums, step - 1, buffers[6], barriers[2], WARPGROUP, OPTIONS)
                 synchronize()
                 mbarrier.arrive(key_barriers[1], count=1)
                 store_keys(grad_key * numbers[0], grad_key_ptr, strides, kv_head, first_key, first, length, OPTIONS)
@@ -844,23 +924,16 @@ def attention_backward_hopper(
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     query_loaded = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     grad_loaded = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    freed = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    scores_full = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], BARRIER)
     keys_loaded = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     keys_freed = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
-    sums_full = gl.allocate_shared_memory(gl.int64, [ADDERS, 1], BARRIER)
     sums_empty = gl.allocate_shared_memory(gl.int64, [ADDERS, 1], BARRIER)
     cleared = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     for stage in gl.static_range(STAGES):
         mbarrier.init(query_loaded.index(stage), count=1)
         mbarrier.init(grad_loaded.index(stage), count=1)
-        mbarrier.init(freed.index(stage), count=WARPGROUPS)
-    for buffer in gl.static_range(BUFFERS):
-        mbarrier.init(scores_full.index(buffer), count=WARPGROUPS)
     mbarrier.init(keys_loaded, count=1)
     mbarrier.init(keys_freed, count=WARPGROUPS)
     for adder in gl.static_range(ADDERS):
-        mbarrier.init(sums_full.index(adder), count=WARPGROUPS if SCORE_HOOK is None else 1)
         mbarrier.init(sums_empty.index(adder), count=1)
     mbarrier.init(cleared, count=WARPGROUPS)
     fence_async_shared()
@@ -871,13 +944,13 @@ def attention_backward_hopper(
     heads_of = (heads_of[0], heads_of[1], first_head)
     problem = (sequences, heads_of, batch, tiles_per_head, (num_sinks, window, sliding_window), lists)
     tiles = (query_memory, grad_memory, shift_memory, delta_memory, key_memory, value_memory)
-    loading = (query_loaded, grad_loaded, freed, keys_loaded, keys_freed)
+    loading = (query_loaded, grad_loaded, keys_loaded, keys_freed)
     descriptors = (query_descriptor, grad_descriptor, shift_descriptor, delta_descriptor, keys, values)
     to_load = (descriptors, tiles, loading, begins_ptr, tiles_of_queries, problem)
-    to_add = (sums_descriptor, sum_memory, sums_full, sums_empty, turns_ptr, begins_ptr, tiles_of_queries, problem)
+    to_add = (sums_descriptor, sum_memory, sums_empty, turns_ptr, begins_ptr, tiles_of_queries, problem)
     of_rows = (shift_memory, delta_memory)
     buffers = (query_memory, grad_memory, key_memory, value_memory, weight_memory, score_memory, sum_memory, of_rows)
-    barriers = (query_loaded, grad_loaded, freed, scores_full, sums_full, sums_empty, cleared)
+    barriers = (query_loaded, grad_loaded, sums_empty, cleared)
     pointers = (grad_key_ptr, grad_value_ptr)
     work = (buffers, barriers, (keys_loaded, keys_freed), pointers, strides, problem, numbers)
     gl.warp_specialize(
@@ -885,8 +958,8 @@ def attention_backward_hopper(
             (differentiate_items, (work, hook_args, 0, SCORE_HOOK, OPTIONS)),
             (differentiate_items, (work, hook_args, 1, SCORE_HOOK, OPTIONS)),
             (load_items, (to_load, OPTIONS)),
-            (add_items, (to_add, 0, OPTIONS)),
-            (add_items, (to_add, 1, OPTIONS)),
+            (add_items, (to_add, 0, SCORE_HOOK is None, OPTIONS)),
+            (add_items, (to_add, 1, SCORE_HOOK is None, OPTIONS)),
         ],
         [4, 1, 1, 1],
         [240, 24, 24, 24],

@@ -120,12 +120,12 @@ def prepare(grad: Tensor, request: AttentionRequest) -> Backward:
     )
     size = r.k.numel()
     before = (query_tiles + cdiv(total, ROWS.value)) * query_heads + batch + cdiv(size, CLEARED.value)
-    launch_before = Launch(prepare_gradients, device, head_dim)
+    launch_before = Launch(prepare_gradients, device, head_dim, plan.score_hook is None)
     launch = Launch(
         attention_backward_hopper, device, plan.score_hook, options,
         num_warps=SETTINGS.num_warps, enable_fp_fusion=True, launch_cooperative_grid=True,
     )  # fmt: skip
-    launch_after = Launch(round_gradients, device, head_dim)
+    launch_after = Launch(round_gradients, device, head_dim, plan.score_hook is None)
     prepare_entries = None if r.blocks is None else Entries(r, tiles, options)
     programs = min(items, processors(device))
     rest = ((r.softmax_scale, r.softcap or 0.0), batch, tiles, *distances(r))
@@ -167,7 +167,10 @@ def prepare(grad: Tensor, request: AttentionRequest) -> Backward:
                 rows_of_launch, sums, shift, grad_q, begins, r.starts_q, lengths, r.softmax_scale, batch, query_tiles,
                 first_head * members, heads * members, query_strides,
             )  # fmt: skip
-        return grad_q, grad_k, grad_v, gradient_of_sink_logits(r, *(x.view(query_heads, -1) for x in (shift, delta)))
+        of_sinks = None
+        if r.s_aux is not None:
+            of_sinks = gradient_of_sink_logits(r, shift.view(query_heads, -1), -delta.view(query_heads, -1))
+        return grad_q, grad_k, grad_v, of_sinks
 
     return run
 
