@@ -139,8 +139,8 @@ def problem_of(row: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(row[name] for name in PROBLEM)
 
 
-def main() -> None:
-    """Measure what the arguments ask for, print it and write it."""
+def main(options: list[str] | None = None) -> None:
+    """Measure what the command line asks for, print it and write it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["llama-3.1-8b", "smollm2-135m"], choices=PROBLEMS)
     parser.add_argument("--seq-lens", nargs="+", type=int, help="by default those of PROBLEMS")
@@ -148,7 +148,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--output", type=Path, help="by default benchmarks/results/training-<device>.json")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(options)
     device = recording.device_name(arguments.device)
     output = arguments.output or recording.default_output("training", device)
     results = recording.header(device, transformers=transformers.__version__)

@@ -7,6 +7,7 @@ import model as benchmark
 import pytest
 import skip
 import torch
+import training
 import write_docs
 
 from modelopt_lite.kernels import KeyBlocks
@@ -104,6 +105,24 @@ def test_what_statistics_cost(tmp_path, capsys):
     assert [row["share_dropped"] > 0 for row in rows] == [True, False]
     for row in rows:
         assert row["ratio"] == pytest.approx(row["ms_with_statistics"] / row["ms"], rel=1e-2)
+
+
+def test_training_speed(tmp_path, capsys):
+    output = tmp_path / "results.json"
+    options = ["--models", "tiny", "--device", "cpu", "--rounds", "1", "--output", str(output)]
+    training.main([*options, "--variants", "sdpa", "2:4"])
+    rows = json.loads(output.read_text())["rows"]
+    assert [(row["variant"], row["seq_len"], row["batch"]) for row in rows] == [("sdpa", 64, 2), ("2:4", 64, 2)]
+    sdpa, sparse = (row["tokens_per_second"] for row in rows)
+    assert rows[1]["speed_to_sdpa"] == pytest.approx(sparse / sdpa, rel=2e-2)
+    assert f"2:4 {sparse} (" in capsys.readouterr().out
+
+
+def test_variants_in_training_share_what_is_trained():
+    models = training.variants_of("tiny", ["sdpa", "2:4"], "cpu")
+    sdpa, sparse = (dict(model.named_parameters()) for model in models.values())
+    assert all(sparse[name] is weight for name, weight in sdpa.items())
+    assert all(model.training for model in models.values())
 
 
 def test_a_variant_that_fails_is_reported_and_left_out(bench, capsys):
