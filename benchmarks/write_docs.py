@@ -306,7 +306,7 @@ def training_memory_table() -> str:
     """Return the memory that forward and backward take, in MiB."""
     rows = rows_of("attention-nvidia-h200", **SHAPE, **{"pass": "forward_backward"})
     columns = {("triton", "2:4"): "2:4", ("triton", "dense"): "our dense"}
-    columns |= {(peer, "dense"): PEERS[peer] for peer in ("flex", "cudnn", "fa2")}
+    columns |= {(peer, "dense"): PEERS[peer] for peer in ("flex", "cudnn", "fa4", "fa2")}
     lines = []
     for (length,), group in by_problem(rows, "seq_len"):
         found = {(row["kernel"], row["name"]): str(row["peak_mib"]) for row in group}
