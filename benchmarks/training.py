@@ -50,9 +50,11 @@ WARM_UPS = 2
 PROBLEM = ("model", "layers", "seq_len", "batch")
 
 
-def variants_of(name: str, variants: list[str], device: str) -> dict[str, PreTrainedModel]:
+def variants_of(name: str, variants: list[str], device: str, layers: int | None = None) -> dict[str, PreTrainedModel]:
     """Return a model in each variant: objects of their own with the same parameters."""
     config = LlamaConfig(**MODELS[name] | CHANGES.get(name, {}), rope_parameters=rope_parameters(name))
+    if layers is not None:
+        config.num_hidden_layers = layers
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
@@ -106,11 +108,16 @@ def measure(steps: dict[str, Callable[[], None]], rounds: int, device: str) -> d
 
 
 def rows_of_problem(
-    name: str, models: dict[str, PreTrainedModel], optimizer: torch.optim.Optimizer, seq_len: int, rounds: int
+    name: str,
+    models: dict[str, PreTrainedModel],
+    optimizer: torch.optim.Optimizer,
+    seq_len: int,
+    tokens_of_step: int,
+    rounds: int,
 ) -> list[dict[str, Any]]:
     """Measure all variants of a model at one length."""
     model = next(iter(models.values()))
-    batch = max(1, PROBLEMS[name][1] // seq_len)
+    batch = max(1, tokens_of_step // seq_len)
     tokens = torch.randint(model.config.vocab_size, (batch, seq_len), device=model.device)
     steps: dict[str, Callable[[], None]] = {
         variant: functools.partial(train, each, optimizer, tokens, variant == "cudnn")
@@ -144,6 +151,8 @@ def main(options: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["llama-3.1-8b", "smollm2-135m"], choices=PROBLEMS)
     parser.add_argument("--seq-lens", nargs="+", type=int, help="by default those of PROBLEMS")
+    parser.add_argument("--tokens", type=int, help="of a step at least, if a sequence has fewer; by default as there")
+    parser.add_argument("--layers", type=int, help="instead of the model's number")
     parser.add_argument("--variants", nargs="+", default=TRAINED, choices=TRAINED)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
@@ -154,11 +163,12 @@ def main(options: list[str] | None = None) -> None:
     results = recording.header(device, transformers=transformers.__version__)
     rows = recording.rows_before(output, results)
     for name in arguments.models:
-        models = variants_of(name, arguments.variants, arguments.device)
+        models = variants_of(name, arguments.variants, arguments.device, arguments.layers)
         parameters = next(iter(models.values())).parameters()
         optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=arguments.device == "cuda")
         for seq_len in arguments.seq_lens or PROBLEMS[name][0]:
-            new = rows_of_problem(name, models, optimizer, seq_len, arguments.rounds)
+            tokens_of_step = arguments.tokens or PROBLEMS[name][1]
+            new = rows_of_problem(name, models, optimizer, seq_len, tokens_of_step, arguments.rounds)
             speeds = (f"{row['variant']} {row['tokens_per_second']} ({row['speed_to_sdpa']})" for row in new)
             print(f"{name}, {seq_len}: {', '.join(speeds)}", flush=True)
             kept = [row for row in rows if problem_of(row) not in {problem_of(each) for each in new}]
