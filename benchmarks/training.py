@@ -37,7 +37,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import modelopt_lite as mtsa
 
-TRAINED = ["sdpa", "cudnn", *(name for name in VARIANTS if name != "sdpa")]
+TRAINED = ["sdpa", "cudnn", "dense", "2:4", "4:8", "25 % of blocks"]
+"""``cudnn``, and variants of ``benchmarks/model.py``."""
 PROBLEMS = {
     "llama-3.1-8b": ([8192, 16384, 32768], 8192),
     "smollm2-135m": ([2048, 4096, 8192], 16384),
