@@ -16,7 +16,7 @@ from .models.module import count, sparse_modules
 class LayerStatistics:
     """Counts of one layer, or of several together, over all prefills seen.
 
-    They are added up on the layer's device; reading one of the properties waits for it.
+    They are added up on the layer's device, or devices; reading one of the properties waits for them.
 
     Attributes:
         is_exact: whether all query blocks are counted, however long the sequences are.
@@ -27,7 +27,7 @@ class LayerStatistics:
 
     def __init__(self, *, is_exact: bool = False) -> None:
         self.is_exact, self.is_estimate = is_exact, False
-        self._by_head: Tensor | None = None  # of calls, FP64 [query_heads, len(COUNTS)]
+        self._by_device: dict[torch.device, Tensor] = {}  # of calls, FP64 [query_heads, len(COUNTS)]
         self._merged = [0.0] * len(COUNTS)  # of other layers
         self.decode: LayerStatistics | None = None
 
@@ -38,8 +38,10 @@ class LayerStatistics:
         """
         without_values = request._replace(v=request.k, s_aux=None)
         if request.max_q > 1:
-            counts, times, blocks = count_prefill(without_values, self.is_exact)
-            self.add(counts, times)
+            device = request.q.device
+            counts = self._by_device.get(device)
+            self._by_device[device], times, blocks = count_prefill(without_values, counts, is_exact=self.is_exact)
+            self.is_estimate = self.is_estimate or times > 1
             if blocks is not None:
                 request = request._replace(blocks=blocks)
         if request.plan.sparse_decode:
@@ -49,10 +51,10 @@ class LayerStatistics:
             self.decode.add(count_kept(decode))
         return request
 
-    def add(self, counts: Tensor, times: int = 1) -> None:
-        """Add the counts of a call, :data:`~modelopt_lite.kernels.COUNTS` by head, a number of times."""
-        self._by_head = counts * times if self._by_head is None else torch.add(self._by_head, counts, alpha=times)
-        self.is_estimate = self.is_estimate or times > 1
+    def add(self, counts: Tensor) -> None:
+        """Add the counts of a call, :data:`~modelopt_lite.kernels.COUNTS` by head."""
+        before = self._by_device.get(counts.device)
+        self._by_device[counts.device] = counts if before is None else before + counts
 
     def merge(self, other: LayerStatistics) -> None:
         """Add the counts of another layer, which may be on another device."""
@@ -64,13 +66,12 @@ class LayerStatistics:
 
     def counts(self) -> list[float]:
         """Return what :data:`~modelopt_lite.kernels.COUNTS` names, over all heads; waits for the device."""
-        if self._by_head is None:
-            return self._merged
-        return [a + b for a, b in zip(self._merged, self._by_head.sum(0).tolist(), strict=True)]
+        of_devices = [x.sum(0).tolist() for x in self._by_device.values()]
+        return [sum(column) for column in zip(self._merged, *of_devices, strict=True)]
 
     def replace_counts(self, counts: list[float]) -> None:
         """Take other counts for all so far; those by head are lost."""
-        self._by_head, self._merged = None, counts
+        self._by_device, self._merged = {}, counts
 
     def _count(self, name: str) -> float:
         return self.counts()[COUNTS.index(name)]
@@ -152,9 +153,10 @@ class LayerStatistics:
         return self._shares_by_head("blocks_skipped", "blocks") if self.blocks else []
 
     def _shares_by_head(self, name: str, of: str) -> list[float]:
-        if self._by_head is None:
+        if not self._by_device:
             return []
-        part, whole = (self._by_head[:, COUNTS.index(x)] for x in (name, of))
+        by_head = torch.stack([x.cpu() for x in self._by_device.values()]).sum(0)
+        part, whole = (by_head[:, COUNTS.index(x)] for x in (name, of))
         shares: list[float] = (part / whole.clamp(min=1)).tolist()
         return shares
 

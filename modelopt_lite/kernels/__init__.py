@@ -17,7 +17,7 @@ from .operator import compute, gradients, is_traced, pack
 from .request import MAX_QUERIES, AttentionRequest
 from .sdpa import sdpa, sdpa_call
 from .selection import count_visited, select_blocks
-from .statistics import COUNTS, AttentionStatistics, count, sample, sample_interval
+from .statistics import COUNTS, AttentionStatistics, check_packing, count, count_prefill
 from .top_n import top_n_plan
 
 __all__ = [
@@ -189,40 +189,9 @@ def request_statistics(request: AttentionRequest) -> AttentionStatistics:
 @torch.compiler.disable  # type: ignore[untyped-decorator] # a graph would hold every tile
 def count_kept(request: AttentionRequest) -> Tensor:
     """Count what the plan of a request keeps; see :func:`~modelopt_lite.kernels.statistics.count`."""
-    _check_packing(request)
+    check_packing(request)
     with torch.autocast(request.q.device.type, enabled=False):
         return count(request)
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator] # as above
-def count_prefill(request: AttentionRequest, is_exact: bool) -> tuple[Tensor, int, KeyBlocks | None]:
-    """Count what the plan of a request keeps of all sequences with more than one query.
-
-    Args:
-        request: the call.
-        is_exact: whether to count all query blocks, and not a sample of them; see
-            :func:`~modelopt_lite.kernels.statistics.sample`.
-
-    Returns:
-        The counts, as of :func:`count_kept`; the number by which to multiply them, 1 unless only a sample was counted;
-        and the blocks that the whole call visits, if they are known.
-    """
-    _check_packing(request)
-    with torch.no_grad(), torch.autocast(request.q.device.type, enabled=False):
-        every = 1 if is_exact else sample_interval(request)
-        if every == 1:
-            lengths = request.lengths_q
-            return count(request._replace(lengths_q=lengths.masked_fill(lengths == 1, 0))), 1, None
-        # Which blocks are skipped can be found for the sample alone, and some kernels find it out by themselves.
-        if request.blocks is None and request.plan.blocks is not None and request.plan.skip is None:
-            request = request._replace(blocks=select_blocks(request))
-        return count(sample(request, every)), every, request.blocks
-
-
-def _check_packing(request: AttentionRequest) -> None:
-    check_request(request)
-    if request.q.device.type == "cpu":
-        request.check_values()
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator] # it belongs to no graph

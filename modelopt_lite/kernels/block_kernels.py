@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .hopper.visits import floor_div
+from .lists import floor_div
 from .tiles import LOG2E
 
 SEQUENCES = tl.constexpr(32)

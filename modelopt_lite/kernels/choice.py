@@ -95,7 +95,7 @@ _reasons_told: set[str] = set()
 
 def prepared(request: AttentionRequest, backend: Backend) -> Run | None:
     """Return what runs requests like one that :func:`run` has computed, None if that was not kept."""
-    return _prepared.get(_key(request, backend))
+    return _prepared.get(signature(request, backend))
 
 
 def run(request: AttentionRequest, backend: Backend = "auto") -> Result:
@@ -113,7 +113,7 @@ def run(request: AttentionRequest, backend: Backend = "auto") -> Result:
         UnsupportedError: if the backend asked for cannot run the request.
         ValueError: if ``MODELOPT_LITE_KERNEL`` names no kernel, or a value of the request is wrong.
     """
-    key = _key(request, backend)
+    key = signature(request, backend)
     known = _prepared.get(key)
     if known is not None:  # so its like was checked
         return known(request)
@@ -219,7 +219,7 @@ def differentiate(grad: Tensor, output: Tensor, lse: Tensor, request: AttentionR
 
     Arguments and results are those of :func:`modelopt_lite.kernels.portable.launch.backward`.
     """
-    key = (_key(request, "triton"), *((x.stride(), x.data_ptr() & 15) for x in (grad, output, lse)))
+    key = (signature(request, "triton"), *((x.stride(), x.data_ptr() & 15) for x in (grad, output, lse)))
     known = _prepared_backward.get(key)
     if known is None:
         if len(_prepared_backward) >= MAX_SIGNATURES:
@@ -266,7 +266,7 @@ def check_backend(request: AttentionRequest, backend: Backend) -> None:
         raise UnsupportedError(f"backend: 'triton' cannot run this: {reason}")
 
 
-def _key(r: AttentionRequest, backend: Backend) -> tuple[Any, ...]:
+def signature(r: AttentionRequest, backend: Backend) -> tuple[Any, ...]:
     """Return all that a kernel's choice and preparation depend on: everything but the tensors' addresses and contents.
 
     Of an address, Triton looks at whether 16 divides it. Written out, as it is computed at every call.

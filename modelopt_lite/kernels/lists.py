@@ -10,15 +10,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .hopper.visits import floor_div
-
 CHUNK = tl.constexpr(128)
 """Blocks of a list that are looked at together."""
 
 
 @triton.jit
+def floor_div(x, y):
+    """Divide and round down, also below 0."""
+    quotient = x // y
+    return quotient - (quotient * y > x).to(tl.int32)
+
+
+@triton.jit
 def floor_mod(x, SIZE: tl.constexpr):
-    """Return what is left where :func:`~modelopt_lite.kernels.hopper.visits.floor_div` divides; never below 0."""
+    """Return what is left where :func:`floor_div` divides; never below 0."""
     return x - floor_div(x, SIZE) * SIZE
 
 

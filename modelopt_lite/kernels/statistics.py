@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .arguments import check_request
 from .blocked import count_blocked
 from .blocks import BlockGrid, KeyBlocks
 from .language import tl
 from .request import AttentionRequest
-from .selection import chosen_blocks, not_skipped
+from .selection import chosen_blocks, not_skipped, select_blocks
 
 if tl is not None:
     from . import statistics_launch
@@ -107,6 +109,53 @@ def count(request: AttentionRequest) -> Tensor:
     if skipped is not None:
         counts[:, SKIPPED] = skipped
     return counts
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator] # a graph would hold every tile
+def count_prefill(
+    request: AttentionRequest, totals: Tensor | None = None, *, is_exact: bool
+) -> tuple[Tensor, int, KeyBlocks | None]:
+    """Count what a request keeps of all sequences with more than one query, as :func:`count`.
+
+    Args:
+        request: the call.
+        totals: what to add the counts to, maybe in place.
+        is_exact: whether to count all query blocks, and not a sample of them; see :func:`sample`.
+
+    Returns:
+        The counts, with the totals if given; of how many query blocks one was counted, 1 if all were; and the blocks
+        that the whole call visits, if they are known.
+    """
+    every, plan = 1 if is_exact else sample_interval(request), request.plan
+    # Which blocks are skipped can be found for the sample alone, and some kernels find it out by themselves.
+    if every > 1 and request.blocks is None and plan.blocks is not None and plan.skip is None:
+        check_packing(request)
+        with _without_autocast(request):
+            request = request._replace(blocks=select_blocks(request))
+    if request.page_table is None and _runs_kernel(request):
+        totals = statistics_launch.count(request, totals, every, every=every, is_prefill=True)
+        return totals, every, request.blocks
+    check_packing(request)
+    with torch.no_grad(), _without_autocast(request):
+        if every > 1:
+            counts = count(sample(request, every))
+        else:
+            lengths = request.lengths_q
+            counts = count(request._replace(lengths_q=lengths.masked_fill(lengths == 1, 0)))
+        totals = counts * every if totals is None else torch.add(totals, counts, alpha=every)
+    return totals, every, request.blocks
+
+
+def check_packing(request: AttentionRequest) -> None:
+    """Check a request, on a CPU with the values of starts and lengths."""
+    check_request(request)
+    if request.q.device.type == "cpu":
+        request.check_values()
+
+
+def _without_autocast(request: AttentionRequest) -> AbstractContextManager[Any]:
+    device = request.q.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def _runs_kernel(request: AttentionRequest) -> bool:

@@ -1,8 +1,8 @@
 """Counts what a plan keeps, in one pass over the scores: kept ones, and both denominators of the softmax.
 
 A program takes ``BLOCK_M`` queries of one head through a part of the keys that they see, with the phases of
-:mod:`modelopt_lite.kernels.portable.forward`. Others join the parts, and write sums over each program's queries.
-Nothing is added up by atomics, so the numbers are the same from run to run.
+:mod:`modelopt_lite.kernels.portable.forward`. Another kernel joins the parts and sums up over the queries, one head a
+program. Nothing is added up by atomics, so the numbers are the same from run to run.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .hopper.visits import floor_div
-from .lists import CHUNK, floor_mod
+from .lists import find_block, floor_div, list_of_queries
 from .tiles import (
     BOUNDED_N,
     bounded_span,
@@ -21,10 +20,12 @@ from .tiles import (
     load_tile,
     maximum_of,
     place,
-    position_of_first,
     scale_scores,
     split_groups,
 )
+
+SEQUENCES = tl.constexpr(32)
+"""Sequences that are looked at together."""
 
 
 @triton.jit
@@ -88,73 +89,96 @@ def visible_keys(positions, length, sliding_window, first_key, OPTIONS: tl.const
 
 
 @triton.jit
-def locate(program, sequences, heads, batch, num_sinks, window, OPTIONS: tl.constexpr):
-    """Find what queries a program has: heads are in sequences, which are in tiles of queries.
+def blocks_counted(first_query, query_length, sample):
+    """Return which query blocks of a sequence are counted: the number of the first one, and how many.
+
+    ``sample`` is ``(every, rows, fewest)``: of query blocks of ``rows`` positions, those are counted whose number is
+    ``every // 2`` more than a multiple of ``every``; of sequences with fewer queries than ``fewest`` none.
+    """
+    every, rows, fewest = sample
+    offset = every // 2
+    first = -floor_div(offset - floor_div(first_query, rows), every)
+    behind = floor_div(floor_div(first_query + query_length - 1, rows) - offset, every) + 1
+    number = tl.where(query_length >= fewest, tl.maximum(behind - first, 0), 0)
+    return offset + first * every, number
+
+
+@triton.jit
+def find_tile(tile, sequences, batch, sample, OPTIONS: tl.constexpr):
+    """Find which sequence a tile of queries belongs to; tiles of all sequences stand one after the other.
 
     Returns:
-        ``(head, sequence, row_start, query_length)``, and what :func:`~modelopt_lite.kernels.tiles.place` returns.
-        There are no queries if ``max(row_start, 0)`` is not below ``query_length``.
+        The number of the sequence, and of the tile in it; there are fewer tiles if the first is not below ``batch``.
     """
-    _, lengths_q, starts_k, lengths_k, firsts_q, firsts_k = sequences
-    head = program % heads
-    sequence = program // heads % batch
-    query_length = tl.load(lengths_q + sequence).to(tl.int32)
-    length = tl.load(lengths_k + sequence).to(tl.int32)
-    start_k = tl.load(starts_k + sequence).to(tl.int64)
-    # Tiles begin where query blocks do.
-    row_start = program // heads // batch * OPTIONS.block_m
-    row_start -= floor_mod(position_of_first(firsts_q, sequence, length - query_length, OPTIONS), OPTIONS.block_m)
-    placed = place(firsts_q, firsts_k, sequence, query_length, length, start_k, num_sinks, window, OPTIONS)
-    return head, sequence, row_start, query_length, placed
+    _, lengths_q, _, lengths_k, firsts_q, _ = sequences
+    sequence = batch * 0
+    before = tile * 0
+    found = tile * 0
+    for first in range(0, batch, SEQUENCES):
+        numbers = first + tl.arange(0, SEQUENCES)
+        exist = numbers < batch
+        query_lengths = tl.load(lengths_q + numbers, mask=exist, other=0).to(tl.int32)
+        if OPTIONS.positions:
+            first_queries = tl.load(firsts_q + numbers, mask=exist, other=0).to(tl.int32)
+        else:
+            first_queries = tl.load(lengths_k + numbers, mask=exist, other=0).to(tl.int32) - query_lengths
+        tiles = blocks_counted(first_queries, query_lengths, sample)[1] * (sample[1] // OPTIONS.block_m)
+        ends = before + tl.cumsum(tiles, 0)
+        passed = exist & (ends <= tile)
+        sequence += tl.sum(passed.to(tl.int32), 0)
+        found = tl.maximum(found, tl.max(tl.where(passed, ends, 0), 0))
+        before += tl.sum(tiles, 0)
+    return sequence, tile - found
 
 
 @triton.jit
-def list_of(lists, head, sequence, first_query, position, OPTIONS: tl.constexpr):
-    """Return where the list of the query at a position is, and how many key blocks it names."""
-    counts_ptr, indices_ptr, starts_ptr, heads_per_list, rows, columns = lists
-    row = tl.load(starts_ptr + sequence).to(tl.int64) + (head // heads_per_list).to(tl.int64) * rows
-    row += floor_div(position, OPTIONS.block_rows) - floor_div(first_query, OPTIONS.block_rows)
-    return indices_ptr + row * columns, tl.load(counts_ptr + row)
+def count_blocks(first_query, query_length, length, first_key, sliding_window, low, number, OPTIONS: tl.constexpr):
+    """Count the key blocks that a query block sees and that its list names, if ``low`` is its first query.
+
+    Args:
+        first_query: position of the sequence's first query.
+        query_length: how many it has.
+        length: position behind its last key.
+        first_key: position of its first key.
+        sliding_window: most recent keys that are visible, if ``OPTIONS.sliding``.
+        low: position of a tile's first query.
+        number: how many key blocks its list names.
+        OPTIONS: :class:`modelopt_lite.kernels.settings.Options`.
+    """
+    seen = number * 0
+    origin = floor_div(low, OPTIONS.block_rows) * OPTIONS.block_rows
+    begins = low == tl.maximum(origin, first_query)
+    high = tl.minimum(origin + OPTIONS.block_rows, first_query + query_length) - 1
+    first_seen = visible_keys(low, length, sliding_window, first_key, OPTIONS)[0]
+    behind = visible_keys(high, length, sliding_window, first_key, OPTIONS)[1]
+    if behind > first_seen:
+        seen = floor_div(behind - 1, OPTIONS.block_size) - floor_div(first_seen, OPTIONS.block_size) + 1
+    return tl.where(begins, seen, 0), tl.where(begins, number, 0)
 
 
-@triton.jit
-def names_before(pointer, number, column):
-    """Return how many of the key blocks that a list names come before another one."""
-    before = 0
-    for begin in range(0, number, CHUNK):
-        places = begin + tl.arange(0, CHUNK)
-        names = tl.load(pointer + places, mask=places < number, other=1 << 30)
-        before += tl.sum((names < column).to(tl.int32), 0)
-    return before
-
-
-@triton.jit
-def is_unlisted(pointer, number, place, column):
-    """Return 1 unless a list names a key block at a place, 0 if it does."""
-    return (tl.load(pointer + place, mask=place < number, other=-1) != column).to(tl.int32)
-
-
-@triton.jit(do_not_specialize=["programs", "parts", "batch", "num_sinks", "window", "sliding_window", "lists",
+@triton.jit(do_not_specialize=["tiles", "parts", "batch", "sample", "num_sinks", "window", "sliding_window", "lists",
                                "hook_args"])  # fmt: skip
 def count_scores(
-    query_ptr, key_ptr, state_ptr, strides, sequences, heads_of, numbers, programs, parts, batch, num_sinks, window,
-    sliding_window, lists, hook_args, SCORE_HOOK: tl.constexpr, OPTIONS: tl.constexpr,
+    query_ptr, key_ptr, state_ptr, strides, sequences, heads_of, numbers, tiles, parts, batch, sample, num_sinks,
+    window, sliding_window, lists, hook_args, SCORE_HOOK: tl.constexpr, OPTIONS: tl.constexpr,
 ):  # fmt: skip
     """Count what each program's queries see and keep of a part of the keys.
 
     Args:
         query_ptr: ``[tokens, heads, head_dim]``, as are the keys; the last dimension is contiguous.
         key_ptr: ``[key tokens, kv heads, head_dim]``.
-        state_ptr: where to write what :func:`count_tile` calls a state, FP32 ``[programs, parts, 4, BLOCK_M]``.
-            Programs are tiles of queries, in which are sequences, in which are heads.
+        state_ptr: where to write, FP32 ``[tiles, heads, 4 * parts + 2, BLOCK_M]``: of each part what
+            :func:`count_tile` calls a state; then how many keys each query sees, 0 where there is no query; then the
+            two numbers of :func:`count_blocks`. Where a query sees no key, its states mean nothing.
         strides: ``(token stride, head stride)`` of query and key.
         sequences: as for :func:`~modelopt_lite.kernels.portable.forward.attention_forward`, as are all that are not
             named here.
         heads_of: ``(query heads, query heads per kv head)``.
         numbers: ``(scale, softcap)``.
-        programs: how many there are.
-        parts: into how many parts the keys of a program are cut.
+        tiles: how many tiles of queries there are, at most, over all sequences.
+        parts: into how many parts the keys of a tile are cut.
         batch: number of sequences.
+        sample: as for :func:`blocks_counted`; ``BLOCK_M`` divides the rows.
         num_sinks: leading keys that are always kept.
         window: most recent keys that are always kept.
         sliding_window: most recent keys that are visible, if ``OPTIONS.sliding``.
@@ -169,13 +193,32 @@ def count_scores(
     BOUNDED: tl.constexpr = OPTIONS.block_n if OPTIONS.block_n < BOUNDED_N else BOUNDED_N
     query_strides, key_strides = strides
     heads, heads_per_kv = heads_of
-    part = tl.program_id(0) // programs
-    program = programs - 1 - tl.program_id(0) % programs  # later sequences of a sample are longer
-    head, sequence, row_start, query_length, placed = locate(
-        program, sequences, heads, batch, num_sinks, window, OPTIONS
-    )
+    every, rows, _ = sample
+    head = tl.program_id(0) % heads
+    tile = tiles - 1 - tl.program_id(0) // heads % tiles  # later ones see more keys
+    part = tl.program_id(0) // (heads * tiles)
+    sequence, tile_of = find_tile(tile, sequences, batch, sample, OPTIONS)
+    exists = sequence < batch
+    sequence = tl.minimum(sequence, batch - 1)
+
+    starts_q, lengths_q, starts_k, lengths_k, firsts_q, firsts_k = sequences
+    query_length = tl.load(lengths_q + sequence).to(tl.int32)
+    length = tl.load(lengths_k + sequence).to(tl.int32)
+    start_k = tl.load(starts_k + sequence).to(tl.int64)
+    placed = place(firsts_q, firsts_k, sequence, query_length, length, start_k, num_sinks, window, OPTIONS)
     first_query, first_key, length, start_k, num_sinks, window = placed
-    if tl.maximum(row_start, 0) >= query_length:
+    block = blocks_counted(first_query, query_length, sample)[0] + tile_of // (rows // BLOCK_M) * every
+    row_start = block * rows + tile_of % (rows // BLOCK_M) * BLOCK_M - first_query
+    end = first_query + query_length
+    in_block = tl.minimum((block + 1) * rows, end) - tl.maximum(block * rows, first_query)
+    # In a sample, what has a single query would look like decode.
+    exists = exists & (in_block >= tl.minimum(every, 2))
+    exists = exists & (tl.maximum(row_start, 0) < tl.minimum(row_start + BLOCK_M, query_length))
+    state_ptr += (tile * heads + head).to(tl.int64) * (4 * parts + 2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    if exists == 0:
+        if part == 0:
+            for i in tl.static_range(2):
+                tl.store(state_ptr + (4 * parts + i) * BLOCK_M, tl.zeros([BLOCK_M], tl.float32))
         return
 
     # [BLOCK_M]; rows before the first one repeat it, rows past the end the last one, and none of these counts.
@@ -188,7 +231,7 @@ def count_scores(
     # [BLOCK_M, BLOCK_D]
     offsets_d = tl.arange(0, OPTIONS.block_d)
     query_pointers = query_ptr + head.to(tl.int64) * query_strides[1] + offsets_d[None, :]
-    start_q = tl.load(sequences[0] + sequence).to(tl.int64)
+    start_q = tl.load(starts_q + sequence).to(tl.int64)
     query_pointers += (start_q + query_rows.to(tl.int64))[:, None] * query_strides[0]
     query = tl.load(query_pointers, mask=(offsets_d < OPTIONS.head_dim)[None, :], other=0.0)
     kv_head = head // heads_per_kv
@@ -200,10 +243,9 @@ def count_scores(
     else:
         spans = key_spans(first_position, last_position, rules, True, OPTIONS)
     keys_begin, hot_begin, band_begin, band_end, full_end, bounded_begin, keys_end = spans
-    names, number, first_block = key_ptr, 0, 0
+    blocks = (key_ptr, 0, 0)
     if lists is not None:
-        names, number = list_of(lists, head, sequence, first_query, first_position, OPTIONS)
-        first_block = floor_div(first_key, OPTIONS.block_size)
+        blocks = list_of_queries(lists, head, sequence, first_query, first_key, first_position, OPTIONS)
 
     zeros = tl.zeros([BLOCK_M], tl.float32)
     state = (zeros + float("-inf"), zeros, zeros, tl.zeros([BLOCK_M], tl.int32))
@@ -214,16 +256,14 @@ def count_scores(
             first = keys_begin + offset
             first += tl.where(first >= hot_begin, band_begin - hot_begin, 0)
             if lists is not None:
-                column = floor_div(first, OPTIONS.block_size) - first_block
-                unlisted = is_unlisted(names, number, names_before(names, number, column), column)
+                unlisted = 1 - find_block(blocks, floor_div(first, OPTIONS.block_size))[1].to(tl.int32)
             state = count_tile(
                 query, first, state, key, unlisted, rules, numbers, hook_args, SCORE_HOOK, OPTIONS, BLOCK_N,
                 MASKED=True, BOUNDED=False,
             )  # fmt: skip
         for first in tl.range(bounded_begin, keys_end, BOUNDED, num_stages=1):
             if lists is not None:
-                column = floor_div(first, OPTIONS.block_size) - first_block
-                unlisted = is_unlisted(names, number, names_before(names, number, column), column)
+                unlisted = 1 - find_block(blocks, floor_div(first, OPTIONS.block_size))[1].to(tl.int32)
             state = count_tile(
                 query, first, state, key, unlisted, rules, numbers, hook_args, SCORE_HOOK, OPTIONS, BOUNDED,
                 MASKED=True, BOUNDED=True,
@@ -233,99 +273,110 @@ def count_scores(
     begin = hot_begin + part * each
     before = 0
     if lists is not None:
-        column = begin
-        if not OPTIONS.causal:
-            column += tl.where(column >= band_begin, band_end - band_begin, 0)
-        before = names_before(names, number, floor_div(column, OPTIONS.block_size) - first_block)
+        before = find_block(blocks, floor_div(begin, OPTIONS.block_size))[0]
     for place_of in tl.range(begin, tl.minimum(begin + each, hot_begin + hot), BLOCK_N):
         first = place_of
         if not OPTIONS.causal:
             first += tl.where(first >= band_begin, band_end - band_begin, 0)
         if lists is not None:
-            column = floor_div(first, OPTIONS.block_size) - first_block
+            pointer, number, origin = blocks
+            block = floor_div(first, OPTIONS.block_size)
             if OPTIONS.causal:
                 # A list ascends, and a block is at most the next one, of which the list may name one.
-                before += (tl.load(names + before, mask=before < number, other=1 << 30) < column).to(tl.int32)
+                name = tl.load(pointer + before, mask=before < number, other=1 << 30)
+                before += (name < block - origin).to(tl.int32)
             else:
-                before = names_before(names, number, column)
-            unlisted = is_unlisted(names, number, before, column)
+                before = find_block(blocks, block)[0]
+            name = tl.load(pointer + before, mask=before < number, other=-1)
+            unlisted = (name != block - origin).to(tl.int32)
         state = count_tile(
             query, first, state, key, unlisted, rules, numbers, hook_args, SCORE_HOOK, OPTIONS, BLOCK_N, MASKED=False,
             BOUNDED=False,
         )  # fmt: skip
 
-    state_ptr += (program.to(tl.int64) * parts + part) * 4 * BLOCK_M + tl.arange(0, BLOCK_M)
     for i in tl.static_range(4):
-        tl.store(state_ptr + i * BLOCK_M, state[i].to(tl.float32))
+        tl.store(state_ptr + (4 * part + i) * BLOCK_M, state[i].to(tl.float32))
+    if part == 0:
+        exist = (offsets_m >= 0) & (offsets_m < query_length)
+        first_seen, behind = visible_keys(first_query + offsets_m, length, sliding_window, first_key, OPTIONS)
+        seen = tl.where(exist, tl.maximum(behind - first_seen, 0), 0)
+        tl.store(state_ptr + 4 * parts * BLOCK_M, seen.to(tl.float32))
+        if lists is not None:
+            seen_blocks, listed_blocks = count_blocks(
+                first_query, query_length, length, first_key, sliding_window, first_position, blocks[1], OPTIONS
+            )
+            both = tl.where(tl.arange(0, BLOCK_M) == 0, seen_blocks, listed_blocks)
+            tl.store(state_ptr + (4 * parts + 1) * BLOCK_M, both.to(tl.float32))
 
 
-@triton.jit(do_not_specialize=["parts", "batch", "sliding_window", "lists"])
+@triton.jit(do_not_specialize=["tiles", "heads", "parts", "times"])
 def join_parts(
-    state_ptr, counts_ptr, sequences, heads, parts, batch, sliding_window, lists, SKIPS: tl.constexpr,
+    state_ptr, counts_ptr, tiles, heads, parts, times, ADDS: tl.constexpr, SKIPS: tl.constexpr, TILES: tl.constexpr,
     PARTS: tl.constexpr, OPTIONS: tl.constexpr,
 ):  # fmt: skip
-    """Join the parts of a program of :func:`count_scores`, and count its queries and blocks.
+    """Join the parts of all tiles of a head, and count its queries and blocks.
 
     Args:
-        state_ptr: what was found of each part.
-        counts_ptr: where to write, for each program, its queries that see any key, the keys that they see, those that
-            are kept, and the sum over these queries of the share of the weights that is kept; then, of the query block
-            that begins with these queries, if any, how many key blocks its queries see, how many of these are listed,
-            and how many are not, if ``SKIPS``, or else 0. FP64 ``[programs, 7]``.
-        sequences: as for :func:`count_scores`.
+        state_ptr: what :func:`count_scores` has written.
+        counts_ptr: where to write, for each head, its queries that see any key, the keys that they see, those that are
+            kept, and the sum over these queries of the share of the weights that is kept; then how many key blocks
+            query blocks see, how many of these are listed, and how many are not, if ``SKIPS``, or else 0. FP64
+            ``[heads, 7]``.
+        tiles: as for :func:`count_scores`.
         heads: number of query heads.
         parts: as for :func:`count_scores`.
-        batch: likewise.
-        sliding_window: likewise.
-        lists: likewise.
+        times: by what to multiply all counts.
+        ADDS: whether to add to what is there.
         SKIPS: whether a skip rule alone has made the lists.
+        TILES: tiles that are looked at together.
         PARTS: a power of two, at least ``parts``.
         OPTIONS: :class:`modelopt_lite.kernels.settings.Options`.
     """
     BLOCK_M: tl.constexpr = OPTIONS.block_m
-    program = tl.program_id(0)
-    head, sequence, row_start, query_length, placed = locate(program, sequences, heads, batch, 0, 0, OPTIONS)
-    first_query, first_key, length, _, _, _ = placed
-    counts_ptr += program.to(tl.int64) * 7
-    if tl.maximum(row_start, 0) >= query_length:
-        for i in tl.static_range(7):
-            tl.store(counts_ptr + i, tl.zeros([], tl.float64))
-        return
-
-    # [PARTS, BLOCK_M]
-    numbers = tl.arange(0, PARTS)[:, None]
-    state_ptr += (program.to(tl.int64) * parts + numbers) * 4 * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
-    mask = numbers < parts
-    highest = tl.load(state_ptr, mask=mask, other=float("-inf"))
-    shift = tl.max(highest, 0)
-    shrink = tl.math.exp2(highest - tl.where(shift == float("-inf"), 0.0, shift)[None, :])
-    # [BLOCK_M]
-    total = tl.sum(tl.load(state_ptr + BLOCK_M, mask=mask, other=0.0) * shrink, 0)
-    kept_total = tl.sum(tl.load(state_ptr + 2 * BLOCK_M, mask=mask, other=0.0) * shrink, 0)
-    kept = tl.sum(tl.load(state_ptr + 3 * BLOCK_M, mask=mask, other=0.0), 0)
-    offsets_m = row_start + tl.arange(0, BLOCK_M)
-    exist = (offsets_m >= 0) & (offsets_m < query_length)
-    begin, end = visible_keys(first_query + offsets_m, length, sliding_window, first_key, OPTIONS)
-    seen = tl.where(exist, tl.maximum(end - begin, 0), 0)
-    share = tl.where(exist & (total > 0.0), kept_total / tl.where(total > 0.0, total, 1.0), 0.0)
-    tl.store(counts_ptr, tl.sum((seen > 0).to(tl.float64), 0))
-    tl.store(counts_ptr + 1, tl.sum(seen.to(tl.float64), 0))
-    tl.store(counts_ptr + 2, tl.sum(tl.where(exist, kept, 0.0).to(tl.float64), 0))
-    tl.store(counts_ptr + 3, tl.sum(share.to(tl.float64), 0))
-
-    seen_blocks = 0
-    listed_blocks = 0
-    if lists is not None:
-        low = first_query + tl.maximum(row_start, 0)
-        origin = floor_div(low, OPTIONS.block_rows) * OPTIONS.block_rows
-        if low == tl.maximum(origin, first_query):
-            high = tl.minimum(origin + OPTIONS.block_rows, first_query + query_length) - 1
-            first_seen = visible_keys(low, length, sliding_window, first_key, OPTIONS)[0]
-            behind = visible_keys(high, length, sliding_window, first_key, OPTIONS)[1]
-            if behind > first_seen:
-                last_block = floor_div(behind - 1, OPTIONS.block_size)
-                seen_blocks = last_block - floor_div(first_seen, OPTIONS.block_size) + 1
-            listed_blocks = list_of(lists, head, sequence, first_query, low, OPTIONS)[1]
-    tl.store(counts_ptr + 4, seen_blocks)
-    tl.store(counts_ptr + 5, listed_blocks)
-    tl.store(counts_ptr + 6, seen_blocks - listed_blocks if SKIPS else 0)
+    head = tl.program_id(0)
+    zero = tl.zeros([TILES], tl.float64)
+    rows = zero
+    visible = zero
+    kept = zero
+    mass = zero
+    seen_blocks = zero
+    listed_blocks = zero
+    for first in range(0, tiles, TILES):
+        numbers = first + tl.arange(0, TILES)
+        exist = numbers < tiles
+        of_tile = state_ptr + (numbers * heads + head).to(tl.int64) * (4 * parts + 2) * BLOCK_M
+        # [TILES, BLOCK_M]
+        of_row = of_tile[:, None] + tl.arange(0, BLOCK_M)[None, :]
+        seen = tl.load(of_row + 4 * parts * BLOCK_M, mask=exist[:, None], other=0.0)
+        # [TILES, PARTS, BLOCK_M]
+        part = tl.arange(0, PARTS)[None, :, None]
+        pointers = of_row[:, None, :] + part * (4 * BLOCK_M)
+        mask = (seen > 0.0)[:, None, :] & (part < parts)
+        highest = tl.load(pointers, mask=mask, other=float("-inf"))
+        shift = tl.max(highest, 1)
+        shrink = tl.math.exp2(highest - tl.where(shift == float("-inf"), 0.0, shift)[:, None, :])
+        # [TILES, BLOCK_M]
+        total = tl.sum(tl.load(pointers + BLOCK_M, mask=mask, other=0.0) * shrink, 1)
+        kept_total = tl.sum(tl.load(pointers + 2 * BLOCK_M, mask=mask, other=0.0) * shrink, 1)
+        share = tl.where(total > 0.0, kept_total / tl.where(total > 0.0, total, 1.0), 0.0)
+        kept_here = tl.sum(tl.load(pointers + 3 * BLOCK_M, mask=mask, other=0.0), 1)
+        # [TILES]
+        rows += tl.sum((seen > 0.0).to(tl.float64), 1)
+        visible += tl.sum(seen.to(tl.float64), 1)
+        kept += tl.sum(kept_here.to(tl.float64), 1)
+        mass += tl.sum(share.to(tl.float64), 1)
+        if OPTIONS.block_size > 0:
+            of_blocks = of_tile + (4 * parts + 1) * BLOCK_M
+            seen_blocks += tl.load(of_blocks, mask=exist, other=0.0).to(tl.float64)
+            listed_blocks += tl.load(of_blocks + 1, mask=exist, other=0.0).to(tl.float64)
+    seen_of_head = tl.sum(seen_blocks, 0)
+    listed_of_head = tl.sum(listed_blocks, 0)
+    found = (
+        tl.sum(rows, 0), tl.sum(visible, 0), tl.sum(kept, 0), tl.sum(mass, 0), seen_of_head, listed_of_head,
+        seen_of_head - listed_of_head if SKIPS else 0.0,
+    )  # fmt: skip
+    for i in tl.static_range(7):
+        number = found[i] * times
+        if ADDS:
+            number += tl.load(counts_ptr + head * 7 + i)
+        tl.store(counts_ptr + head * 7 + i, number)

@@ -52,9 +52,16 @@ def compile_variant(capability, dtype, head_dim, stride, options):
     def compile_only(kernel, programs, arguments, constants, **options):
         compiled[kernel.__name__] = kernel.warmup(*arguments, *constants, grid=(programs,), **options)
 
+    class CompileOnly:
+        def __init__(self, kernel, device, *constants, **options):
+            self.kernel, self.constants, self.options = kernel, constants, options
+
+        def __call__(self, programs, *arguments):
+            compile_only(self.kernel, programs, arguments, self.constants, **self.options)
+
     driver.set_active(AbsentGpu())
     block_launch._is_large = lambda x: capability == 90
-    block_launch.launch = statistics_launch.launch = compile_only
+    block_launch.launch, statistics_launch.Launch = compile_only, CompileOnly
     statistics_launch.capability_of = lambda device: capability
     length = 4096
     q, k = (torch.zeros(length, heads, head_dim, dtype=dtype) for heads in (8, 2))
@@ -73,7 +80,8 @@ def compile_variant(capability, dtype, head_dim, stride, options):
     block_launch.listed(chosen, seen, forced)
     block_launch.excess(grid)
     blocks = KeyBlocks.from_mask(torch.ones(1, *grid.shape, dtype=torch.bool), start, 128, 128)
-    statistics_launch.count(request._replace(plan=top_n_plan(2, 4, 4, 64), blocks=blocks))
+    request = request._replace(plan=top_n_plan(2, 4, 4, 64), blocks=blocks)
+    statistics_launch.prepare(request, every=4)(request)
     return {name: inspect(kernel) for name, kernel in compiled.items()}
 
 

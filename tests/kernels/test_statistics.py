@@ -25,9 +25,11 @@ SIZES = st.sampled_from([(16, 16), (32, 16), (16, 32)])
 
 def check_kernel(request, sizes, parts=1):
     tiles = Settings(*sizes, num_warps=4, num_stages=1, descriptors=False, frozen=False)
-    counts = statistics_launch.count(request, statistics_launch.portable_launch.fitted(tiles, request.blocks), parts)
+    run = statistics_launch.prepare(request, tiles, parts)
+    counts = run(request)
     assert_same_counts(counts, counts_by_oracle(request))
     assert_same_counts(counts, count(request))
+    assert_same_counts(run(request, counts.clone(), 3), 4 * counts)
 
 
 @interpreted
@@ -94,6 +96,50 @@ def test_sample(plan, every, has_lists, data):
         assert bool((found[:, COUNTS.index("blocks")] == grid.seen()[rows].sum()).all())
         visited = lists.counts[:, rows].sum(1).repeat_interleave(heads // len(lists.counts))
         assert torch.equal(found[:, COUNTS.index("blocks_visited")].long(), visited)
+
+
+def check_sample(request, sizes, parts, every):
+    """The kernel finds a sample as PyTorch operations do; or of every 1, all sequences with several queries."""
+    request = request._replace(first_q=None)
+    tiles = Settings(*sizes, num_warps=4, num_stages=1, descriptors=False, frozen=False)
+    run = statistics_launch.prepare(request, tiles, parts, every=every, is_prefill=True)
+    lengths = request.lengths_q
+    if every == 1:
+        expected = count(request._replace(lengths_q=lengths.masked_fill(lengths == 1, 0)))
+    else:
+        assume(min(request.max_q, request.q.shape[0]) > 0)
+        expected = count(sample(request, every)._replace(v=request.k))
+    assert_same_counts(run(request), expected)
+
+
+CAUSAL = {"longest": 100, "batch": 3, "causal": True}
+
+
+@interpreted
+@pytest.mark.usefixtures("poison")
+@given(plans().flatmap(lambda plan: with_lists(plan=plan, **CAUSAL)), SIZES, st.integers(1, 3), st.integers(0, 2))
+@settings(max_examples=25, deadline=None)
+def test_kernel_samples_lists(request, sizes, parts, exponent):
+    check_sample(request, sizes, parts, 1 << exponent)
+
+
+@interpreted
+@pytest.mark.usefixtures("poison")
+@given(plans().flatmap(lambda plan: requests(plan=plan, **CAUSAL | {"longest": 300})), st.sampled_from([1, 2]))
+@settings(max_examples=8, deadline=None)
+def test_kernel_samples(request, every):
+    check_sample(request, (64, 32), 2, every)
+
+
+def test_states_take_as_much_as_the_queries():
+    """One long sequence among many short ones needs no room for as many long ones."""
+    q = torch.zeros(131_072 + 255, 1, 8)
+    lengths = torch.tensor([131_072] + 255 * [1])
+    request = one_sequence(q, q, q)._replace(
+        starts_q=lengths.cumsum(0) - lengths, lengths_q=lengths, starts_k=lengths.cumsum(0) - lengths, lengths_k=lengths
+    )
+    assert statistics_launch._most_tiles(request, 1, 64) < 131_072 / 64 + 2 * 256
+    assert statistics_launch._most_tiles(request, 256, 128) < 4 + 2 * 256
 
 
 def test_sample_interval():

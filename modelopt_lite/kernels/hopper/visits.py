@@ -13,6 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..lists import floor_div
+
 TILE = tl.constexpr(128)
 """Queries of an item, and keys of a tile."""
 HEADER = tl.constexpr(5)
@@ -41,13 +43,6 @@ def sequence_of(starts_ptr, row, batch):
         starts = tl.load(starts_ptr + numbers, mask=exist, other=0)
         found += tl.sum((exist & (starts <= row)).to(tl.int32), 0)
     return tl.maximum(found - 1, 0)
-
-
-@triton.jit
-def floor_div(x, y):
-    """Divide and round down, also below 0."""
-    quotient = x // y
-    return quotient - (quotient * y > x).to(tl.int32)
 
 
 @triton.jit
