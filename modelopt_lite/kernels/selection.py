@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..plan import AttentionPlan, BlockSelector, SkipRule
+from ..plan import AttentionPlan, BlockSelector, LengthCurve, SkipRule
 from .block_scores import skip_excess
 from .blocked import tile_scores
 from .blocks import BlockGrid, GridPart, KeyBlocks, visible_keys
@@ -106,7 +107,13 @@ def not_skipped(grid: BlockGrid) -> KeyBlocks | None:
     if 0 in grid.shape or (excess := skip_excess(grid, None)) is None:
         return None
     seen, forced = grid.marked(0, 0)
-    skipped = (excess < _log_thresholds_once(grid)[:, None]) & (excess > -torch.inf)
+    skip = grid.request.plan.skip
+    assert skip is not None
+    if isinstance(skip.threshold, LengthCurve) or skip.decode_threshold is not None:
+        threshold: float | Tensor = _log_thresholds_once(grid)[:, None]
+    else:
+        threshold = math.log(skip.threshold)  # decode that stays dense is forced
+    skipped = (excess < threshold) & (excess > -torch.inf)
     return KeyBlocks.of_choice(~skipped, seen, forced, grid)
 
 

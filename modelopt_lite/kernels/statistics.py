@@ -16,7 +16,7 @@ from .request import AttentionRequest
 from .selection import chosen_blocks, not_skipped, select_blocks
 
 if tl is not None:
-    from . import statistics_launch
+    from . import block_launch, statistics_launch
 
 COUNTS = ("rows", "visible", "kept", "mass", "blocks", "blocks_visited", "blocks_skipped")
 """What is counted for each head; see :class:`AttentionStatistics`."""
@@ -205,36 +205,47 @@ def sample(request: AttentionRequest, every: int) -> AttentionRequest:
     """
     r, rows = request.without_pages(), request.grid[1]
     packing = (r.starts_q, r.lengths_q, r.starts_k, r.lengths_k, r.first_k)
-    found, row = r.once(packing, ("sample", r.max_q, rows, every), lambda: _sampled_packing(r, rows, every))
-    changes: dict[str, Any] = dict(
-        zip(("starts_q", "lengths_q", "starts_k", "lengths_k", "first_k"), found, strict=True)
-    )
+    number = (r.max_q + rows - 2) // (rows * every) + 1  # of a sequence, at most
+    runs_kernel = tl is not None and block_launch.runs_on(r.q)
+    find = statistics_launch.sampled_packing if runs_kernel else sampled_packing
+    found = r.once(packing, ("sample", number, rows, every), lambda: find(r, rows, every, number))
+    names = ("starts_q", "lengths_q", "starts_k", "lengths_k", "first_k")
+    changes: dict[str, Any] = dict(zip(names, found, strict=True))
     if r.blocks is not None:
-        starts, last = r.blocks.starts, r.blocks.counts.shape[1] - 1
         # Each sequence's list is one of those that are there.
-        starts = r.once(
-            (starts, row), ("sampled lists", last), lambda: (starts[:, None] + row).flatten().clamp(0, last).int()
-        )
+        starts = r.blocks.starts[:, None] + _sampled_blocks(r, rows, every, number) - _first_queries(r) // rows
+        starts = starts.flatten().clamp(0, r.blocks.counts.shape[1] - 1).int()
         changes["blocks"] = r.blocks._replace(starts=starts)
     return r._replace(counts=None, max_q=min(rows, r.max_q), **changes)
 
 
-def _sampled_packing(request: AttentionRequest, rows: int, every: int) -> tuple[tuple[Tensor | None, ...], Tensor]:
-    """Return the packing of sampled query blocks, and which of their sequence's they are, ``[batch, blocks]``."""
-    r, step, offset = request, rows * every, every // 2 * rows
-    end = r.lengths_k if r.first_k is None else r.first_k + r.lengths_k
-    first_q = (end - r.lengths_q)[:, None]
-    # The first sampled block that has queries of the call, and as many more as there may be.
-    each = torch.arange(0, (r.max_q + rows - 2) // step * step + 1, step, device=end.device, dtype=end.dtype)
-    origin = (first_q - (offset + rows)) // step * step + (each + (step + offset))
-    begin = origin.maximum(first_q)
-    stop = (origin + rows).minimum(end[:, None])
-    number = stop - begin
-    exists = number > 1
+def sampled_packing(request: AttentionRequest, rows: int, every: int, number: int) -> tuple[Tensor | None, ...]:
+    """Return the packing of sampled query blocks, ``number`` of each sequence, of which some may have no queries.
+
+    Returns:
+        First row and number of their queries, the same of their keys, and the position of the first key or None.
+    """
+    r, first_q, block = request, _first_queries(request), _sampled_blocks(request, rows, every, number)
+    begin, stop = (block * rows).maximum(first_q), ((block + 1) * rows).minimum(first_q + r.lengths_q[:, None])
+    length = stop - begin
+    exists = length > 1
     keys = stop if r.first_k is None else stop - r.first_k[:, None]
     starts_q, lengths_q, lengths_k = (
-        (x * exists).flatten() for x in (begin + (r.starts_q[:, None] - first_q), number, keys)
+        (x * exists).flatten() for x in (begin + (r.starts_q[:, None] - first_q), length, keys)
     )
-    starts_k, firsts_k = (None if x is None else x.repeat_interleave(len(each)) for x in (r.starts_k, r.first_k))
-    block = origin // rows - first_q // rows
-    return (starts_q, lengths_q, starts_k, lengths_k, firsts_k), block
+    starts_k, firsts_k = (None if x is None else x.repeat_interleave(number) for x in (r.starts_k, r.first_k))
+    return starts_q, lengths_q, starts_k, lengths_k, firsts_k
+
+
+def _first_queries(request: AttentionRequest) -> Tensor:
+    """Return the position of each sequence's first query, ``[batch, 1]``; its queries are the last tokens."""
+    keys = request.lengths_k - request.lengths_q
+    return (keys if request.first_k is None else keys + request.first_k)[:, None]
+
+
+def _sampled_blocks(request: AttentionRequest, rows: int, every: int, number: int) -> Tensor:
+    """Return which query blocks are sampled, ``[batch, number]``; the last ones may have no queries."""
+    first, offset = _first_queries(request) // rows, every // 2
+    # The first one that has queries of the call, and as many more as there may be.
+    first = offset - (offset - first) // every * every
+    return first + every * torch.arange(number, device=first.device, dtype=first.dtype)

@@ -380,3 +380,42 @@ def join_parts(
         if ADDS:
             number += tl.load(counts_ptr + head * 7 + i)
         tl.store(counts_ptr + head * 7 + i, number)
+
+
+@triton.jit(do_not_specialize=["blocks", "number", "rows", "every"])
+def lay_out_sample(starts_ptr, others, packing, blocks, number, rows, every, BLOCK: tl.constexpr):
+    """Find the packing of sampled query blocks, which become sequences of their own, with all keys that they see.
+
+    Args:
+        starts_ptr: where to write each one's first row of queries, int64 ``[batch * number]``.
+        others: the same for its number of queries, its first row of keys, their number, and with positions the first
+            one's.
+        packing: of the sequences: the same five, the last one None without positions.
+        blocks: how many sampled query blocks there may be over all sequences.
+        number: how many there may be in a sequence.
+        rows: positions in a query block.
+        every: of how many query blocks one is sampled.
+        BLOCK: how many a program finds.
+    """
+    starts_q, lengths_q, starts_k, lengths_k, firsts_k = packing
+    places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    exist = places < blocks
+    sequence = places // number
+    length = tl.load(lengths_q + sequence, mask=exist, other=0).to(tl.int64)
+    keys = tl.load(lengths_k + sequence, mask=exist, other=0).to(tl.int64)
+    first_key = keys * 0
+    if firsts_k is not None:
+        first_key = tl.load(firsts_k + sequence, mask=exist, other=0).to(tl.int64)
+    first_query = first_key + keys - length
+    block = blocks_counted(first_query, length, (every, rows, 1))[0] + places % number * every
+    begin = tl.maximum(block * rows, first_query)
+    end = tl.minimum((block + 1) * rows, first_query + length)
+    is_taken = exist & (end - begin > 1)
+    start = tl.load(starts_q + sequence, mask=exist, other=0) + begin - first_query
+    start_k = tl.load(starts_k + sequence, mask=exist, other=0)
+    tl.store(starts_ptr + places, tl.where(is_taken, start, 0), mask=exist)
+    tl.store(others[0] + places, tl.where(is_taken, end - begin, 0), mask=exist)
+    tl.store(others[1] + places, start_k, mask=exist)
+    tl.store(others[2] + places, tl.where(is_taken, end - first_key, 0), mask=exist)
+    if firsts_k is not None:
+        tl.store(others[3] + places, first_key, mask=exist)

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from .arguments import check_request
 from .choice import MAX_SIGNATURES, signature
-from .device import Launch, cdiv
+from .device import Launch, cdiv, launch
 from .portable import launch as portable_launch
 from .request import AttentionRequest
 from .settings import Settings, block_dim, capability_of, default_settings, distances, hook_arguments
-from .statistics_kernel import count_scores, join_parts
+from .statistics_kernel import count_scores, join_parts, lay_out_sample
 
 Count: TypeAlias = "Callable[[AttentionRequest, Tensor | None, int], Tensor]"
 
@@ -27,6 +27,8 @@ MOST_PARTS = 32
 """How many parts are joined at a time, in registers."""
 JOINED = 2048
 """Numbers that a program joins at a time, at least those of one tile."""
+PACKED = 128
+"""Sampled query blocks whose packing a program finds."""
 refusal = portable_launch.refusal
 """Says why the kernels cannot run a request, or None if they can."""
 
@@ -155,3 +157,19 @@ def _most_tiles(request: AttentionRequest, every: int, rows: int) -> int:
     # // rows blocks. Sequences share no queries.
     of_each = batch * ((longest + rows - 2) // (rows * every) + 1)
     return min(of_each, (total + batch * (rows - 2)) // (rows * every) + batch)
+
+
+def sampled_packing(request: AttentionRequest, rows: int, every: int, number: int) -> tuple[Tensor | None, ...]:
+    """Return the packing of sampled query blocks, as :func:`modelopt_lite.kernels.statistics.sampled_packing` does."""
+    r, blocks = request, request.starts_q.shape[0] * number
+    found = [torch.empty(blocks, dtype=torch.int64, device=r.q.device) for _ in range(4 if r.first_k is None else 5)]
+    if blocks:
+        launch(
+            lay_out_sample, cdiv(blocks, PACKED),
+            (
+                found[0], tuple(found[1:]), (r.starts_q, r.lengths_q, r.starts_k, r.lengths_k, r.first_k), blocks,
+                number, rows, every,
+            ),
+            (PACKED,), num_warps=4,
+        )  # fmt: skip
+    return (*found, None) if r.first_k is None else tuple(found)

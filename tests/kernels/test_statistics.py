@@ -15,7 +15,7 @@ from test_lists_interpreter import plans
 from modelopt_lite.kernels import select_blocks, statistics_launch
 from modelopt_lite.kernels.blocks import BlockGrid
 from modelopt_lite.kernels.settings import Settings
-from modelopt_lite.kernels.statistics import COUNTS, count, sample, sample_interval
+from modelopt_lite.kernels.statistics import COUNTS, count, sample, sample_interval, sampled_packing
 from modelopt_lite.methods import SinkWindow
 from modelopt_lite.plan import DENSE
 
@@ -129,6 +129,17 @@ def test_kernel_samples_lists(request, sizes, parts, exponent):
 @settings(max_examples=8, deadline=None)
 def test_kernel_samples(request, every):
     check_sample(request, (64, 32), 2, every)
+
+
+@interpreted
+@given(requests(longest=100, batch=3, causal=True, plan=DENSE), st.sampled_from([16, 32]), st.integers(1, 2))
+@settings(max_examples=25, deadline=None)
+def test_kernel_finds_the_packing_of_a_sample(request, rows, exponent):
+    request, every = request._replace(first_q=None), 1 << exponent
+    number = (request.max_q + rows - 2) // (rows * every) + 1
+    found = statistics_launch.sampled_packing(request, rows, every, number)
+    for x, y in zip(found, sampled_packing(request, rows, every, number), strict=True):
+        assert (x is None and y is None) or torch.equal(x, y)
 
 
 def test_states_take_as_much_as_the_queries():
