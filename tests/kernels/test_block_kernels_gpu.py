@@ -123,6 +123,7 @@ def test_selection_does_not_wait_for_the_gpu(method, monkeypatch):
     assert (found.mask() != by_torch).float().mean() < 0.01  # near ties alone
 
 
+@pytest.mark.parametrize("shortest_part", [16, statistics_launch.SHORTEST_PART])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "method",
@@ -136,8 +137,10 @@ def test_selection_does_not_wait_for_the_gpu(method, monkeypatch):
     ],
     ids=lambda method: method.method,
 )
-def test_statistics(method, dtype, monkeypatch):
+def test_statistics(method, dtype, shortest_part, monkeypatch):
     """The kernel counts what PyTorch operations count, of whole calls and of samples, and waits for no GPU."""
+    monkeypatch.setattr(statistics_launch, "_prepared", {})
+    monkeypatch.setattr(statistics_launch, "SHORTEST_PART", shortest_part)
     request = packed_request(heads=(4, 2), dims=(128, 128), dtype=dtype, exact=True, plan=method.shared_plan())
     request = request._replace(v=request.k)
     monkeypatch.setattr(statistics, "SAMPLED_BLOCKS", 2)
@@ -146,7 +149,9 @@ def test_statistics(method, dtype, monkeypatch):
     def count():
         sampled, times, _ = count_prefill(request, is_exact=False)
         assert times > 1
-        return count_kept(request), sampled, count_prefill(request, is_exact=True)[0]
+        exact = count_prefill(request, is_exact=True)[0]
+        twice = count_prefill(request, exact.clone(), is_exact=True)[0]
+        return count_kept(request), sampled, exact, twice
 
     count()
     torch.cuda.synchronize()
