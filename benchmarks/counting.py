@@ -64,7 +64,9 @@ def timed(model: PreTrainedModel, tokens: Tensor, counted: ModelStatistics | Non
     return taken * 1e3
 
 
-def measure(model: PreTrainedModel, method: str, seq_len: int, rounds: int, *, exact: bool) -> dict[str, Any]:
+def measure(
+    model: PreTrainedModel, method: str, seq_len: int, rounds: int, seconds: float, *, exact: bool
+) -> dict[str, Any]:
     """Return a row: median times of prefills with and without statistics, and what was counted."""
     generator = torch.Generator(model.device).manual_seed(0)
     tokens = torch.randint(model.config.vocab_size, (1, seq_len), device=model.device, generator=generator)
@@ -72,11 +74,12 @@ def measure(model: PreTrainedModel, method: str, seq_len: int, rounds: int, *, e
     times: dict[bool, list[float]] = {False: [], True: []}
     mtsa.sparsify(model, METHODS[method])
     try:
-        for turn in range(rounds + 1):
-            for is_counted in (False, True) if turn % 2 else (True, False):
-                taken = timed(model, tokens, counted if is_counted else None, exact)
-                if turn:  # the first compiles
-                    times[is_counted].append(taken)
+        for is_counted in times:  # the first compiles
+            timed(model, tokens, ModelStatistics() if is_counted else None, exact)
+        until = time.monotonic() + seconds
+        while len(times[True]) < rounds or time.monotonic() < until:
+            for is_counted in (False, True) if len(times[True]) % 2 else (True, False):
+                times[is_counted].append(timed(model, tokens, counted if is_counted else None, exact))
     finally:
         mtsa.unsparsify(model)
     without, with_statistics = (statistics.median(times[is_counted]) for is_counted in (False, True))
@@ -110,7 +113,8 @@ def main(command_line: list[str] | None = None) -> None:
     parser.add_argument("--model", default="llama-3.1-8b", choices=MODELS, help="shape; weights are random")
     parser.add_argument("--layers", type=int, help="only so many of the model's layers")
     parser.add_argument("--exact", action="store_true", help="count all queries, not a sample")
-    parser.add_argument("--rounds", type=int, default=5, help="turns with and without statistics")
+    parser.add_argument("--rounds", type=int, default=5, help="turns with and without statistics, at least")
+    parser.add_argument("--seconds", type=float, default=4.0, help="and how long they go on, at least")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--output", type=Path, help="by default benchmarks/results/counting-<device>.json")
     arguments = parser.parse_args(command_line)
@@ -122,7 +126,7 @@ def main(command_line: list[str] | None = None) -> None:
     print(table([]), flush=True)
     for seq_len in arguments.seq_lens:
         for method in arguments.methods:
-            row = measure(model, method, seq_len, arguments.rounds, exact=arguments.exact)
+            row = measure(model, method, seq_len, arguments.rounds, arguments.seconds, exact=arguments.exact)
             print(table([row]).splitlines()[-1], flush=True)
             problem = [row[name] for name in PROBLEM]
             rows = [old for old in rows if [old[name] for name in PROBLEM] != problem] + [row]
