@@ -98,6 +98,7 @@ def test_results_are_written_and_merged(tmp_path, capsys, monkeypatch):
 def test_what_statistics_cost(tmp_path, capsys):
     output = tmp_path / "results.json"
     options = ["--model", "tiny", "--device", "cpu", "--layers", "1", "--seq-lens", "100", "--rounds", "1"]
+    options += ["--seconds", "0"]
     for _ in range(2):
         counting.main([*options, "--methods", "2:4", "skip_softmax", "--output", str(output)])
     rows = json.loads(output.read_text())["rows"]
