@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..plan import AttentionPlan, BlockSelector, LengthCurve, SkipRule
+from ..plan import AttentionPlan, BlockSelector, SkipRule
 from .block_scores import skip_excess
 from .blocked import tile_scores
 from .blocks import BlockGrid, GridPart, KeyBlocks, visible_keys
@@ -85,11 +84,15 @@ def _before_skipping(grid: BlockGrid) -> tuple[KeyBlocks, Tensor]:
 
     request = grid.request
     blocks = grid.once((grid.starts,), (request.is_causal, request.sliding_window), find)
-    return blocks, _log_thresholds_once(grid)
+    return blocks, log_thresholds(grid)
 
 
-def _log_thresholds_once(grid: BlockGrid) -> Tensor:
-    """Return the logarithms of thresholds of query blocks, FP32 ``[query_blocks]``, ``-inf`` where none is skipped."""
+def log_thresholds(grid: BlockGrid) -> Tensor:
+    """Return the natural logarithms of a skip rule's thresholds, ``-inf`` where nothing is skipped.
+
+    Returns:
+        FP32 ``[query_blocks]``.
+    """
     request, skip = grid.request, grid.request.plan.skip
     assert skip is not None
 
@@ -100,21 +103,6 @@ def _log_thresholds_once(grid: BlockGrid) -> Tensor:
     return grid.once(
         (grid.starts,), (skip, request.is_causal, request.sliding_window, request.plan.sparse_decode), find
     )
-
-
-def not_skipped(grid: BlockGrid) -> KeyBlocks | None:
-    """Return what a skip rule leaves of all key blocks, by a kernel; None if it has to be found otherwise."""
-    if 0 in grid.shape or (excess := skip_excess(grid, None)) is None:
-        return None
-    seen, forced = grid.marked(0, 0)
-    skip = grid.request.plan.skip
-    assert skip is not None
-    if isinstance(skip.threshold, LengthCurve) or skip.decode_threshold is not None:
-        threshold: float | Tensor = _log_thresholds_once(grid)[:, None]
-    else:
-        threshold = math.log(skip.threshold)  # decode that stays dense is forced
-    skipped = (excess < threshold) & (excess > -torch.inf)
-    return KeyBlocks.of_choice(~skipped, seen, forced, grid)
 
 
 @torch.no_grad()

@@ -13,10 +13,10 @@ from .blocked import count_blocked
 from .blocks import BlockGrid, KeyBlocks
 from .language import tl
 from .request import AttentionRequest
-from .selection import chosen_blocks, not_skipped, select_blocks
+from .selection import chosen_blocks, log_thresholds, select_blocks
 
 if tl is not None:
-    from . import block_launch, statistics_launch
+    from . import statistics_launch
 
 COUNTS = ("rows", "visible", "kept", "mass", "blocks", "blocks_visited", "blocks_skipped")
 """What is counted for each head; see :class:`AttentionStatistics`."""
@@ -88,24 +88,21 @@ def count(request: AttentionRequest) -> Tensor:
     Returns:
         For each query head what :data:`COUNTS` names, FP64 ``[query_heads, 7]``; all but the mass are exact.
     """
-    request = request.without_pages()._replace(s_aux=None)
-    plan, skips, skipped = request.plan, False, None
-    if request.blocks is None and plan.chooses_blocks:
-        grid = BlockGrid(request, *request.grid)
-        blocks = not_skipped(grid) if plan.blocks is None and plan.keep is None else None
-        skips = blocks is not None
-        if blocks is None:
-            mask, skipping = chosen_blocks(request, grid)
-            if skipping is not None:
-                mask, skipped = mask & ~skipping, skipping.sum((1, 2))
-            blocks = KeyBlocks.from_mask(mask, grid.starts, *request.grid)
-        request = request._replace(blocks=blocks)
+    request, skipped = request.without_pages()._replace(s_aux=None), None
     if _runs_kernel(request):
-        counts = statistics_launch.count(request, skips=skips)
+        return statistics_launch.count(request, skip=_skip_of(request))
+    if request.blocks is None and request.plan.chooses_blocks:
+        grid = BlockGrid(request, *request.grid)
+        mask, skipping = chosen_blocks(request, grid)
+        if skipping is not None:
+            mask, skipped = mask & ~skipping, skipping.sum((1, 2))
+        request = request._replace(blocks=KeyBlocks.from_mask(mask, grid.starts, *request.grid))
+    if _runs_kernel(request):
+        counts = statistics_launch.count(request)
     else:
         counts = torch.nn.functional.pad(count_blocked(request), (0, len(COUNTS) - MASS - 1))
         if request.blocks is not None:
-            counts[:, MASS + 1 :] = _count_blocks(request, request.blocks, skips)
+            counts[:, MASS + 1 : SKIPPED] = _count_blocks(request, request.blocks)
     if skipped is not None:
         counts[:, SKIPPED] = skipped
     return counts
@@ -133,7 +130,8 @@ def count_prefill(
         with _without_autocast(request):
             request = request._replace(blocks=select_blocks(request))
     if request.page_table is None and _runs_kernel(request):
-        totals = statistics_launch.count(request, totals, every, every=every, is_prefill=True)
+        skip = _skip_of(request)
+        totals = statistics_launch.count(request, totals, every=every, is_prefill=True, skip=skip)
         return totals, every, request.blocks
     check_packing(request)
     with torch.no_grad(), _without_autocast(request):
@@ -162,17 +160,25 @@ def _runs_kernel(request: AttentionRequest) -> bool:
     return tl is not None and request.q.is_cuda and statistics_launch.refusal(request) is None
 
 
-def _count_blocks(request: AttentionRequest, blocks: KeyBlocks, skips: bool) -> Tensor:
-    """Return how many key blocks are seen, listed, and if ``skips`` not listed, of each query head."""
+def _skip_of(request: AttentionRequest) -> tuple[Tensor, Tensor] | None:
+    """Return what a kernel needs that applies a skip rule itself, which calls with the same packing share."""
+    if not statistics_launch.needs_skip(request):
+        return None
+    grid = BlockGrid(request, *request.grid)
+    return log_thresholds(grid), grid.starts
+
+
+def _count_blocks(request: AttentionRequest, blocks: KeyBlocks) -> Tensor:
+    """Return how many key blocks are seen and listed, of each query head."""
     grid, heads = BlockGrid(request, *request.grid), request.q.shape[1]
     if 0 in blocks.counts.shape:
-        return blocks.counts.new_zeros(heads, 3)
+        return blocks.counts.new_zeros(heads, 2)
     row = (blocks.starts - grid.starts)[grid.sequence] + torch.arange(grid.shape[0], device=blocks.starts.device)
     exists = grid.low_q <= grid.high_q
     listed = blocks.counts[:, row.clamp(0, blocks.counts.shape[1] - 1)].where(exists, 0).sum(1)
     listed = listed.repeat_interleave(heads // len(listed))
     seen = grid.seen().sum().expand(heads)
-    return torch.stack([seen, listed, (seen - listed) * skips], 1)
+    return torch.stack([seen, listed], 1)
 
 
 def sample_interval(request: AttentionRequest) -> int:
@@ -205,47 +211,36 @@ def sample(request: AttentionRequest, every: int) -> AttentionRequest:
     """
     r, rows = request.without_pages(), request.grid[1]
     packing = (r.starts_q, r.lengths_q, r.starts_k, r.lengths_k, r.first_k)
-    number = (r.max_q + rows - 2) // (rows * every) + 1  # of a sequence, at most
-    runs_kernel = tl is not None and block_launch.runs_on(r.q)
-    find = statistics_launch.sampled_packing if runs_kernel else sampled_packing
-    found = r.once(packing, ("sample", number, rows, every), lambda: find(r, rows, every, number))
-    names = ("starts_q", "lengths_q", "starts_k", "lengths_k", "first_k")
-    changes: dict[str, Any] = dict(zip(names, found, strict=True))
+    found, row = r.once(packing, ("sample", r.max_q, rows, every), lambda: _sampled_packing(r, rows, every))
+    changes: dict[str, Any] = dict(
+        zip(("starts_q", "lengths_q", "starts_k", "lengths_k", "first_k"), found, strict=True)
+    )
     if r.blocks is not None:
+        starts, last = r.blocks.starts, r.blocks.counts.shape[1] - 1
         # Each sequence's list is one of those that are there.
-        starts = r.blocks.starts[:, None] + _sampled_blocks(r, rows, every, number) - _first_queries(r) // rows
-        starts = starts.flatten().clamp(0, r.blocks.counts.shape[1] - 1).int()
+        starts = r.once(
+            (starts, row), ("sampled lists", last), lambda: (starts[:, None] + row).flatten().clamp(0, last).int()
+        )
         changes["blocks"] = r.blocks._replace(starts=starts)
     return r._replace(counts=None, max_q=min(rows, r.max_q), **changes)
 
 
-def sampled_packing(request: AttentionRequest, rows: int, every: int, number: int) -> tuple[Tensor | None, ...]:
-    """Return the packing of sampled query blocks, ``number`` of each sequence, of which some may have no queries.
-
-    Returns:
-        First row and number of their queries, the same of their keys, and the position of the first key or None.
-    """
-    r, first_q, block = request, _first_queries(request), _sampled_blocks(request, rows, every, number)
-    begin, stop = (block * rows).maximum(first_q), ((block + 1) * rows).minimum(first_q + r.lengths_q[:, None])
-    length = stop - begin
-    exists = length > 1
+def _sampled_packing(request: AttentionRequest, rows: int, every: int) -> tuple[tuple[Tensor | None, ...], Tensor]:
+    """Return the packing of sampled query blocks, and which of their sequence's they are, ``[batch, blocks]``."""
+    r, step, offset = request, rows * every, every // 2 * rows
+    end = r.lengths_k if r.first_k is None else r.first_k + r.lengths_k
+    first_q = (end - r.lengths_q)[:, None]
+    # The first sampled block that has queries of the call, and as many more as there may be.
+    each = torch.arange(0, (r.max_q + rows - 2) // step * step + 1, step, device=end.device, dtype=end.dtype)
+    origin = (first_q - (offset + rows)) // step * step + (each + (step + offset))
+    begin = origin.maximum(first_q)
+    stop = (origin + rows).minimum(end[:, None])
+    number = stop - begin
+    exists = number > 1
     keys = stop if r.first_k is None else stop - r.first_k[:, None]
     starts_q, lengths_q, lengths_k = (
-        (x * exists).flatten() for x in (begin + (r.starts_q[:, None] - first_q), length, keys)
+        (x * exists).flatten() for x in (begin + (r.starts_q[:, None] - first_q), number, keys)
     )
-    starts_k, firsts_k = (None if x is None else x.repeat_interleave(number) for x in (r.starts_k, r.first_k))
-    return starts_q, lengths_q, starts_k, lengths_k, firsts_k
-
-
-def _first_queries(request: AttentionRequest) -> Tensor:
-    """Return the position of each sequence's first query, ``[batch, 1]``; its queries are the last tokens."""
-    keys = request.lengths_k - request.lengths_q
-    return (keys if request.first_k is None else keys + request.first_k)[:, None]
-
-
-def _sampled_blocks(request: AttentionRequest, rows: int, every: int, number: int) -> Tensor:
-    """Return which query blocks are sampled, ``[batch, number]``; the last ones may have no queries."""
-    first, offset = _first_queries(request) // rows, every // 2
-    # The first one that has queries of the call, and as many more as there may be.
-    first = offset - (offset - first) // every * every
-    return first + every * torch.arange(number, device=first.device, dtype=first.dtype)
+    starts_k, firsts_k = (None if x is None else x.repeat_interleave(len(each)) for x in (r.starts_k, r.first_k))
+    block = origin // rows - first_q // rows
+    return (starts_q, lengths_q, starts_k, lengths_k, firsts_k), block

@@ -9,15 +9,16 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from . import block_launch
 from .arguments import check_request
 from .choice import MAX_SIGNATURES, signature
-from .device import Launch, cdiv, launch
+from .device import Launch
 from .portable import launch as portable_launch
 from .request import AttentionRequest
-from .settings import Settings, block_dim, capability_of, default_settings, distances, hook_arguments
-from .statistics_kernel import count_scores, join_parts, lay_out_sample
+from .settings import Settings, block_dim, capability_of, default_settings, distances, gpu_refusal, hook_arguments
+from .statistics_kernel import count_scores, join_parts
 
-Count: TypeAlias = "Callable[[AttentionRequest, Tensor | None, int], Tensor]"
+Count: TypeAlias = "Callable[[AttentionRequest, Tensor | None, Skip | None], Tensor]"
 
 PROGRAMS = 8192
 """Programs up to which keys are cut into parts: more than a GPU runs at once, so that none waits for a long one."""
@@ -27,32 +28,53 @@ MOST_PARTS = 32
 """How many parts are joined at a time, in registers."""
 JOINED = 2048
 """Numbers that a program joins at a time, at least those of one tile."""
-PACKED = 128
-"""Sampled query blocks whose packing a program finds."""
-refusal = portable_launch.refusal
-"""Says why the kernels cannot run a request, or None if they can."""
+MOST_SKIPPED_PARTS = 8
+"""The same with skip-softmax, where each part looks for references."""
+Skip: TypeAlias = "tuple[Tensor, Tensor]"
+"""Natural logarithms of the thresholds of query blocks, and the number of each sequence's first query block."""
 
 _prepared: dict[tuple[object, ...], Count] = {}
+
+
+def refusal(request: AttentionRequest) -> str | None:
+    """Say why the kernels cannot run a request, or None if they can."""
+    if not needs_skip(request):
+        return portable_launch.refusal(request)
+    r, skip = request, request.plan.skip
+    assert skip is not None
+    if (reason := gpu_refusal(r)) is not None:
+        return reason
+    if r.plan.blocks is not None or r.plan.keep is not None or not r.is_causal or r.has_positions:
+        return "the plan has a selector or a rule beside its skip rule, or queries are not the last tokens"
+    size, most = skip.block_size, block_launch.MAX_BLOCK
+    if size != skip.block_rows or size > most or size & (size - 1):
+        return f"query blocks and key blocks are not of the same size, a power of two up to {most}"
+    if r.q.element_size() != 2 or r.q.shape[2] > 128:
+        return "whole blocks of more than 16 bits, or of a head_dim above 128, take too many registers"
+    return None
+
+
+def needs_skip(request: AttentionRequest) -> bool:
+    """Whether :func:`count` needs what says which blocks are skipped."""
+    return request.blocks is None and request.plan.skip is not None
 
 
 def count(
     request: AttentionRequest,
     totals: Tensor | None = None,
-    times: int = 1,
     *,
     every: int = 1,
     is_prefill: bool = False,
-    skips: bool = False,
+    skip: Skip | None = None,
 ) -> Tensor:
     """Count what a request keeps, without waiting for its device.
 
     Args:
         request: what is counted, with its lists if the plan chooses blocks; :func:`refusal` has been asked.
         totals: what to add the counts to, in place.
-        times: by what to multiply them.
-        every: of how many query blocks one is counted, as of :func:`.statistics.sample`; 1: all.
+        every: of how many query blocks one is counted, as of :func:`.statistics.sample`, and stands for so many.
         is_prefill: whether sequences with a single query are left out.
-        skips: whether a skip rule alone has made the lists, so that it has skipped what is not listed.
+        skip: of a plan with a skip rule, without lists.
 
     Returns:
         For each query head, how many queries see any key, the keys that they see, those of them that are kept, and the
@@ -60,19 +82,22 @@ def count(
         how many of them are listed and how many are skipped, 0 without lists. FP64 ``[query_heads, 7]``, ``totals`` if
         given.
     """
-    key = (signature(request, "triton"), every, is_prefill, skips)
+    key = (signature(request, "triton"), every, is_prefill)
     known = _prepared.get(key)
     if known is None:
         check_request(request)
         if len(_prepared) >= MAX_SIGNATURES:
             _prepared.clear()
-        known = _prepared[key] = prepare(request, every=every, is_prefill=is_prefill, skips=skips)
-    return known(request, totals, times)
+        known = _prepared[key] = prepare(request, every=every, is_prefill=is_prefill)
+    return known(request, totals, skip)
 
 
 def settings_for(request: AttentionRequest) -> Settings:
-    """Return tiles and warps: those of the portable forward, which holds more at a time."""
+    """Return tiles and warps: those of the portable forward, which holds more at a time, or whole blocks."""
     r, block_d = request, block_dim(request.q.shape[2])
+    if needs_skip(r):
+        size, rows = r.grid
+        return Settings(rows, size, num_warps=8, num_stages=2, descriptors=False, frozen=False)
     return default_settings(
         capability_of(r.q.device), r.q.dtype, block_d, r.group, r.is_causal, portable_launch.SETTINGS
     )
@@ -85,7 +110,6 @@ def prepare(
     *,
     every: int = 1,
     is_prefill: bool = False,
-    skips: bool = False,
 ) -> Count:
     """Compute what requests of one signature have in common.
 
@@ -95,10 +119,9 @@ def prepare(
         parts: into how many parts the keys of a tile of queries are cut, instead of so many that the GPU is busy.
         every: as for :func:`count`.
         is_prefill: likewise.
-        skips: likewise.
 
     Returns:
-        What counts: a function of the request, the totals and the number of times.
+        What counts: a function of the request, and totals and skip as of :func:`count`.
     """
     is_readable = request.readable() is request
     r = request.readable()
@@ -107,10 +130,15 @@ def prepare(
     settings = settings._replace(block_m=math.gcd(settings.block_m, rows))
     heads, batch = r.q.shape[1], r.starts_q.shape[0]
     tiles = _most_tiles(r, every, rows) * (rows // settings.block_m)
-    options = portable_launch.options_for(r, settings)._replace(keeps_group_max=False, unlisted=r.blocks is not None)
+    skips = needs_skip(r)
+    options = portable_launch.options_for(r, settings)._replace(
+        keeps_group_max=False, unlisted=skips or r.blocks is not None
+    )
+    if skips:
+        options = options._replace(block_size=r.grid[0], block_rows=r.grid[1])
     if parts is None:
-        keys = min(r.max_k, r.k.shape[0])
-        parts = max(1, min(PROGRAMS // max(1, tiles * heads), keys // SHORTEST_PART, MOST_PARTS))
+        keys, most = min(r.max_k, r.k.shape[0]), MOST_SKIPPED_PARTS if skips else MOST_PARTS
+        parts = max(1, min(PROGRAMS // max(1, tiles * heads), keys // SHORTEST_PART, most))
     padded = 1 << (parts - 1).bit_length()
     together = max(1, min(1 << (tiles - 1).bit_length(), JOINED // (padded * settings.block_m)))
     device, strides = r.q.device, (r.q.stride()[:2], r.k.stride()[:2])
@@ -125,7 +153,7 @@ def prepare(
     heads_of, hook_args = (heads, heads // r.k.shape[1]), hook_arguments(r.plan)
     size = tiles * heads * (4 * parts + 2) * settings.block_m
 
-    def run(request: AttentionRequest, totals: Tensor | None = None, times: int = 1) -> Tensor:
+    def run(request: AttentionRequest, totals: Tensor | None = None, skip: Skip | None = None) -> Tensor:
         r = request if is_readable else request.readable()
         if tiles == 0:
             return torch.zeros(heads, 7, dtype=torch.float64, device=device) if totals is None else totals
@@ -139,9 +167,10 @@ def prepare(
         if totals is None:
             totals = torch.empty(heads, 7, dtype=torch.float64, device=device)
         counts(
-            tiles * heads * parts, r.q, r.k, states, strides, sequences, heads_of, numbers, *rest, lists, hook_args
+            tiles * heads * parts, r.q, r.k, states, strides, sequences, heads_of, numbers, *rest, lists, skip,
+            hook_args,
         )  # fmt: skip
-        joins[adds](heads, states, totals, tiles, heads, parts, times)
+        joins[adds](heads, states, totals, tiles, heads, parts, every)
         return totals
 
     return run
@@ -157,19 +186,3 @@ def _most_tiles(request: AttentionRequest, every: int, rows: int) -> int:
     # // rows blocks. Sequences share no queries.
     of_each = batch * ((longest + rows - 2) // (rows * every) + 1)
     return min(of_each, (total + batch * (rows - 2)) // (rows * every) + batch)
-
-
-def sampled_packing(request: AttentionRequest, rows: int, every: int, number: int) -> tuple[Tensor | None, ...]:
-    """Return the packing of sampled query blocks, as :func:`modelopt_lite.kernels.statistics.sampled_packing` does."""
-    r, blocks = request, request.starts_q.shape[0] * number
-    found = [torch.empty(blocks, dtype=torch.int64, device=r.q.device) for _ in range(4 if r.first_k is None else 5)]
-    if blocks:
-        launch(
-            lay_out_sample, cdiv(blocks, PACKED),
-            (
-                found[0], tuple(found[1:]), (r.starts_q, r.lengths_q, r.starts_k, r.lengths_k, r.first_k), blocks,
-                number, rows, every,
-            ),
-            (PACKED,), num_warps=4,
-        )  # fmt: skip
-    return (*found, None) if r.first_k is None else tuple(found)

@@ -14,10 +14,11 @@ from test_lists_interpreter import plans
 
 from modelopt_lite.kernels import select_blocks, statistics_launch
 from modelopt_lite.kernels.blocks import BlockGrid
+from modelopt_lite.kernels.selection import log_thresholds
 from modelopt_lite.kernels.settings import Settings
-from modelopt_lite.kernels.statistics import COUNTS, count, sample, sample_interval, sampled_packing
+from modelopt_lite.kernels.statistics import COUNTS, count, sample, sample_interval
 from modelopt_lite.methods import SinkWindow
-from modelopt_lite.plan import DENSE
+from modelopt_lite.plan import DENSE, SkipRule
 
 interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
 SIZES = st.sampled_from([(16, 16), (32, 16), (16, 32)])
@@ -29,7 +30,7 @@ def check_kernel(request, sizes, parts=1):
     counts = run(request)
     assert_same_counts(counts, counts_by_oracle(request))
     assert_same_counts(counts, count(request))
-    assert_same_counts(run(request, counts.clone(), 3), 4 * counts)
+    assert_same_counts(run(request, 3 * counts), 4 * counts)
 
 
 @interpreted
@@ -100,7 +101,7 @@ def test_sample(plan, every, has_lists, data):
 
 def check_sample(request, sizes, parts, every):
     """The kernel finds a sample as PyTorch operations do; or of every 1, all sequences with several queries."""
-    request = request._replace(first_q=None)
+    assume(request.first_q is None)
     tiles = Settings(*sizes, num_warps=4, num_stages=1, descriptors=False, frozen=False)
     run = statistics_launch.prepare(request, tiles, parts, every=every, is_prefill=True)
     lengths = request.lengths_q
@@ -108,7 +109,7 @@ def check_sample(request, sizes, parts, every):
         expected = count(request._replace(lengths_q=lengths.masked_fill(lengths == 1, 0)))
     else:
         assume(min(request.max_q, request.q.shape[0]) > 0)
-        expected = count(sample(request, every)._replace(v=request.k))
+        expected = count(sample(request, every)._replace(v=request.k)) * every
     assert_same_counts(run(request), expected)
 
 
@@ -131,15 +132,38 @@ def test_kernel_samples(request, every):
     check_sample(request, (64, 32), 2, every)
 
 
+@st.composite
+def skip_plans(draw):
+    """A plan with a skip rule alone, whose threshold no exact score meets, and blocks that the kernel takes."""
+    size = draw(st.sampled_from([16, 32]))
+    rule = SkipRule(draw(st.sampled_from([0.01, 0.2, 0.7])), size, size, draw(st.none() | st.just(0.3)))
+    sinks, window = draw(st.integers(0, 20)), draw(st.sampled_from([0, 1, 3, 16, 40]))
+    return dataclasses.replace(
+        DENSE, skip=rule, num_sink_tokens=sinks, dense_window_size=window, sparse_decode=draw(st.booleans())
+    )
+
+
 @interpreted
-@given(requests(longest=100, batch=3, causal=True, plan=DENSE), st.sampled_from([16, 32]), st.integers(1, 2))
-@settings(max_examples=25, deadline=None)
-def test_kernel_finds_the_packing_of_a_sample(request, rows, exponent):
-    request, every = request._replace(first_q=None), 1 << exponent
-    number = (request.max_q + rows - 2) // (rows * every) + 1
-    found = statistics_launch.sampled_packing(request, rows, every, number)
-    for x, y in zip(found, sampled_packing(request, rows, every, number), strict=True):
-        assert (x is None and y is None) or torch.equal(x, y)
+@pytest.mark.usefixtures("poison")
+@given(
+    skip_plans().flatmap(lambda plan: requests(plan=plan, **CAUSAL)),
+    st.integers(1, 3),
+    st.integers(0, 2),
+    st.booleans(),
+)
+@settings(max_examples=40, deadline=None)
+def test_kernel_with_a_skip_rule(request, parts, exponent, is_prefill):
+    request, every = request._replace(first_q=None, first_k=None), 1 << exponent
+    grid = BlockGrid(request, *request.grid)
+    run = statistics_launch.prepare(request, None, parts, every=every, is_prefill=is_prefill)
+    found = run(request, None, (log_thresholds(grid), grid.starts))
+    if every == 1:
+        lengths = request.lengths_q
+        expected = count(request._replace(lengths_q=lengths.masked_fill(lengths == 1, 0)) if is_prefill else request)
+    else:
+        assume(min(request.max_q, request.q.shape[0]) > 0)
+        expected = count(sample(request, every)._replace(v=request.k)) * every
+    assert_same_counts(found, expected)
 
 
 def test_states_take_as_much_as_the_queries():
