@@ -59,9 +59,12 @@ class PreparedCall(NamedTuple):
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Compute a call."""
+        return self.run(self.request(query, key, value))[0].view(self.shape)
+
+    def request(self, query: Tensor, key: Tensor, value: Tensor) -> AttentionRequest:
+        """Return the request of a call."""
         q, k, v = self.views
-        request = AttentionRequest(query.as_strided(*q), key.as_strided(*k), value.as_strided(*v), *self.fields)
-        return self.run(request)[0].view(self.shape)
+        return AttentionRequest(query.as_strided(*q), key.as_strided(*k), value.as_strided(*v), *self.fields)
 
 
 class SharedWork:
@@ -495,7 +498,7 @@ def whole_call(
     scaling: float | None,
     softcap: float | None,
 ) -> Tensor | None:
-    """Compute what :func:`attend` would for a batch without padding that nothing records, traces or counts.
+    """Compute what :func:`attend` would for a batch without padding that nothing records or traces.
 
     This is the way of short prefills and decode steps, where Python's time is the user's: in every layer each function
     and each operation counts. It holds no case that :func:`attend` does not.
@@ -544,7 +547,8 @@ def _whole_call(
     decision: Decision,
 ) -> Tensor | None:
     """Compute what :func:`whole_call` does not leave to PyTorch's attention, or return None as it does."""
-    if decision.statistics is not None:
+    statistics = decision.statistics if layout.len_q > 1 or decision.plan.sparse_decode else None
+    if statistics is not None and query.is_cuda and torch.cuda.is_current_stream_capturing():
         return None
     # With the layout, all that a request depends on, and the choice of a kernel and its preparation.
     signature = (
@@ -554,7 +558,12 @@ def _whole_call(
     )  # fmt: skip
     shared: SharedWork | None = layout.request
     if shared is not None and (known := shared.prepared.get(signature)) is not None:
-        return known(query, key, value)
+        if statistics is None:
+            return known(query, key, value)
+        request = known.request(query, key, value)
+        observed = statistics.observe(request)
+        output, _ = known.run(request) if observed is request else compute(observed, decision.backend)
+        return output.view(known.shape)
     if (
         is_traced(query)
         or not layout.is_causal
@@ -566,7 +575,7 @@ def _whole_call(
         return None
     (batch, heads, len_q, dim), slots = query.shape, key.shape[2]
     plan, value_dim = decision.plan, value.shape[3]
-    if plan.chooses_blocks and layout.whole:
+    if plan.chooses_blocks and layout.whole and statistics is None:
         plan = plan.for_keys(slots, True)
         if plan.is_dense and decision.backend == "auto":
             options: dict[str, Any] = {"sliding_window": layout.sliding_window, "softcap": softcap}
@@ -597,12 +606,14 @@ def _whole_call(
         plan=plan,
         grids=None if shared is None else shared.grids,
     )
+    observed = request if statistics is None else statistics.observe(request)
     try:
-        output, _ = (compute if plan.chooses_blocks else run)(request, decision.backend)
+        output, _ = (compute if observed.plan.chooses_blocks else run)(observed, decision.backend)
     except UnsupportedError as error:
         raise UnsupportedError(f"{layer_name(module)}: {error}") from None
     shape = batch, len_q, heads, value_dim
-    if shared is not None and not plan.chooses_blocks and (kernel := prepared(request, decision.backend)) is not None:
+    is_alike = observed is request and not plan.chooses_blocks
+    if shared is not None and is_alike and (kernel := prepared(request, decision.backend)) is not None:
         q, k, v, *fields = request
         views = tuple((x.shape, x.stride()) for x in (q, k, v))
         shared.prepared[signature] = PreparedCall(views, tuple(fields), kernel, shape)
