@@ -20,11 +20,11 @@ from .statistics_kernel import count_scores, join_parts
 
 Count: TypeAlias = "Callable[[AttentionRequest, Tensor | None, Skip | None], Tensor]"
 
-PROGRAMS = 8192
+PROGRAMS = 4096
 """Programs up to which keys are cut into parts: more than a GPU runs at once, so that none waits for a long one."""
-SHORTEST_PART = 1024
+SHORTEST_PART = 512
 """Keys of a part, at least, of the last queries; over a causal sequence parts have half as many on average."""
-MOST_PARTS = 32
+MOST_PARTS = 16
 """How many parts are joined at a time, in registers."""
 JOINED = 2048
 """Numbers that a program joins at a time, at least those of one tile."""
