@@ -543,7 +543,7 @@ def _blocks(request: AttentionRequest) -> Iterator[_Block]:
 
 @torch.no_grad()
 def count_blocked(request: AttentionRequest) -> Tensor:
-    """Count what a plan keeps of a computation, as :func:`modelopt_lite.kernels.statistics_launch.count` does.
+    """Count what a plan keeps of a computation, as :func:`modelopt_lite.kernels.statistics_launch.prepare` says.
 
     Args:
         request: the computation, with its lists if the plan chooses blocks.

@@ -89,16 +89,16 @@ def count(request: AttentionRequest) -> Tensor:
         For each query head what :data:`COUNTS` names, FP64 ``[query_heads, 7]``; all but the mass are exact.
     """
     request, skipped = request.without_pages()._replace(s_aux=None), None
-    if _runs_kernel(request):
-        return statistics_launch.count(request, skip=_skip_of(request))
+    if (run := _kernel(request)) is not None:
+        return run(request, None, _skip_of(request))
     if request.blocks is None and request.plan.chooses_blocks:
         grid = BlockGrid(request, *request.grid)
         mask, skipping = chosen_blocks(request, grid)
         if skipping is not None:
             mask, skipped = mask & ~skipping, skipping.sum((1, 2))
         request = request._replace(blocks=KeyBlocks.from_mask(mask, grid.starts, *request.grid))
-    if _runs_kernel(request):
-        counts = statistics_launch.count(request)
+    if (run := _kernel(request)) is not None:
+        counts = run(request, None, None)
     else:
         counts = torch.nn.functional.pad(count_blocked(request), (0, len(COUNTS) - MASS - 1))
         if request.blocks is not None:
@@ -129,10 +129,8 @@ def count_prefill(
         check_packing(request)
         with _without_autocast(request):
             request = request._replace(blocks=select_blocks(request))
-    if request.page_table is None and _runs_kernel(request):
-        skip = _skip_of(request)
-        totals = statistics_launch.count(request, totals, every=every, is_prefill=True, skip=skip)
-        return totals, every, request.blocks
+    if request.page_table is None and (run := _kernel(request, every, is_prefill=True)) is not None:
+        return run(request, totals, _skip_of(request)), every, request.blocks
     check_packing(request)
     with torch.no_grad(), _without_autocast(request):
         if every > 1:
@@ -156,8 +154,10 @@ def _without_autocast(request: AttentionRequest) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
-def _runs_kernel(request: AttentionRequest) -> bool:
-    return tl is not None and request.q.is_cuda and statistics_launch.refusal(request) is None
+def _kernel(request: AttentionRequest, every: int = 1, is_prefill: bool = False) -> statistics_launch.Count | None:
+    if tl is None or not request.q.is_cuda:
+        return None
+    return statistics_launch.find(request, every, is_prefill)
 
 
 def _skip_of(request: AttentionRequest) -> tuple[Tensor, Tensor] | None:

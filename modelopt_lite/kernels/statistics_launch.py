@@ -55,41 +55,20 @@ def refusal(request: AttentionRequest) -> str | None:
 
 
 def needs_skip(request: AttentionRequest) -> bool:
-    """Whether :func:`count` needs what says which blocks are skipped."""
+    """Whether what counts needs the thresholds of a skip rule."""
     return request.blocks is None and request.plan.skip is not None
 
 
-def count(
-    request: AttentionRequest,
-    totals: Tensor | None = None,
-    *,
-    every: int = 1,
-    is_prefill: bool = False,
-    skip: Skip | None = None,
-) -> Tensor:
-    """Count what a request keeps, without waiting for its device.
-
-    Args:
-        request: what is counted, with its lists if the plan chooses blocks; :func:`refusal` has been asked.
-        totals: what to add the counts to, in place.
-        every: of how many query blocks one is counted, as of :func:`.statistics.sample`, and stands for so many.
-        is_prefill: whether sequences with a single query are left out.
-        skip: of a plan with a skip rule, without lists.
-
-    Returns:
-        For each query head, how many queries see any key, the keys that they see, those of them that are kept, and the
-        sum over its queries of the share of the dense softmax that is kept; and how many key blocks query blocks see,
-        how many of them are listed and how many are skipped, 0 without lists. FP64 ``[query_heads, 7]``, ``totals`` if
-        given.
-    """
+def find(request: AttentionRequest, every: int = 1, is_prefill: bool = False) -> Count | None:
+    """Return what counts requests like one, as :func:`prepare` does, or None if the kernels cannot run it."""
     key = (signature(request, "triton"), every, is_prefill)
     known = _prepared.get(key)
-    if known is None:
+    if known is None and refusal(request) is None:
         check_request(request)
         if len(_prepared) >= MAX_SIGNATURES:
             _prepared.clear()
         known = _prepared[key] = prepare(request, every=every, is_prefill=is_prefill)
-    return known(request, totals, skip)
+    return known
 
 
 def settings_for(request: AttentionRequest) -> Settings:
@@ -114,14 +93,18 @@ def prepare(
     """Compute what requests of one signature have in common.
 
     Args:
-        request: one of them.
+        request: one of them, with its lists if the plan chooses blocks; :func:`refusal` has been asked.
         settings: tiles and warps, instead of the usual ones.
         parts: into how many parts the keys of a tile of queries are cut, instead of so many that the GPU is busy.
-        every: as for :func:`count`.
-        is_prefill: likewise.
+        every: of how many query blocks one is counted, as of :func:`.statistics.sample`, and stands for so many.
+        is_prefill: whether sequences with a single query are left out.
 
     Returns:
-        What counts: a function of the request, and totals and skip as of :func:`count`.
+        What counts without waiting for the device: a function of a request, of what to add the counts to in place,
+        None: nothing, and of a :data:`Skip`, None unless :func:`needs_skip`. It returns for each query head how many
+        queries see any key, the keys that they see, those of them that are kept, and the sum over its queries of the
+        share of the dense softmax that is kept; and how many key blocks query blocks see, how many of them are visited
+        and how many are skipped, 0 without lists. FP64 ``[query_heads, 7]``.
     """
     is_readable = request.readable() is request
     r = request.readable()

@@ -182,7 +182,7 @@ def _skip(kept, exempt, scores, first_q, grid, margin):
 
 
 def counts_by_oracle(request: AttentionRequest, counted: Tensor | None = None) -> Tensor:
-    """Count what the oracle keeps, as :func:`modelopt_lite.kernels.statistics_launch.count` does.
+    """Count what the oracle keeps, as :func:`modelopt_lite.kernels.statistics_launch.prepare` says.
 
     Args:
         request: the call.
