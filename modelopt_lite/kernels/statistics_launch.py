@@ -22,14 +22,14 @@ Count: TypeAlias = "Callable[[AttentionRequest, Tensor | None, Skip | None], Ten
 
 PROGRAMS = 4096
 """Programs up to which keys are cut into parts: more than a GPU runs at once, so that none waits for a long one."""
-SHORTEST_PART = 512
+SHORTEST_PART = 1024
 """Keys of a part, at least, of the last queries; over a causal sequence parts have half as many on average."""
-MOST_PARTS = 16
-"""How many parts are joined at a time, in registers."""
+MOST_PARTS = 8
+"""Parts, at most; they have to be joined."""
+MOST_SKIPPED_PARTS = 4
+"""The same with skip-softmax, where each part looks for the references."""
 JOINED = 2048
 """Numbers that a program joins at a time, at least those of one tile."""
-MOST_SKIPPED_PARTS = 8
-"""The same with skip-softmax, where each part looks for references."""
 Skip: TypeAlias = "tuple[Tensor, Tensor]"
 """Natural logarithms of the thresholds of query blocks, and the number of each sequence's first query block."""
 
@@ -72,14 +72,18 @@ def find(request: AttentionRequest, every: int = 1, is_prefill: bool = False) ->
 
 
 def settings_for(request: AttentionRequest) -> Settings:
-    """Return tiles and warps: those of the portable forward, which holds more at a time, or whole blocks."""
+    """Return tiles and warps: those of the portable forward, which holds more at a time, or whole blocks.
+
+    Two stages are enough: where the forward has three, more programs fit into the shared memory with two.
+    """
     r, block_d = request, block_dim(request.q.shape[2])
     if needs_skip(r):
         size, rows = r.grid
         return Settings(rows, size, num_warps=8, num_stages=2, descriptors=False, frozen=False)
-    return default_settings(
+    settings = default_settings(
         capability_of(r.q.device), r.q.dtype, block_d, r.group, r.is_causal, portable_launch.SETTINGS
     )
+    return settings._replace(num_stages=min(settings.num_stages, 2))
 
 
 def prepare(
