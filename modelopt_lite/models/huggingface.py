@@ -29,7 +29,6 @@ from .discovery import ATTENTION_NAME, forward_globals, uses_interface
 from .layout import (
     READABLE_MASKS,
     Layout,
-    SharedWork,
     attend,
     layer_name,
     layout_of_mask,
@@ -111,9 +110,8 @@ _READ_ARGUMENTS = frozenset(
         "position_ids",
     }
 )
-# What changes nothing in a call whose layout holds the rest, and what :func:`~.layout.whole_call` takes besides.
-_NEEDLESS_ARGUMENTS = (IRRELEVANT_ARGUMENTS - {"output_attentions"}) | {"is_causal", "sliding_window"}
-_PLAIN_ARGUMENTS = _NEEDLESS_ARGUMENTS | {"softcap"}
+# What changes nothing in a call whose layout holds the rest.
+_PLAIN_ARGUMENTS = (IRRELEVANT_ARGUMENTS - {"output_attentions"}) | {"is_causal", "sliding_window", "softcap"}
 # What continuous batching hands to every layer for its cache.
 PAGING_ARGUMENTS = ("block_table", "cu_seq_lens_k", "max_length_k", "read_index", "write_index")
 _NO_WEIGHTS = "output_attentions is not supported; unsparsify the model and use attn_implementation='eager'"
@@ -146,6 +144,8 @@ def attention_forward(
     attention_mask: Mask | Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
+    position_ids: Tensor | None = None,
+    use_cache: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention in the form Transformers calls it; reads the module's flags.
@@ -162,6 +162,8 @@ def attention_forward(
             if the model asked for none.
         dropout: must be 0.
         scaling: factor on the scores.
+        position_ids: positions of the queries, if the model passes them on.
+        use_cache: what most models pass on besides; it does not matter.
         kwargs: whatever else the model passes on: what :func:`_attention` names, what does not change the result, and
             what is refused.
 
@@ -171,26 +173,34 @@ def attention_forward(
     Raises:
         UnsupportedError: if the call asks for something this attention cannot do; names the layer.
     """
-    shared: SharedWork | None = attention_mask.request if type(attention_mask) is Layout else None
     if (
         # PyTorch's attention has computed a layer of this forward, after all the checks of the longer ways. What these
         # cannot say of another layer is written out here, because Python's time is the user's in short prefills and
         # decode steps.
         not is_dynamo_compiling()
-        and shared is not None
+        and type(attention_mask) is Layout
+        and (shared := attention_mask.request) is not None
         and (known := shared.dense) is not None
+        and not kwargs
+        and not dropout
+        and query.shape == known.query
+        and key.shape == known.key
         and (flags := module.__dict__.get("sparse_attention")) is not None
-        and (not flags.enabled or (plan := flags.sparse_plan).is_dense or (known.is_decode and not plan.sparse_decode))
-        and flags.method.backend == "auto"
-        and known.like == (query.shape, key.shape, value.shape, query.dtype, query.device)
-        and kwargs.keys() <= _NEEDLESS_ARGUMENTS
-        and not (dropout or flags.is_sharded or torch.is_grad_enabled())
-        and (known.is_decode or not is_in_function())
+        and (
+            flags.leaves_decode
+            if known.is_decode
+            else (flags.leaves_prefill or (flags.leaves_all and not flags.enabled)) and not is_in_function()
+        )
+        and not (flags.is_sharded or flags.follows)
         and caller_state.get() is None
-        and "call_context" not in module.__dict__
+        and not torch.is_grad_enabled()
     ):
         flags.last_call = object()
         return known.run(query, key, value, scale=scaling).transpose(1, 2), None
+    if position_ids is not None:
+        kwargs["position_ids"] = position_ids
+    if use_cache is not None:
+        kwargs["use_cache"] = use_cache
     if (
         type(attention_mask) is Layout
         and attention_mask.whole

@@ -32,12 +32,14 @@ class DenseCall(NamedTuple):
     """A call of :func:`whole_call` that PyTorch's attention computed, as it does others of the same layout like it.
 
     Attributes:
-        like: shapes of queries, keys and values, and type and device of the queries.
+        query: shape of the queries.
+        key: shape of the keys.
         is_decode: whether there is one query in each sequence.
         run: what computes it.
     """
 
-    like: tuple[Any, ...]
+    query: torch.Size
+    key: torch.Size
     is_decode: bool
     run: Callable[..., Tensor]
 
@@ -530,8 +532,7 @@ def whole_call(
         call = sdpa_call(query, key, value, is_causal=layout.is_causal, sliding_window=layout.sliding_window)
         if call is not None:
             if layout.request is not None:
-                like = query.shape, key.shape, value.shape, query.dtype, query.device
-                layout.request.dense = DenseCall(like, len_q == 1, call)
+                layout.request.dense = DenseCall(query.shape, key.shape, len_q == 1, call)
             return call(query, key, value, scale=scaling).transpose(1, 2)
     return _whole_call(module, query, key, value, layout, scaling, softcap, decision)
 
