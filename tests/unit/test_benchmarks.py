@@ -130,7 +130,7 @@ def test_a_variant_that_fails_is_reported_and_left_out(bench, capsys):
     def fail():
         raise RuntimeError("out of memory")
 
-    times, peaks = bench.measure(benchmark.Problem({"sdpa": lambda: None, "2:4": fail}))
+    times, peaks = bench.measure(benchmark.Problem({"sdpa": lambda: None, "2:4": fail}), 1)
     assert times.keys() == peaks.keys() == {"sdpa"}
     assert "2:4: RuntimeError: out of memory" in capsys.readouterr().err
 
