@@ -586,6 +586,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "training": functools.partial(training_table, 128),
     "training with a head dimension of 64": functools.partial(training_table, 64),
     "training memory": training_memory_table,
+    "training of models": trained_models_table,
     "inputs": inputs_table,
     "cpu": cpu_table,
     "perplexity": perplexity_table,
