@@ -58,6 +58,8 @@ SHAPE = {"dtype": "bf16", "query_heads": 32, "kv_heads": 8, "causal": True, "hea
 """The shape of attention in tables that do not say otherwise."""
 TRAINED = ("cudnn", "dense", "2:4", "4:8", "25 % of blocks")
 """Variants of ``benchmarks/training.py`` beside Transformers' own attention."""
+CONTROLS = ("sdpa", "sdpa again")
+"""Variants of a whole model that are none of ours: what they are compared with, twice."""
 VARIANTS = {"dense": "our dense", "4:8": "4:8", "2:4": "2:4"}
 EXCHANGES = ("ring", "gather")
 """Of context parallelism."""
@@ -140,7 +142,7 @@ def model_table(what: str, mode: str = "eager", least: int = 0, **wanted: Any) -
     """Return how many times as fast as with PyTorch's attention a whole model is, and that time."""
     rows = rows_of("model-nvidia-h200", what=what, mode=mode, model=MODEL, **wanted)
     rows = [row for row in rows if row["seq_len"] >= least]
-    variants = [name for name in dict.fromkeys(row["variant"] for row in rows) if name != "sdpa"]
+    variants = [name for name in dict.fromkeys(row["variant"] for row in rows) if name not in CONTROLS]
     lines = []
     for (length,), group in by_problem(rows, "seq_len"):
         found = {row["variant"]: row for row in group}
@@ -621,7 +623,7 @@ def lines_of_model() -> dict[str, dict[int, float]]:
     """Return how many times as fast as PyTorch's attention a whole model is, by variant and length."""
     found: dict[str, dict[int, float]] = {}
     for row in rows_of("model-nvidia-h200", what="ttft", mode="eager", model=MODEL, layers=32):
-        if row["variant"] != "sdpa":
+        if row["variant"] not in CONTROLS:
             name = VARIANTS.get(row["variant"], row["variant"])
             found.setdefault(name, {})[row["seq_len"]] = 1 / row["ratio_to_sdpa"]
     return found
