@@ -144,6 +144,7 @@ def attention_forward(
     attention_mask: Mask | Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
+    *,
     position_ids: Tensor | None = None,
     use_cache: bool | None = None,
     **kwargs: Any,
@@ -176,22 +177,23 @@ def attention_forward(
     if (
         # PyTorch's attention has computed a layer of this forward, after all the checks of the longer ways. What these
         # cannot say of another layer is written out here, because Python's time is the user's in short prefills and
-        # decode steps.
+        # decode steps: what :func:`~.module.present_decision` and :func:`~.layout.whole_call` ask.
         not is_dynamo_compiling()
         and type(attention_mask) is Layout
         and (shared := attention_mask.request) is not None
         and (known := shared.dense) is not None
         and not kwargs
         and not dropout
-        and query.shape == known.query
-        and key.shape == known.key
-        and (flags := module.__dict__.get("sparse_attention")) is not None
+        and type(query) is Tensor
+        and known.like == (query.shape, key.shape, value.shape, query.dtype, query.device)
+        and (flags := (own_state := module.__dict__).get("sparse_attention")) is not None
         and (
             flags.leaves_decode
             if known.is_decode
-            else (flags.leaves_prefill or (flags.leaves_all and not flags.enabled)) and not is_in_function()
+            else (flags.leaves_prefill or (flags.leaves_dense and not flags.enabled)) and not is_in_function()
         )
-        and not (flags.is_sharded or flags.follows)
+        and not flags.is_sharded
+        and "call_context" not in own_state
         and caller_state.get() is None
         and not torch.is_grad_enabled()
     ):

@@ -32,14 +32,12 @@ class DenseCall(NamedTuple):
     """A call of :func:`whole_call` that PyTorch's attention computed, as it does others of the same layout like it.
 
     Attributes:
-        query: shape of the queries.
-        key: shape of the keys.
+        like: shapes of queries, keys and values, and type and device of the queries.
         is_decode: whether there is one query in each sequence.
         run: what computes it.
     """
 
-    query: torch.Size
-    key: torch.Size
+    like: tuple[Any, ...]
     is_decode: bool
     run: Callable[..., Tensor]
 
@@ -532,7 +530,8 @@ def whole_call(
         call = sdpa_call(query, key, value, is_causal=layout.is_causal, sliding_window=layout.sliding_window)
         if call is not None:
             if layout.request is not None:
-                layout.request.dense = DenseCall(query.shape, key.shape, len_q == 1, call)
+                like = query.shape, key.shape, value.shape, query.dtype, query.device
+                layout.request.dense = DenseCall(like, len_q == 1, call)
             return call(query, key, value, scale=scaling).transpose(1, 2)
     return _whole_call(module, query, key, value, layout, scaling, softcap, decision)
 
@@ -549,13 +548,13 @@ def _whole_call(
 ) -> Tensor | None:
     """Compute what :func:`whole_call` does not leave to PyTorch's attention, or return None as it does."""
     statistics = decision.statistics if layout.len_q > 1 or decision.plan.sparse_decode else None
-    if statistics is not None and query.is_cuda and torch.cuda.is_current_stream_capturing():
+    if is_traced(query) or (statistics is not None and query.is_cuda and torch.cuda.is_current_stream_capturing()):
         return None
     # With the layout, all that a request depends on, and the choice of a kernel and its preparation.
     signature = (
         query.shape, key.shape, value.shape, query.stride(), key.stride(), value.stride(), query.dtype, key.dtype,
         value.dtype, query.device, (query.data_ptr() | key.data_ptr() | value.data_ptr()) & 15, scaling, softcap,
-        decision.plan.name, decision.backend,
+        decision.plan.name, decision.backend, statistics is None,
     )  # fmt: skip
     shared: SharedWork | None = layout.request
     if shared is not None and (known := shared.prepared.get(signature)) is not None:
@@ -566,8 +565,7 @@ def _whole_call(
         found = known.run(request) if observed is request else compute(observed, decision.backend)
         return found[0].view(known.shape)
     if (
-        is_traced(query)
-        or not layout.is_causal
+        not layout.is_causal
         or layout.first_q is not None
         or layout.first_k is not None
         or layout.starts_q.device != query.device

@@ -48,13 +48,12 @@ class SparseAttentionFlags:
             context variables.
         counters: what the open blocks of :func:`count` fill, in any context, likewise.
         is_sharded: whether calls need to be told how the tokens are divided among processes.
-        follows: whether a call context has been set on the module.
         checkpoints: PyTorch's objects for the checkpoints that will run a call again.
         dense_decision: what a dense call does that nobody observes.
         sparse_decision: what a sparse one does.
-        leaves_all: whether dense calls may be left to PyTorch's attention.
-        leaves_prefill: whether prefills of the plan may be.
-        leaves_decode: whether decode steps of it may be.
+        leaves_dense: whether prefills may be left to PyTorch's attention while the module is switched off.
+        leaves_prefill: whether they may be in any case, as the plan keeps every key.
+        leaves_decode: whether decode steps may be in any case.
     """
 
     name: str
@@ -68,11 +67,10 @@ class SparseAttentionFlags:
     dense_blocks: int = 0
     counters: tuple[Observer, ...] = ()
     is_sharded: bool = False
-    follows: bool = False
     checkpoints: WeakSet[Any] = field(default_factory=WeakSet)
     dense_decision: Decision = field(init=False)
     sparse_decision: Decision = field(init=False)
-    leaves_all: bool = field(init=False)
+    leaves_dense: bool = field(init=False)
     leaves_prefill: bool = field(init=False)
     leaves_decode: bool = field(init=False)
 
@@ -81,9 +79,9 @@ class SparseAttentionFlags:
         backend = self.method.backend
         self.dense_decision = Decision(False, DENSE, backend)
         self.sparse_decision = Decision(True, self.sparse_plan, backend)
-        self.leaves_all = backend == "auto"
-        self.leaves_prefill = self.leaves_all and self.sparse_plan.is_dense
-        self.leaves_decode = self.leaves_prefill or (self.leaves_all and not self.sparse_plan.sparse_decode)
+        self.leaves_dense = backend == "auto"
+        self.leaves_prefill = self.leaves_dense and self.sparse_plan.is_dense
+        self.leaves_decode = self.leaves_dense and (self.sparse_plan.is_dense or not self.sparse_plan.sparse_decode)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy starts with; it makes the plan anew and knows nothing of calls that are running."""
@@ -111,6 +109,8 @@ caller_state: ContextVar[CallerState | None] = ContextVar("modelopt_lite_state",
 _followers: ContextVar[tuple[SparseAttentionModule, ...]] = ContextVar("modelopt_lite_followers", default=())
 _lock = threading.Lock()
 _MODULE_CALL = nn.Module.__call__
+_CALLS = ("__call__", "_wrapped_call_impl", "_call_impl")
+"""What PyTorch goes through from a call of a module to its forward."""
 
 
 class SparseAttentionModule(nn.Module):
@@ -193,7 +193,6 @@ class SparseAttentionModule(nn.Module):
         """Return a replica, as :class:`torch.nn.DataParallel` asks for; it runs in a thread with no context."""
         replica = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
         replica.call_context = copy_context()
-        self.sparse_attention.follows = True
         return replica
 
 
@@ -202,7 +201,7 @@ def _sparse_class(mixin: Any, cls: Any) -> type[SparseAttentionModule]:
     attributes = {
         "__module__": cls.__module__,
         "model_class": cls,
-        "is_called_plainly": cls.__call__ is _MODULE_CALL,
+        "is_called_plainly": all(getattr(cls, name) is getattr(nn.Module, name) for name in _CALLS),
     }
     return type(f"Sparse{cls.__name__}", (mixin, cls), attributes)
 
@@ -332,8 +331,6 @@ def follow(modules: Sequence[SparseAttentionModule]) -> Iterator[None]:
     finally:
         for module in modules:
             vars(module).pop("call_context", None)
-            if "sparse_attention" in vars(module):
-                module.sparse_attention.follows = False
 
 
 @contextmanager
@@ -350,7 +347,6 @@ def _setting(variable: ContextVar[T], value: T) -> Iterator[None]:
 def _refresh_followers() -> None:
     for module in _followers.get():
         module.call_context = copy_context()
-        module.sparse_attention.follows = True
 
 
 def check_revertible(model: nn.Module) -> None:

@@ -129,6 +129,53 @@ def test_what_layers_of_one_forward_are_told_may_differ(len_q):
     assert call(module).requires_grad
 
 
+def tiny_model(method):
+    """Return a sparse Llama of three layers."""
+    sizes = {"hidden_size": 64, "intermediate_size": 16, "num_hidden_layers": 3, "vocab_size": 8}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **sizes)).eval()
+    return mtsa.sparsify(model, {"sparse_cfg": {"*": method}})
+
+
+@torch.no_grad()
+def test_a_sparse_model_can_be_vectorized():
+    """``torch.vmap`` hands over tensors without memory of their own."""
+    model = tiny_model({"method": "sparse_softmax", "sparsity_n": 1, "dense_window_size": 2})
+    tokens = torch.randint(8, (3, 1, 24))
+    found = torch.vmap(lambda x: model(x, use_cache=False).logits)(tokens)
+    torch.testing.assert_close(found, torch.stack([model(x).logits for x in tokens]), **CLOSE)
+
+
+@torch.no_grad()
+def test_a_counted_layer_beside_others_counts_its_blocks():
+    """A plan whose selector has no choice counts as dense, but not where it is counted."""
+    model = tiny_model({"method": "mean_pool_top_k", "keep": 0.5, "block_size": 16, "block_rows": 16})
+    tokens = torch.randint(8, (1, 24))
+    visited = []
+    for counted in (model, model.model.layers[1:]):
+        cache = model(tokens[:, :8]).past_key_values
+        with mtsa.collect_statistics(counted) as found:
+            model(tokens[:, 8:], past_key_values=cache)
+        visited.append([layer.blocks_visited for layer in found.layers.values()][-2:])
+    assert visited[0] == visited[1]
+    assert all(visited[1])
+
+
+def test_a_call_of_the_models_own_is_made():
+    """Between a call of a module and its forward."""
+    model, calls = tiny_model({"method": "sparse_softmax"}), []
+    module = mtsa.unsparsify(model).model.layers[0].self_attn
+
+    class Noted(type(module)):
+        def _call_impl(self, *args, **kwargs):
+            calls.append(self)
+            return super()._call_impl(*args, **kwargs)
+
+    module.__class__ = Noted
+    mtsa.sparsify(model, "sparse_softmax")(torch.randint(8, (1, 24)))
+    assert calls == [module]
+
+
 @pytest.mark.parametrize("len_q", [1, LEN_Q])
 @pytest.mark.parametrize("spare", [0, 7])
 def test_a_cache_is_not_copied(len_q, spare, target, seen):
