@@ -218,7 +218,7 @@ def main() -> None:
         folder = options.states or Path(temporary)
         for name in options.methods:
             state = folder / f"{re.sub('[^a-z_0-9]+', '-', name)}.jsonl"
-            results["fits"][name] = {"method": METHODS[name], "phase": phase}
+            results["fits"][name] = {"method": METHODS[name], "phase": phase, "calibrated_on": calibrated_on}
             for kind in options.kinds:
                 if kind in before.get(name, {}):
                     found = before[name][kind]

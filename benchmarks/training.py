@@ -70,10 +70,10 @@ def variants_of(name: str, variants: list[str], device: str, layers: int | None 
 
 def train(model: PreTrainedModel, optimizer: torch.optim.Optimizer, tokens: Tensor, cudnn: bool) -> None:
     """Take one step."""
+    optimizer.zero_grad()
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if cudnn else contextlib.nullcontext():
         model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
     optimizer.step()
-    optimizer.zero_grad()
 
 
 def timed(step: Callable[[], None], device: str) -> float:
@@ -118,7 +118,7 @@ def rows_of_problem(
 ) -> list[dict[str, Any]]:
     """Measure all variants of a model at one length."""
     model = next(iter(models.values()))
-    batch = max(1, tokens_of_step // seq_len)
+    batch = -(-tokens_of_step // seq_len)
     tokens = torch.randint(model.config.vocab_size, (batch, seq_len), device=model.device)
     steps: dict[str, Callable[[], None]] = {
         variant: functools.partial(train, each, optimizer, tokens, variant == "cudnn")

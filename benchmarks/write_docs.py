@@ -61,16 +61,16 @@ TRAINED = ("cudnn", "dense", "2:4", "4:8", "25 % of blocks")
 CONTROLS = ("sdpa", "sdpa again")
 """Variants of a whole model that are none of ours: what they are compared with, twice."""
 VARIANTS = {"dense": "our dense", "4:8": "4:8", "2:4": "2:4"}
+"""How tables call the variants of ``benchmarks/model.py``; others keep their names."""
 EXCHANGES = ("ring", "gather")
 """Of context parallelism."""
-"""How tables call the variants of ``benchmarks/model.py``; others keep their names."""
 KERNELS = {"triton": "portable", "hopper": "Hopper", "sparse_cores": "sparse tensor cores"}
 PEERS = {
     "cudnn": "cuDNN",
     "fa2": "FlashAttention-2",
     "fa3": "FlashAttention-3",
     "fa4": "FlashAttention-4",
-    "fa4_deterministic": "the same, deterministic",
+    "fa4_deterministic": "FlashAttention-4, deterministic",
     "flex": "FlexAttention",
 }
 PATTERNS = ["dense", "1:4", "2:4", "3:4", "2:8", "4:8", "8:16"]

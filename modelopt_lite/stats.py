@@ -54,7 +54,7 @@ class LayerStatistics:
     def add(self, counts: Tensor) -> None:
         """Add the counts of a call, :data:`~modelopt_lite.kernels.COUNTS` by head."""
         before = self._by_device.get(counts.device)
-        self._by_device[counts.device] = counts if before is None else before + counts
+        self._by_device[counts.device] = counts.clone() if before is None else before + counts
 
     def merge(self, other: LayerStatistics) -> None:
         """Add the counts of another layer, which may be on another device."""

@@ -116,7 +116,7 @@ def count_prefill(
 
     Args:
         request: the call.
-        totals: what to add the counts to, maybe in place.
+        totals: what to add the counts to; it may be changed.
         is_exact: whether to count all query blocks, and not a sample of them; see :func:`sample`.
 
     Returns:

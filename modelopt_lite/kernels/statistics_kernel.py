@@ -400,7 +400,7 @@ def join_parts(
         parts: as for :func:`count_scores`.
         times: by what to multiply all counts.
         ADDS: whether to add to what is there.
-        SKIPS: whether these have been skipped in :func:`count_scores`.
+        SKIPS: whether :func:`count_scores` applied a skip rule.
         TILES: tiles that are looked at together.
         PARTS: a power of two, at least ``parts``.
         OPTIONS: :class:`modelopt_lite.kernels.settings.Options`.

@@ -242,7 +242,7 @@ def steps_of(item, heads, members, tiles, ranks):
     ],
 )
 def test_nobody_waits_for_ever(sequences, heads, members, rules, sliding_window, programs):
-    """Whatever the number of multiprocessors, a program that waits for its turn waits for one that can go on.
+    """For several numbers of multiprocessors, a program that waits for its turn waits for one that can go on.
 
     Steps of a program are taken one after the other here. In the kernel, the warp that adds for the next step may wait
     for its turn at the same time, but it adds no earlier.

@@ -54,7 +54,7 @@ STAGES = tl.constexpr(2)
 ADDERS = tl.constexpr(2)
 """Warps that add gradients of queries: one those of even steps, one those of odd steps."""
 BUFFERS = tl.constexpr(3)
-"""Steps whose gradients of scores are there: one more than a warpgroup may be ahead of the other one, and its own."""
+"""Steps whose gradients of scores have room: one is written, one read by this warpgroup, one still by the other."""
 LINE = tl.constexpr(32)
 """Numbers of a line of sums: 128 bytes."""
 CLEARED = tl.constexpr(8192)
@@ -74,7 +74,8 @@ AWAIT_SUMS = tl.constexpr("cp.async.bulk.wait_group 0; bar.warp.sync 0xffffffff;
 
 # Barriers of the hardware, by number; the compiler itself uses the first ones. An mbarrier would do as well, but there
 # one thread arrives for its warpgroup, and before and after it the compiler has the warps wait for each other. Here,
-# each warp arrives by itself. All are pairs, as there are two stages and two adders: even steps use the first one.
+# each warp arrives by itself. All are pairs: even steps use the first one. Two are enough for two stages and two
+# adders, and for warpgroups of which one is at most a step ahead.
 FREED = tl.constexpr(8)
 """Both warpgroups are done with a step's queries."""
 SUMS_FULL = tl.constexpr(10)
@@ -904,6 +905,7 @@ def attention_backward_hopper(
     sequences follow each other, and begin at ``begins_ptr``, ``[batch]``. Turns are ``[heads, tiles_of_queries]``, 0 at
     first.
     """
+    gl.static_assert((STAGES == 2) & (ADDERS == 2), "barriers of the hardware are pairs")
     ELEMENT: gl.constexpr = query_descriptor.dtype
     DIM: gl.constexpr = OPTIONS.block_d
     PAIR: gl.constexpr = OPTIONS.pair
