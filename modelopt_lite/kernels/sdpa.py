@@ -66,7 +66,8 @@ def sdpa_call(
     That depends on their shapes, type, device and whether gradients are recorded, not on their strides or contents.
     """
     (_, heads, len_q, head_dim), (_, kv_heads, len_k, _) = query.shape, key.shape
-    if value.shape[3] != head_dim or len_q == 0 or len_k == 0:
+    # On a CPU, it does not look whether there are as many values as keys.
+    if value.shape != key.shape or value.shape[3] != head_dim or len_q == 0 or len_k == 0:
         return None
     if sliding_window is not None and sliding_window < len_k:
         return None

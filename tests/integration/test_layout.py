@@ -90,6 +90,19 @@ def test_layers_of_one_forward_may_differ():
 
 
 @pytest.mark.parametrize("len_q", [1, SLOTS])
+@pytest.mark.parametrize("enabled", [False, True])
+@torch.no_grad()
+def test_fewer_values_than_keys_are_refused(len_q, enabled):
+    """PyTorch's attention on a CPU takes them without an error."""
+    module = sparse_attention(("auto", "cpu"))
+    module.sparse_attention.enabled = enabled
+    rows = layout.whole_layout(1, len_q, SLOTS, "cpu", is_causal=True)._replace(request=layout.SharedWork())
+    query, key = torch.randn(1, 4, len_q, HEAD_DIM), torch.randn(1, 2, SLOTS, HEAD_DIM)
+    with pytest.raises(ValueError, match="v: float32"):
+        attention_forward(module, query, key, key[:, :, 1:], rows)
+
+
+@pytest.mark.parametrize("len_q", [1, SLOTS])
 def test_what_layers_of_one_forward_are_told_may_differ(len_q):
     """A layer that was dense does not decide for others, in whatever way these are sparse, counted or refused."""
     module, other = sparse_attention(("auto", "cpu")), sparse_attention(("auto", "cpu"))
