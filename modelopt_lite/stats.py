@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,6 +12,9 @@ from torch import Tensor, distributed, nn
 
 from .kernels import COUNTS, AttentionRequest, count_kept, count_prefill
 from .models.module import count, sparse_modules
+
+_lock = threading.Lock()
+"""Held while counts grow, as several threads may call a layer."""
 
 
 class LayerStatistics:
@@ -39,22 +43,22 @@ class LayerStatistics:
         without_values = request._replace(v=request.k, s_aux=None)
         if request.max_q > 1:
             device = request.q.device
-            counts = self._by_device.get(device)
-            self._by_device[device], times, blocks = count_prefill(without_values, counts, is_exact=self.is_exact)
-            self.is_estimate = self.is_estimate or times > 1
+            with _lock:
+                counts = self._by_device.get(device)
+                self._by_device[device], times, blocks = count_prefill(without_values, counts, is_exact=self.is_exact)
+                self.is_estimate = self.is_estimate or times > 1
             if blocks is not None:
                 request = request._replace(blocks=blocks)
         if request.plan.sparse_decode:
             is_single = request.lengths_q == 1
             decode = without_values._replace(lengths_q=request.lengths_q.masked_fill(~is_single, 0), max_q=1)
-            self.decode = self.decode or LayerStatistics(is_exact=True)
-            self.decode.add(count_kept(decode))
+            kept = count_kept(decode)
+            with _lock:
+                self.decode = self.decode or LayerStatistics(is_exact=True)
+                by_device = self.decode._by_device
+                before = by_device.get(kept.device)
+                by_device[kept.device] = kept if before is None else before + kept
         return request
-
-    def add(self, counts: Tensor) -> None:
-        """Add the counts of a call, :data:`~modelopt_lite.kernels.COUNTS` by head."""
-        before = self._by_device.get(counts.device)
-        self._by_device[counts.device] = counts.clone() if before is None else before + counts
 
     def merge(self, other: LayerStatistics) -> None:
         """Add the counts of another layer, which may be on another device."""

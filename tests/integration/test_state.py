@@ -1,12 +1,14 @@
 """What a call does is decided once: by its caller's state, in its forward, and it reaches nothing else."""
 
 import asyncio
+import contextvars
 import copy
 import functools
 import io
 import logging
 import pickle  # noqa: TID251  # as others do it with a model: torch.save, processes that are spawned, Ray
 import threading
+import time
 from contextlib import ExitStack, nullcontext
 
 import pytest
@@ -23,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, ViTConfig, ViTModel
 
 import modelopt_lite as mtsa
+from modelopt_lite import stats
 from modelopt_lite.models import huggingface, recomputation
 
 CPU = ("torch", "cpu")
@@ -343,6 +346,24 @@ def test_threads_do_not_reach_into_each_other(family, monkeypatch, caplog):
         assert visible == (None if not i // 2 % 2 else 0 if i % 2 else 3 * statistics.total.visible)
     assert not caplog.records
     assert [row.active for row in mtsa.summary(model)] == [True, True]
+
+
+def test_threads_that_share_a_counter_lose_nothing(monkeypatch):
+    """All find that nothing was counted before, unless one of them waits for the other."""
+    count = stats.count_prefill
+
+    def slow(*args, **kwargs):
+        time.sleep(0.05)
+        return count(*args, **kwargs)
+
+    monkeypatch.setattr(stats, "count_prefill", slow)
+    model, ids = sparse_model("llama", CPU), tokens(CPU)
+    with mtsa.collect_statistics(model) as once:
+        logits(model, ids)
+    with mtsa.collect_statistics(model) as twice:
+        contexts = [contextvars.copy_context() for _ in range(2)]
+        in_threads(*(functools.partial(context.run, logits, model, ids) for context in contexts))
+    assert twice.total.visible == 2 * once.total.visible > 0
 
 
 def test_tasks_do_not_reach_into_each_other():
