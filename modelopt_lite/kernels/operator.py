@@ -216,6 +216,9 @@ def _backward(grad: Tensor, output: Tensor, lse: Tensor, *inputs: Any) -> tuple[
 
 
 def _differentiate(grad: Tensor, output: Tensor, lse: Tensor, request: AttentionRequest, backend: Backend) -> Gradients:
+    if request.may_lack_keys:
+        # Nothing depends on these rows, so their gradient may be anything, and 0 * NaN is not 0.
+        grad = grad.masked_fill((lse == -torch.inf)[..., None], 0.0)
     if choice.differentiates_on_gpu(request, backend):
         return choice.differentiate(grad, output, lse, request)
     with torch.autocast(request.q.device.type, enabled=False):

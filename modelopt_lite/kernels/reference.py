@@ -223,4 +223,6 @@ def _softmax(scores: Tensor, v: Tensor, s_aux: Tensor | None) -> tuple[Tensor, T
         total = total + torch.exp(s_aux.double()[:, None] - highest)
     weights = weights / torch.where(total == 0, 1.0, total)[..., None]
     output = torch.einsum("hqk,khd->qhd", weights, v)
+    # A constant, so that nothing gets a gradient from such a row, not even 0 times NaN.
+    output = output.masked_fill(~(scores > -torch.inf).any(-1).T[..., None], 0.0)
     return output, (highest + total.detach().log()).T

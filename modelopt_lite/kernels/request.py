@@ -200,6 +200,11 @@ class AttentionRequest(NamedTuple):
         window_without_causality = self.sliding_window is not None and not self.is_causal
         return self.first_q is not None or self.first_k is not None or window_without_causality
 
+    @property
+    def may_lack_keys(self) -> bool:
+        """Whether a query of a sequence with keys may see or keep none of them."""
+        return self.has_positions or not (self.plan.keep is None or self.plan.keeps_group_max)
+
     def first_positions(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """Return the positions of each sequence's first query and first key; without waiting for their device."""
         if not self.has_positions:

@@ -4,12 +4,12 @@ import os
 
 import pytest
 import torch
-from cases import cases, doubled, gradients, oracle, smallest_gap
+from cases import arguments, cases, doubled, gradients, oracle, smallest_gap
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_forward_interpreter import HOOKS, n_of_m, sequences
 
-from modelopt_lite.kernels import AttentionRequest
+from modelopt_lite.kernels import AttentionRequest, attention
 from modelopt_lite.kernels.portable import launch as portable_launch
 from modelopt_lite.kernels.reference import attention_reference
 from modelopt_lite.kernels.settings import Settings
@@ -185,6 +185,34 @@ def test_other_sequences_do_not_leak():
 def test_other_hooks(plan):
     """A row may keep nothing; then nothing gets a gradient from it."""
     check(sequences([(45, 60)], plan=plan), DESCRIPTORS)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize(
+    ("keys", "plan", "options"),
+    [
+        (45, HOOKS[3], {}),
+        (60, SinkWindow(num_sink_tokens=0, dense_window_size=0).plan(), {}),
+        (60, n_of_m(2, 4), {"first_q": torch.tensor([3]), "first_k": torch.tensor([17])}),
+        (23, DENSE, {"sliding_window": 4, "is_causal": False}),
+    ],
+    ids=["hook", "nothing", "positions", "sliding window"],
+)
+def test_rows_without_keys_may_have_any_gradient(keys, plan, options, backend):
+    request = sequences([(45, keys)], plan=plan, **options)
+    dead = attention_reference(request)[1] == -torch.inf
+    assert dead[3:48].any()
+    grad = output_gradient(request)
+    found, expected = (
+        gradients(lambda request: attention(**arguments(request), backend=backend), x, request)
+        for x in (grad.masked_fill(dead[..., None], torch.nan), grad)
+    )
+    assert all(map(torch.equal, found[:3], expected[:3]))
+    right = gradients_of_oracle(grad, request)
+    double = doubled(request)
+    q, k, v = (x.nan_to_num() for x in double[:3])
+    of_oracle = gradients(oracle, grad.masked_fill(dead[..., None], torch.nan), double._replace(q=q, k=k, v=v))
+    assert all(map(torch.equal, of_oracle[:3], right[:3]))
 
 
 @pytest.mark.parametrize(("sinks", "window"), [(0, 1), (3, 0), (4, 20), (0, 0)])

@@ -436,10 +436,10 @@ class _Ring(torch.autograd.Function):
         grad_k, grad_v = sums.tensors()
         grad_s_aux = None
         if s_aux is not None:
-            delta = (grad.to(lse.dtype) * output).sum(-1)
-            is_row = lse > -torch.inf
-            weight = torch.exp(s_aux.to(lse.dtype) - lse.masked_fill(~is_row, 0.0))
-            grad_s_aux = -(weight * delta * is_row).sum(0).to(s_aux.dtype)
+            empty = lse == -torch.inf
+            delta = (grad.to(lse.dtype) * output).sum(-1).masked_fill(empty, 0.0)
+            weight = torch.exp(s_aux.to(lse.dtype) - lse.masked_fill(empty, 0.0))
+            grad_s_aux = -(weight * delta).sum(0).to(s_aux.dtype)
         return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), grad_s_aux, None
 
 
