@@ -134,6 +134,7 @@ def rows_of_problem(
             "batch": batch,
             "variant": variant,
             "date": datetime.date.today().isoformat(),
+            "rounds": rounds,
             "tokens_per_second": round(batch * seq_len / seconds),
             "speed_to_sdpa": None if sdpa is None else round(sdpa[0] / seconds, 3),
             "peak_gib": peak,
