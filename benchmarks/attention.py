@@ -135,13 +135,33 @@ def plan_of(name: str) -> AttentionPlan:
     return top_n_plan(n, m, 0, 64)
 
 
+class Loss(torch.autograd.Function):
+    """A number whose gradient by a tensor is given; it does not hold the tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, grad: Tensor) -> Tensor:
+        """Return 0."""
+        ctx.grad = grad
+        return x.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> Any:
+        """Return the gradient."""
+        return ctx.grad, None
+
+
 def differentiated(forward_call: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) -> Call:
-    """Return a call of a forward and its gradients, by autograd as in training."""
+    """Return a call of a forward and its gradients, by autograd as in training.
+
+    With ``holds_output=False``, nobody but autograd holds the output, as in a model.
+    """
     tensors = [x.detach().requires_grad_() for x in (q, k, v)]
     grad = torch.randn_like(forward_call(*tensors))
 
-    def call() -> object:
-        return torch.autograd.grad(forward_call(*tensors), tensors, grad)
+    def call(holds_output: bool = True) -> object:
+        if holds_output:
+            return torch.autograd.grad(forward_call(*tensors), tensors, grad)
+        return torch.autograd.grad(Loss.apply(forward_call(*tensors), grad), tensors)
 
     return call
 
@@ -293,7 +313,8 @@ def measure_problem(
             with reporting((peer, "dense")):
                 calls[(peer, "dense")] = peer_call(peer, q, k, v, causal, which)
     times = measure(calls, arguments.heat, arguments.rounds, which == "forward")
-    peaks = {key: peak_memory(calls[key]) for key in times}
+    as_in_a_model = {} if which == "forward" else {"holds_output": False}
+    peaks = {key: peak_memory(functools.partial(calls[key], **as_in_a_model)) for key in times}
     flop = PASSES[which] * 4 * batch * heads[0] * seq_len**2 * head_dim * (0.5 if causal else 1.0)
     ratios = {peer: times.get((peer, "dense")) for peer in ("cudnn", "fa3")}
     return [

@@ -15,7 +15,7 @@ from ..errors import UnsupportedError
 from .arguments import check_request, check_rule
 from .blocked import forward_blocked
 from .language import tl
-from .request import AttentionRequest, HookRefusedError
+from .request import AttentionRequest, ForwardResult, HookRefusedError
 
 if tl is not None:
     from .decode import launch as decode_launch
@@ -29,7 +29,7 @@ Backend: TypeAlias = Literal["auto", "triton", "torch"]
 Result: TypeAlias = "tuple[Tensor, Tensor | None]"
 Run: TypeAlias = "Callable[[AttentionRequest], Result]"
 Gradients: TypeAlias = "tuple[Tensor, Tensor, Tensor, Tensor | None]"
-Differentiate: TypeAlias = "Callable[[Tensor, Tensor, Tensor, AttentionRequest], Gradients]"
+Differentiate: TypeAlias = "Callable[[Tensor, ForwardResult, AttentionRequest], Gradients]"
 
 MAX_SIGNATURES = 4096
 """How many signatures of requests are remembered; then they are all forgotten."""
@@ -214,23 +214,32 @@ def differentiates_on_gpu(request: AttentionRequest, backend: Backend) -> bool:
     return portable_launch.refusal(request) is None
 
 
-def differentiate(grad: Tensor, output: Tensor, lse: Tensor, request: AttentionRequest) -> Gradients:
+def differentiate(grad: Tensor, result: ForwardResult, request: AttentionRequest) -> Gradients:
     """Compute gradients with the GPU kernel that suits a request, if :func:`differentiates_on_gpu`.
 
-    Arguments and results are those of :func:`modelopt_lite.kernels.portable.launch.backward`.
+    Args:
+        grad: gradient of the output, with its shape and type.
+        result: what the forward pass left; it may lose its output.
+        request: what was computed; which keys take part is taken as given.
+
+    Returns:
+        What :func:`modelopt_lite.kernels.portable.launch.backward` does.
     """
-    key = (signature(request, "triton"), *((x.stride(), x.data_ptr() & 15) for x in (grad, output, lse)))
+    assert result.output is not None
+    tensors = (grad, result.output, result.lse)
+    key = (signature(request, "triton"), *((x.stride(), x.data_ptr() & 15) for x in tensors))
+    del tensors
     known = _prepared_backward.get(key)
     if known is None:
         if len(_prepared_backward) >= MAX_SIGNATURES:
             _prepared_backward.clear()
         known = _prepared_backward[key] = _prepare_backward(grad, request)
     try:
-        return known(grad, output, lse, request)
+        return known(grad, result, request)
     except HookRefusedError as error:
         logger.warning("the backward kernel for Hopper is left out: %s", error)
         _prepared_backward[key] = _differentiate_portably
-        return _differentiate_portably(grad, output, lse, request)
+        return _differentiate_portably(grad, result, request)
 
 
 def _prepare_backward(grad: Tensor, request: AttentionRequest) -> Differentiate:
@@ -244,13 +253,12 @@ def _prepare_backward(grad: Tensor, request: AttentionRequest) -> Differentiate:
     prepared = hopper_backward_launch.prepare(readable_grad, readable)
     if readable_grad is grad and readable is request:
         return prepared
-    return lambda grad, output, lse, request: prepared(
-        hopper_backward_launch.readable(grad), output, lse, request.readable()
-    )
+    return lambda grad, result, request: prepared(hopper_backward_launch.readable(grad), result, request.readable())
 
 
-def _differentiate_portably(grad: Tensor, output: Tensor, lse: Tensor, request: AttentionRequest) -> Gradients:
-    return portable_launch.backward(grad, output, lse, request.readable())
+def _differentiate_portably(grad: Tensor, result: ForwardResult, request: AttentionRequest) -> Gradients:
+    assert result.output is not None
+    return portable_launch.backward(grad, result.output, result.lse, request.readable())
 
 
 def check_backend(request: AttentionRequest, backend: Backend) -> None:

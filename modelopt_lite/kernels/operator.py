@@ -22,7 +22,7 @@ from .blocked import backward_blocked
 from .blocks import KeyBlocks
 from .choice import Backend, Gradients
 from .grid_tables import grid_shape
-from .request import SCHEMA, AttentionRequest
+from .request import SCHEMA, AttentionRequest, ForwardResult
 from .selection import select_blocks
 
 _NAMES = (*SCHEMA, "backend")
@@ -210,19 +210,20 @@ def _no_lse(q: Tensor) -> Tensor:
 @torch.library.impl("modelopt_lite::attention_backward", "default")
 def _backward(grad: Tensor, output: Tensor, lse: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     request, backend = AttentionRequest.unflatten(inputs[:-1]).present(), inputs[-1]
-    *grads, grad_s_aux = _differentiate(grad, output, lse, request, backend)
+    *grads, grad_s_aux = _differentiate(grad, ForwardResult(output, lse), request, backend)
     # An operator returns tensors, so no gradient is an empty one.
     return (*grads, request.q.new_empty(0) if grad_s_aux is None else grad_s_aux)  # type: ignore[return-value]
 
 
-def _differentiate(grad: Tensor, output: Tensor, lse: Tensor, request: AttentionRequest, backend: Backend) -> Gradients:
+def _differentiate(grad: Tensor, result: ForwardResult, request: AttentionRequest, backend: Backend) -> Gradients:
     if request.may_lack_keys:
         # Nothing depends on these rows, so their gradient may be anything, and 0 * NaN is not 0.
-        grad = grad.masked_fill((lse == -torch.inf)[..., None], 0.0)
+        grad = grad.masked_fill((result.lse == -torch.inf)[..., None], 0.0)
     if choice.differentiates_on_gpu(request, backend):
-        return choice.differentiate(grad, output, lse, request)
+        return choice.differentiate(grad, result, request)
+    assert result.output is not None
     with torch.autocast(request.q.device.type, enabled=False):
-        return backward_blocked(grad, output, lse, request)
+        return backward_blocked(grad, result.output, result.lse, request)
 
 
 @torch.library.register_fake("modelopt_lite::attention_backward")  # type: ignore[untyped-decorator]
@@ -288,7 +289,11 @@ class _Recorded(torch.autograd.Function):
             output, lse, *tensors = ctx.saved_tensors
             fields = {**ctx.fields, **dict(zip(_TENSORS, tensors, strict=True))}
             *inputs, backend = (fields[name] for name in _NAMES)
-            grads = _differentiate(grad, output, lse, AttentionRequest.unflatten(inputs), backend)
+            result = ForwardResult(output, lse)
+            # Unless the graph or the output is kept, only the result holds the output now.
+            del output
+            ctx.maybe_clear_saved_tensors()
+            grads = _differentiate(grad, result, AttentionRequest.unflatten(inputs), backend)
         return (*grads, None, None)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple, TypeVar
 
@@ -68,6 +69,20 @@ class PackedSequence(NamedTuple):
     keys: slice
     first_q: int
     first_k: int
+
+
+@dataclass
+class ForwardResult:
+    """What a forward pass left for its backward pass.
+
+    Attributes:
+        output: ``[total_q, query_heads, value_dim]``. A kernel that has read it sets this to None. So its memory is
+            free for what the kernel needs next, unless somebody else holds the output.
+        lse: the logarithms of the softmax denominators, ``[total_q, query_heads]``.
+    """
+
+    output: Tensor | None
+    lse: Tensor
 
 
 class AttentionRequest(NamedTuple):

@@ -25,6 +25,7 @@ from modelopt_lite.kernels.hopper import backward_launch as hopper_backward_laun
 from modelopt_lite.kernels.hopper.backward import (
     attention_backward_hopper,
     descends,
+    item_of,
     nth_tile,
     prepare_gradients,
     rank_of,
@@ -34,7 +35,7 @@ from modelopt_lite.kernels.hopper.backward import (
 )
 from modelopt_lite.kernels.portable import launch as portable_launch
 from modelopt_lite.kernels.portable.backward import query_spans
-from modelopt_lite.kernels.request import HookRefusedError
+from modelopt_lite.kernels.request import ForwardResult, HookRefusedError
 from modelopt_lite.kernels.top_n import top_n_plan
 from modelopt_lite.methods import SinkWindow
 from modelopt_lite.plan import DENSE
@@ -64,7 +65,7 @@ def compile_all():
         plan = dataclasses.replace(top_n_plan(*(n_of_m or (0, 4)), 0, 0), dense_window_size=window if n_of_m else 0)
         request = zeros(lengths, plan, head_dim=128, dtype=dtype, is_causal=causal, softmax_scale=1.0, **options)
         lse = torch.zeros(request.q.shape[:2])
-        hopper_backward_launch.prepare(request.q, request)(request.q, request.q, lse, request)
+        hopper_backward_launch.prepare(request.q, request)(request.q, ForwardResult(request.q, lse), request)
 
     kernels = (attention_backward_hopper, prepare_gradients, round_gradients)
     found = []
@@ -114,7 +115,7 @@ def chosen(absent_gpu, monkeypatch):
     monkeypatch.setattr(portable_launch, "backward", lambda *arguments: "portable")
     monkeypatch.setattr(hopper_backward_launch, "prepare", lambda *arguments: lambda *arguments: "hopper")
     monkeypatch.setattr(choice, "_prepared_backward", {})
-    return lambda request: choice.differentiate(request.q, request.q, request.q, request)
+    return lambda request: choice.differentiate(request.q, ForwardResult(request.q, request.q), request)
 
 
 def test_choice(chosen, monkeypatch):
@@ -137,11 +138,11 @@ def test_a_hook_that_cannot_be_compiled(chosen, monkeypatch, caplog):
 
 
 @pytest.mark.parametrize(
-    ("kv_heads", "items", "heads"),
-    [(8, 16, 8), (8, 32, 4), (8, 64, 2), (8, 128, 1), (8, 1, 8), (6, 64, 2), (1, 500, 1)],
+    ("kv_heads", "batch", "tiles", "heads"),
+    [(8, 1, 32, 8), (8, 1, 64, 4), (8, 1, 128, 2), (8, 1, 256, 1), (8, 1, 1, 8), (6, 1, 128, 2), (1, 1, 999, 1)],
 )
-def test_heads_of_a_launch(kv_heads, items, heads):
-    assert hopper_backward_launch.heads_of_launch(kv_heads, items, 132) == heads
+def test_heads_of_a_launch(kv_heads, batch, tiles, heads):
+    assert hopper_backward_launch.heads_of_launch(kv_heads, batch, tiles, 4, 132, is_causal=True) == heads
 
 
 class Rules(NamedTuple):
@@ -153,23 +154,33 @@ class Rules(NamedTuple):
 
 @triton.jit
 def write_ranks(ranks_ptr, numbers_ptr, OPTIONS: tl.constexpr):
-    """Store the ranks of one item's tiles of keys, ``[heads, tiles_per_head, columns]``."""
-    item = tl.program_id(0)
+    """Store the ranks of a program's tile of keys of a wave, ``[heads, tiles_per_head, columns]``."""
+    program, wave = tl.program_id(0), tl.program_id(1)
     query_length, length = tl.load(numbers_ptr), tl.load(numbers_ptr + 1)
     sliding_window, tiles_per_head = tl.load(numbers_ptr + 2), tl.load(numbers_ptr + 3)
-    columns, programs = tl.load(numbers_ptr + 4), tl.load(numbers_ptr + 5)
-    pairs = (tiles_per_head + 1) // 2
-    pair = item % pairs
+    columns, heads = tl.load(numbers_ptr + 4), tl.load(numbers_ptr + 5)
+    programs = tl.num_programs(0)
+    item = item_of(wave, program, programs)
+    head, tile = item % heads, item // heads
     lengths = (query_length, length)
-    for phase in range(2):
-        tile = tl.where(phase == 0, tiles_per_head - 1 - pair, pair)
-        if (tile * 128 < length) & ((phase == 0) | (tile != tiles_per_head - 1 - pair)):
-            begin, end = tiles_that_see(tile, lengths, sliding_window, OPTIONS)
-            column = begin
-            while column < end:
-                rank = rank_of(tile, item, phase, column, lengths, sliding_window, tiles_per_head, programs, OPTIONS)
-                tl.store(ranks_ptr + (item // pairs * tiles_per_head + tile) * columns + column, rank)
-                column += 1
+    if (tile < tiles_per_head) & (tile * 128 < length):
+        begin, end = tiles_that_see(tile, lengths, sliding_window, OPTIONS)
+        column = begin
+        while column < end:
+            rank = rank_of(wave, program, column, lengths, sliding_window, heads, programs, OPTIONS)
+            tl.store(ranks_ptr + (head * tiles_per_head + tile) * columns + column, rank)
+            column += 1
+
+
+def waves_of(heads, tiles, programs):
+    """Return which item each program computes in each wave, ``{(wave, program): (head, tile)}``."""
+    found = {}
+    for wave in range(-(-heads * tiles // programs)):
+        for program in range(programs):
+            item = wave * programs + (programs - 1 - program if wave % 2 else program)
+            if item < heads * tiles:
+                found[wave, program] = (item % heads, item // heads)
+    return found
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
@@ -189,21 +200,16 @@ def write_ranks(ranks_ptr, numbers_ptr, OPTIONS: tl.constexpr):
 def test_all_take_turns(query_length, length, longest, rules, sliding_window, programs):
     """Those that add to a tile of queries have different ranks, without a gap, and wait for none that comes later."""
     heads, tiles, columns = 3, -(-longest // 128), -(-query_length // 64)
-    pairs = (tiles + 1) // 2
     ranks = torch.full((heads, tiles, columns), -1, dtype=torch.int32)
-    numbers = torch.tensor([query_length, length, sliding_window, tiles, columns, programs], dtype=torch.int32)
-    write_ranks[(heads * pairs,)](ranks, numbers, rules)
+    numbers = torch.tensor([query_length, length, sliding_window, tiles, columns, heads], dtype=torch.int32)
+    write_ranks[(programs, -(-heads * tiles // programs))](ranks, numbers, rules)
+    waves = {item: wave for (wave, _), item in waves_of(heads, tiles, programs).items()}
     for head, column in itertools.product(range(heads), range(columns)):
         found = ranks[head, :, column]
         who = (found >= 0).nonzero().flatten().tolist()
         assert sorted(found[who].tolist()) == list(range(len(who)))
-        # (round, phase) of each, in the order of their ranks
-        who.sort(key=lambda tile: found[tile])
-        pair = [min(tile, tiles - 1 - tile) for tile in who]
-        places = [((head * pairs + p) // programs, int(p == tile)) for p, tile in zip(pair, who, strict=True)]
-        middle = tiles // 2 if tiles % 2 else None
-        places = [(r, 0) if tile == middle else (r, phase) for (r, phase), tile in zip(places, who, strict=True)]
-        assert places == sorted(places)
+        found_waves = [waves[head, tile] for tile in sorted(who, key=lambda tile: found[tile])]
+        assert found_waves == sorted(found_waves)
     seen = torch.arange(query_length)[:, None] + length - query_length - torch.arange(length)
     visible = seen >= 0 if rules.causal else torch.ones_like(seen, dtype=torch.bool)
     if rules.sliding:
@@ -213,16 +219,14 @@ def test_all_take_turns(query_length, length, longest, rules, sliding_window, pr
     assert (ranks[:, : needed.shape[0]] >= 0)[:, needed].all()
 
 
-def steps_of(item, heads, members, tiles, ranks):
+def steps_of(wave, head, tile, members, ranks):
     """Return an item's steps: to which tiles of queries of which heads it adds, and how many add before it."""
-    head, pair = divmod(item, (tiles + 1) // 2)
+    found = ranks[head][tile]
+    columns = [column for column, rank in enumerate(found) if rank >= 0]
     steps = []
-    for phase, tile in enumerate(dict.fromkeys((tiles - 1 - pair, pair))):
-        found = ranks[head][tile]
-        columns = [column for column, rank in enumerate(found) if rank >= 0]
-        for member in range(members):
-            order = reversed(columns) if descends.fn(phase, member, None) else columns
-            steps += [((head, member, column), found[column]) for column in order]
+    for member in range(members):
+        order = reversed(columns) if descends.fn(wave, member, None) else columns
+        steps += [((head, member, column), found[column]) for column in order]
     return steps
 
 
@@ -249,18 +253,18 @@ def test_nobody_waits_for_ever(sequences, heads, members, rules, sliding_window,
     """
     tiles = max(-(-length // 128) for _, length in sequences)
     columns = max(-(-query_length // 64) for query_length, _ in sequences)
-    items = len(sequences) * heads * ((tiles + 1) // 2)
-    programs = min(programs, items)
+    all_heads = len(sequences) * heads
+    programs = min(programs, all_heads * tiles)
+    waves = -(-all_heads * tiles // programs)
     ranks = []
     for number, lengths in enumerate(sequences):
-        found = torch.full((len(sequences) * heads, tiles, columns), -1, dtype=torch.int32)
-        numbers = torch.tensor([*lengths, sliding_window, tiles, columns, programs], dtype=torch.int32)
-        write_ranks[(items,)](found, numbers, rules)
+        found = torch.full((all_heads, tiles, columns), -1, dtype=torch.int32)
+        numbers = torch.tensor([*lengths, sliding_window, tiles, columns, all_heads], dtype=torch.int32)
+        write_ranks[(programs, waves)](found, numbers, rules)
         ranks += found[number * heads : (number + 1) * heads].tolist()
-    work = [
-        [step for item in range(program, items, programs) for step in steps_of(item, heads, members, tiles, ranks)]
-        for program in range(programs)
-    ]
+    work = [[] for _ in range(programs)]
+    for (wave, program), (head, tile) in sorted(waves_of(all_heads, tiles, programs).items()):
+        work[program] += steps_of(wave, head, tile, members, ranks)
     assert any(work)
     assert steps_left(work) == 0
 

@@ -2,15 +2,17 @@
 
 import pytest
 import torch
+from cases import arguments
 from test_backward_gpu import PLANS, check, full_precision, make  # noqa: F401
 from test_forward_interpreter import HOOKS
 from test_lists_gpu import listed, of_128
 
-from modelopt_lite.kernels import AttentionRequest, choice
+from modelopt_lite.kernels import AttentionRequest, attention, choice
 from modelopt_lite.kernels.hopper import backward_launch as hopper_backward_launch
 from modelopt_lite.kernels.hopper import forward_launch as hopper_launch
 from modelopt_lite.kernels.hopper import sparse_cores
 from modelopt_lite.kernels.portable import launch as portable_launch
+from modelopt_lite.kernels.request import ForwardResult
 from modelopt_lite.kernels.top_n import top_n_plan
 
 pytestmark = pytest.mark.gpu
@@ -135,7 +137,7 @@ def kept_for_queries(request, grad, out, lse, width):
     for first in range(0, request.max_k, width):
         k = request.k.clone()
         k[..., -width:] = marks(request, ("k", "starts_k", "lengths_k"), first, width)
-        grad_q = choice.differentiate(grad, out, lse, request._replace(k=k))[0]
+        grad_q = choice.differentiate(grad, ForwardResult(out, lse), request._replace(k=k))[0]
         found.append(grad_q[..., -width:] != 0)
     return torch.cat(found, -1)[..., : request.max_k]
 
@@ -149,7 +151,7 @@ def kept_for_values(request, out, lse, width):
         for member in range(members):
             grad = torch.zeros_like(out)
             grad[:, member::members, -width:] = marks(r, ("q", "starts_q", "lengths_q"), first, width)
-            grad_v = choice.differentiate(grad, out, lse, r)[2][..., -width:]
+            grad_v = choice.differentiate(grad, ForwardResult(out, lse), r)[2][..., -width:]
             for start_q, length_q, start_k, length_k in sequences:
                 count = max(0, min(width, length_q - first))
                 of_sequence = grad_v[start_k : start_k + length_k, :, :count] > 0
@@ -236,10 +238,48 @@ def test_the_same_bits_every_time(plan):
     assert hopper_backward_launch.refusal(request) is None
     out, lse = hopper_launch.prepare(request)(request)
     grad = torch.randn(out.shape, device="cuda").to(out.dtype)
-    first = choice.differentiate(grad, out, lse, request)[:3]
+    first = choice.differentiate(grad, ForwardResult(out, lse), request)[:3]
     for _ in range(3):
-        again = choice.differentiate(grad, out, lse, request)[:3]
+        again = choice.differentiate(grad, ForwardResult(out, lse), request)[:3]
         assert all(map(torch.equal, first, again))
+
+
+class Loss(torch.autograd.Function):
+    """The sum of a tensor, which it does not hold."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.shape, ctx.dtype = x.shape, x.dtype
+        return x.sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.to(ctx.dtype).repeat(ctx.shape)
+
+
+@pytest.mark.parametrize("keeps_graph", [False, True])
+def test_the_output_is_freed_before_sums_are_allocated(keeps_graph):
+    """Unless the graph is kept, which then gives the same gradients again."""
+    request = make(lengths=((4096, 4096),), heads=(8, 2), dims=DIMS, exact=False)
+    request = request._replace(q=request.q.requires_grad_())
+
+    def differentiate():
+        loss = Loss.apply(attention(**arguments(request)))
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        found = torch.autograd.grad(loss, request.q, retain_graph=keeps_graph)[0]
+        peak = torch.cuda.max_memory_allocated() - before
+        if keeps_graph:
+            assert torch.equal(found, torch.autograd.grad(loss, request.q)[0])
+        return peak
+
+    of_queries, of_keys = (x.numel() * x.element_size() for x in (request.q, request.k))
+    differentiate()
+    peak, rows = differentiate(), request.q.numel() // DIMS[0]
+    # Gradients of the output, of queries, of keys and values, sums in FP32, and two numbers a row. Blocks of memory may
+    # be larger than asked for.
+    needed = (1 + 1 + 2) * of_queries + 2 * of_keys + 2 * 4 * rows - (0 if keeps_graph else of_queries)
+    assert needed <= peak < needed + of_queries // 2
 
 
 @pytest.mark.parametrize("plan", LISTED)
@@ -291,7 +331,7 @@ def test_the_same_bits_every_time_with_lists(plan):
     assert hopper_backward_launch.refusal(request) is None
     out, lse = hopper_launch.prepare(request)(request)
     grad = torch.randn(out.shape, device="cuda").to(out.dtype)
-    first = choice.differentiate(grad, out, lse, request)[:3]
+    first = choice.differentiate(grad, ForwardResult(out, lse), request)[:3]
     for _ in range(3):
-        again = choice.differentiate(grad, out, lse, request)[:3]
+        again = choice.differentiate(grad, ForwardResult(out, lse), request)[:3]
         assert all(map(torch.equal, first, again))

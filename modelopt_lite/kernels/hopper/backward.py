@@ -1,8 +1,10 @@
 """The attention backward for Hopper GPUs (compute capability 9.0), in Gluon: all gradients in one pass.
 
-As many programs as multiprocessors compute items one after the other. An item is two tiles of 128 keys of one head,
-whose gradients stay in registers while queries and gradients of the output of all query heads that share them stream
-through shared memory, 64 rows a step. In a program, one warp loads, two warpgroups compute, for 64 keys each, and two
+As many programs as multiprocessors compute items one after the other, an item each in every *wave*. An item is a tile
+of 128 keys of one head, whose gradients stay in registers while queries and gradients of the output of all query heads
+that share it stream through shared memory, 64 rows a step. The first keys of all heads come first, as under causal
+attention most queries see them; and in every other wave programs come in the reverse order, so that all have about as
+much to do. In a program, one warp loads, two warpgroups compute, for 64 keys each, and two
 warps add up gradients of queries. A step is five matrix products where two passes need seven, because scores are
 computed and keys selected once.
 
@@ -263,40 +265,34 @@ def add_to_global(descriptor, coordinates, memory, _semantic=None):
     )
 
 
-@gluon.jit
-def count_items(problem):
-    """Return how many items there are."""
-    _, heads_of, batch, tiles_per_head, _, lists = problem
-    items_per_head = tiles_per_head
-    if lists is None:
-        items_per_head = (tiles_per_head + 1) // 2
-    return batch * heads_of[0] * items_per_head
+@triton.jit
+def item_of(wave, program, programs):
+    """Return which item a program computes in a wave: in odd waves the programs' order is reversed."""
+    return wave * programs + tl.where(wave % 2 == 0, program, programs - 1 - program)
 
 
 @gluon.jit
-def find_tile(item, phase, problem):
-    """Return what one of an item's two tiles of keys is.
+def count_waves(problem):
+    """Return how many items a program computes at most."""
+    _, heads_of, batch, tiles_per_head, _, _ = problem
+    return (batch * heads_of[0] * tiles_per_head + gl.num_programs(0) - 1) // gl.num_programs(0)
 
-    An item is the n-th tile from the end of a head, and then the n-th: under causal attention, they have together as
-    much to do as any other two. With lists it is a single tile, the first ones of all heads first.
+
+@gluon.jit
+def find_tile(wave, problem):
+    """Return what this program's item of a wave is: the first items are the first tiles of keys of all heads.
 
     Returns:
         ``(kv_head, sequence, tile, exists, lengths)``: the tile's number in its head; whether there is any, with keys;
         and how many queries and keys the sequence has.
     """
-    sequences, heads_of, batch, tiles_per_head, _, lists = problem
-    if lists is None:
-        pairs = (tiles_per_head + 1) // 2
-        head, pair = item // pairs, item % pairs
-        opposite = tiles_per_head - 1 - pair
-        tile = gl.where(phase == 0, opposite, pair)
-        exists = (phase == 0) | (pair != opposite)
-    else:
-        head, tile = item % (batch * heads_of[0]), item // (batch * heads_of[0])
-        exists = phase == 0
+    sequences, heads_of, batch, tiles_per_head, _, _ = problem
+    item = item_of(wave, gl.program_id(0), gl.num_programs(0))
+    head, tile = item % (batch * heads_of[0]), item // (batch * heads_of[0])
     sequence = head // heads_of[0]
     lengths = (gl.load(sequences[1] + sequence).to(gl.int32), gl.load(sequences[3] + sequence).to(gl.int32))
-    return heads_of[2] + head % heads_of[0], sequence, tile, exists & (tile * KEYS < lengths[1]), lengths
+    exists = (tile < tiles_per_head) & (tile * KEYS < lengths[1])
+    return heads_of[2] + head % heads_of[0], sequence, tile, exists, lengths
 
 
 @gluon.jit
@@ -343,14 +339,23 @@ def count_within(begin, end, first, last):
 
 
 @triton.jit
-def rank_of(tile, item, phase, query_tile, lengths, sliding_window, tiles_per_head, programs, OPTIONS: tl.constexpr):
-    """Return how many tiles of keys come before one in adding to the gradient of a tile of queries.
+def rank_of(wave, program, query_tile, lengths, sliding_window, heads, programs, OPTIONS: tl.constexpr):
+    """Return how many tiles of keys come before a program's in adding to the gradient of a tile of queries.
 
-    First come the tiles of items of earlier rounds, as each program takes one item a round; then the first tiles of
-    this round's items, the last keys first; then their second tiles, the first keys first. Keys further to the right
-    are seen by fewer queries. So in a first phase, which all begin at the same time, they meet a tile of queries
-    earlier, in either order of :func:`descends`; and they are done earlier, so that in a second phase those further to
-    the left come first.
+    First come the tiles of earlier waves; then in even waves the last keys first, and in odd waves the first keys
+    first. Keys further to the right are seen by fewer queries. So in an even wave, which all begin at about the same
+    time, they meet a tile of queries earlier, in either order of :func:`descends`; and they are done earlier, so that
+    in an odd wave those further to the left come first. After it, all programs have done about as much.
+
+    Args:
+        wave: the wave of the program's item.
+        program: its number.
+        query_tile: the tile of queries' number in its sequence.
+        lengths: how many queries and keys the sequence has.
+        sliding_window: as in the request.
+        heads: heads of keys of the launch, of all sequences.
+        programs: how many there are.
+        OPTIONS: the kernel's.
     """
     query_length, length = lengths
     offset = length - query_length
@@ -362,27 +367,25 @@ def rank_of(tile, item, phase, query_tile, lengths, sliding_window, tiles_per_he
     if OPTIONS.sliding:
         beyond = query_tile * ROWS + offset - (KEYS - 1) - sliding_window
         first = tl.where(beyond < 0, 0, beyond // KEYS + 1)
-    # the head's pairs of tiles in this round
-    pairs = (tiles_per_head + 1) // 2
-    round_begin = item // programs * programs - item + item % pairs
-    pairs_begin = tl.maximum(round_begin, 0)
-    pairs_end = tl.minimum(round_begin + programs, pairs)
-    rank = count_within(first, last, 0, pairs_begin)
-    rank += count_within(first, last, tiles_per_head - pairs_begin, tiles_per_head)
-    firsts_begin = tl.where(phase == 0, tile + 1, tiles_per_head - pairs_end)
-    rank += count_within(first, last, firsts_begin, tiles_per_head - pairs_begin)
-    return rank + tl.where(phase == 0, 0, count_within(first, last, pairs_begin, tile))
+    item = item_of(wave, program, programs)
+    head, tile = item % heads, item // heads
+    # the head's tiles of this wave
+    begin = (wave * programs - head + heads - 1) // heads
+    end = ((wave + 1) * programs - head + heads - 1) // heads
+    before_begin = tl.where(wave % 2 == 0, tile + 1, begin)
+    before_end = tl.where(wave % 2 == 0, end, tile)
+    return count_within(first, last, 0, begin) + count_within(first, last, before_begin, before_end)
 
 
 @triton.jit
-def descends(phase, member, lists):
+def descends(wave, member, lists):
     """Say whether a program meets the queries of a head, the ``member``-th of those that share it, last ones first.
 
-    It does so in the first phase with all heads but the first. Then the program that comes next in the order of
+    It does so in even waves with all heads but the first. Then the program that comes next in the order of
     :func:`rank_of` meets a tile of queries ``2 * member`` steps later, or two steps for the first head, and not ``2 *
     member + 2``: more tiles and their sums are still in the L2 cache.
     """
-    descending = (phase == 0) & (member > 0)
+    descending = (wave % 2 == 0) & (member > 0)
     if lists is not None:
         descending = False
     return descending
@@ -423,53 +426,51 @@ def load_items(work, OPTIONS: gl.constexpr):
     query_memory, grad_memory, shift_memory, delta_memory, key_memory, value_memory = buffers
     query_loaded, grad_loaded, keys_loaded, keys_freed = barriers
     sequences, heads_of, _, _, _, lists = problem
-    PHASES: gl.constexpr = 2 if lists is None else 1
     BYTES: gl.constexpr = ROWS * OPTIONS.block_d * 2
     step = 0
     turn = 0
-    for item in range(gl.program_id(0), count_items(problem), gl.num_programs(0)):
-        for phase in range(PHASES):
-            kv_head, sequence, tile, exists, lengths = find_tile(item, phase, problem)
-            if exists:
-                begin, end = tiles_that_see(tile, lengths, problem[4][2], OPTIONS)
-                first_query = gl.load(sequences[0] + sequence).to(gl.int32) - rows_before(lengths, problem)
-                begin_of_sequence = gl.load(begins_ptr + sequence)
-                first_key = gl.load(sequences[2] + sequence).to(gl.int32) + tile * KEYS
-                mbarrier.wait(keys_freed, (turn & 1) ^ 1)
-                mbarrier.expect(keys_loaded, 2 * WARPGROUPS * BYTES)
-                for w in gl.static_range(WARPGROUPS):
-                    load_rows(keys, first_key + w * ROWS, kv_head, keys_loaded, key_memory.index(w), OPTIONS)
-                    load_rows(values, first_key + w * ROWS, kv_head, keys_loaded, value_memory.index(w), OPTIONS)
-                turn += 1
-                for member in range(heads_of[1]):
-                    head = kv_head * heads_of[1] + member
+    for wave in range(count_waves(problem)):
+        kv_head, sequence, tile, exists, lengths = find_tile(wave, problem)
+        if exists:
+            begin, end = tiles_that_see(tile, lengths, problem[4][2], OPTIONS)
+            first_query = gl.load(sequences[0] + sequence).to(gl.int32) - rows_before(lengths, problem)
+            begin_of_sequence = gl.load(begins_ptr + sequence)
+            first_key = gl.load(sequences[2] + sequence).to(gl.int32) + tile * KEYS
+            mbarrier.wait(keys_freed, (turn & 1) ^ 1)
+            mbarrier.expect(keys_loaded, 2 * WARPGROUPS * BYTES)
+            for w in gl.static_range(WARPGROUPS):
+                load_rows(keys, first_key + w * ROWS, kv_head, keys_loaded, key_memory.index(w), OPTIONS)
+                load_rows(values, first_key + w * ROWS, kv_head, keys_loaded, value_memory.index(w), OPTIONS)
+            turn += 1
+            for member in range(heads_of[1]):
+                head = kv_head * heads_of[1] + member
+                if lists is not None:
+                    entries_ptr, _masked, end = entries_of(head, sequence, tile, problem)
+                    begin = end * 0
+                for place in range(end - begin):
+                    query_tile = nth_tile(place, begin, end, descends(wave, member, lists))
                     if lists is not None:
-                        entries_ptr, _masked, end = entries_of(head, sequence, tile, problem)
-                        begin = end * 0
-                    for place in range(end - begin):
-                        query_tile = nth_tile(place, begin, end, descends(phase, member, lists))
-                        if lists is not None:
-                            query_tile = gl.load(entries_ptr + place) // TILES_FROM
-                        row = first_query + query_tile * ROWS
-                        line = head * tiles_of_queries + begin_of_sequence + query_tile
-                        stage = step % STAGES
-                        if step >= STAGES:
-                            meet(step, FREED, THREADS_OF_STEP)
-                        mbarrier.expect(query_loaded.index(stage), BYTES + ROWS * 4)
-                        tma.async_copy_global_to_shared(
-                            query_descriptor, [row, head, 0], query_loaded.index(stage), query_memory.index(stage)
-                        )
-                        tma.async_copy_global_to_shared(
-                            shift_descriptor, [line, 0], query_loaded.index(stage), shift_memory.index(stage)
-                        )
-                        mbarrier.expect(grad_loaded.index(stage), BYTES + ROWS * 4)
-                        tma.async_copy_global_to_shared(
-                            grad_descriptor, [row, head, 0], grad_loaded.index(stage), grad_memory.index(stage)
-                        )
-                        tma.async_copy_global_to_shared(
-                            delta_descriptor, [line, 0], grad_loaded.index(stage), delta_memory.index(stage)
-                        )
-                        step += 1
+                        query_tile = gl.load(entries_ptr + place) // TILES_FROM
+                    row = first_query + query_tile * ROWS
+                    line = head * tiles_of_queries + begin_of_sequence + query_tile
+                    stage = step % STAGES
+                    if step >= STAGES:
+                        meet(step, FREED, THREADS_OF_STEP)
+                    mbarrier.expect(query_loaded.index(stage), BYTES + ROWS * 4)
+                    tma.async_copy_global_to_shared(
+                        query_descriptor, [row, head, 0], query_loaded.index(stage), query_memory.index(stage)
+                    )
+                    tma.async_copy_global_to_shared(
+                        shift_descriptor, [line, 0], query_loaded.index(stage), shift_memory.index(stage)
+                    )
+                    mbarrier.expect(grad_loaded.index(stage), BYTES + ROWS * 4)
+                    tma.async_copy_global_to_shared(
+                        grad_descriptor, [row, head, 0], grad_loaded.index(stage), grad_memory.index(stage)
+                    )
+                    tma.async_copy_global_to_shared(
+                        delta_descriptor, [line, 0], grad_loaded.index(stage), delta_memory.index(stage)
+                    )
+                    step += 1
 
 
 @gluon.jit
@@ -479,52 +480,50 @@ def add_items(work, ADDER: gl.constexpr, TRANSPOSED: gl.constexpr, OPTIONS: gl.c
     They take turns: what passes until others may add takes longer than a step.
     """
     descriptor, memory, empty, turns_ptr, begins_ptr, tiles_of_queries, problem = work
-    _, heads_of, _, _, _, lists = problem
-    PHASES: gl.constexpr = 2 if lists is None else 1
+    _, heads_of, batch, _, _, lists = problem
     LINES: gl.constexpr = memory.shape[1]
     step = 0
-    for item in range(gl.program_id(0), count_items(problem), gl.num_programs(0)):
-        for phase in range(PHASES):
-            kv_head, sequence, tile, exists, lengths = find_tile(item, phase, problem)
-            if exists:
-                begin, end = tiles_that_see(tile, lengths, problem[4][2], OPTIONS)
-                begin_of_sequence = gl.load(begins_ptr + sequence)
-                for member in range(heads_of[1]):
-                    head = kv_head * heads_of[1] + member
-                    first_tile = head * tiles_of_queries + begin_of_sequence
-                    first_sum = first_tile - heads_of[2] * heads_of[1] * tiles_of_queries
-                    entry = 0
-                    if lists is not None:
-                        entries_ptr, _masked, end = entries_of(head, sequence, tile, problem)
-                        begin = end * 0
-                        entry = gl.load(entries_ptr)
-                    for place in range(end - begin):
-                        if lists is None:
-                            query_tile = nth_tile(place, begin, end, descends(phase, member, lists))
-                            rank = rank_of(
-                                tile, item, phase, query_tile, lengths, problem[4][2], problem[3], gl.num_programs(0),
-                                OPTIONS,
-                            )  # fmt: skip
-                        else:
-                            query_tile, rank = entry // TILES_FROM, entry % TILES_FROM // 2
-                            entry = gl.load(entries_ptr + place + 1)  # ahead, as it takes long
-                        if step % ADDERS == ADDER:
-                            turn_ptr = turns_ptr + first_tile + query_tile
-                            gl.inline_asm_elementwise(
-                                AWAIT_TURN, "=r,l,r", [turn_ptr, rank], dtype=gl.int32, is_pure=False, pack=1
-                            )
-                            meet(step, SUMS_FULL, THREADS_OF_STEP if TRANSPOSED else THREADS_OF_ONE)
-                            for w in gl.static_range(WARPGROUPS):
-                                line = ((first_sum + query_tile) * WARPGROUPS + w) * LINES
-                                if rank == 0:
-                                    tma.async_copy_shared_to_global(descriptor, [line, 0], memory.index(w))
-                                else:
-                                    add_to_global(descriptor, [line, 0], memory.index(w))
-                            tma.store_wait(0)
-                            mbarrier.arrive(empty.index(ADDER), count=1)
-                            gl.inline_asm_elementwise(AWAIT_SUMS, "=r,r", [rank], dtype=gl.int32, is_pure=False, pack=1)
-                            gl.atomic_add(turn_ptr, 1, sem="release")
-                        step += 1
+    for wave in range(count_waves(problem)):
+        kv_head, sequence, tile, exists, lengths = find_tile(wave, problem)
+        if exists:
+            begin, end = tiles_that_see(tile, lengths, problem[4][2], OPTIONS)
+            begin_of_sequence = gl.load(begins_ptr + sequence)
+            for member in range(heads_of[1]):
+                head = kv_head * heads_of[1] + member
+                first_tile = head * tiles_of_queries + begin_of_sequence
+                first_sum = first_tile - heads_of[2] * heads_of[1] * tiles_of_queries
+                entry = 0
+                if lists is not None:
+                    entries_ptr, _masked, end = entries_of(head, sequence, tile, problem)
+                    begin = end * 0
+                    entry = gl.load(entries_ptr)
+                for place in range(end - begin):
+                    if lists is None:
+                        query_tile = nth_tile(place, begin, end, descends(wave, member, lists))
+                        rank = rank_of(
+                            wave, gl.program_id(0), query_tile, lengths, problem[4][2], batch * heads_of[0],
+                            gl.num_programs(0), OPTIONS,
+                        )  # fmt: skip
+                    else:
+                        query_tile, rank = entry // TILES_FROM, entry % TILES_FROM // 2
+                        entry = gl.load(entries_ptr + place + 1)  # ahead, as it takes long
+                    if step % ADDERS == ADDER:
+                        turn_ptr = turns_ptr + first_tile + query_tile
+                        gl.inline_asm_elementwise(
+                            AWAIT_TURN, "=r,l,r", [turn_ptr, rank], dtype=gl.int32, is_pure=False, pack=1
+                        )
+                        meet(step, SUMS_FULL, THREADS_OF_STEP if TRANSPOSED else THREADS_OF_ONE)
+                        for w in gl.static_range(WARPGROUPS):
+                            line = ((first_sum + query_tile) * WARPGROUPS + w) * LINES
+                            if rank == 0:
+                                tma.async_copy_shared_to_global(descriptor, [line, 0], memory.index(w))
+                            else:
+                                add_to_global(descriptor, [line, 0], memory.index(w))
+                        tma.store_wait(0)
+                        mbarrier.arrive(empty.index(ADDER), count=1)
+                        gl.inline_asm_elementwise(AWAIT_SUMS, "=r,r", [rank], dtype=gl.int32, is_pure=False, pack=1)
+                        gl.atomic_add(turn_ptr, 1, sem="release")
+                    step += 1
 
 
 @gluon.jit
@@ -707,8 +706,6 @@ def differentiate(
     LATE: gl.constexpr = OPTIONS.group > EARLY
     TRANSPOSED: gl.constexpr = SCORE_HOOK is None
     TILE: gl.constexpr = [ROWS, OPTIONS.block_d]
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
-    OF_ROWS: gl.constexpr = gl.SliceLayout(0 if TRANSPOSED else 1, SCORES)
     query_length = lengths[0]
     stage = step % STAGES
     query = query_memory.index(stage).reshape(TILE)
@@ -728,7 +725,7 @@ def differentiate(
     products = begin_product(query, keys, TRANSPOSED)
     if LATE:
         products = warpgroup_mma_wait(0, deps=[products])
-        shift = shift_memory.index(stage).reshape([ROWS]).load(OF_ROWS)
+        shift = load_rows_of(shift_memory.index(stage), TRANSPOSED)
         mbarrier.wait(grad_loaded.index(stage), step // STAGES & 1)
     else:
         mbarrier.wait(grad_loaded.index(stage), step // STAGES & 1)
@@ -810,79 +807,77 @@ def differentiate_items(work, hook_args, WARPGROUP: gl.constexpr, SCORE_HOOK: gl
     sequences, heads_of, _, _, distances, lists = problem
     num_sinks, window, sliding_window = distances
     OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, OPTIONS.block_d, 16])
-    PHASES: gl.constexpr = 2 if lists is None else 1
     RUNS: gl.constexpr = 3 if lists is None else 1
     step = 0
     turn = 0
     clearings = 0
-    for item in range(gl.program_id(0), count_items(problem), gl.num_programs(0)):
-        for phase in range(PHASES):
-            kv_head, sequence, tile, exists, lengths = find_tile(item, phase, problem)
-            if exists:
-                query_length, length = lengths
-                first_key = gl.load(sequences[2] + sequence).to(gl.int64)
-                exempt = window
-                if not OPTIONS.sparse_decode:
-                    exempt = gl.where(query_length == 1, length, window)
-                rules = (length - query_length, length, num_sinks, exempt, sliding_window)
-                begin, end = tiles_that_see(tile, lengths, problem[4][2], OPTIONS)
-                spans = query_spans(
-                    tile * KEYS, query_length, length - query_length, rules, SCORE_HOOK is not None, OPTIONS
-                )  # fmt: skip
-                spans = (spans[1] // ROWS, spans[2] // ROWS, spans[3] // ROWS, spans[4] // ROWS)
-                grad_key = gl.full([ROWS, OPTIONS.block_d], 0, gl.float32, OUTPUT)
-                grad_value = gl.full([ROWS, OPTIONS.block_d], 0, gl.float32, OUTPUT)
-                first = tile * KEYS + WARPGROUP * ROWS
-                mbarrier.wait(key_barriers[0], turn & 1)
-                turn += 1
-                if first + ROWS > length:
-                    clear_beyond(buffers[2].index(WARPGROUP), first, length, OPTIONS, OPTIONS.group, 1, 0)
-                    clear_beyond(buffers[3].index(WARPGROUP), first, length, OPTIONS, OPTIONS.group, 1, 0)
-                first_step = step
-                before = rows_before(lengths, problem)
-                for run in range(RUNS * heads_of[1]):
-                    entry = 0
-                    descending = False
-                    if lists is None:
-                        descending = descends(phase, run // RUNS, lists)
-                        masked_begin, masked_end, hot_end = runs_of(run % RUNS, begin, spans, end, descending)
-                    else:
-                        head = kv_head * heads_of[1] + run
-                        entries_ptr, masked_end, hot_end = entries_of(head, sequence, tile, problem)
-                        masked_begin = masked_end * 0
-                        entry = gl.load(entries_ptr)
-                    for place in range(masked_begin, masked_end):
-                        query_tile, unlisted = nth_tile(place, begin, end, descending), 0
-                        if lists is not None:
-                            query_tile, unlisted = entry // TILES_FROM, entry % 2
-                            entry = gl.load(entries_ptr + place + 1)  # ahead, as it takes long
-                        grad_key, grad_value, clearings = differentiate(
-                            step, query_tile * ROWS - before, first, grad_key, grad_value, clearings,
-                            step > first_step, lengths, rules, numbers, hook_args, buffers, barriers,
-                            WARPGROUP, SCORE_HOOK, OPTIONS, True, unlisted,
-                        )  # fmt: skip
-                        step += 1
-                    for place in range(masked_end, hot_end):
-                        query_tile = nth_tile(place, begin, end, descending)
-                        if lists is not None:
-                            query_tile = entry // TILES_FROM
-                            entry = gl.load(entries_ptr + place + 1)
-                        grad_key, grad_value, clearings = differentiate(
-                            step, query_tile * ROWS - before, first, grad_key, grad_value, clearings,
-                            step > first_step, lengths, rules, numbers, hook_args, buffers, barriers,
-                            WARPGROUP, SCORE_HOOK, OPTIONS, False,
-                        )  # fmt: skip
-                        step += 1
-                if step > first_step:
-                    await_scores(step - 1, WARPGROUP)
-                if (step > first_step) & hands_over(step - 1, WARPGROUP, SCORE_HOOK is None):
-                    sums = begin_sums(step - 1, buffers[5], buffers[2], WARPGROUP, SCORE_HOOK is None, OPTIONS)
-                    sums = warpgroup_mma_wait(0, deps=[sums])
-                    hand_over(sums, step - 1, buffers[6], barriers[2], WARPGROUP, OPTIONS)
-                synchronize()
-                mbarrier.arrive(key_barriers[1], count=1)
-                store_keys(grad_key * numbers[0], grad_key_ptr, strides, kv_head, first_key, first, length, OPTIONS)
-                store_keys(grad_value, grad_value_ptr, strides, kv_head, first_key, first, length, OPTIONS)
+    for wave in range(count_waves(problem)):
+        kv_head, sequence, tile, exists, lengths = find_tile(wave, problem)
+        if exists:
+            query_length, length = lengths
+            first_key = gl.load(sequences[2] + sequence).to(gl.int64)
+            exempt = window
+            if not OPTIONS.sparse_decode:
+                exempt = gl.where(query_length == 1, length, window)
+            rules = (length - query_length, length, num_sinks, exempt, sliding_window)
+            begin, end = tiles_that_see(tile, lengths, problem[4][2], OPTIONS)
+            spans = query_spans(
+                tile * KEYS, query_length, length - query_length, rules, SCORE_HOOK is not None, OPTIONS
+            )  # fmt: skip
+            spans = (spans[1] // ROWS, spans[2] // ROWS, spans[3] // ROWS, spans[4] // ROWS)
+            grad_key = gl.full([ROWS, OPTIONS.block_d], 0, gl.float32, OUTPUT)
+            grad_value = gl.full([ROWS, OPTIONS.block_d], 0, gl.float32, OUTPUT)
+            first = tile * KEYS + WARPGROUP * ROWS
+            mbarrier.wait(key_barriers[0], turn & 1)
+            turn += 1
+            if first + ROWS > length:
+                clear_beyond(buffers[2].index(WARPGROUP), first, length, OPTIONS, OPTIONS.group, 1, 0)
+                clear_beyond(buffers[3].index(WARPGROUP), first, length, OPTIONS, OPTIONS.group, 1, 0)
+            first_step = step
+            before = rows_before(lengths, problem)
+            for run in range(RUNS * heads_of[1]):
+                entry = 0
+                descending = False
+                if lists is None:
+                    descending = descends(wave, run // RUNS, lists)
+                    masked_begin, masked_end, hot_end = runs_of(run % RUNS, begin, spans, end, descending)
+                else:
+                    head = kv_head * heads_of[1] + run
+                    entries_ptr, masked_end, hot_end = entries_of(head, sequence, tile, problem)
+                    masked_begin = masked_end * 0
+                    entry = gl.load(entries_ptr)
+                for place in range(masked_begin, masked_end):
+                    query_tile, unlisted = nth_tile(place, begin, end, descending), 0
+                    if lists is not None:
+                        query_tile, unlisted = entry // TILES_FROM, entry % 2
+                        entry = gl.load(entries_ptr + place + 1)  # ahead, as it takes long
+                    grad_key, grad_value, clearings = differentiate(
+                        step, query_tile * ROWS - before, first, grad_key, grad_value, clearings,
+                        step > first_step, lengths, rules, numbers, hook_args, buffers, barriers,
+                        WARPGROUP, SCORE_HOOK, OPTIONS, True, unlisted,
+                    )  # fmt: skip
+                    step += 1
+                for place in range(masked_end, hot_end):
+                    query_tile = nth_tile(place, begin, end, descending)
+                    if lists is not None:
+                        query_tile = entry // TILES_FROM
+                        entry = gl.load(entries_ptr + place + 1)
+                    grad_key, grad_value, clearings = differentiate(
+                        step, query_tile * ROWS - before, first, grad_key, grad_value, clearings,
+                        step > first_step, lengths, rules, numbers, hook_args, buffers, barriers,
+                        WARPGROUP, SCORE_HOOK, OPTIONS, False,
+                    )  # fmt: skip
+                    step += 1
+            if step > first_step:
+                await_scores(step - 1, WARPGROUP)
+            if (step > first_step) & hands_over(step - 1, WARPGROUP, SCORE_HOOK is None):
+                sums = begin_sums(step - 1, buffers[5], buffers[2], WARPGROUP, SCORE_HOOK is None, OPTIONS)
+                sums = warpgroup_mma_wait(0, deps=[sums])
+                hand_over(sums, step - 1, buffers[6], barriers[2], WARPGROUP, OPTIONS)
+            synchronize()
+            mbarrier.arrive(key_barriers[1], count=1)
+            store_keys(grad_key * numbers[0], grad_key_ptr, strides, kv_head, first_key, first, length, OPTIONS)
+            store_keys(grad_value, grad_value_ptr, strides, kv_head, first_key, first, length, OPTIONS)
 
 
 @gluon.jit(

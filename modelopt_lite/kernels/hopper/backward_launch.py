@@ -13,7 +13,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..device import Launch, cdiv, is_aligned, processors, rebased
 from ..portable.launch import gradient_of_sink_logits
-from ..request import AttentionRequest, HookRefusedError
+from ..request import AttentionRequest, ForwardResult, HookRefusedError
 from ..settings import Options, Settings, distances, hook_arguments, options_of
 from . import forward_launch as hopper_launch
 from .backward import (
@@ -30,7 +30,7 @@ from .forward_launch import key_descriptor, shared_descriptor, tail_of
 from .visits import TILES_FROM, gather_tiles, mark_tiles
 
 Backward: TypeAlias = (
-    "Callable[[Tensor, Tensor, Tensor, AttentionRequest], tuple[Tensor, Tensor, Tensor, Tensor | None]]"
+    "Callable[[Tensor, ForwardResult, AttentionRequest], tuple[Tensor, Tensor, Tensor, Tensor | None]]"
 )
 
 SETTINGS = Settings(ROWS.value, KEYS.value, 4, 2, True, False)
@@ -40,6 +40,11 @@ LONGEST_LISTED = KEYS.value * TILES_FROM.value // 2
 """Tokens of a sequence whose tiles can be numbered in an entry of a list."""
 FASTER_FROM = {64: 8192, 128: 1024}
 """Queries of a sequence, on average, from which on this kernel is faster than the portable ones, by head_dim."""
+
+STEPS_OF_LAUNCH = 8
+"""As how many steps of a program a launch takes, beside its steps."""
+SLOWER = 1.03
+"""How much longer gradients may take if that saves memory."""
 
 _UNCOMPILABLE: dict[Any, str] = {}
 """Why Gluon cannot compile a hook."""
@@ -82,21 +87,19 @@ def prepare(grad: Tensor, request: AttentionRequest) -> Backward:
         request: what was computed, of one of them.
 
     Returns:
-        A function of the gradient, the output, its LSE and the request, which returns what
+        A function of the gradient, what the forward pass left and the request, which returns what
         :func:`modelopt_lite.kernels.portable.launch.backward` does. Between calls only the addresses and contents of
-        tensors may differ. It raises :class:`~modelopt_lite.kernels.request.HookRefusedError` if Gluon cannot compile
-        the plan's hook.
+        tensors may differ. It frees the output, if nobody else holds it, before it allocates memory for sums. It
+        raises :class:`~modelopt_lite.kernels.request.HookRefusedError` if Gluon cannot compile the plan's hook.
     """
     r, plan, device = request, request.plan, request.q.device
     (total, query_heads, head_dim), kv_heads, batch = r.q.shape, r.k.shape[1], r.starts_q.shape[0]
     options = options_of(r, SETTINGS)._replace(pair=min(r.group, 2))
     tiles = max(1, cdiv(r.max_k, KEYS.value))
     members = query_heads // kv_heads
+    heads = kv_heads
     if r.blocks is None:
-        heads = heads_of_launch(kv_heads, batch * cdiv(tiles, 2), processors(device))
-        items = batch * heads * cdiv(tiles, 2)
-    else:
-        heads, items = kv_heads, batch * kv_heads * tiles
+        heads = heads_of_launch(kv_heads, batch, tiles, members, processors(device), r.is_causal)
     # With lists, the first and the last tile of a sequence may both have fewer rows.
     query_tiles = total // ROWS.value + batch * (1 if r.blocks is None else 2)
     rows, columns = query_heads * query_tiles, ROWS.value
@@ -127,26 +130,29 @@ def prepare(grad: Tensor, request: AttentionRequest) -> Backward:
     )  # fmt: skip
     launch_after = Launch(round_gradients, device, head_dim, plan.score_hook is None)
     prepare_entries = None if r.blocks is None else Entries(r, tiles, options)
-    programs = min(items, processors(device))
+    programs = min(batch * heads * tiles, processors(device))
     rest = ((r.softmax_scale, r.softcap or 0.0), batch, tiles, *distances(r))
     hook_args = hook_arguments(plan)
 
-    def run(
-        grad: Tensor, out: Tensor, lse: Tensor, r: AttentionRequest
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def run(grad: Tensor, result: ForwardResult, r: AttentionRequest) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         shift, delta, turns = (
             torch.empty(rows, *dims, dtype=dtype, device=device)
             for dims, dtype in (((columns,), torch.float32), ((columns,), torch.float32), ((), torch.int32))
         )
-        sums = torch.empty(lines, LINE.value, dtype=torch.float32, device=device)
         begins = torch.empty(batch, dtype=torch.int32, device=device)
         grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in (r.q, r.k, r.v))
         lengths = (r.lengths_q, None if prepare_entries is None else r.lengths_k)
+        out = result.output
+        assert out is not None
         launch_before(
-            before, grad, out, lse, shift, delta, grad_q, turns, begins, grad_k, grad_v,
+            before, grad, out, result.lse, shift, delta, grad_q, turns, begins, grad_k, grad_v,
             (grad_strides, out.stride()[:2], query_strides), r.starts_q, lengths, query_heads, batch, total,
             query_tiles, size,
         )  # fmt: skip
+        if launch.compiled is not None:  # so no other kernel has to take over
+            result.output = None
+        del out
+        sums = torch.empty(lines, LINE.value, dtype=torch.float32, device=device)
         tails = [None, None] if tail_rows == 0 else [_tail(x, tail_rows, tail_start) for x in (r.k, r.v)]
         entries = None if prepare_entries is None else prepare_entries(r)
         for first_head in range(0, kv_heads, heads):
@@ -175,19 +181,32 @@ def prepare(grad: Tensor, request: AttentionRequest) -> Backward:
     return run
 
 
-def heads_of_launch(kv_heads: int, items: int, programs: int) -> int:
+def heads_of_launch(kv_heads: int, batch: int, tiles: int, members: int, programs: int, is_causal: bool) -> int:
     """Return of how many heads of keys a launch computes gradients.
 
-    It has memory for the sums of these alone. So they are few, but not so few that multiprocessors are left without an
-    item more often.
+    It has memory for the sums of these alone. So they are as few as take at most ``SLOWER`` times as long as the
+    fastest number does.
 
     Args:
-        kv_heads: how many heads there are.
-        items: items of a head.
+        kv_heads: how many heads of keys there are.
+        batch: how many sequences.
+        tiles: tiles of keys of the longest one.
+        members: how many heads of queries share a head of keys.
         programs: how many items are computed at the same time.
+        is_causal: whether the n-th last tile has n times as much work as the last one.
     """
-    divisors = [heads for heads in range(1, kv_heads + 1) if kv_heads % heads == 0]
-    return min(divisors, key=lambda heads: (kv_heads // heads * cdiv(heads * items, programs), heads))
+    steps = {}
+    for heads in range(1, kv_heads + 1):
+        if kv_heads % heads == 0:
+            waves = cdiv(batch * heads * tiles, programs)
+            items = torch.arange(waves * programs).view(waves, programs)
+            items[1::2] = items[1::2].flip(1)
+            left = (tiles - items // (batch * heads)).clamp(min=0)
+            work = left if is_causal else left.sign() * tiles
+            longest = int(work.sum(0).max())
+            steps[heads] = kv_heads // heads * (longest * members * KEYS.value // ROWS.value + STEPS_OF_LAUNCH)
+    limit = SLOWER * min(steps.values())
+    return next(heads for heads in steps if steps[heads] <= limit)
 
 
 def _descriptor(shape: list[int], box: list[int], swizzle: int, device: torch.device) -> TensorDescriptor:
