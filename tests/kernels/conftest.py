@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from modelopt_lite.kernels import settings
+from modelopt_lite.kernels.hopper import backward_launch as hopper_backward_launch
 from modelopt_lite.kernels.hopper import forward_launch as hopper_launch
 from modelopt_lite.kernels.hopper import sparse_cores
 
@@ -50,7 +51,7 @@ def absent_gpu(monkeypatch):
 
     set_capability(90)
     monkeypatch.delenv("MODELOPT_LITE_KERNEL", raising=False)
-    for module in (hopper_launch, sparse_cores):
+    for module in (hopper_launch, hopper_backward_launch, sparse_cores):
         monkeypatch.setattr(module, "processors", lambda device: 132)
     return set_capability
 

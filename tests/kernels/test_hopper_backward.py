@@ -121,7 +121,8 @@ def chosen(absent_gpu, monkeypatch):
 def test_choice(chosen, monkeypatch):
     long, short, refused = request_on_gpu(), request_on_gpu(tokens=512), request_on_gpu(dim=96)
     assert [chosen(x) for x in (long, short, refused)] == ["hopper", "portable", "portable"]
-    assert [chosen(request_on_gpu(dim=64, tokens=tokens)) for tokens in (8191, 8192)] == ["portable", "hopper"]
+    # Four heads with as many tiles of 128 keys as there are multiprocessors.
+    assert [chosen(request_on_gpu(dim=64, tokens=tokens)) for tokens in (4223, 4224)] == ["portable", "hopper"]
     monkeypatch.setenv("MODELOPT_LITE_KERNEL", "hopper")
     assert [chosen(x) for x in (long, short, refused)] == ["hopper", "hopper", "portable"]
     monkeypatch.setenv("MODELOPT_LITE_KERNEL", "portable")

@@ -51,8 +51,9 @@ def test_heads(heads):
 
 @pytest.mark.parametrize("plan", PLANS[:2], ids=["dense", "2:4"])
 def test_a_head_at_a_time(plan, monkeypatch):
-    """With few multiprocessors, four launches compute the heads of keys one by one, and sums lie in the same memory."""
-    monkeypatch.setattr(hopper_backward_launch, "processors", lambda device: 8)
+    """Launches compute the heads of keys one by one, in several waves, and their sums lie in the same memory."""
+    monkeypatch.setattr(hopper_backward_launch, "processors", lambda device: 5)
+    monkeypatch.setattr(hopper_backward_launch, "heads_of_launch", lambda *shape: 1)
     monkeypatch.setattr(choice, "_prepared_backward", {})
     check(make(lengths=((700, 700), (333, 800)), heads=(8, 4), dims=DIMS, plan=plan))
 

@@ -38,9 +38,8 @@ HEAD_DIMS = (64, 128)
 MAX_GROUP = 8
 LONGEST_LISTED = KEYS.value * TILES_FROM.value // 2
 """Tokens of a sequence whose tiles can be numbered in an entry of a list."""
-FASTER_FROM = {64: 8192, 128: 1024}
-"""Queries of a sequence, on average, from which on this kernel is faster than the portable ones, by head_dim."""
-
+FASTER_FROM = 1024
+"""Queries of a sequence, on average, from which on this kernel may be faster than the portable ones."""
 STEPS_OF_LAUNCH = 8
 """As how many steps of a program a launch takes, beside its steps."""
 SLOWER = 1.03
@@ -69,8 +68,14 @@ def refusal(request: AttentionRequest) -> str | None:
 
 
 def pays(request: AttentionRequest) -> bool:
-    """Whether the kernel is faster than the portable ones."""
-    return request.q.shape[0] / max(1, request.starts_q.shape[0]) >= FASTER_FROM[request.q.shape[2]]
+    """Whether the kernel is faster than the portable ones.
+
+    It takes no smaller tiles for short sequences, and with a head dimension of 64 a multiprocessor without a tile of
+    keys costs more than the kernel saves.
+    """
+    (total, _, head_dim), (keys, heads, _) = request.q.shape, request.k.shape
+    is_long = total >= FASTER_FROM * request.starts_q.shape[0]
+    return is_long and (head_dim > 64 or keys * heads >= KEYS.value * processors(request.q.device))
 
 
 def readable(grad: Tensor) -> Tensor:
