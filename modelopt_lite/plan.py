@@ -60,6 +60,9 @@ class BlockSelector:
         first_blocks: leading key blocks of each sequence that are always kept, >= 0.
         recent_blocks: last key blocks up to the diagonal that are always kept, >= 0; 1 is the diagonal alone.
         per_kv_head: whether all query heads that share keys share one choice, made by the sum of their scores.
+        choice: the same as ``choose`` in words that kernels know: ``choice(seen, dtype)``, with the type of the scores,
+            returns a :class:`~modelopt_lite.kernels.block_scores.BlockChoice`. It is called once for all calls that
+            share their packing. None: ``choose`` alone says it.
 
     Raises:
         ValueError: if a number is out of its range.
@@ -73,6 +76,7 @@ class BlockSelector:
     first_blocks: int = 1
     recent_blocks: int = 1
     per_kv_head: bool = False
+    choice: Callable[[Tensor, Any], Any] | None = None
 
     def __post_init__(self) -> None:
         _check_block_sizes("selector", self.block_size, self.block_rows)

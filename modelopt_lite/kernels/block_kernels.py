@@ -145,29 +145,56 @@ def _tile_of_rows(pointer, rows, exists, stride, DIM: tl.constexpr, BLOCK_D: tl.
     return tl.load(pointer + rows[:, None] * stride + columns[None, :], mask=mask, other=0.0)
 
 
-@triton.jit(do_not_specialize=["blocks_each"])
-def mean_rows(
-    x_ptr, mean_ptr, sequence_ptr, row_ptr, origin_ptr, low_ptr, high_ptr, blocks_each, stride, head_stride,
-    HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, SIZE: tl.constexpr,
-):  # fmt: skip
-    """Store the mean of the rows of one block and head, ``[blocks, HEADS, DIM]`` FP32; 0 without any row.
-
-    Without a table of the sequences, each has ``blocks_each`` blocks.
-    """
-    block = tl.program_id(0) // HEADS
-    if sequence_ptr is None:
-        sequence = block // blocks_each
-    else:
-        sequence = tl.load(sequence_ptr + block)
-    head = (tl.program_id(0) % HEADS).to(tl.int64)
-    row = tl.load(row_ptr + sequence).to(tl.int64)
-    low, high = tl.load(low_ptr + block), tl.load(high_ptr + block)
-    position = tl.load(origin_ptr + block) + tl.arange(0, SIZE)
+@triton.jit
+def _mean_of_rows(x_ptr, row, origin, low, high, stride, DIM: tl.constexpr, BLOCK_D: tl.constexpr, SIZE: tl.constexpr):
+    """Return the mean of the rows at positions ``low`` to ``high`` of one block and head, FP32 ``[BLOCK_D]``, or 0."""
+    position = origin + tl.arange(0, SIZE)
     exists = (position >= low) & (position <= high)
-    x = _tile_of_rows(x_ptr + head * head_stride, row + position, exists, stride, DIM, BLOCK_D)
-    mean = tl.sum(x.to(tl.float32), 0) / tl.maximum(high - low + 1, 1).to(tl.float32)
-    columns = tl.arange(0, BLOCK_D)
-    tl.store(mean_ptr + tl.program_id(0).to(tl.int64) * DIM + columns, mean, mask=columns < DIM)
+    x = _tile_of_rows(x_ptr, row + position, exists, stride, DIM, BLOCK_D)
+    return tl.sum(x.to(tl.float32), 0) / tl.maximum(high - low + 1, 1).to(tl.float32)
+
+
+@triton.jit
+def _store_parts(pointer, x, exists, part_stride, PARTS: tl.constexpr):
+    """Store FP32 numbers, or each of them as the sum of two of another type, ``part_stride`` apart."""
+    if PARTS == 1:
+        tl.store(pointer, x, mask=exists)
+    else:
+        first = x.to(pointer.dtype.element_ty)
+        tl.store(pointer, first, mask=exists)
+        tl.store(pointer + part_stride, (x - first.to(tl.float32)).to(pointer.dtype.element_ty), mask=exists)
+
+
+@triton.jit(do_not_specialize=["programs_q", "columns"])
+def mean_rows(
+    query_ptr, key_ptr, mean_ptr, sequence_ptr, row_q_ptr, origin_q_ptr, low_q_ptr, high_q_ptr, row_k_ptr,
+    origin_k_ptr, low_k_ptr, high_k_ptr, programs_q, columns, stride_q, head_stride_q, stride_k, head_stride_k,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+    SIZE: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Store the mean of the rows of one block and head, 0 without any row.
+
+    The first ``programs_q`` programs store means of queries, ``[query_blocks, HEADS, DIM]``, those behind them means of
+    keys, ``[batch, columns, KV_HEADS, DIM]``; all of them in ``PARTS`` parts as :func:`split_numbers`.
+    """
+    program = tl.program_id(0)
+    if program < programs_q:
+        block, head = program // HEADS, (program % HEADS).to(tl.int64)
+        mean = _mean_of_rows(
+            query_ptr + head * head_stride_q, tl.load(row_q_ptr + tl.load(sequence_ptr + block)),
+            tl.load(origin_q_ptr + block), tl.load(low_q_ptr + block), tl.load(high_q_ptr + block), stride_q, DIM,
+            BLOCK_D, ROWS,
+        )  # fmt: skip
+    else:
+        place = program - programs_q
+        block, head = place // KV_HEADS, (place % KV_HEADS).to(tl.int64)
+        mean = _mean_of_rows(
+            key_ptr + head * head_stride_k, tl.load(row_k_ptr + block // columns), tl.load(origin_k_ptr + block),
+            tl.load(low_k_ptr + block), tl.load(high_k_ptr + block), stride_k, DIM, BLOCK_D, SIZE,
+        )  # fmt: skip
+    dims = tl.arange(0, BLOCK_D)
+    all_means = tl.num_programs(0).to(tl.int64) * DIM
+    _store_parts(mean_ptr + program.to(tl.int64) * DIM + dims, mean, dims < DIM, all_means, PARTS)
 
 
 @triton.jit(do_not_specialize=["numbers"])
@@ -176,25 +203,23 @@ def split_numbers(x_ptr, parts_ptr, numbers, BLOCK: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     exists = place < numbers
     x = tl.load(x_ptr + place, mask=exists, other=0.0)
-    first = x.to(parts_ptr.dtype.element_ty)
-    tl.store(parts_ptr + place, first, mask=exists)
-    tl.store(parts_ptr + numbers + place, (x - first.to(tl.float32)).to(parts_ptr.dtype.element_ty), mask=exists)
+    _store_parts(parts_ptr + place, x, exists, numbers, 2)
 
 
 @triton.jit(do_not_specialize=["query_blocks", "columns", "window"])
 def multiply_means(
-    query_ptr, key_ptr, score_ptr, sequence_ptr, low_q_ptr, high_q_ptr, low_k_ptr, high_k_ptr, query_blocks, columns,
-    scale, softcap, window,
+    mean_ptr, score_ptr, sequence_ptr, low_q_ptr, high_q_ptr, low_k_ptr, high_k_ptr, query_blocks, columns, scale,
+    softcap, window,
     HEADS: tl.constexpr, REPEAT: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, SIZE: tl.constexpr, CAUSAL: tl.constexpr, SLIDING: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """Multiply ``BLOCK_M`` mean queries of one head with all mean keys that their blocks see.
 
-    Stores scores ``[HEADS, query_blocks, columns]``; means are FP32, ``[query_blocks, HEADS, DIM]`` and ``[batch,
-    columns, HEADS // REPEAT, DIM]``.
+    Stores scores ``[HEADS, query_blocks, columns]``; means are those of :func:`mean_rows`, in one part.
     """
     KV_HEADS: tl.constexpr = HEADS // REPEAT
+    key_ptr = mean_ptr + query_blocks.to(tl.int64) * HEADS * DIM
     head = (tl.program_id(0) % HEADS).to(tl.int64)
     tile = tl.cdiv(query_blocks, BLOCK_M) - 1 - tl.program_id(0) // HEADS
     block = tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -202,7 +227,7 @@ def multiply_means(
     of_row = tl.load(sequence_ptr + block, mask=exists, other=0).to(tl.int32)
     low = tl.load(low_q_ptr + block, mask=exists, other=0).to(tl.int32)
     high = tl.load(high_q_ptr + block, mask=exists, other=-1).to(tl.int32)
-    query = _tile_of_rows(query_ptr + head * DIM, block.to(tl.int64), exists, HEADS * DIM, DIM, BLOCK_D)
+    query = _tile_of_rows(mean_ptr + head * DIM, block.to(tl.int64), exists, HEADS * DIM, DIM, BLOCK_D)
     score_ptr += (head * query_blocks + block) * columns
     for sequence in tl.range(
         tl.min(tl.where(exists, of_row, 1 << 30), 0), tl.max(tl.where(exists, of_row, -1), 0) + 1, num_stages=1
@@ -532,9 +557,21 @@ def _number_of(block, bits, numbers_ptr):
     return number
 
 
+@triton.jit
+def _list_blocks(index_ptr, kept, before, count, number, columns):
+    """Store some blocks of a row in its list: those kept, ascending, behind the ``before`` that are kept before them.
+
+    All others follow behind ``count``, the number of all that are kept. Returns how many are kept up to here.
+    """
+    kept_before = before + tl.cumsum(kept, 0) - kept
+    place = tl.where(kept != 0, kept_before, count + number - kept_before)
+    tl.store(index_ptr + place, number, mask=number < columns)
+    return before + tl.sum(kept)
+
+
 @triton.jit(do_not_specialize=["share", "query_blocks", "columns"])
 def choose_largest(
-    score_ptr, seen_ptr, forced_ptr, chosen_ptr, share_ptr, share, query_blocks, columns,
+    score_ptr, seen_ptr, forced_ptr, chosen_ptr, count_ptr, index_ptr, share_ptr, share, query_blocks, columns,
     BY_MASS: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Keep the blocks of one query block and head with the largest scores, the forced ones first, up to a share.
@@ -542,15 +579,17 @@ def choose_largest(
     In that order, a block is kept as long as those before it are fewer, or have less mass, than the share. The smallest
     score that is kept is found by bisection on the bits of FP32 numbers; sums are FP64, so that their order, and with
     it the number of columns, does not matter.
+
+    Stores a mask of those that are not forced, or lists all as :func:`list_rows`, for whichever there is memory.
     """
+    row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(0) % query_blocks
     number = tl.arange(0, BLOCK_T)
     exists = number < columns
     here = block.to(tl.int64) * columns + number
     seen = tl.load(seen_ptr + here, mask=exists, other=0) != 0
     forced = (tl.load(forced_ptr + here, mask=exists, other=0) != 0) & seen
-    place = tl.program_id(0).to(tl.int64) * columns + number
-    score = tl.load(score_ptr + place, mask=seen, other=0.0) + 0.0  # -0.0 becomes 0.0
+    score = tl.load(score_ptr + row * columns + number, mask=seen, other=0.0) + 0.0  # -0.0 becomes 0.0
     bits = score.to(tl.int32, bitcast=True)
     key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # integers in the order of the scores
     free = seen & (forced == 0)
@@ -577,24 +616,58 @@ def choose_largest(
     before = tl.cumsum(ties.to(tl.int32), 0) - ties.to(tl.int32)
     kept = ties & (above + before.to(tl.float64) * weight < target)
     kept = kept | (free & (key > high))
-    tl.store(chosen_ptr + place, kept.to(tl.int8), mask=exists)
+    if chosen_ptr is not None:
+        tl.store(chosen_ptr + row * columns + number, kept.to(tl.int8), mask=exists)
+    if count_ptr is not None:
+        kept = (kept | forced).to(tl.int32)
+        count = tl.sum(kept, 0)
+        tl.store(count_ptr + row, count)
+        _list_blocks(index_ptr + row * columns, kept, 0, count, number, columns)
 
 
 @triton.jit(do_not_specialize=["fraction", "query_blocks", "columns"])
-def choose_above(score_ptr, seen_ptr, chosen_ptr, fraction_ptr, fraction, query_blocks, columns, BLOCK_T: tl.constexpr):
-    """Keep the blocks of one query block and head whose score is at least a fraction of the largest one, or of 0."""
-    block = tl.program_id(0) % query_blocks
-    place = tl.program_id(0).to(tl.int64) * columns
+def choose_above(
+    score_ptr, seen_ptr, forced_ptr, chosen_ptr, count_ptr, index_ptr, fraction_ptr, fraction, query_blocks, columns,
+    BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """Keep the blocks of one query block and head whose score is at least a fraction of the largest one, or of 0.
+
+    Stores what :func:`choose_largest` does; there is no mask of what is forced if there are to be no lists.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    block = (tl.program_id(0) % query_blocks).to(tl.int64)
+    score_ptr += row * columns
     highest = tl.zeros([BLOCK_T], tl.float32)
     for begin in tl.range(0, columns, BLOCK_T):
         number = begin + tl.arange(0, BLOCK_T)
-        seen = tl.load(seen_ptr + block.to(tl.int64) * columns + number, mask=number < columns, other=0) != 0
-        highest = tl.maximum(highest, tl.load(score_ptr + place + number, mask=seen, other=0.0))
+        seen = tl.load(seen_ptr + block * columns + number, mask=number < columns, other=0) != 0
+        highest = tl.maximum(highest, tl.load(score_ptr + number, mask=seen, other=0.0))
     least = _number_of(block, fraction, fraction_ptr).to(tl.float32) * tl.max(highest, 0)
-    for begin in tl.range(0, columns, BLOCK_T):
-        number = begin + tl.arange(0, BLOCK_T)
-        score = tl.load(score_ptr + place + number, mask=number < columns, other=0.0)
-        tl.store(chosen_ptr + place + number, (score >= least).to(tl.int8), mask=number < columns)
+    if chosen_ptr is not None:
+        for begin in tl.range(0, columns, BLOCK_T):
+            number = begin + tl.arange(0, BLOCK_T)
+            score = tl.load(score_ptr + number, mask=number < columns, other=0.0)
+            tl.store(chosen_ptr + row * columns + number, (score >= least).to(tl.int8), mask=number < columns)
+    if count_ptr is not None:
+        count = 0
+        for begin in tl.range(0, columns, BLOCK_T):
+            count += tl.sum(_at_least(score_ptr, seen_ptr, forced_ptr, least, block, columns, begin, BLOCK_T))
+        tl.store(count_ptr + row, count)
+        before = 0
+        for begin in tl.range(0, columns, BLOCK_T):
+            kept = _at_least(score_ptr, seen_ptr, forced_ptr, least, block, columns, begin, BLOCK_T)
+            number = begin + tl.arange(0, BLOCK_T)
+            before = _list_blocks(index_ptr + row * columns, kept, before, count, number, columns)
+
+
+@triton.jit
+def _at_least(score_ptr, seen_ptr, forced_ptr, least, block, columns, begin, BLOCK_T: tl.constexpr):
+    """Load which of some blocks are seen and have at least this score, or are forced."""
+    number = begin + tl.arange(0, BLOCK_T)
+    exists = number < columns
+    kept = tl.load(score_ptr + number, mask=exists, other=0.0) >= least
+    kept = kept & (tl.load(seen_ptr + block * columns + number, mask=exists, other=0) != 0)
+    return (kept | (tl.load(forced_ptr + block * columns + number, mask=exists, other=0) != 0)).to(tl.int32)
 
 
 @triton.jit
@@ -627,10 +700,7 @@ def list_rows(mask_ptr, seen_ptr, forced_ptr, count_ptr, index_ptr, rows, column
     for begin in tl.range(0, columns, BLOCK_T):
         number = begin + offsets
         kept = _kept(mask_ptr, seen_ptr, forced_ptr, row, of_all, columns, begin, BLOCK_T)
-        kept_before = before + tl.cumsum(kept, 0) - kept
-        place = tl.where(kept != 0, kept_before, count + number - kept_before)
-        tl.store(index_ptr + row * columns + place, number, mask=number < columns)
-        before += tl.sum(kept)
+        before = _list_blocks(index_ptr + row * columns, kept, before, count, number, columns)
 
 
 @triton.jit(do_not_specialize=["query_blocks", "columns"])

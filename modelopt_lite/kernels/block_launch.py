@@ -5,8 +5,11 @@ The functions return what those of the same name in :mod:`modelopt_lite.kernels.
 
 from __future__ import annotations
 
+import functools
+import math
 import struct
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -25,12 +28,14 @@ from .block_kernels import (
     split_numbers,
     sum_softmax,
 )
-from .device import cdiv, compute_capability, launch
+from .device import Launch, cdiv, compute_capability
 from .grid_tables import GridTables, grid_shape
 
 if TYPE_CHECKING:
     from .blocks import BlockGrid
     from .request import AttentionRequest
+
+Rule: TypeAlias = Literal["above", "heaviest", "largest"]
 
 OLDEST = 80
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -47,6 +52,8 @@ TABLE_BLOCK = 128
 """Blocks whose tables a program writes."""
 PARTIAL_BYTES = 1 << 29
 """About how many bytes :func:`antidiagonal_mass` keeps beside its result."""
+MAX_LAUNCHES = 1024
+"""How many launches of a kernel are remembered."""
 
 
 def runs_on(x: Tensor) -> bool:
@@ -54,43 +61,59 @@ def runs_on(x: Tensor) -> bool:
     return x.is_cuda and compute_capability(x.device) >= OLDEST
 
 
-def grid_tables(request: AttentionRequest, block_size: int, block_rows: int) -> GridTables:
-    """As :func:`modelopt_lite.kernels.grid_tables.grid_tables`."""
-    r, batch, device = request, request.starts_q.shape[0], request.q.device
-    blocks, columns = grid_shape(r, block_size, block_rows)
-    shapes = ((blocks,),) * 4 + ((batch, columns),) * 3 + ((batch,),) * 2
-    starts = torch.empty(batch, dtype=torch.int32, device=device)
-    found = GridTables(starts, *(torch.empty(shape, dtype=torch.int64, device=device) for shape in shapes))
-    launch(
-        lay_out, max(1, cdiv(blocks, TABLE_BLOCK)) + batch * cdiv(columns, TABLE_BLOCK),
-        (
-            found.starts, (found.sequence, found.origin_q, found.low_q, found.high_q),
-            (found.origin_k, found.low_k, found.high_k), (found.row_q, found.row_k),
-            (r.starts_q, r.lengths_q, r.starts_k, r.lengths_k, r.first_q, r.first_k), batch, blocks, columns,
-        ),
-        (block_rows, block_size, TABLE_BLOCK), num_warps=4,
-    )  # fmt: skip
-    return found
+def grid_tables(grid: BlockGrid) -> GridTables:
+    """As :func:`modelopt_lite.kernels.grid_tables.grid_tables`, of a grid that has no tables yet."""
+    return grid.prepared(_prepare_tables)(grid)
+
+
+def _prepare_tables(grid: BlockGrid) -> Callable[[BlockGrid], GridTables]:
+    batch, device = grid.request.starts_q.shape[0], grid.request.q.device
+    blocks, columns = grid_shape(grid.request, grid.block_size, grid.block_rows)
+    programs = max(1, cdiv(blocks, TABLE_BLOCK)) + batch * cdiv(columns, TABLE_BLOCK)
+    fill = Launch(lay_out, device, grid.block_rows, grid.block_size, TABLE_BLOCK, num_warps=4)
+    # One piece of memory, of which each table begins at a multiple of 16 bytes: views cost Python less.
+    views, size = [], 0
+    for shape in (*((blocks,),) * 4, *((batch, columns),) * 3, *((batch,),) * 2):
+        views.append((shape, (columns, 1)[-len(shape) :], size))
+        size += math.prod(shape) + math.prod(shape) % 2
+
+    def run(grid: BlockGrid) -> GridTables:
+        r, memory = grid.request, torch.empty(size, dtype=torch.int64, device=device)
+        starts = torch.empty(batch, dtype=torch.int32, device=device)
+        found = GridTables(starts, *(memory.as_strided(*view) for view in views))
+        packing = (r.starts_q, r.lengths_q, r.starts_k, r.lengths_k, r.first_q, r.first_k)
+        fill(programs, found.starts, found[1:5], found[5:8], found[8:], packing, batch, blocks, columns)
+        return found
+
+    return run
 
 
 def marked(grid: BlockGrid, first_blocks: int, recent_blocks: int) -> tuple[Tensor, Tensor]:
     """As :meth:`modelopt_lite.kernels.blocks.BlockGrid.marked`."""
-    request, (blocks, columns) = grid.request, grid.shape
-    seen, forced = (torch.empty(blocks, columns, dtype=torch.bool, device=request.q.device) for _ in range(2))
-    if seen.numel():
-        width = min(1024, _power(columns))
-        tables = (
-            grid.sequence, grid.origin_q, grid.low_q, grid.high_q, grid.origin_k, grid.low_k, grid.high_k,
-            request.lengths_q,
-        )  # fmt: skip
-        most = MAX_POSITION // grid.block_size
-        numbers = (columns, _masks(request)[2], min(first_blocks, most), min(recent_blocks, most))
-        masks = (request.is_causal, request.sliding_window is not None, request.plan.sparse_decode)
-        launch(
-            mark_blocks, blocks, (_bytes(seen), _bytes(forced), *tables, *numbers),
-            (grid.block_rows, grid.block_size, width, *masks), num_warps=max(1, width // 256),
-        )  # fmt: skip
-    return seen, forced
+    return grid.prepared(_prepare_marks, first_blocks, recent_blocks)(grid)
+
+
+def _prepare_marks(
+    grid: BlockGrid, first_blocks: int, recent_blocks: int
+) -> Callable[[BlockGrid], tuple[Tensor, Tensor]]:
+    request, (blocks, columns), device = grid.request, grid.shape, grid.request.q.device
+    width, most = min(1024, _power(columns)), MAX_POSITION // grid.block_size
+    numbers = (columns, _masks(request)[2], min(first_blocks, most), min(recent_blocks, most))
+    mark = Launch(
+        mark_blocks, device, grid.block_rows, grid.block_size, width, *_mask_kinds(request)[:2],
+        request.plan.sparse_decode, num_warps=max(1, width // 256),
+    )  # fmt: skip
+
+    def run(grid: BlockGrid) -> tuple[Tensor, Tensor]:
+        seen, forced = (torch.empty(blocks, columns, dtype=torch.bool, device=device) for _ in range(2))
+        if seen.numel():
+            mark(
+                blocks, seen, forced, grid.sequence, grid.origin_q, grid.low_q, grid.high_q, grid.origin_k, grid.low_k,
+                grid.high_k, grid.request.lengths_q, *numbers,
+            )  # fmt: skip
+        return seen, forced
+
+    return run
 
 
 def refusal(grid: BlockGrid) -> str | None:
@@ -113,45 +136,72 @@ def refusal(grid: BlockGrid) -> str | None:
 
 def mean_keys(grid: BlockGrid) -> Tensor:
     """As :func:`modelopt_lite.kernels.block_scores.mean_keys`."""
-    batch, columns = grid.low_k.shape
-    tables = (None, grid.row_k, grid.origin_k, grid.low_k, grid.high_k)
-    means = _means(grid.request.k, tables, batch * columns, columns, grid.block_size)
-    return means.view(batch, columns, *grid.request.k.shape[1:])
+    means = grid.prepared(_prepare_means, False, True)(grid)
+    return means.view(*grid.low_k.shape, *grid.request.k.shape[1:])
 
 
 def mean_queries(grid: BlockGrid) -> Tensor:
     """As :func:`modelopt_lite.kernels.block_scores.mean_queries`."""
-    tables = (grid.sequence, grid.row_q, grid.origin_q, grid.low_q, grid.high_q)
-    return _means(grid.request.q, tables, grid.shape[0], 0, grid.block_rows)
+    means = grid.prepared(_prepare_means, True, False)(grid)
+    return means.view(grid.shape[0], *grid.request.q.shape[1:])
 
 
-def _means(x: Tensor, tables: tuple[Tensor | None, ...], blocks: int, blocks_each: int, size: int) -> Tensor:
-    heads, dim = x.shape[1:]
-    means = torch.empty(blocks, heads, dim, dtype=torch.float32, device=x.device)
-    x = _readable(x)
-    if means.numel():
-        launch(
-            mean_rows, blocks * heads, (x, means, *tables, blocks_each, *x.stride()[:2]),
-            (heads, dim, _block_d(dim), size), num_warps=4,
-        )  # fmt: skip
-    return means
+def _prepare_means(grid: BlockGrid, of_queries: bool, of_keys: bool, parts: int = 1) -> Callable[[BlockGrid], Tensor]:
+    """Prepare means of the queries of blocks, of their keys, or of both.
+
+    Args:
+        grid: one of those that they are for.
+        of_queries: whether those of queries are wanted, ``[query_blocks, query_heads, head_dim]``.
+        of_keys: whether those of keys are, ``[batch, key_blocks, kv_heads, head_dim]``; they come behind the others.
+        parts: 1 for FP32, 2 for sums of two numbers of the inputs' type, the second ones behind all first ones.
+    """
+    q, k = _readable(grid.request.q), _readable(grid.request.k)
+    (heads, dim), kv_heads, device, (blocks, columns) = q.shape[1:], k.shape[1], q.device, grid.shape
+    programs_q, programs_k = of_queries * blocks * heads, of_keys * grid.starts.shape[0] * columns * kv_heads
+    programs, dtype = programs_q + programs_k, torch.float32 if parts == 1 else q.dtype
+    numbers = (programs_q, columns, *q.stride()[:2], *k.stride()[:2])
+    means_of_rows = Launch(
+        mean_rows, device, heads, kv_heads, dim, _block_d(dim), grid.block_rows, grid.block_size, parts, num_warps=4
+    )
+
+    def run(grid: BlockGrid) -> Tensor:
+        q, k = _readable(grid.request.q), _readable(grid.request.k)
+        means = q.new_empty(parts * programs * dim, dtype=dtype)
+        if programs:
+            means_of_rows(
+                programs, q, k, means, grid.sequence, grid.row_q,
+                grid.origin_q, grid.low_q, grid.high_q, grid.row_k, grid.origin_k, grid.low_k, grid.high_k, *numbers,
+            )  # fmt: skip
+        return means
+
+    return run
 
 
 def mean_scores(grid: BlockGrid) -> Tensor:
     """As :func:`modelopt_lite.kernels.block_scores.mean_scores`."""
-    request, keys, queries = grid.request, mean_keys(grid), mean_queries(grid)
-    heads, dim = queries.shape[1:]
-    blocks, columns = grid.shape
-    scores = torch.empty(heads, blocks, columns, dtype=torch.float32, device=queries.device)
-    if scores.numel():
-        tables = (grid.sequence, grid.low_q, grid.high_q, grid.low_k, grid.high_k)
-        launch(
-            multiply_means, heads * cdiv(blocks, MEAN_ROWS),
-            (queries, keys, scores, *tables, blocks, columns, *_masks(request)),
-            (heads, heads // keys.shape[2], dim, _block_d(dim), MEAN_ROWS, 64, grid.block_size, *_mask_kinds(request)),
-            num_warps=4, num_stages=1,
-        )  # fmt: skip
-    return scores
+    return grid.prepared(_prepare_mean_scores)(grid)
+
+
+def _prepare_mean_scores(grid: BlockGrid) -> Callable[[BlockGrid], Tensor]:
+    request, (blocks, columns) = grid.request, grid.shape
+    (heads, dim), repeat, device = request.q.shape[1:], request.q.shape[1] // request.k.shape[1], request.q.device
+    means, numbers = _prepare_means(grid, True, True), (blocks, columns, *_masks(request))
+    programs = heads * cdiv(blocks, MEAN_ROWS)
+    multiply = Launch(
+        multiply_means, device, heads, repeat, dim, _block_d(dim), MEAN_ROWS, 64, grid.block_size,
+        *_mask_kinds(request), num_warps=4, num_stages=1,
+    )  # fmt: skip
+
+    def run(grid: BlockGrid) -> Tensor:
+        scores = grid.request.q.new_empty(heads, blocks, columns, dtype=torch.float32)
+        if scores.numel():
+            multiply(
+                programs, means(grid), scores, grid.sequence, grid.low_q, grid.high_q, grid.low_k, grid.high_k,
+                *numbers,
+            )  # fmt: skip
+        return scores
+
+    return run
 
 
 def _masks(request: AttentionRequest) -> tuple[float, float, int]:
@@ -164,105 +214,146 @@ def _mask_kinds(request: AttentionRequest) -> tuple[bool, bool, bool]:
     return request.is_causal, request.sliding_window is not None, request.softcap is not None
 
 
-def softmax_mass(grid: BlockGrid, pooled: Tensor) -> Tensor:
+def softmax_mass(grid: BlockGrid, pooled: Tensor | None) -> Tensor:
     """As :func:`modelopt_lite.kernels.block_scores.softmax_mass`."""
-    request, q = grid.request, _readable(grid.request.q)
-    heads, dim = q.shape[1:]
-    (blocks, columns), itemsize = grid.shape, q.element_size()
-    mass = torch.empty(heads, blocks, columns, dtype=torch.float32, device=q.device)
-    if mass.numel() == 0:
-        return mass
-    pooled, number = pooled.contiguous(), 1
-    if itemsize == 2:  # two numbers of 16 bits hold what one of them rounds away
-        parts, number = torch.empty(2, *pooled.shape, dtype=q.dtype, device=q.device), 2
-        launch(split_numbers, cdiv(pooled.numel(), 1024), (pooled, parts, pooled.numel()), (1024,), num_warps=4)
-        pooled = parts
-    kv_heads = pooled.shape[-2]
+    if pooled is None:
+        return grid.prepared(_prepare_softmax_mass)(grid, None)
+    pooled = pooled.contiguous()
+    return grid.prepared(_prepare_softmax_mass, pooled.dtype, pooled.data_ptr() & 15)(grid, pooled)
+
+
+def _prepare_softmax_mass(grid: BlockGrid, *_: object) -> Callable[[BlockGrid, Tensor | None], Tensor]:
+    """Prepare masses by the means of keys, or by other pooled keys, which are alike in what follows the grid."""
+    request, q, (blocks, columns) = grid.request, _readable(grid.request.q), grid.shape
+    (heads, dim), kv_heads, itemsize, device = q.shape[1:], request.k.shape[1], q.element_size(), q.device
+    dtype, parts = q.dtype, 2 if itemsize == 2 else 1  # two numbers of 16 bits hold what one of them rounds away
+    size = grid.starts.shape[0] * columns * kv_heads * dim
+    means = _prepare_means(grid, False, True, parts)
+    split = Launch(split_numbers, device, 1024, num_warps=4)
     is_small = grid.block_rows < MAX_BLOCK or (itemsize == 2 and dim <= 128)
-    tables = (grid.sequence, grid.row_q, grid.origin_q, grid.low_q, grid.high_q, grid.low_k, grid.high_k)
-    numbers = (q.stride(0), q.stride(1), pooled.numel() // number, blocks, columns)
-    launch(
-        sum_softmax, heads * blocks, (q, pooled, mass, *tables, *numbers, *_masks(request)),
-        (
-            heads, heads // kv_heads, number, dim, _block_d(dim), grid.block_rows, 64 if itemsize == 2 else 16,
-            grid.block_size, *_mask_kinds(request),
-        ),
+    masses = Launch(
+        sum_softmax, device, heads, heads // kv_heads, parts, dim, _block_d(dim), grid.block_rows,
+        64 if itemsize == 2 else 16, grid.block_size, *_mask_kinds(request),
         num_warps=4 if is_small else 8, num_stages=2 if itemsize == 2 else 1,
     )  # fmt: skip
-    return mass
+    numbers = (*q.stride()[:2], size, blocks, columns, *_masks(request))
+
+    def run(grid: BlockGrid, pooled: Tensor | None) -> Tensor:
+        mass = grid.request.q.new_empty(heads, blocks, columns, dtype=torch.float32)
+        if mass.numel() == 0:
+            return mass
+        if pooled is None:
+            pooled = means(grid)
+        elif parts > 1:
+            whole, pooled = pooled, torch.empty(parts * size, dtype=dtype, device=device)
+            split(cdiv(size, 1024), whole, pooled, size)
+        masses(
+            heads * blocks, _readable(grid.request.q), pooled, mass, grid.sequence, grid.row_q, grid.origin_q,
+            grid.low_q, grid.high_q, grid.low_k, grid.high_k, *numbers,
+        )  # fmt: skip
+        return mass
+
+    return run
 
 
 def antidiagonal_mass(grid: BlockGrid, stride: int) -> Tensor:
     """As :func:`modelopt_lite.kernels.block_scores.antidiagonal_mass`."""
-    request, q, k = grid.request, _readable(grid.request.q), _readable(grid.request.k)
-    heads, dim = q.shape[1:]
-    blocks, columns = grid.shape
-    mass = torch.empty(heads, blocks, columns, dtype=torch.float32, device=q.device)
-    if mass.numel() == 0:
-        return mass
-    is_half = q.element_size() == 2
+    return grid.prepared(_prepare_antidiagonal_mass, stride)(grid)
+
+
+def _prepare_antidiagonal_mass(grid: BlockGrid, stride: int) -> Callable[[BlockGrid], Tensor]:
+    request, q, k, (blocks, columns) = grid.request, _readable(grid.request.q), _readable(grid.request.k), grid.shape
+    (heads, dim), device, is_half = q.shape[1:], q.device, q.element_size() == 2
     tile = 128 if is_half else 32  # groups of queries, and of keys
     groups, joined = grid.block_rows // stride, tile * stride // grid.block_size
-    tiles = cdiv(columns, joined)
-    tables = (grid.sequence, grid.row_q, grid.origin_q, grid.low_q, grid.high_q)
+    tiles, of_tile = cdiv(columns, joined), tile // groups
     scale, softcap, window = _masks(request)
-    masks, of_tile = _mask_kinds(request), tile // groups
-    step = max(1, PARTIAL_BYTES // (4 * heads * groups * columns * of_tile)) * of_tile
-    for begin in range(0, blocks, step):
-        here = min(step, blocks - begin)
-        partial = torch.empty(heads, here * groups, columns, dtype=torch.float32, device=q.device)
-        highest = torch.empty(heads, here * groups, tiles, dtype=torch.float32, device=q.device)
-        numbers = (begin, here, blocks, columns, tiles)
-        launch(
-            antidiagonal_tile, cdiv(here, of_tile) * tiles * heads,
-            (
-                q, k, partial, highest, *tables, grid.row_k, grid.low_k, grid.high_k, *q.stride()[:2], *k.stride()[:2],
-                *numbers, scale / stride, softcap, window,
-            ),
-            (
-                heads, heads // k.shape[1], stride, dim, min(64, _block_d(dim)), tile, tile, grid.block_rows,
-                grid.block_size, *masks,
-            ),
-            num_warps=8, num_stages=1 if not is_half else 4 if _is_large(q) else 3,
-        )  # fmt: skip
-        launch(
-            join_antidiagonals, here * heads,
-            (partial, highest, mass, grid.sequence, *tables[2:], grid.low_k, grid.high_k, *numbers, window),
-            (heads, stride, grid.block_rows, grid.block_size, 32, 128, joined, *masks[:2]), num_warps=4,
-        )  # fmt: skip
-    return mass
+    masks, strides = _mask_kinds(request), (*q.stride()[:2], *k.stride()[:2])
+    step = max(1, PARTIAL_BYTES // max(1, 4 * heads * groups * columns * of_tile)) * of_tile
+    multiply = Launch(
+        antidiagonal_tile, device, heads, heads // k.shape[1], stride, dim, min(64, _block_d(dim)), tile, tile,
+        grid.block_rows, grid.block_size, *masks,
+        num_warps=8, num_stages=1 if not is_half else 4 if _is_large(q) else 3,
+    )  # fmt: skip
+    join = Launch(
+        join_antidiagonals, device, heads, stride, grid.block_rows, grid.block_size, 32, 128, joined, *masks[:2],
+        num_warps=4,
+    )  # fmt: skip
+
+    def run(grid: BlockGrid) -> Tensor:
+        mass = grid.request.q.new_empty(heads, blocks, columns, dtype=torch.float32)
+        if mass.numel() == 0:
+            return mass
+        q, k = _readable(grid.request.q), _readable(grid.request.k)
+        for begin in range(0, blocks, step):
+            here = min(step, blocks - begin)
+            partial = mass.new_empty(heads, here * groups, columns)
+            highest = mass.new_empty(heads, here * groups, tiles)
+            numbers = (begin, here, blocks, columns, tiles)
+            multiply(
+                cdiv(here, of_tile) * tiles * heads, q, k, partial, highest, grid.sequence, grid.row_q, grid.origin_q,
+                grid.low_q, grid.high_q, grid.row_k, grid.low_k, grid.high_k, *strides, *numbers, scale / stride,
+                softcap, window,
+            )  # fmt: skip
+            join(
+                here * heads, partial, highest, mass, grid.sequence, grid.origin_q, grid.low_q, grid.high_q,
+                grid.low_k, grid.high_k, *numbers, window,
+            )  # fmt: skip
+        return mass
+
+    return run
 
 
-def largest(scores: Tensor, seen: Tensor, forced: Tensor, share: float | Tensor, by_mass: bool) -> Tensor:
-    """As :func:`modelopt_lite.kernels.block_scores.largest_blocks` and ``heaviest_blocks``, FP32 scores alone."""
+def chosen(scores: Tensor, seen: Tensor, forced: Tensor | None, rule: Rule, number: float | Tensor) -> Tensor:
+    """As :meth:`modelopt_lite.kernels.block_scores.BlockChoice.chosen`, FP32 scores alone.
+
+    Without ``forced``, the rule must be ``"above"``.
+    """
+    found = scores.new_empty(*scores.shape, dtype=torch.bool)  # PyTorch reads a tuple more slowly
+    if found.numel():
+        _choose(scores, seen, forced, rule, number, found, None, None)
+    return found
+
+
+def listed_choice(
+    scores: Tensor, seen: Tensor, forced: Tensor, rule: Rule, number: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return lists of what :func:`chosen` returns and is seen, and of what is forced, as :func:`listed`."""
     heads, blocks, columns = scores.shape
-    chosen = torch.empty(heads, blocks, columns, dtype=torch.bool, device=scores.device)
-    if chosen.numel():
-        width = _power(columns)
-        launch(
-            choose_largest, heads * blocks,
-            (
-                scores.contiguous(), _bytes(seen), _bytes(forced), _bytes(chosen), *_number_of_blocks(share, blocks),
-                blocks, columns,
-            ),
-            (by_mass, width), num_warps=min(16, max(1, width // 256)),
-        )  # fmt: skip
-    return chosen
+    counts = scores.new_empty(heads, blocks, dtype=torch.int32)
+    indices = scores.new_empty(heads, blocks, columns, dtype=torch.int32)
+    if indices.numel() == 0:
+        return counts.zero_(), indices
+    _choose(scores, seen, forced, rule, number, None, counts, indices)
+    return counts, indices
 
 
-def above(scores: Tensor, seen: Tensor, fraction: float | Tensor) -> Tensor:
-    """As :func:`modelopt_lite.kernels.block_scores.blocks_above`, FP32 scores alone."""
-    heads, blocks, columns = scores.shape
-    chosen = torch.empty(heads, blocks, columns, dtype=torch.bool, device=scores.device)
-    if chosen.numel():
-        width = min(1024, _power(columns))
-        number = _number_of_blocks(fraction, blocks)
-        launch(
-            choose_above, heads * blocks,
-            (scores.contiguous(), _bytes(seen), _bytes(chosen), *number, blocks, columns), (width,),
-            num_warps=max(1, width // 256),
-        )  # fmt: skip
-    return chosen
+def _choose(
+    scores: Tensor,
+    seen: Tensor,
+    forced: Tensor | None,
+    rule: Rule,
+    number: float | Tensor,
+    found: Tensor | None,
+    counts: Tensor | None,
+    indices: Tensor | None,
+) -> None:
+    """Launch a choice that fills ``found``, or the lists."""
+    (heads, blocks, columns), scores, seen = scores.shape, scores.contiguous(), seen.contiguous()
+    if forced is not None:
+        forced = forced.contiguous()
+    numbers, bits = _number_of_blocks(number, blocks)
+    kinds = (found is None, bits.bit_length() >= 32, _alignment(scores, seen, forced, numbers))
+    launch = _choice(scores.device, rule, _power(columns), *kinds)
+    launch(heads * blocks, scores, seen, forced, found, counts, indices, numbers, bits, blocks, columns)
+
+
+@functools.lru_cache(MAX_LAUNCHES)
+def _choice(device: torch.device, rule: Rule, width: int, *_: object) -> Launch:
+    if rule == "above":
+        width = min(1024, width)
+        return Launch(choose_above, device, width, num_warps=max(1, width // 256))
+    return Launch(choose_largest, device, rule == "heaviest", width, num_warps=min(16, max(1, width // 256)))
 
 
 def _number_of_blocks(number: float | Tensor, blocks: int) -> tuple[Tensor | None, int]:
@@ -283,22 +374,27 @@ def listed(mask: Tensor, seen: Tensor | None = None, forced: Tensor | None = Non
     Returns:
         How many there are, int32 ``[...]``, and their numbers, followed by all others, int32 of the mask's shape.
     """
-    counts = torch.empty(mask.shape[:-1], dtype=torch.int32, device=mask.device)
-    indices = torch.empty(mask.shape, dtype=torch.int32, device=mask.device)
+    *heads, rows, columns = mask.shape
+    counts = mask.new_empty(*heads, rows, dtype=torch.int32)  # PyTorch reads a tuple more slowly
+    indices = mask.new_empty(*heads, rows, columns, dtype=torch.int32)
     if indices.numel() == 0:
         return counts.zero_(), indices
-    rows, columns = mask.shape[-2:]
-    width = min(1024, _power(columns))
-    of_all = [None if x is None else _bytes(x) for x in (seen, forced)]
-    launch(
-        list_rows, counts.numel(), (_bytes(mask), *of_all, counts, indices, rows, columns), (width,),
-        num_warps=max(1, width // 256),
-    )  # fmt: skip
+    mask = mask.contiguous()
+    if seen is not None and forced is not None:
+        seen, forced = seen.contiguous(), forced.contiguous()
+    fill = _listing(mask.device, min(1024, _power(columns)), _alignment(mask, seen, forced))
+    fill(counts.numel(), mask, seen, forced, counts, indices, rows, columns)
     return counts, indices
 
 
-def _bytes(mask: Tensor) -> Tensor:
-    return mask.contiguous().view(torch.int8)
+@functools.lru_cache(MAX_LAUNCHES)
+def _listing(device: torch.device, width: int, *_: object) -> Launch:
+    return Launch(list_rows, device, width, num_warps=max(1, width // 256))
+
+
+def _alignment(*tensors: Tensor | None) -> tuple[object, ...]:
+    """Return what Triton looks at to find the kernel for tensors of known types."""
+    return tuple([None if x is None else x.data_ptr() & 15 for x in tensors])
 
 
 def excess_refusal(grid: BlockGrid) -> str | None:
@@ -325,35 +421,33 @@ def excess(grid: BlockGrid, selected: Tensor | None = None) -> Tensor:
         from its query's reference; ``inf`` if a query has no reference, and ``-inf`` if there are no others. Anything
         where nothing is seen or selected.
     """
-    request, q, k = grid.request, _readable(grid.request.q), _readable(grid.request.k)
-    plan, (heads, dim), (blocks, columns) = request.plan, q.shape[1:], grid.shape
-    found = torch.empty(heads, blocks, columns, dtype=torch.float32, device=q.device)
-    if found.numel():
-        width, warps, stages = excess_settings(q, grid.block_rows, grid.block_size)
-        scale, softcap, window = _masks(request)
-        tables = (
-            grid.sequence,
-            grid.row_q,
-            grid.origin_q,
-            grid.low_q,
-            grid.high_q,
-            grid.row_k,
-            grid.low_k,
-            grid.high_k,
-        )
-        distances = (min(x, MAX_POSITION) for x in (plan.num_sink_tokens, plan.dense_window_size, window))
-        launch(
-            excess_of_blocks, heads * blocks,
-            (
-                q, k, None if selected is None else _bytes(selected), found, *tables, *q.stride()[:2], *k.stride()[:2],
-                blocks, columns, scale, softcap, *distances,
-            ),
-            (
-                heads // k.shape[1], dim, _block_d(dim), grid.block_rows, grid.block_size, width, *_mask_kinds(request),
-            ),
-            num_warps=warps, num_stages=stages,
-        )  # fmt: skip
-    return found
+    if selected is not None:
+        selected = selected.contiguous()
+    return grid.prepared(_prepare_excess, _alignment(selected))(grid, selected)
+
+
+def _prepare_excess(grid: BlockGrid, _: object) -> Callable[[BlockGrid, Tensor | None], Tensor]:
+    request, q, k, (blocks, columns) = grid.request, _readable(grid.request.q), _readable(grid.request.k), grid.shape
+    plan, (heads, dim), device = request.plan, q.shape[1:], q.device
+    width, warps, stages = excess_settings(q, grid.block_rows, grid.block_size)
+    scale, softcap, window = _masks(request)
+    distances = (min(x, MAX_POSITION) for x in (plan.num_sink_tokens, plan.dense_window_size, window))
+    numbers = (*q.stride()[:2], *k.stride()[:2], blocks, columns, scale, softcap, *distances)
+    compare = Launch(
+        excess_of_blocks, device, heads // k.shape[1], dim, _block_d(dim), grid.block_rows, grid.block_size, width,
+        *_mask_kinds(request), num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+
+    def run(grid: BlockGrid, selected: Tensor | None) -> Tensor:
+        found = torch.empty(heads, blocks, columns, dtype=torch.float32, device=device)
+        if found.numel():
+            compare(
+                heads * blocks, _readable(grid.request.q), _readable(grid.request.k), selected, found, grid.sequence,
+                grid.row_q, grid.origin_q, grid.low_q, grid.high_q, grid.row_k, grid.low_k, grid.high_k, *numbers,
+            )  # fmt: skip
+        return found
+
+    return run
 
 
 def excess_settings(q: Tensor, rows: int, size: int) -> tuple[int, int, int]:

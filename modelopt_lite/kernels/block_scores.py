@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,7 +63,7 @@ def mean_scores(grid: BlockGrid) -> Tensor:
     return torch.cat(found).flatten(1, 2).transpose(0, 1)
 
 
-def softmax_mass(grid: BlockGrid, pooled: Tensor) -> Tensor:
+def softmax_mass(grid: BlockGrid, pooled: Tensor | None = None) -> Tensor:
     """Let each query attend to one pooled key of every key block, and sum the weights over the queries of a block.
 
     A query's softmax is over the key blocks of which it sees at least one key. So the masses of a query block sum up to
@@ -70,7 +71,7 @@ def softmax_mass(grid: BlockGrid, pooled: Tensor) -> Tensor:
 
     Args:
         grid: the query blocks of all sequences, and their key blocks.
-        pooled: what stands for the keys of each block, ``[batch, key_blocks, kv_heads, head_dim]``, such as
+        pooled: what stands for the keys of each block, ``[batch, key_blocks, kv_heads, head_dim]``; by default
             :func:`mean_keys`. The kernels take FP32 numbers as the sum of two of the inputs' type, of FP16 or BF16.
 
     Returns:
@@ -78,7 +79,7 @@ def softmax_mass(grid: BlockGrid, pooled: Tensor) -> Tensor:
     """
     if _runs_kernels(grid):
         return block_launch.softmax_mass(grid, pooled)
-    found = []
+    pooled, found = mean_keys(grid) if pooled is None else pooled, []
     for part in grid.parts(grid.request.q.shape[1] * grid.block_rows * (grid.shape[1] + grid.request.q.shape[2])):
         logits = part.scores(part.queries(), part.of_keys(pooled))
         found.append(softmax_over(logits, part.sees()[:, None, None]).sum(-2))
@@ -137,7 +138,7 @@ def blocks_above(scores: Tensor, seen: Tensor, fraction: float | Tensor) -> Tens
         Booleans like ``scores``. What they say of blocks that are not seen does not matter.
     """
     if _chooses_by_kernel(scores):
-        return block_launch.above(scores, seen, fraction)
+        return block_launch.chosen(scores, seen, None, "above", fraction)
     return scores >= fraction * scores.masked_fill(~seen, 0.0).amax(-1, keepdim=True)
 
 
@@ -156,7 +157,7 @@ def heaviest_blocks(scores: Tensor, seen: Tensor, forced: Tensor, share: float |
         seen does not matter.
     """
     if _chooses_by_kernel(scores):
-        return block_launch.largest(scores, seen, forced, share, by_mass=True)
+        return block_launch.chosen(scores, seen, forced, "heaviest", share)
     order = _largest_first(scores, seen, forced)
     mass = scores.masked_fill(~seen, 0.0).gather(-1, order)
     before = mass.cumsum(-1) - mass
@@ -176,11 +177,41 @@ def largest_blocks(scores: Tensor, seen: Tensor, forced: Tensor, share: float | 
         Booleans like ``scores``, as :func:`heaviest_blocks` returns them.
     """
     if _chooses_by_kernel(scores):
-        return block_launch.largest(scores, seen, forced, share, by_mass=False)
+        return block_launch.chosen(scores, seen, forced, "largest", share)
     number = seen.sum(-1, keepdim=True, dtype=torch.float64) * share
     rank = torch.arange(scores.shape[-1], device=scores.device)
     kept = rank < (number - 1e-9).ceil()  # 0.7 * 10 is a little more than 7
     return _in_order(kept.expand_as(scores), _largest_first(scores, seen, forced))
+
+
+class BlockChoice(NamedTuple):
+    """A choice of blocks by their scores, with the number that it depends on; made once for all layers of a forward.
+
+    Attributes:
+        rule: ``"above"``, ``"heaviest"`` or ``"largest"``: that of :func:`blocks_above`, :func:`heaviest_blocks` or
+            :func:`largest_blocks`.
+        number: the fraction or the share; a number, or one of each query block, ``[query_blocks, 1]``.
+    """
+
+    rule: Literal["above", "heaviest", "largest"]
+    number: float | Tensor
+
+    def chosen(self, scores: Tensor, seen: Tensor, forced: Tensor) -> Tensor:
+        """Return the blocks that are chosen, as the function of the rule does."""
+        if self.rule == "above":
+            return blocks_above(scores, seen, self.number)
+        choose = heaviest_blocks if self.rule == "heaviest" else largest_blocks
+        return choose(scores, seen, forced, self.number)
+
+    def listed(self, scores: Tensor, seen: Tensor, forced: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return lists of the blocks that are chosen and seen, or forced, or None where no kernel makes them at once.
+
+        Returns:
+            ``counts`` and ``indices`` of :class:`~modelopt_lite.kernels.blocks.KeyBlocks`.
+        """
+        if _chooses_by_kernel(scores):
+            return block_launch.listed_choice(scores, seen, forced, *self)
+        return None
 
 
 def softmax_over(logits: Tensor, seen: Tensor) -> Tensor:
@@ -212,7 +243,11 @@ def skip_excess(grid: BlockGrid, selected: Tensor | None = None) -> Tensor | Non
 
 def _runs_kernels(grid: BlockGrid) -> bool:
     """Whether the kernels score; says once why, if they do not on a GPU."""
-    return tl is not None and grid.request.q.is_cuda and _can_run(block_launch.refusal(grid))
+    return tl is not None and grid.request.q.is_cuda and grid.prepared(_scores_by_kernel)
+
+
+def _scores_by_kernel(grid: BlockGrid) -> bool:
+    return _can_run(block_launch.refusal(grid))
 
 
 def _chooses_by_kernel(scores: Tensor) -> bool:

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from .grid_tables import grid_tables
+from .grid_tables import GridTables, grid_tables
 from .language import tl
 
 if tl is not None:
     from . import block_launch
 
 if TYPE_CHECKING:
+    from .block_scores import BlockChoice
     from .request import AttentionRequest
 
 T = TypeVar("T")
 
 PART_ELEMENTS = 1 << 24
 """About how many numbers a selector's fast form holds at a time, beyond its inputs and scores."""
+MAX_SIGNATURES = 4096
+"""How many kinds of grids are remembered; then they are all forgotten."""
+
+_prepared: dict[tuple[Any, ...], dict[Any, Any]] = {}
 
 
 class KeyBlocks(NamedTuple):
@@ -190,21 +195,38 @@ class BlockGrid:
         high_k: position of its last key.
         row_q: row of the packed queries where each sequence's position 0 would be, ``[batch]``.
         row_k: row of the packed keys where it would be.
-        dtype: type in which to compute: FP32, or FP64 for FP64 inputs.
     """
 
-    def __init__(self, request: AttentionRequest, block_size: int, block_rows: int) -> None:
-        self.request, self.block_size, self.block_rows = request, block_size, block_rows
-        self.dtype = torch.promote_types(request.q.dtype, torch.float32)
-        find = block_launch.grid_tables if _runs_kernels(request.q) else grid_tables
+    def __init__(
+        self, request: AttentionRequest, block_size: int, block_rows: int, shared: dict[Any, Any] | None = None
+    ) -> None:
+        """Find the blocks.
+
+        Args:
+            request: the attention call.
+            block_size: keys in a key block.
+            block_rows: positions in a query block.
+            shared: what :meth:`prepared` keeps, for grids of this size and of requests with one signature; None: found
+                by the signature when it is needed.
+        """
+        self.request, self.block_size, self.block_rows, self._shared = request, block_size, block_rows, shared
         r = request
         packing = (r.starts_q, r.lengths_q, r.starts_k, r.lengths_k, r.first_q, r.first_k)
         sizes = (r.max_q, r.max_k, r.q.shape[0], r.k.shape[0], block_size, block_rows)
-        tables = self.once(packing, sizes, lambda: find(request, block_size, block_rows))
-        self.starts, self.sequence = tables.starts, tables.sequence
-        self.origin_q, self.low_q, self.high_q = tables.origin_q, tables.low_q, tables.high_q
-        self.origin_k, self.low_k, self.high_k = tables.origin_k, tables.low_k, tables.high_k
-        self.row_q, self.row_k = tables.row_q, tables.row_k
+        tables, self._of_tables = self.once(packing, sizes, self._tables)
+        self.starts, self.sequence, self.origin_q, self.low_q, self.high_q = tables[:5]
+        self.origin_k, self.low_k, self.high_k, self.row_q, self.row_k = tables[5:]
+
+    def _tables(self) -> tuple[GridTables, dict[Any, Any]]:
+        """Return the tables, and a dictionary for what else depends on them alone."""
+        if _runs_kernels(self.request.q):
+            return block_launch.grid_tables(self), {}
+        return grid_tables(self.request, self.block_size, self.block_rows), {}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type in which to compute: FP32, or FP64 for FP64 inputs."""
+        return torch.promote_types(self.request.q.dtype, torch.float32)
 
     @property
     def is_single(self) -> Tensor:
@@ -255,7 +277,26 @@ class BlockGrid:
         """
         r = self.request
         masks = (first_blocks, recent_blocks, r.is_causal, r.sliding_window, r.plan.sparse_decode)
-        return self.once((self.starts,), masks, lambda: self._marked(first_blocks, recent_blocks))
+        found: tuple[Tensor, Tensor] | None = self._of_tables.get(masks)
+        if found is None:
+            found = self._of_tables[masks] = self._marked(first_blocks, recent_blocks)
+        return found
+
+    def choice(self, seen: Tensor) -> BlockChoice | None:
+        """Return how the plan's selector chooses, if it says so.
+
+        Args:
+            seen: from :meth:`marked`.
+        """
+        r = self.request
+        assert r.plan.blocks is not None
+        if (find := r.plan.blocks.choice) is None:
+            return None
+        key = (r.plan.name, r.q.dtype, r.is_causal, r.sliding_window)
+        found: BlockChoice | None = self._of_tables.get(key)
+        if found is None:
+            found = self._of_tables[key] = find(seen, self.dtype)
+        return found
 
     def _marked(self, first_blocks: int, recent_blocks: int) -> tuple[Tensor, Tensor]:
         if _runs_kernels(self.request.q):
@@ -266,6 +307,24 @@ class BlockGrid:
     def once(self, tensors: tuple[Tensor | None, ...], numbers: tuple[Any, ...], find: Callable[[], T]) -> T:
         """Return what was found for the same tensors and numbers before, where calls share it."""
         return self.request.once(tensors, numbers, find)
+
+    def prepared(self, prepare: Callable[..., T], *options: Hashable) -> T:
+        """Return what ``prepare(grid, *options)`` returned for a grid like this one.
+
+        Grids are alike if they have the same size, and their requests the same
+        :meth:`~modelopt_lite.kernels.AttentionRequest.signature`. What is prepared may depend on nothing else.
+        """
+        shared = self._shared
+        if shared is None:
+            key = (self.block_size, self.block_rows, *self.request.signature())
+            if key not in _prepared and len(_prepared) >= MAX_SIGNATURES:
+                _prepared.clear()
+            shared = self._shared = _prepared.setdefault(key, {})
+        key = (prepare, *options)
+        if key not in shared:
+            shared[key] = prepare(self, *options)
+        found: T = shared[key]
+        return found
 
     def mean_keys(self) -> Tensor:
         """Return the mean of each block's keys, ``[batch, key_blocks, kv_heads, head_dim]``; 0 if there are none."""

@@ -16,6 +16,7 @@ from .arguments import check_request, check_rule
 from .blocked import forward_blocked
 from .language import tl
 from .request import AttentionRequest, ForwardResult, HookRefusedError
+from .selection import select_blocks
 
 if tl is not None:
     from .decode import launch as decode_launch
@@ -117,26 +118,53 @@ def run(request: AttentionRequest, backend: Backend = "auto") -> Result:
     known = _prepared.get(key)
     if known is not None:  # so its like was checked
         return known(request)
-    pinned = os.environ.get("MODELOPT_LITE_KERNEL", "")
     check_request(request)
+    new: Run | None
+    if (complete := _completion(request, backend)) is None:
+        result, new = _first_run(request, backend)
+    else:
+        completed = complete(request)
+        result, kernel = run(completed, backend), prepared(completed, backend)
+        new = None if kernel is None else lambda request: kernel(complete(request))
+    # A kernel may refuse for the moment while a graph is captured.
+    if new is not None and not (request.q.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if len(_prepared) >= MAX_SIGNATURES:
+            _prepared.clear()
+        _prepared[key] = new
+    return result
+
+
+def _first_run(request: AttentionRequest, backend: Backend) -> tuple[Result, Run]:
+    """Compute a request with the kernel that suits it; return the result, and what runs others like it."""
     check_backend(request, backend)
     check_rule(request.plan, request.q.device)
+    pinned = os.environ.get("MODELOPT_LITE_KERNEL", "")
     tried: list[str] = []
     while True:
         kernel = choose(request.readable(), backend, pinned, without=tried)
         new = _prepare(kernel, request)
         try:
-            result = new(request)
-            break
+            return new(request), new
         except HookRefusedError as error:
             logger.warning("the kernel %s is left out: %s", kernel.name, error)
             tried.append(kernel.name)
-    # A kernel may refuse for the moment while a graph is captured.
-    if not (request.q.is_cuda and torch.cuda.is_current_stream_capturing()):
-        if len(_prepared) >= MAX_SIGNATURES:
-            _prepared.clear()
-        _prepared[key] = new
-    return result
+
+
+def _completion(request: AttentionRequest, backend: Backend) -> Callable[[AttentionRequest], AttentionRequest] | None:
+    """Return what chooses the key blocks of requests like one, or leaves the choice out; None if there is none to make.
+
+    What it returns is alike for requests of one signature.
+    """
+    if request.blocks is not None or not request.plan.chooses_blocks:
+        return None
+    simple = request.without_needless_choice()
+    if not simple.plan.chooses_blocks:
+        plan = simple.plan
+        return lambda request: request._replace(plan=plan)
+    if skips_itself(request, backend):
+        return None
+    shared: dict[Any, Any] = {}
+    return lambda request: request._replace(blocks=select_blocks(request, shared))
 
 
 def _prepare(kernel: Kernel, request: AttentionRequest) -> Run:
@@ -274,26 +302,6 @@ def check_backend(request: AttentionRequest, backend: Backend) -> None:
         raise UnsupportedError(f"backend: 'triton' cannot run this: {reason}")
 
 
-def signature(r: AttentionRequest, backend: Backend) -> tuple[Any, ...]:
-    """Return all that a kernel's choice and preparation depend on: everything but the tensors' addresses and contents.
-
-    Of an address, Triton looks at whether 16 divides it. Written out, as it is computed at every call.
-    """
-    q, k, v, s_aux, first_q, first_k = r.q, r.k, r.v, r.s_aux, r.first_q, r.first_k
-    return (
-        q.device, q.dtype, q.shape, q.stride(), q.data_ptr() & 15,
-        k.device, k.dtype, k.shape, k.stride(), k.data_ptr() & 15,
-        v.device, v.dtype, v.shape, v.stride(), v.data_ptr() & 15,
-        None if s_aux is None else _small(s_aux),
-        _small(r.starts_q), _small(r.lengths_q),
-        r.starts_k is r.starts_q or _small(r.starts_k), r.lengths_k is r.lengths_q or _small(r.lengths_k),
-        first_q if first_q is None else _small(first_q), first_k if first_k is None else _small(first_k),
-        None if r.page_table is None else (_small(r.page_table), r.page_size),
-        r.max_q, type(r.max_q), r.max_k, type(r.max_k), r.is_causal, type(r.is_causal),
-        r.softmax_scale, r.sliding_window, r.softcap, r.plan.name, r.with_lse,
-        None if r.blocks is None else r.blocks.signature(), backend, os.environ.get("MODELOPT_LITE_KERNEL", ""),
-    )  # fmt: skip
-
-
-def _small(x: Tensor) -> tuple[Any, ...]:
-    return x.dtype, x.shape, x.stride(), x.device, x.data_ptr() & 15
+def signature(request: AttentionRequest, backend: Backend) -> tuple[Any, ...]:
+    """Return all that a kernel's choice and preparation depend on."""
+    return *request.signature(), backend, os.environ.get("MODELOPT_LITE_KERNEL", "")

@@ -9,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
+TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 L2_SHARE = 24 * 2**20
 """Bytes of keys and values of the heads that are computed at one time: half of the L2 cache of an A100 or H100."""
 
@@ -56,13 +57,15 @@ class Launch:
             constants: values of these parameters.
             options: ``num_warps`` and Triton's other options of a launch.
         """
-        self.kernel, self.device, self.constants, self.options = kernel, device, constants, options
+        self.kernel, self.index, self.constants, self.options = kernel, device.index, constants, options
         self.compiled: Any = None
         self.stream: Any = None
+        self.run: Any = None
+        self.rest: tuple[Any, ...] = ()
 
     def __call__(self, programs: int, *arguments: Any) -> None:
         """Launch ``programs`` programs on the current stream of the tensors' device."""
-        compiled, index, hooks = self.compiled, self.device.index, triton.knobs.runtime
+        compiled, index, hooks = self.compiled, self.index, triton.knobs.runtime
         # Hooks are None, or chains that may be empty.
         before, after = hooks.launch_enter_hook, hooks.launch_exit_hook
         if index is not None and index != torch._C._cuda_getDevice():
@@ -72,50 +75,21 @@ class Launch:
             compiled = self.kernel[(programs,)](*arguments, *self.constants, **self.options)
             if compiled is not None:
                 self.stream = triton.runtime.driver.active.get_current_stream
+                self.run, self.rest = _launcher(compiled)
                 self.compiled = compiled
         elif getattr(before, "calls", before) or getattr(after, "calls", after):
             compiled[programs, 1, 1](*arguments, *self.constants)
         else:  # the same without what profilers need
-            compiled.run(
-                programs, 1, 1, self.stream(index), compiled.function, compiled.packed_metadata, None, None, None,
-                *arguments, *self.constants,
-            )  # fmt: skip
+            self.run(programs, 1, 1, self.stream(index), *self.rest, *arguments, *self.constants)
 
 
-_launches: dict[tuple[Any, ...], Launch] = {}
-MAX_LAUNCHES = 4096
-"""How many launches are remembered; then they are all forgotten."""
-
-
-def launch(kernel: Any, programs: int, arguments: tuple[Any, ...], constants: tuple[Any, ...], **options: int) -> None:
-    """Launch a kernel with the :class:`Launch` of arguments that are specialized alike.
-
-    Args:
-        kernel: as for :class:`Launch`.
-        programs: how many programs.
-        arguments: tensors, of which the first is on the device to use, numbers, None, and tuples of these.
-        constants: values of the kernel's last parameters.
-        options: as for :class:`Launch`.
-    """
-    device = arguments[0].device
-    key = (kernel.__name__, device, constants, *options.values(), _kinds(arguments))
-    found = _launches.get(key)
-    if found is None:
-        if len(_launches) >= MAX_LAUNCHES:
-            _launches.clear()
-        found = _launches[key] = Launch(kernel, device, *constants, **options)
-    found(programs, *arguments)
-
-
-def _kinds(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return all that Triton looks at to find the compiled kernel, and more: numbers as they are."""
-    kinds: list[Any] = []
-    for x in arguments:
-        if isinstance(x, Tensor):
-            kinds += (x.dtype, x.data_ptr() & 15)
-        else:
-            kinds.append(_kinds(x) if type(x) is tuple else x)
-    return tuple(kinds)
+def _launcher(compiled: Any) -> tuple[Any, tuple[Any, ...]]:
+    """Return what launches a compiled kernel, and its arguments between the stream and those of the kernel."""
+    run, rest = compiled.run, (compiled.packed_metadata, None, None, None)
+    if TRITON == (3, 6) and run.global_scratch_size == run.profile_scratch_size == 0:
+        # Where a kernel needs no memory, Triton's launcher only adds what is always the same.
+        return run.launch, (compiled.function, run.launch_cooperative_grid, run.launch_pdl, None, None, *rest)
+    return run, (compiled.function, *rest)
 
 
 def current_stream(device: torch.device) -> int:

@@ -7,7 +7,6 @@ no operator in between, because that takes the host longer than short kernels ta
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..errors import UnsupportedError
-from ..plan import DENSE
 from . import choice
 from .arguments import check_request
 from .blocked import backward_blocked
@@ -56,17 +54,17 @@ def compute(request: AttentionRequest, backend: Backend = "auto") -> tuple[Tenso
         ValueError: if an argument is wrong; the message names it.
         UnsupportedError: if the backend asked for cannot run the request.
     """
-    is_recorded = _needs_gradient(request) or is_traced(request.q)
+    is_traced_call = is_traced(request.q)
+    if not (is_traced_call or _needs_gradient(request)):
+        return choice.run(request, backend)
     if request.plan.chooses_blocks and request.blocks is None:
         check_request(request)
-        request = _simplified(request)
-        if request.plan.chooses_blocks and (is_recorded or not choice.skips_itself(request, backend)):
+        request = request.without_needless_choice(knows_lengths=not is_traced_call)
+        if request.plan.chooses_blocks:
             request = _with_blocks(request)
-    if not is_recorded:
-        return choice.run(request, backend)
     if _needs_gradient(request):
         request = request._replace(with_lse=True)
-    if not is_traced(request.q):
+    if not is_traced_call:
         if request.page_table is not None:  # a known signature that wants no gradient is not checked again
             check_request(request)
         recorded: tuple[Tensor, Tensor] = _Recorded.apply(*request[:4], request, backend)  # type: ignore[no-untyped-call]
@@ -102,28 +100,13 @@ def gradients(
     return grads
 
 
-def _simplified(request: AttentionRequest) -> AttentionRequest:
-    """Return a request whose plan chooses no blocks if there is no choice."""
-    if request.is_decode(request.max_q):
-        return request._replace(plan=DENSE)
-    if is_traced(request.q) or request.first_q is not None or request.first_k is not None:
-        return request
-    return request._replace(plan=request.plan.for_keys(request.max_k, request.is_causal))
-
-
 def _with_blocks(request: AttentionRequest) -> AttentionRequest:
     """Return a request with the key blocks that its plan chooses, which has no gradient."""
     if not is_traced(request.q):
-        return request._replace(blocks=_selected(request))
+        return request._replace(blocks=select_blocks(request))
     with torch.no_grad():
         counts, indices, starts = torch.ops.modelopt_lite.select_blocks(*request.flatten())
     return request._replace(blocks=KeyBlocks(counts, indices, starts, *request.grid))
-
-
-def _selected(request: AttentionRequest) -> KeyBlocks:
-    device = request.q.device.type
-    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
-        return select_blocks(request)
 
 
 def pack(is_first: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -164,7 +147,7 @@ def _(is_first: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 @torch.library.impl("modelopt_lite::select_blocks", "default")
 def _select_blocks(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     request = AttentionRequest.unflatten(inputs)
-    blocks = _selected(request.present())
+    blocks = select_blocks(request.present())
     if request.counts is None:
         return blocks.counts, blocks.indices, blocks.starts
     # A graph knows the number of sequences and their lengths by upper bounds alone.

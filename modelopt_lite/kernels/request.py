@@ -194,15 +194,36 @@ class AttentionRequest(NamedTuple):
         starts = torch.arange(batch, device=rows.device, dtype=self.starts_k.dtype) * slots
         return self._replace(k=self.k[rows], v=self.v[rows], starts_k=starts, page_table=None, page_size=0)
 
+    def signature(self) -> tuple[Any, ...]:
+        """Return all that preparations for a request may depend on: everything but its tensors' addresses and contents.
+
+        Of an address, Triton looks at whether 16 divides it. Written out, as it is computed at every call.
+        """
+        q, k, v, s_aux, first_q, first_k = self.q, self.k, self.v, self.s_aux, self.first_q, self.first_k
+        starts_q, lengths_q, starts_k, lengths_k = self.starts_q, self.lengths_q, self.starts_k, self.lengths_k
+        return (
+            q.device, q.dtype, q.shape, q.stride(), q.data_ptr() & 15,
+            k.device, k.dtype, k.shape, k.stride(), k.data_ptr() & 15,
+            v.device, v.dtype, v.shape, v.stride(), v.data_ptr() & 15,
+            None if s_aux is None else _small(s_aux),
+            _small(starts_q), _small(lengths_q),
+            starts_k is starts_q or _small(starts_k), lengths_k is lengths_q or _small(lengths_k),
+            first_q if first_q is None else _small(first_q), first_k if first_k is None else _small(first_k),
+            None if self.page_table is None else (_small(self.page_table), self.page_size),
+            self.max_q, type(self.max_q), self.max_k, type(self.max_k), self.is_causal, type(self.is_causal),
+            self.softmax_scale, self.sliding_window, self.softcap, self.plan.name, self.with_lse,
+            None if self.blocks is None else self.blocks.signature(),
+        )  # fmt: skip
+
     def once(self, tensors: tuple[Tensor | None, ...], key: tuple[Any, ...], find: Callable[[], T]) -> T:
         """Return what was found for the same tensors and the same key before, where calls share it in ``grids``."""
         if self.grids is None:
             return find()
         key = (*map(id, tensors), *key)
-        if key not in self.grids:
-            self.grids[key] = (tensors, find())  # as long as the tensors are held, no others have their identity
-        found: T = self.grids[key][1]
-        return found
+        found: tuple[tuple[Tensor | None, ...], T] | None = self.grids.get(key)
+        if found is None:  # as long as the tensors are held, no others have their identity
+            found = self.grids[key] = (tensors, find())
+        return found[1]
 
     @property
     def group(self) -> int:
@@ -244,6 +265,18 @@ class AttentionRequest(NamedTuple):
     def plan_for(self, len_q: int) -> AttentionPlan:
         """Return the plan of a sequence with ``len_q`` queries: a single query is decode, dense by default."""
         return DENSE if self.is_decode(len_q) else self.plan
+
+    def without_needless_choice(self, *, knows_lengths: bool = True) -> AttentionRequest:
+        """Return a request whose plan chooses no blocks if there is no choice.
+
+        Args:
+            knows_lengths: whether the upper bounds of lengths are numbers, and not what a graph will know.
+        """
+        if self.is_decode(self.max_q):
+            return self._replace(plan=DENSE)
+        if not knows_lengths or self.first_q is not None or self.first_k is not None:
+            return self
+        return self._replace(plan=self.plan.for_keys(self.max_k, self.is_causal))
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -310,3 +343,7 @@ class AttentionRequest(NamedTuple):
                 raise ValueError(f"blocks.indices: of sequence {b}, not all are from 0 to {there - 1}, its key blocks")
             if not bool(((indices.diff(dim=-1) > 0) | ~listed[..., 1:]).all()):
                 raise ValueError(f"blocks.indices: of sequence {b}, not all are in ascending order")
+
+
+def _small(x: Tensor) -> tuple[Any, ...]:
+    return x.dtype, x.shape, x.stride(), x.device, x.data_ptr() & 15

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,21 +16,39 @@ from .reference import SequenceBlocks, selected_blocks
 from .request import AttentionRequest
 
 
-@torch.no_grad()
-def select_blocks(request: AttentionRequest) -> KeyBlocks:
-    """Return the key blocks that the request's plan visits.
+def select_blocks(request: AttentionRequest, shared: dict[Any, Any] | None = None) -> KeyBlocks:
+    """Return the key blocks that the request's plan visits; without gradients and autocast.
 
-    It does not wait for the device unless the selector has a reference alone. The caller has switched autocast off.
+    It does not wait for the device unless the selector has a reference alone.
 
     Args:
         request: a checked request without lists, whose plan chooses blocks.
+        shared: what is prepared for requests with this signature; None: found by the signature.
     """
+    device = request.q.device.type
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return select_blocks(request, shared)
+    if torch.is_grad_enabled():
+        with torch.no_grad():
+            return _select_blocks(request, shared)
+    return _select_blocks(request, shared)
+
+
+def _select_blocks(request: AttentionRequest, shared: dict[Any, Any] | None) -> KeyBlocks:
     request, selector = request.without_pages(), request.plan.blocks
-    grid = BlockGrid(request, *request.grid)
+    grid = BlockGrid(request, *request.grid, shared)
     if selector is not None and selector.scores is not None and request.plan.skip is None and 0 not in grid.shape:
         seen, forced = grid.marked(selector.first_blocks, selector.recent_blocks)
-        scores = _scores(selector, grid)
-        return KeyBlocks.of_choice(selector.choose(scores, seen, forced), seen, forced, grid)
+        scores, choice = _scores(selector, grid), grid.choice(seen)
+        if choice is not None and (lists := choice.listed(scores, seen, forced)) is not None:
+            return KeyBlocks(*lists, grid.starts, *request.grid)
+        chosen = (selector.choose if choice is None else choice.chosen)(scores, seen, forced)
+        if chosen.shape != scores.shape:
+            raise ValueError(
+                f"selector.choose: returns {list(chosen.shape)}; must be the shape of the scores, {list(scores.shape)}"
+            )
+        return KeyBlocks.of_choice(chosen, seen, forced, grid)
     selected, skipped = chosen_blocks(request, grid)
     mask = selected if skipped is None else selected & ~skipped
     return KeyBlocks.from_mask(mask, grid.starts, *request.grid)
@@ -156,7 +175,9 @@ def _selected(request: AttentionRequest, grid: BlockGrid, seen: Tensor, selector
 def _scores(selector: BlockSelector, grid: BlockGrid) -> Tensor:
     """Return what a selector chooses by, ``[heads, query_blocks, key_blocks]``."""
     assert selector.scores is not None
-    scores = selector.scores(grid)
+    scores, shape = selector.scores(grid), (grid.request.q.shape[1], *grid.shape)
+    if scores.shape != shape:
+        raise ValueError(f"selector.scores: returns {list(scores.shape)}; must be {list(shape)}")
     return scores.unflatten(0, (grid.request.k.shape[1], -1)).sum(1) if selector.per_kv_head else scores
 
 

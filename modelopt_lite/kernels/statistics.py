@@ -125,10 +125,9 @@ def count_prefill(
     """
     every, plan = 1 if is_exact else sample_interval(request), request.plan
     # Which blocks are skipped can be found for the sample alone, and some kernels find it out by themselves.
-    if every > 1 and request.blocks is None and plan.blocks is not None and plan.skip is None:
+    if request.blocks is None and plan.blocks is not None and plan.skip is None:
         check_packing(request)
-        with _without_autocast(request):
-            request = request._replace(blocks=select_blocks(request))
+        request = request._replace(blocks=select_blocks(request))
     if request.page_table is None and (run := _kernel(request, every, is_prefill=True)) is not None:
         return run(request, totals, _skip_of(request)), every, request.blocks
     check_packing(request)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, TypeAlias
 
+import torch
 from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 
+from ..kernels.block_scores import BlockChoice
 from ..kernels.blocks import BlockGrid
 from ..kernels.reference import SequenceBlocks
 from ..plan import AttentionPlan, BlockSelector
@@ -47,8 +49,8 @@ class BlockMethod(GridMethod):
     """A method that keeps whole blocks of keys for each block of queries, chosen before the scores are computed.
 
     A subclass scores pairs of a query block and a key block: in FP64, written to be read, in
-    :meth:`reference_scores`, and fast in :meth:`scores`. It chooses by these scores in :meth:`choose`. The
-    documentation says under Semantics what blocks are and what a choice may depend on.
+    :meth:`reference_scores`, and fast in :meth:`scores`. How it chooses by these scores, it says in :meth:`choice`, or
+    does in :meth:`choose`. The documentation says under Semantics what blocks are and what a choice may depend on.
     """
 
     dense_window_size: WindowSize = 0
@@ -84,8 +86,17 @@ class BlockMethod(GridMethod):
         """
         raise NotImplementedError(f"{type(self).__name__} has no fast form")
 
+    def choice(self, seen: Tensor, dtype: torch.dtype) -> BlockChoice:
+        """Say how blocks are chosen by their scores, if it is one of the ways that kernels know.
+
+        Args:
+            seen: where any query sees any key, booleans ``[query_blocks, key_blocks]``.
+            dtype: that of the scores, FP32 or FP64.
+        """
+        raise NotImplementedError(f"{type(self).__name__} defines neither choice(), choose() nor plan()")
+
     def choose(self, scores: Tensor, seen: Tensor, forced: Tensor) -> Tensor:
-        """Choose blocks by their scores.
+        """Choose blocks by their scores, by default as :meth:`choice` says.
 
         Args:
             scores: ``[heads, query_blocks, key_blocks]``, FP32 or FP64.
@@ -95,7 +106,7 @@ class BlockMethod(GridMethod):
         Returns:
             Booleans of the shape of ``scores``; those where nothing is seen are ignored.
         """
-        raise NotImplementedError(f"{type(self).__name__} defines neither choose() nor plan()")
+        return self.choice(seen, scores.dtype).chosen(scores, seen, forced)
 
     def plan(self) -> AttentionPlan:
         """Return the plan of the method's selector."""
@@ -108,6 +119,7 @@ class BlockMethod(GridMethod):
             first_blocks=self.first_blocks,
             recent_blocks=self.recent_blocks,
             per_kv_head=self.per_kv_head,
+            choice=self.choice if type(self).choose is BlockMethod.choose else None,
         )
         return AttentionPlan(
             blocks=selector, num_sink_tokens=self.num_sink_tokens, dense_window_size=self.dense_window_size

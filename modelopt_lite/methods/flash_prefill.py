@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..kernels.block_scores import blocks_above, mean_keys, softmax_mass, softmax_over
+from ..kernels.block_scores import BlockChoice, softmax_mass, softmax_over
 from ..kernels.blocks import BlockGrid
 from ..kernels.reference import SequenceBlocks
 from ..registry import register_sparse_method
@@ -59,8 +59,8 @@ class FlashPrefill(BlockMethod, CalibratedMethod):
 
     def scores(self, grid: BlockGrid) -> Tensor:
         """Score the blocks of all sequences."""
-        return softmax_mass(grid, mean_keys(grid))
+        return softmax_mass(grid)
 
-    def choose(self, scores: Tensor, seen: Tensor, forced: Tensor) -> Tensor:
+    def choice(self, seen: Tensor, dtype: torch.dtype) -> BlockChoice:
         """Keep blocks with at least ``alpha`` times the largest score."""
-        return blocks_above(scores, seen, self.knob_of(seen, scores.dtype))
+        return BlockChoice("above", self.knob_of(seen, dtype))

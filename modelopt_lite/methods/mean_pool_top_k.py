@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..kernels.block_scores import largest_blocks, mean_scores
+from ..kernels.block_scores import BlockChoice, mean_scores
 from ..kernels.blocks import BlockGrid
 from ..kernels.reference import SequenceBlocks
 from ..registry import register_sparse_method
@@ -42,6 +42,6 @@ class MeanPoolTopK(BlockMethod, CalibratedMethod):
         """Score the blocks of all sequences."""
         return mean_scores(grid)
 
-    def choose(self, scores: Tensor, seen: Tensor, forced: Tensor) -> Tensor:
+    def choice(self, seen: Tensor, _: torch.dtype) -> BlockChoice:
         """Keep the share with the largest scores, the forced ones first."""
-        return largest_blocks(scores, seen, forced, self.knob_of(seen, torch.float64))
+        return BlockChoice("largest", self.knob_of(seen, torch.float64))

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from ..kernels.block_scores import antidiagonal_mass, heaviest_blocks, softmax_over
+from ..kernels.block_scores import BlockChoice, antidiagonal_mass, softmax_over
 from ..kernels.blocks import BlockGrid
 from ..kernels.reference import SequenceBlocks
 from ..registry import register_sparse_method
@@ -66,6 +66,6 @@ class XAttention(BlockMethod, CalibratedMethod):
         """Return the masses for all sequences."""
         return antidiagonal_mass(grid, self.stride)
 
-    def choose(self, scores: Tensor, seen: Tensor, forced: Tensor) -> Tensor:
+    def choice(self, seen: Tensor, dtype: torch.dtype) -> BlockChoice:
         """Keep the blocks with the largest mass, the forced ones first, until they hold enough of it."""
-        return heaviest_blocks(scores, seen, forced, self.knob_of(seen, scores.dtype))
+        return BlockChoice("heaviest", self.knob_of(seen, dtype))

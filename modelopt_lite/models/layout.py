@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -562,7 +563,7 @@ def _whole_call(
             return known(query, key, value)
         request = known.request(query, key, value)
         observed = statistics.observe(request)
-        found = known.run(request) if observed is request else compute(observed, decision.backend)
+        found = known.run(request) if observed is request else run(observed, decision.backend)
         return found[0].view(known.shape)
     if (
         not layout.is_causal
@@ -607,12 +608,14 @@ def _whole_call(
     )
     observed = request if statistics is None else statistics.observe(request)
     try:
-        output, _ = (compute if observed.plan.chooses_blocks else run)(observed, decision.backend)
+        output, _ = run(observed, decision.backend)
     except UnsupportedError as error:
         raise UnsupportedError(f"{layer_name(module)}: {error}") from None
     shape = batch, len_q, heads, value_dim
-    is_alike = observed is request and not plan.chooses_blocks
-    if shared is not None and is_alike and (kernel := prepared(request, decision.backend)) is not None:
+    # Statistics may have listed the blocks, so that the request itself was not run.
+    others = functools.partial(run, backend=decision.backend)
+    kernel = prepared(request, decision.backend) if observed is request else others
+    if shared is not None and kernel is not None:
         q, k, v, *fields = request
         views = tuple((x.shape, x.stride()) for x in (q, k, v))
         shared.prepared[signature] = PreparedCall(views, tuple(fields), kernel, shape)

@@ -174,6 +174,23 @@ def test_a_counted_layer_beside_others_counts_its_blocks():
     assert all(visited[1])
 
 
+@pytest.mark.parametrize("method", ["mean_pool_top_k", "flash_prefill", "xattention"])
+@torch.no_grad()
+def test_counting_layers_computes_what_others_do(method):
+    """In the first layer of a forward, and in the later ones, which follow what it has prepared."""
+    sizes = {"block_size": 16, "block_rows": 16, "first_blocks": 1, "recent_blocks": 1}
+    model, tokens = tiny_model({"method": method, **sizes}), torch.randint(8, (2, 70))
+    expected = model(tokens).logits
+    with mtsa.collect_statistics(model) as found:
+        assert torch.equal(model(tokens).logits, expected)
+        counted = [layer.counts() for layer in found.layers.values()]
+    assert torch.equal(model(tokens).logits, expected)
+    for module in model.model.layers:
+        with mtsa.collect_statistics(module) as alone:
+            model(tokens)
+        assert [layer.counts() for layer in alone.layers.values()] == [counted.pop(0)]
+
+
 def test_a_call_of_the_models_own_is_made():
     """Between a call of a module and its forward."""
     model, calls = tiny_model({"method": "sparse_softmax"}), []

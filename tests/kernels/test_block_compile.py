@@ -32,7 +32,7 @@ def compile_variant(capability, dtype, head_dim, stride, options):
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
-    from modelopt_lite.kernels import AttentionRequest, block_launch, statistics_launch
+    from modelopt_lite.kernels import AttentionRequest, block_launch, blocks, statistics_launch
     from modelopt_lite.kernels.blocks import BlockGrid, KeyBlocks
     from modelopt_lite.kernels.top_n import top_n_plan
     from modelopt_lite.methods import SkipSoftmax
@@ -50,19 +50,20 @@ def compile_variant(capability, dtype, head_dim, stride, options):
 
     compiled = {}
 
-    def compile_only(kernel, programs, arguments, constants, **options):
-        compiled[kernel.__name__] = kernel.warmup(*arguments, *constants, grid=(programs,), **options)
-
     class CompileOnly:
         def __init__(self, kernel, device, *constants, **options):
             self.kernel, self.constants, self.options = kernel, constants, options
 
         def __call__(self, programs, *arguments):
-            compile_only(self.kernel, programs, arguments, self.constants, **self.options)
+            kernel, rest = self.kernel, (*arguments, *self.constants)
+            compiled[kernel.__name__] = kernel.warmup(*rest, grid=(programs,), **self.options)
 
     driver.set_active(AbsentGpu())
+    blocks._prepared.clear()
+    for launches in (block_launch._choice, block_launch._listing):
+        launches.cache_clear()
     block_launch._is_large = lambda x: capability == 90
-    block_launch.launch, statistics_launch.Launch = compile_only, CompileOnly
+    block_launch.Launch = statistics_launch.Launch = CompileOnly
     statistics_launch.capability_of = lambda device: capability
     length = 4096
     q, k = (torch.zeros(length, heads, head_dim, dtype=dtype) for heads in (8, 2))
@@ -70,18 +71,20 @@ def compile_variant(capability, dtype, head_dim, stride, options):
     packing = {"starts_q": start, "lengths_q": lengths, "max_q": length, "starts_k": start, "lengths_k": lengths}
     masks = {"is_causal": True, "softmax_scale": 0.1, "sliding_window": None, "softcap": None, "s_aux": None, **options}
     request = AttentionRequest(q=q, k=k, v=k, max_k=length, plan=DENSE, **packing, **masks)
-    block_launch.grid_tables(request, 128, 128)
     grid = BlockGrid(request, 128, 128)
+    block_launch.grid_tables(grid)
     seen, forced = block_launch.marked(grid, 1, 1)
     block_launch.mean_scores(grid)
-    block_launch.softmax_mass(grid, block_launch.mean_keys(grid))
+    block_launch.softmax_mass(grid, None)
+    block_launch.softmax_mass(grid, block_launch.mean_keys(grid))  # splits numbers, if they have 16 bits
     scores = block_launch.antidiagonal_mass(grid, stride)
-    block_launch.largest(scores, seen, forced, 0.9, by_mass=True)
-    chosen = block_launch.above(scores, seen, 0.9)
+    block_launch.listed_choice(scores, seen, forced, "heaviest", 0.9)
+    block_launch.listed_choice(scores, seen, forced, "above", 0.9)
+    chosen = block_launch.chosen(scores, seen, forced, "above", 0.9)
     block_launch.listed(chosen, seen, forced)
     block_launch.excess(grid)
-    blocks = KeyBlocks.from_mask(torch.ones(1, *grid.shape, dtype=torch.bool), start, 128, 128)
-    with_lists = request._replace(plan=top_n_plan(2, 4, 4, 64), blocks=blocks)
+    lists = KeyBlocks.from_mask(torch.ones(1, *grid.shape, dtype=torch.bool), start, 128, 128)
+    with_lists = request._replace(plan=top_n_plan(2, 4, 4, 64), blocks=lists)
     statistics_launch.prepare(with_lists, every=4)(with_lists)
     if q.element_size() == 2 and head_dim <= 128 and request.is_causal:
         compiled["count_scores_of_lists"] = compiled.pop("count_scores")

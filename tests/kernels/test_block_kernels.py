@@ -55,7 +55,7 @@ def test_means(grid):
 def test_tables_and_marks(request, sizes, first_blocks, recent_blocks, sparse_decode):
     request = request._replace(plan=dataclasses.replace(DENSE, sparse_decode=sparse_decode))
     grid = BlockGrid(request, *sizes)
-    for name, found in block_launch.grid_tables(request, *sizes)._asdict().items():
+    for name, found in block_launch.grid_tables(grid)._asdict().items():
         expected = getattr(grid, name)
         assert found.dtype == expected.dtype, name
         assert torch.equal(found, expected), name
@@ -187,33 +187,44 @@ def scored(draw, signed):
     return scores, seen, forced, share
 
 
+def check_lists(rule, found, scores, seen, forced, number):
+    """The lists of a choice are those of the mask that it makes."""
+    counts, indices = block_launch.listed_choice(scores, seen, forced, rule, number)
+    expected = KeyBlocks.from_mask((found & seen) | forced, torch.zeros(1), 16, 16)
+    assert torch.equal(counts, expected.counts)
+    assert torch.equal(indices, expected.indices)
+
+
 @given(scored(signed=False))
 @settings(max_examples=60, deadline=None)
 def test_heaviest_blocks(case):
     """Masses are eighths and shares FP64, so that every decision is exact, ties among them."""
     scores, seen, forced, share = case
-    found = block_launch.largest(scores, seen, forced, share, by_mass=True)
+    found = block_launch.chosen(scores, seen, forced, "heaviest", share)
     expected = block_scores.heaviest_blocks(scores.double(), seen, forced, share)
     assert torch.equal((found | forced) & seen, (expected | forced) & seen)
+    check_lists("heaviest", found, *case)
 
 
 @given(scored(signed=True))
 @settings(max_examples=60, deadline=None)
 def test_largest_blocks(case):
     scores, seen, forced, share = case
-    found = block_launch.largest(scores, seen, forced, share, by_mass=False)
+    found = block_launch.chosen(scores, seen, forced, "largest", share)
     expected = block_scores.largest_blocks(scores.double(), seen, forced, share)
     assert torch.equal((found | forced) & seen, (expected | forced) & seen)
+    check_lists("largest", found, *case)
 
 
 @given(scored(signed=False))
 @settings(max_examples=60, deadline=None)
 def test_blocks_above(case):
     scores, seen, _, fraction = case
-    found = block_launch.above(scores, seen, fraction)
+    found = block_launch.chosen(scores, seen, None, "above", fraction)
     if isinstance(fraction, torch.Tensor):
         fraction = fraction.float()
     assert torch.equal(found & seen, block_scores.blocks_above(scores, seen, fraction) & seen)
+    check_lists("above", found, *case)
 
 
 @given(st.integers(0, 3), st.integers(0, 3), st.integers(0, 1100), st.sampled_from([0.0, 0.3, 1.0]), st.booleans())

@@ -10,7 +10,7 @@ from cases import one_sequence
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from modelopt_lite.kernels import KeyBlocks, attention, blocked, compute, count_kept, operator, request_statistics
+from modelopt_lite.kernels import KeyBlocks, attention, blocked, choice, compute, count_kept, request_statistics
 from modelopt_lite.kernels.blocks import BlockGrid
 from modelopt_lite.kernels.reference import attention_reference, kept_scores, listed_blocks
 from modelopt_lite.kernels.selection import select_blocks
@@ -346,7 +346,7 @@ def test_lists_and_a_plan_that_chooses():
 def test_decode_alone_chooses_nothing(monkeypatch):
     """Where every sequence has one query, no selector runs, so that decode costs what it costs without one."""
     plan = AttentionPlan(blocks=BlockSelector(sums, at_least_the_mean, block_size=16, block_rows=16))
-    monkeypatch.setattr(operator, "select_blocks", None)
+    monkeypatch.setattr(choice, "select_blocks", None)
     q, k = torch.randn(2, 2, 8), torch.randn(60, 2, 8)
     ones, starts_k, lengths_k = torch.ones(2, dtype=torch.int64), torch.tensor([0, 40]), torch.tensor([40, 20])
     packing = (torch.arange(2), ones, 1, True, None, starts_k, lengths_k, 40)

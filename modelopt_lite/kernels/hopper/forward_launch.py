@@ -123,7 +123,7 @@ def prepare(request: AttentionRequest) -> Callable[[AttentionRequest], tuple[Ten
     keys, values = (key_descriptor(x, options) for x in (r.k, r.v))
     tail_rows, tail_start = tail_of(r.k.shape[0], r.group, settings.block_n)
     tail_shape = (2, tail_rows, *r.k.shape[1:])
-    tail_descriptor = None if tail_rows == 0 else key_descriptor(r.k.new_empty(tail_shape)[0], options)
+    tail_descriptor = None if tail_rows == 0 else key_descriptor(r.k.new_empty(*tail_shape)[0], options)
     prepare_work = WorkPreparation(r, options, tail_start)
     launch = Launch(
         attention_forward_hopper, r.q.device, plan.score_hook, plan.quick_hook, options, settings.num_stages,
@@ -141,7 +141,7 @@ def prepare(request: AttentionRequest) -> Callable[[AttentionRequest], tuple[Ten
         visits: tuple[Any, ...] = (None,) * 5
         if schedule is not None:
             visits = (*schedule(r), schedule.rows, schedule.shape[2], schedule.heads_per_list)
-        key_tail, value_tail = (None, None) if tail_rows == 0 else r.k.new_empty(tail_shape).unbind()
+        key_tail, value_tail = (None, None) if tail_rows == 0 else r.k.new_empty(*tail_shape).unbind()
         counter = prepare_work(r, out, lse, key_tail, value_tail)
         try:
             launch(

@@ -194,7 +194,7 @@ def prepare(request: AttentionRequest) -> Callable[[AttentionRequest], tuple[Ten
     maps = [
         _tensor_map(r.q, [r.q.shape[0]], [r.q.stride(0)], [ROWS]),
         _key_map(r.k),
-        _key_map(r.k.new_empty(tail_shape)),
+        _key_map(r.k.new_empty(*tail_shape)),
         _tensor_map(r.v, [r.v.shape[0]], [r.v.stride(0)], [TILE]),
     ]
     launch = _Launch(r.q.device, variant, min(items, processors(r.q.device)), numbers, maps)
@@ -202,7 +202,7 @@ def prepare(request: AttentionRequest) -> Callable[[AttentionRequest], tuple[Ten
     def run(r: AttentionRequest) -> tuple[Tensor, Tensor | None]:
         out, lse = new_results(r)
         if r.q.shape[0]:
-            key_tail = r.k.new_empty(tail_shape)
+            key_tail = r.k.new_empty(*tail_shape)
             counter = prepare_work(r, out, lse, key_tail, None)
             visits = None if schedule is None else schedule(r)
             launch(r, out, lse, counter, key_tail, visits)

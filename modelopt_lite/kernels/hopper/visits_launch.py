@@ -77,8 +77,8 @@ class Schedule:
         """Launch, and return the visits."""
         r, blocks = request, request.blocks
         assert blocks is not None
-        tiles = torch.empty(self.shape, dtype=torch.int32, device=r.q.device)
-        order = torch.empty(r.q.shape[1] * self.rows, dtype=torch.int32, device=r.q.device)
+        tiles = r.q.new_empty(*self.shape, dtype=torch.int32)  # PyTorch reads a tuple more slowly
+        order = r.q.new_empty(r.q.shape[1] * self.rows, dtype=torch.int32)
         lists = (blocks.counts.contiguous(), blocks.indices.contiguous(), blocks.starts.contiguous())
         self.launch(self.programs, tiles, order, *lists, (r.lengths_q, r.lengths_k), *self.numbers)
         return Visits(tiles, order)

@@ -159,7 +159,7 @@ def new_results(request: AttentionRequest) -> tuple[Tensor, Tensor | None]:
     q = request.q
     tokens, heads, _ = q.shape
     out = q.new_empty(tokens, heads, request.v.shape[2])  # PyTorch reads a tuple more slowly
-    return out, q.new_empty((tokens, heads), dtype=torch.float32) if request.with_lse else None
+    return out, q.new_empty(tokens, heads, dtype=torch.float32) if request.with_lse else None
 
 
 def backward(
