@@ -251,7 +251,8 @@ def differentiate(grad: Tensor, result: ForwardResult, request: AttentionRequest
         request: what was computed; which keys take part is taken as given.
 
     Returns:
-        What :func:`modelopt_lite.kernels.portable.launch.backward` does.
+        The gradients of ``q``, ``k``, ``v`` and, if given, ``s_aux``, each in the type of its tensor. Rows of no
+        sequence are 0.
     """
     assert result.output is not None
     tensors = (grad, result.output, result.lse)
@@ -266,27 +267,27 @@ def differentiate(grad: Tensor, result: ForwardResult, request: AttentionRequest
         return known(grad, result, request)
     except HookRefusedError as error:
         logger.warning("the backward kernel for Hopper is left out: %s", error)
-        _prepared_backward[key] = _differentiate_portably
-        return _differentiate_portably(grad, result, request)
+        portable = _prepared_backward[key] = _prepare_backward(grad, request, portable=True)
+        return portable(grad, result, request)
 
 
-def _prepare_backward(grad: Tensor, request: AttentionRequest) -> Differentiate:
-    """Choose the kernel, and copy what does not lie in memory as it reads it."""
-    pinned, readable = os.environ.get("MODELOPT_LITE_KERNEL", ""), request.readable()
-    if pinned == "portable" or hopper_backward_launch.refusal(readable) is not None:
-        return _differentiate_portably
-    if pinned != "hopper" and not hopper_backward_launch.pays(readable):
-        return _differentiate_portably
-    readable_grad = hopper_backward_launch.readable(grad)
-    prepared = hopper_backward_launch.prepare(readable_grad, readable)
-    if readable_grad is grad and readable is request:
+def _prepare_backward(grad: Tensor, request: AttentionRequest, portable: bool = False) -> Differentiate:
+    """Choose the kernel, if not the portable one in any case, and copy what does not lie in memory as it reads it."""
+    pinned, readable_request = os.environ.get("MODELOPT_LITE_KERNEL", ""), request.readable()
+    readable = portable_launch.readable
+    prepare: Callable[[Tensor, AttentionRequest], Differentiate] = portable_launch.prepare_backward
+    if (
+        not portable
+        and pinned != "portable"
+        and hopper_backward_launch.refusal(readable_request) is None
+        and (pinned == "hopper" or hopper_backward_launch.pays(readable_request))
+    ):
+        readable, prepare = hopper_backward_launch.readable, hopper_backward_launch.prepare
+    readable_grad = readable(grad)
+    prepared = prepare(readable_grad, readable_request)
+    if readable_grad is grad and readable_request is request:
         return prepared
-    return lambda grad, result, request: prepared(hopper_backward_launch.readable(grad), result, request.readable())
-
-
-def _differentiate_portably(grad: Tensor, result: ForwardResult, request: AttentionRequest) -> Gradients:
-    assert result.output is not None
-    return portable_launch.backward(grad, result.output, result.lse, request.readable())
+    return lambda grad, result, request: prepared(readable(grad), result, request.readable())
 
 
 def check_backend(request: AttentionRequest, backend: Backend) -> None:

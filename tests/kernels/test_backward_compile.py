@@ -14,6 +14,7 @@ from machine_code import classify, compile_kernel, inspect
 from test_forward_compile import BF16, FP32, SHARED_LIMIT, count_compilations, pretend_gpu, zeros
 
 from modelopt_lite.kernels.portable import launch as portable_launch
+from modelopt_lite.kernels.request import ForwardResult
 from modelopt_lite.kernels.top_n import top_n_plan
 
 # Bytes a thread that the Triton of constraints.txt spills; other versions spill less or more. The tiles of 90 are what
@@ -39,7 +40,8 @@ def launch_all():
     for lengths, number in itertools.product(([1], [16], [17], [1000], [5, 6], [16] * 16), (1, 16, 100)):
         plan = dataclasses.replace(top_n_plan(2, 4, number, number), hook_args=(float(number),))
         request = zeros(lengths, plan, softmax_scale=1.0 / number, sliding_window=number)
-        portable_launch.backward(request.q, request.q, torch.zeros(request.q.shape[:2]), request)
+        result = ForwardResult(request.q, torch.zeros(request.q.shape[:2]))
+        portable_launch.prepare_backward(request.q, request)(request.q, result, request)
 
 
 @pytest.mark.slow

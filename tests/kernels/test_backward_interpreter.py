@@ -12,6 +12,7 @@ from test_forward_interpreter import HOOKS, n_of_m, sequences
 from modelopt_lite.kernels import AttentionRequest, attention
 from modelopt_lite.kernels.portable import launch as portable_launch
 from modelopt_lite.kernels.reference import attention_reference
+from modelopt_lite.kernels.request import ForwardResult
 from modelopt_lite.kernels.settings import Settings
 from modelopt_lite.methods.sink_window import SinkWindow
 from modelopt_lite.plan import DENSE
@@ -40,7 +41,9 @@ def run(grad, request, kernel_settings, forward_settings=None):
         out, lse = out.to(request.q.dtype), lse.float()
     else:
         out, lse = portable_launch.prepare(request, forward_settings)(request)
-    return portable_launch.backward(grad, out, lse, request, kernel_settings)
+    grad = portable_launch.readable(grad)
+    differentiate = portable_launch.prepare_backward(grad, request, kernel_settings)
+    return differentiate(grad, ForwardResult(out, lse), request)
 
 
 def gradients_of_oracle(grad, request):

@@ -112,17 +112,17 @@ def test_refusal(absent_gpu, options, reason):
 @pytest.fixture
 def chosen(absent_gpu, monkeypatch):
     """Return which kernel differentiates a request."""
-    monkeypatch.setattr(portable_launch, "backward", lambda *arguments: "portable")
+    monkeypatch.setattr(portable_launch, "prepare_backward", lambda *arguments: lambda *arguments: "portable")
     monkeypatch.setattr(hopper_backward_launch, "prepare", lambda *arguments: lambda *arguments: "hopper")
     monkeypatch.setattr(choice, "_prepared_backward", {})
     return lambda request: choice.differentiate(request.q, ForwardResult(request.q, request.q), request)
 
 
 def test_choice(chosen, monkeypatch):
-    long, short, refused = request_on_gpu(), request_on_gpu(tokens=512), request_on_gpu(dim=96)
+    # Four heads have as many tiles of 128 keys as there are multiprocessors, and one key less.
+    long, short = request_on_gpu(tokens=4224), request_on_gpu(tokens=4223)
+    refused = request_on_gpu(tokens=4224, dim=96)
     assert [chosen(x) for x in (long, short, refused)] == ["hopper", "portable", "portable"]
-    # Four heads with as many tiles of 128 keys as there are multiprocessors.
-    assert [chosen(request_on_gpu(dim=64, tokens=tokens)) for tokens in (4223, 4224)] == ["portable", "hopper"]
     monkeypatch.setenv("MODELOPT_LITE_KERNEL", "hopper")
     assert [chosen(x) for x in (long, short, refused)] == ["hopper", "hopper", "portable"]
     monkeypatch.setenv("MODELOPT_LITE_KERNEL", "portable")
@@ -134,7 +134,7 @@ def test_a_hook_that_cannot_be_compiled(chosen, monkeypatch, caplog):
         raise HookRefusedError("Gluon cannot compile the hook")
 
     monkeypatch.setattr(hopper_backward_launch, "prepare", lambda *arguments: refuse)
-    assert chosen(request_on_gpu()) == "portable"
+    assert chosen(request_on_gpu(tokens=4224)) == "portable"
     assert "the backward kernel for Hopper is left out: Gluon cannot compile the hook" in caplog.text
 
 

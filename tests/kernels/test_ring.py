@@ -9,6 +9,7 @@ from test_backward_interpreter import FORWARD, FP32, POINTERS
 from modelopt_lite.kernels import AttentionRequest
 from modelopt_lite.kernels.portable import launch as portable_launch
 from modelopt_lite.kernels.reference import attention_reference
+from modelopt_lite.kernels.request import ForwardResult
 from modelopt_lite.methods import SparseSoftmax
 from modelopt_lite.models.parallel import exchange, shards
 from modelopt_lite.plan import DENSE
@@ -50,8 +51,9 @@ def test_parts_of_the_ring_add_up(plan):
         torch.testing.assert_close(merge.output[is_own], expected[rows].float(), **FP32)
         torch.testing.assert_close(merge.lse[is_own], expected_lse[rows].float(), **FP32)
         for keys, call in calls:
-            results = (x[call.rows] for x in (grad[own], merge.output, merge.lse))
-            grad_q, grad_k, grad_v, _ = portable_launch.backward(*results, call.request, POINTERS)
+            of_output, output, lse = (x[call.rows] for x in (grad[own], merge.output, merge.lse))
+            differentiate = portable_launch.prepare_backward(of_output, call.request, POINTERS)
+            grad_q, grad_k, grad_v, _ = differentiate(of_output, ForwardResult(output, lse), call.request)
             for total, places, x in zip(found, (own[call.rows], keys, keys), (grad_q, grad_k, grad_v), strict=True):
                 total.index_add_(0, places, x)
     for total, leaf in zip(found, wanted, strict=True):

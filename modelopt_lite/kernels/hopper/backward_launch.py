@@ -38,8 +38,6 @@ HEAD_DIMS = (64, 128)
 MAX_GROUP = 8
 LONGEST_LISTED = KEYS.value * TILES_FROM.value // 2
 """Tokens of a sequence whose tiles can be numbered in an entry of a list."""
-FASTER_FROM = 1024
-"""Queries of a sequence, on average, from which on this kernel may be faster than the portable ones."""
 STEPS_OF_LAUNCH = 8
 """As how many steps of a program a launch takes, beside its steps."""
 SLOWER = 1.03
@@ -68,14 +66,9 @@ def refusal(request: AttentionRequest) -> str | None:
 
 
 def pays(request: AttentionRequest) -> bool:
-    """Whether the kernel is faster than the portable ones.
-
-    It takes no smaller tiles for short sequences, and with a head dimension of 64 a multiprocessor without a tile of
-    keys costs more than the kernel saves.
-    """
-    (total, _, head_dim), (keys, heads, _) = request.q.shape, request.k.shape
-    is_long = total >= FASTER_FROM * request.starts_q.shape[0]
-    return is_long and (head_dim > 64 or keys * heads >= KEYS.value * processors(request.q.device))
+    """Whether the kernel is faster than the portable ones: if there is a tile of keys for each multiprocessor."""
+    keys, heads, _ = request.k.shape
+    return bool(keys * heads >= KEYS.value * processors(request.q.device))
 
 
 def readable(grad: Tensor) -> Tensor:
@@ -92,10 +85,10 @@ def prepare(grad: Tensor, request: AttentionRequest) -> Backward:
         request: what was computed, of one of them.
 
     Returns:
-        A function of the gradient, what the forward pass left and the request, which returns what
-        :func:`modelopt_lite.kernels.portable.launch.backward` does. Between calls only the addresses and contents of
-        tensors may differ. It frees the output, if nobody else holds it, before it allocates memory for sums. It
-        raises :class:`~modelopt_lite.kernels.request.HookRefusedError` if Gluon cannot compile the plan's hook.
+        A function like that of :func:`modelopt_lite.kernels.portable.launch.prepare_backward`. Between calls only the
+        addresses and contents of tensors may differ. It frees the output, if nobody else holds it, before it allocates
+        memory for sums. It raises :class:`~modelopt_lite.kernels.request.HookRefusedError` if Gluon cannot compile the
+        plan's hook.
     """
     r, plan, device = request, request.plan, request.q.device
     (total, query_heads, head_dim), kv_heads, batch = r.q.shape, r.k.shape[1], r.starts_q.shape[0]

@@ -12,7 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..blocks import KeyBlocks
 from ..device import Launch, cdiv, heads_per_wave, is_aligned, rebased
-from ..request import AttentionRequest
+from ..request import AttentionRequest, ForwardResult
 from ..settings import (
     SMALL,
     Options,
@@ -162,125 +162,91 @@ def new_results(request: AttentionRequest) -> tuple[Tensor, Tensor | None]:
     return out, q.new_empty(tokens, heads, dtype=torch.float32) if request.with_lse else None
 
 
-def backward(
-    grad: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    request: AttentionRequest,
-    settings: tuple[Settings, Settings] | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Compute the gradients of any forward kernel, without waiting for the device.
+def readable(grad: Tensor) -> Tensor:
+    """Return the gradient of the output as the kernels read it."""
+    return grad.contiguous() if grad.stride(2) != 1 or 0 in grad.stride() else grad
+
+
+def prepare_backward(
+    grad: Tensor, request: AttentionRequest, settings: tuple[Settings, Settings] | None = None
+) -> Callable[[Tensor, ForwardResult, AttentionRequest], tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+    """Compute what backward passes of one signature have in common, after any forward kernel.
 
     Two sequences may not share keys: the gradients of shared rows would be those of one of them.
 
     Args:
-        grad: gradient of the output, with its shape and type.
-        out: the output.
-        lse: the logarithms of the softmax denominators.
-        request: what was computed; which keys take part is taken as given.
+        grad: gradient of the output, from :func:`readable`, of one of them.
+        request: what was computed, of one of them; which keys take part is taken as given.
         settings: tiles and warps of the gradient of queries, and of that of keys and values, instead of the tables'.
 
     Returns:
-        The gradients of ``q``, ``k``, ``v`` and, if given, ``s_aux``, each in the type of its tensor. Rows of no
-        sequence are 0.
+        A function of the gradient, what the forward pass left and the request. It returns the gradients of ``q``,
+        ``k``, ``v`` and, if given, ``s_aux``, each in the type of its tensor. Rows of no sequence are 0. Between calls
+        only the addresses and contents of tensors may differ. It does not wait for the device.
     """
-    r, plan = request, request.plan
+    r, plan, device = request, request.plan, request.q.device
     total, query_heads, head_dim = r.q.shape
     kv_heads, value_dim = r.v.shape[1:]
     batch, heads_per_kv = r.starts_q.shape[0], query_heads // kv_heads
-    grad_q, grad_k, grad_v = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (r.q, r.k, r.v))
-    if total == 0:
-        return grad_q, grad_k, grad_v, None if r.s_aux is None else torch.zeros_like(r.s_aux)
-    if grad.stride(2) != 1 or 0 in grad.stride():
-        grad = grad.contiguous()
-
     block_d, block_dv = block_dim(head_dim), block_dim(value_dim)
     if settings is None:
-        place = (capability_of(r.q.device), r.q.dtype, max(block_d, block_dv), r.group, r.is_causal)
+        place = (capability_of(device), r.q.dtype, max(block_d, block_dv), r.group, r.is_causal)
         settings = default_settings(*place, QUERY_SETTINGS, True), default_settings(*place, KEY_SETTINGS, True)
     for_queries, for_keys = (fitted(x, r.blocks) for x in settings)
-    query_options, key_options = (options_for(r, x) for x in (for_queries, for_keys))
-    # Apart, so that both are aligned alike whatever the lengths.
-    shift = torch.empty(query_heads, total, dtype=torch.float32, device=r.q.device)
-    delta = torch.empty_like(shift)
-    sequences = (r.starts_q, r.lengths_q, r.starts_k, r.lengths_k, *r.first_positions())
-    numbers = (r.softmax_scale, r.softcap or 0.0)
-    rules, hook_args = distances(r), hook_arguments(plan)
-    with torch.cuda.device_of(r.q):
-        gradient_rows[(cdiv(total, BLOCK_ROWS) * query_heads,)](
-            grad,
-            out,
-            lse,
-            shift,
-            delta,
-            tuple(x.stride()[:2] for x in (grad, out)),
-            query_heads,
-            total,
-            VALUE_DIM=value_dim,
-            BLOCK_M=BLOCK_ROWS,
-            BLOCK_DV=block_dv,
-        )
-        # Where keys begin inside a group, or a tile that a list names, the first tile has fewer.
-        step = r.group if r.blocks is None else for_keys.block_n
-        tiles = cdiv(r.max_k + (step - 1 if r.has_positions else 0), for_keys.block_n)
-        # Few programs of such different lengths would leave multiprocessors idle at the end.
-        wave = max(heads_per_wave(r.max_q, r.q, grad) // heads_per_kv, cdiv(WAVE, max(tiles, 1)))
-        gradient_of_keys[(batch * kv_heads * tiles,)](
-            r.q,
-            r.k,
-            r.v,
-            grad,
-            shift,
-            delta,
-            grad_k,
-            grad_v,
-            *(_query_descriptor(x, block, for_keys) for x, block in ((r.q, block_d), (grad, block_dv))),
-            tuple(x.stride()[:2] for x in (r.q, r.k, r.v, grad, grad_k, grad_v)),
-            sequences,
-            (kv_heads, heads_per_kv),
-            numbers,
-            batch,
-            total,
-            tiles,
-            min(wave, batch * kv_heads),
-            *rules,
-            _transposed_lists(r),
-            hook_args,
-            SCORE_HOOK=plan.score_hook,
-            OPTIONS=key_options,
-            num_warps=for_keys.num_warps,
-            num_stages=for_keys.num_stages,
+    # Where keys begin inside a group, or a tile that a list names, the first tile has fewer.
+    step = r.group if r.blocks is None else for_keys.block_n
+    key_tiles = cdiv(r.max_k + (step - 1 if r.has_positions else 0), for_keys.block_n)
+    query_tiles = _query_tiles(r, for_queries)
+    # Few programs of such different lengths would leave multiprocessors idle at the end.
+    key_wave = max(heads_per_wave(r.max_q, r.q, grad) // heads_per_kv, cdiv(WAVE, max(key_tiles, 1)))
+    query_wave = heads_per_wave(r.max_k, r.k, r.v) * heads_per_kv
+    numbers, rules, hook_args = (r.softmax_scale, r.softcap or 0.0), distances(r), hook_arguments(plan)
+    # Tensors are described by their shapes and strides; each call puts its own addresses in.
+    queries, grads = (
+        rebased(_query_descriptor(x, block, for_keys), None) for x, block in ((r.q, block_d), (grad, block_dv))
+    )
+    keys, values = (
+        rebased(_key_descriptor(x, r.group, block, for_queries), None) for x, block in ((r.k, block_d), (r.v, block_dv))
+    )
+    of_new = [(x.shape[1] * x.shape[2], x.shape[2]) for x in (r.q, r.k, r.v)]
+    strides = [x.stride()[:2] for x in (r.q, r.k, r.v, grad)]
+    launch_rows = Launch(gradient_rows, device, value_dim, BLOCK_ROWS, block_dv)
+    launch_keys, launch_queries = (
+        Launch(
+            kernel, device, plan.score_hook, options_for(r, of), num_warps=of.num_warps, num_stages=of.num_stages,
             enable_fp_fusion=True,
         )
-        tiles = _query_tiles(r, for_queries)
-        wave = heads_per_wave(r.max_k, r.k, r.v) * heads_per_kv
-        gradient_of_queries[(batch * query_heads * tiles,)](
-            r.q,
-            r.k,
-            r.v,
-            grad,
-            shift,
-            delta,
-            grad_q,
-            *(_key_descriptor(x, r.group, block, for_queries) for x, block in ((r.k, block_d), (r.v, block_dv))),
-            tuple(x.stride()[:2] for x in (r.q, r.k, r.v, grad, grad_q)),
-            sequences,
-            (query_heads, heads_per_kv),
-            numbers,
-            batch,
-            total,
-            tiles,
-            min(wave, batch * query_heads),
-            *rules,
-            _lists(r),
-            hook_args,
-            SCORE_HOOK=plan.score_hook,
-            OPTIONS=query_options,
-            num_warps=for_queries.num_warps,
-            num_stages=for_queries.num_stages,
-            enable_fp_fusion=True,
-        )
-    return grad_q, grad_k, grad_v, gradient_of_sink_logits(r, shift, delta)
+        for kernel, of in ((gradient_of_keys, for_keys), (gradient_of_queries, for_queries))
+    )  # fmt: skip
+
+    def run(grad: Tensor, result: ForwardResult, r: AttentionRequest) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        grad_q, grad_k, grad_v = (torch.zeros(x.shape, dtype=x.dtype, device=device) for x in (r.q, r.k, r.v))
+        if total == 0:
+            return grad_q, grad_k, grad_v, None if r.s_aux is None else torch.zeros_like(r.s_aux)
+        # Apart, so that both are aligned alike whatever the lengths.
+        shift, delta = (torch.empty(query_heads, total, dtype=torch.float32, device=device) for _ in range(2))
+        sequences = (r.starts_q, r.lengths_q, r.starts_k, r.lengths_k, *r.first_positions())
+        output = result.output
+        assert output is not None
+        launch_rows(
+            cdiv(total, BLOCK_ROWS) * query_heads, grad, output, result.lse, shift, delta,
+            (strides[3], output.stride()[:2]), query_heads, total,
+        )  # fmt: skip
+        launch_keys(
+            batch * kv_heads * key_tiles, r.q, r.k, r.v, grad, shift, delta, grad_k, grad_v,
+            queries and rebased(queries, r.q), grads and rebased(grads, grad), (*strides, *of_new[1:]), sequences,
+            (kv_heads, heads_per_kv), numbers, batch, total, key_tiles, min(key_wave, batch * kv_heads), *rules,
+            _transposed_lists(r), hook_args,
+        )  # fmt: skip
+        launch_queries(
+            batch * query_heads * query_tiles, r.q, r.k, r.v, grad, shift, delta, grad_q,
+            keys and rebased(keys, r.k), values and rebased(values, r.v), (*strides, of_new[0]), sequences,
+            (query_heads, heads_per_kv), numbers, batch, total, query_tiles, min(query_wave, batch * query_heads),
+            *rules, _lists(r), hook_args,
+        )  # fmt: skip
+        return grad_q, grad_k, grad_v, gradient_of_sink_logits(r, shift, delta)
+
+    return run
 
 
 def gradient_of_sink_logits(request: AttentionRequest, shift: Tensor, delta: Tensor) -> Tensor | None:
