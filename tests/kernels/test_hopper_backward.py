@@ -140,7 +140,16 @@ def test_a_hook_that_cannot_be_compiled(chosen, monkeypatch, caplog):
 
 @pytest.mark.parametrize(
     ("kv_heads", "batch", "tiles", "heads"),
-    [(8, 1, 32, 8), (8, 1, 64, 4), (8, 1, 128, 2), (8, 1, 256, 1), (8, 1, 1, 8), (6, 1, 128, 2), (1, 1, 999, 1)],
+    [
+        (8, 1, 1, 8),
+        (8, 1, 32, 8),
+        (8, 1, 64, 4),
+        (8, 1, 256, 4),
+        (8, 4, 16, 8),
+        (8, 4, 64, 4),
+        (3, 1, 128, 3),
+        (1, 1, 999, 1),
+    ],
 )
 def test_heads_of_a_launch(kv_heads, batch, tiles, heads):
     assert hopper_backward_launch.heads_of_launch(kv_heads, batch, tiles, 4, 132, is_causal=True) == heads

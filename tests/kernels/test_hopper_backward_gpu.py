@@ -49,13 +49,15 @@ def test_heads(heads):
     check(make(heads=heads, dims=DIMS, plan=PLANS[1]))
 
 
-@pytest.mark.parametrize("plan", PLANS[:2], ids=["dense", "2:4"])
-def test_a_head_at_a_time(plan, monkeypatch):
+@pytest.mark.parametrize("has_lists", [False, True])
+@pytest.mark.parametrize("plan", ["dense", "2:4 exempt"])
+def test_a_head_at_a_time(plan, has_lists, monkeypatch):
     """Launches compute the heads of keys one by one, in several waves, and their sums lie in the same memory."""
     monkeypatch.setattr(hopper_backward_launch, "processors", lambda device: 5)
     monkeypatch.setattr(hopper_backward_launch, "heads_of_launch", lambda *shape: 1)
     monkeypatch.setattr(choice, "_prepared_backward", {})
-    check(make(lengths=((700, 700), (333, 800)), heads=(8, 4), dims=DIMS, plan=plan))
+    request = of_128(plan, lengths=((700, 700), (333, 800)), heads=(8, 4))
+    check(listed(request) if has_lists else request)
 
 
 @pytest.mark.parametrize(("n", "m"), [(1, 2), (1, 4), (3, 4), (1, 8), (7, 8)])

@@ -38,10 +38,10 @@ HEAD_DIMS = (64, 128)
 MAX_GROUP = 8
 LONGEST_LISTED = KEYS.value * TILES_FROM.value // 2
 """Tokens of a sequence whose tiles can be numbered in an entry of a list."""
-STEPS_OF_LAUNCH = 8
-"""As how many steps of a program a launch takes, beside its steps."""
+STEPS_OF_LAUNCH = 14
+"""How many steps a program could take in the time that one more launch costs."""
 SLOWER = 1.03
-"""How much longer gradients may take if that saves memory."""
+"""How much longer two launches may take if that saves memory."""
 
 _UNCOMPILABLE: dict[Any, str] = {}
 """Why Gluon cannot compile a hook."""
@@ -95,9 +95,7 @@ def prepare(grad: Tensor, request: AttentionRequest) -> Backward:
     options = options_of(r, SETTINGS)._replace(pair=min(r.group, 2))
     tiles = max(1, cdiv(r.max_k, KEYS.value))
     members = query_heads // kv_heads
-    heads = kv_heads
-    if r.blocks is None:
-        heads = heads_of_launch(kv_heads, batch, tiles, members, processors(device), r.is_causal)
+    heads = heads_of_launch(kv_heads, batch, tiles, members, processors(device), r.is_causal)
     # With lists, the first and the last tile of a sequence may both have fewer rows.
     query_tiles = total // ROWS.value + batch * (1 if r.blocks is None else 2)
     rows, columns = query_heads * query_tiles, ROWS.value
@@ -180,10 +178,10 @@ def prepare(grad: Tensor, request: AttentionRequest) -> Backward:
 
 
 def heads_of_launch(kv_heads: int, batch: int, tiles: int, members: int, programs: int, is_causal: bool) -> int:
-    """Return of how many heads of keys a launch computes gradients.
+    """Return of how many heads of keys a launch computes gradients: of half of them, unless that is slower.
 
-    It has memory for the sums of these alone. So they are as few as take at most ``SLOWER`` times as long as the
-    fastest number does.
+    There is memory for the sums of these alone, and sums of half of the heads take as much as the output, which may be
+    free by then.
 
     Args:
         kv_heads: how many heads of keys there are.
@@ -193,18 +191,19 @@ def heads_of_launch(kv_heads: int, batch: int, tiles: int, members: int, program
         programs: how many items are computed at the same time.
         is_causal: whether the n-th last tile has n times as much work as the last one.
     """
-    steps = {}
-    for heads in range(1, kv_heads + 1):
-        if kv_heads % heads == 0:
-            waves = cdiv(batch * heads * tiles, programs)
-            items = torch.arange(waves * programs).view(waves, programs)
-            items[1::2] = items[1::2].flip(1)
-            left = (tiles - items // (batch * heads)).clamp(min=0)
-            work = left if is_causal else left.sign() * tiles
-            longest = int(work.sum(0).max())
-            steps[heads] = kv_heads // heads * (longest * members * KEYS.value // ROWS.value + STEPS_OF_LAUNCH)
-    limit = SLOWER * min(steps.values())
-    return next(heads for heads in steps if steps[heads] <= limit)
+
+    def steps(heads: int) -> int:
+        """Return how many steps the program with most of them takes in all launches."""
+        waves = cdiv(batch * heads * tiles, programs)
+        items = torch.arange(waves * programs).view(waves, programs)
+        items[1::2] = items[1::2].flip(1)
+        left = (tiles - items // (batch * heads)).clamp(min=0)
+        work = left if is_causal else left.sign() * tiles
+        longest: int = int(work.sum(0).max()) * members * KEYS.value // ROWS.value
+        return kv_heads // heads * (longest + STEPS_OF_LAUNCH)
+
+    half = max((heads for heads in range(1, kv_heads) if kv_heads % heads == 0), default=1)
+    return half if steps(half) <= SLOWER * steps(kv_heads) else kv_heads
 
 
 def _descriptor(shape: list[int], box: list[int], swizzle: int, device: torch.device) -> TensorDescriptor:
