@@ -227,15 +227,20 @@ def _backward_of_forward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tens
     if lse.shape != output.shape[:2]:
         raise ValueError("with_lse: False is not allowed where gradients are wanted")
     fields = {**ctx.fields, **dict(zip(_TENSORS, tensors, strict=True))}
-    inputs = [fields[name] for name in _NAMES]
-    if torch.compiler.is_compiling():
-        grads = torch.ops.modelopt_lite.attention_backward(grad, output, lse, *inputs)
-    else:
-        grads = _Differentiated.apply(grad, output, lse, *inputs)  # type: ignore[no-untyped-call]
+    grads = _recorded_gradients(grad, output, lse, [fields[name] for name in _NAMES])
     by_name = dict(zip(("q", "k", "v", "s_aux"), grads, strict=True))
     if fields["s_aux"] is None:
         del by_name["s_aux"]
     return tuple(by_name.get(name) for name in _NAMES)
+
+
+def _recorded_gradients(grad: Tensor, output: Tensor, lse: Tensor, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
+    """Compute gradients where something may look at how, from what the operator of the forward takes and returns."""
+    if torch.compiler.is_compiling():
+        grads: tuple[Tensor, ...] = torch.ops.modelopt_lite.attention_backward(grad, output, lse, *inputs)
+    else:
+        grads = _Differentiated.apply(grad, output, lse, *inputs)  # type: ignore[no-untyped-call]
+    return grads
 
 
 def _one_by_one(operator: Any, size: int, in_dims: Sequence[int | None], inputs: Sequence[Any]) -> tuple[Any, Any]:
@@ -255,7 +260,8 @@ class _Recorded(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, s_aux: Tensor | None, *rest: Any) -> Any:
         request, backend = rest
         output, lse = choice.run(request, backend)
-        _save_for_backward(ctx, (*request.flatten(), backend), (output, lse))
+        ctx.save_for_backward(output, lse, q, k, v, s_aux)
+        ctx.rest, ctx.backend = request._replace(grids=None)[4:], backend
         ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)
         return output, lse
@@ -264,20 +270,18 @@ class _Recorded(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, _: None) -> Any:
         if grad is None:
             return (None,) * 6
+        output, lse, *tensors = ctx.saved_tensors
+        request = AttentionRequest(*tensors, *ctx.rest)
         # Batched gradients (``is_grads_batched``) have no rules for the operations of a backward pass.
         is_batched = torch._C._functorch.is_legacy_batchedtensor(grad)
         if torch.is_grad_enabled() or is_batched or is_traced(grad):
-            grads = _backward_of_forward(ctx, grad, None)[:4]
-        else:
-            output, lse, *tensors = ctx.saved_tensors
-            fields = {**ctx.fields, **dict(zip(_TENSORS, tensors, strict=True))}
-            *inputs, backend = (fields[name] for name in _NAMES)
-            result = ForwardResult(output, lse)
-            # Unless the graph or the output is kept, only the result holds the output now.
-            del output
-            ctx.maybe_clear_saved_tensors()
-            grads = _differentiate(grad, result, AttentionRequest.unflatten(inputs), backend)
-        return (*grads, None, None)
+            grads = _recorded_gradients(grad, output, lse, (*request.flatten(), ctx.backend))
+            return (*grads[:3], None if request.s_aux is None else grads[3], None, None)
+        result = ForwardResult(output, lse)
+        # Unless the graph or the output is kept, only the result holds the output now.
+        del output
+        ctx.maybe_clear_saved_tensors()
+        return (*_differentiate(grad, result, request, ctx.backend), None, None)
 
 
 class _Transformed(torch.autograd.Function):
