@@ -234,10 +234,11 @@ def test_the_same_keys_as_in_the_forward_with_lists(plan, options, kernels):
     assert compare_keys(request) == set(kernels)
 
 
+@pytest.mark.parametrize("dims", [DIMS, (64, 64)])
 @pytest.mark.parametrize("plan", PLANS, ids=["dense", "2:4", "4:8"])
-def test_the_same_bits_every_time(plan):
+def test_the_same_bits_every_time(plan, dims):
     """With so many items that programs take several, and wait for each other."""
-    request = make(lengths=((9000, 9000), (3000, 5000)), heads=(16, 4), dims=DIMS, plan=plan, exact=False)
+    request = make(lengths=((9000, 9000), (3000, 5000)), heads=(16, 4), dims=dims, plan=plan, exact=False)
     assert hopper_backward_launch.refusal(request) is None
     out, lse = hopper_launch.prepare(request)(request)
     grad = torch.randn(out.shape, device="cuda").to(out.dtype)
