@@ -138,7 +138,7 @@ def mark_blocks(
 
 
 @triton.jit
-def _tile_of_rows(pointer, rows, exists, stride, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+def tile_of_rows(pointer, rows, exists, stride, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """Load rows of ``DIM`` numbers, 0 where none exists: ``[rows, BLOCK_D]``."""
     columns = tl.arange(0, BLOCK_D)
     mask = exists[:, None] & (columns < DIM)[None, :]
@@ -150,7 +150,7 @@ def _mean_of_rows(x_ptr, row, origin, low, high, stride, DIM: tl.constexpr, BLOC
     """Return the mean of the rows at positions ``low`` to ``high`` of one block and head, FP32 ``[BLOCK_D]``, or 0."""
     position = origin + tl.arange(0, SIZE)
     exists = (position >= low) & (position <= high)
-    x = _tile_of_rows(x_ptr, row + position, exists, stride, DIM, BLOCK_D)
+    x = tile_of_rows(x_ptr, row + position, exists, stride, DIM, BLOCK_D)
     return tl.sum(x.to(tl.float32), 0) / tl.maximum(high - low + 1, 1).to(tl.float32)
 
 
@@ -227,7 +227,7 @@ def multiply_means(
     of_row = tl.load(sequence_ptr + block, mask=exists, other=0).to(tl.int32)
     low = tl.load(low_q_ptr + block, mask=exists, other=0).to(tl.int32)
     high = tl.load(high_q_ptr + block, mask=exists, other=-1).to(tl.int32)
-    query = _tile_of_rows(mean_ptr + head * DIM, block.to(tl.int64), exists, HEADS * DIM, DIM, BLOCK_D)
+    query = tile_of_rows(mean_ptr + head * DIM, block.to(tl.int64), exists, HEADS * DIM, DIM, BLOCK_D)
     score_ptr += (head * query_blocks + block) * columns
     for sequence in tl.range(
         tl.min(tl.where(exists, of_row, 1 << 30), 0), tl.max(tl.where(exists, of_row, -1), 0) + 1, num_stages=1
@@ -243,7 +243,7 @@ def multiply_means(
         for column in tl.range(begin, behind, BLOCK_N):
             number = column + tl.arange(0, BLOCK_N)
             keys = (tables + number) * KV_HEADS + head // REPEAT
-            key = _tile_of_rows(key_ptr, keys, number < columns, DIM, DIM, BLOCK_D)
+            key = tile_of_rows(key_ptr, keys, number < columns, DIM, DIM, BLOCK_D)
             scores = _scaled(tl.dot(query, key.T, input_precision="ieee"), scale, softcap, HAS_SOFTCAP)
             tl.store(score_ptr[:, None] + number[None, :], scores, mask=is_own[:, None] & (number < columns)[None, :])
 
@@ -308,10 +308,10 @@ def _pooled_scores(
     number = column + tl.arange(0, BLOCK_N)
     exists = number < columns
     rows = number.to(tl.int64)
-    pooled = _tile_of_rows(pooled_ptr, rows, exists, stride, DIM, BLOCK_D)
+    pooled = tile_of_rows(pooled_ptr, rows, exists, stride, DIM, BLOCK_D)
     scores = tl.dot(query, pooled.T, input_precision="ieee")
     if PARTS == 2:
-        pooled = _tile_of_rows(pooled_ptr + part_stride, rows, exists, stride, DIM, BLOCK_D)
+        pooled = tile_of_rows(pooled_ptr + part_stride, rows, exists, stride, DIM, BLOCK_D)
         scores = tl.dot(query, pooled.T, scores, input_precision="ieee")
     scores = _capped(scores, scale, softcap, HAS_SOFTCAP)
     if MASKED:
@@ -344,7 +344,7 @@ def sum_softmax(
     position = tl.load(origin_q_ptr + block).to(tl.int32) + tl.arange(0, BLOCK_M)
     is_query = (position >= low) & (position <= high)
     rows = tl.load(row_q_ptr + sequence).to(tl.int64) + position
-    query = _tile_of_rows(query_ptr + head * head_stride, rows, is_query, stride, DIM, BLOCK_D)
+    query = tile_of_rows(query_ptr + head * head_stride, rows, is_query, stride, DIM, BLOCK_D)
 
     low_k_ptr += sequence * columns
     high_k_ptr += sequence * columns
@@ -730,7 +730,7 @@ def excess_of_blocks(
     position = origin_q + tl.arange(0, ROWS)
     is_query = (position >= low) & (position <= high)
     rows = tl.load(row_q_ptr + sequence) + position
-    query = _tile_of_rows(query_ptr + head * head_stride_q, rows, is_query, stride_q, DIM, BLOCK_D)
+    query = tile_of_rows(query_ptr + head * head_stride_q, rows, is_query, stride_q, DIM, BLOCK_D)
 
     first = tl.load(low_k_ptr + sequence * columns).to(tl.int32)
     end = tl.load(high_k_ptr + sequence * columns + columns - 1).to(tl.int32) + 1
@@ -770,7 +770,7 @@ def excess_of_blocks(
         place = column * SIZE + step % PIECES * MASKED_N + tl.arange(0, MASKED_N)
         k_pos = origin + place
         exists = (k_pos >= first) & (k_pos < end)
-        key = _tile_of_rows(key_ptr, place.to(tl.int64), exists, stride_k, DIM, BLOCK_D)
+        key = tile_of_rows(key_ptr, place.to(tl.int64), exists, stride_k, DIM, BLOCK_D)
         scores = _scaled(tl.dot(query, key.T, input_precision="ieee"), scale, softcap, HAS_SOFTCAP)
         distance = position[:, None] - k_pos[None, :]
         visible = is_query[:, None] & exists[None, :]

@@ -22,7 +22,6 @@ if tl is not None:
     from .decode import launch as decode_launch
     from .hopper import backward_launch as hopper_backward_launch
     from .hopper import forward_launch as hopper_launch
-    from .hopper import skip_launch as hopper_skip_launch
     from .hopper import sparse_cores
     from .portable import launch as portable_launch
 
@@ -83,7 +82,6 @@ GPU_KERNELS: tuple[Kernel, ...] = ()
 if tl is not None:
     GPU_KERNELS = (
         Kernel("decode", decode_launch.refusal, decode_launch.pays, decode_launch.prepare, reads_pages=True),
-        Kernel("hopper_skip", hopper_skip_launch.refusal, _always, hopper_skip_launch.prepare),
         Kernel("sparse_cores", sparse_cores.refusal, sparse_cores.pays, sparse_cores.prepare),
         Kernel("hopper", hopper_launch.refusal, hopper_launch.pays, hopper_launch.prepare),
         Kernel("portable", portable_launch.refusal, _always, portable_launch.prepare),
@@ -120,7 +118,7 @@ def run(request: AttentionRequest, backend: Backend = "auto") -> Result:
         return known(request)
     check_request(request)
     new: Run | None
-    if (complete := _completion(request, backend)) is None:
+    if (complete := _completion(request)) is None:
         result, new = _first_run(request, backend)
     else:
         completed = complete(request)
@@ -150,7 +148,7 @@ def _first_run(request: AttentionRequest, backend: Backend) -> tuple[Result, Run
             tried.append(kernel.name)
 
 
-def _completion(request: AttentionRequest, backend: Backend) -> Callable[[AttentionRequest], AttentionRequest] | None:
+def _completion(request: AttentionRequest) -> Callable[[AttentionRequest], AttentionRequest] | None:
     """Return what chooses the key blocks of requests like one, or leaves the choice out; None if there is none to make.
 
     What it returns is alike for requests of one signature.
@@ -161,8 +159,6 @@ def _completion(request: AttentionRequest, backend: Backend) -> Callable[[Attent
     if not simple.plan.chooses_blocks:
         plan = simple.plan
         return lambda request: request._replace(plan=plan)
-    if skips_itself(request, backend):
-        return None
     shared: dict[Any, Any] = {}
     return lambda request: request._replace(blocks=select_blocks(request, shared))
 
@@ -225,14 +221,6 @@ def refusal(request: AttentionRequest) -> str | None:
             return None
         reasons.append(reason)
     return reasons[0] if reasons else "Triton is not installed"
-
-
-def skips_itself(request: AttentionRequest, backend: Backend) -> bool:
-    """Whether the kernel that runs a request applies its plan's skip rule itself, and so needs no lists."""
-    if tl is None or backend == "torch" or not request.q.is_cuda:
-        return False
-    pinned = os.environ.get("MODELOPT_LITE_KERNEL", "")
-    return pinned in ("", "hopper_skip") and hopper_skip_launch.refusal(request) is None
 
 
 def differentiates_on_gpu(request: AttentionRequest, backend: Backend) -> bool:

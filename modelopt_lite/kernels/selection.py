@@ -12,8 +12,12 @@ from ..plan import AttentionPlan, BlockSelector, SkipRule
 from .block_scores import skip_excess
 from .blocked import tile_scores
 from .blocks import BlockGrid, GridPart, KeyBlocks, visible_keys
+from .language import tl
 from .reference import SequenceBlocks, selected_blocks
 from .request import AttentionRequest
+
+if tl is not None:
+    from .hopper import bounds
 
 
 def select_blocks(request: AttentionRequest, shared: dict[Any, Any] | None = None) -> KeyBlocks:
@@ -73,37 +77,6 @@ def chosen_blocks(request: AttentionRequest, grid: BlockGrid | None = None) -> t
     selected = selected.repeat_interleave(request.q.shape[1] // selected.shape[0], 0)
     (skipped,) = _skipped(request, grid, seen, selected, [plan.skip])
     return selected, skipped
-
-
-@torch.no_grad()
-def select_before_skipping(request: AttentionRequest) -> tuple[KeyBlocks, Tensor]:
-    """Return what a kernel needs that applies the plan's skip rule itself.
-
-    Args:
-        request: a checked request without lists, whose plan has a skip rule.
-
-    Returns:
-        The key blocks that the plan's selector keeps, or all that are seen, in lists that heads may share; and the
-        logarithms of the thresholds of query blocks, FP32 ``[query_blocks]``, ``-inf`` where nothing is skipped.
-    """
-    grid = BlockGrid(request.without_pages(), *request.grid)
-    selector = request.plan.blocks
-    everything, log_thresholds = _before_skipping(grid)
-    if selector is None or 0 in grid.shape:
-        return everything, log_thresholds
-    (mask,) = _selected(request, grid, grid.seen(), [selector])
-    return KeyBlocks.from_mask(mask, grid.starts, *request.grid), log_thresholds
-
-
-def _before_skipping(grid: BlockGrid) -> tuple[KeyBlocks, Tensor]:
-    """Return lists of all key blocks that are seen, the same for all heads, and the logarithms of thresholds."""
-
-    def find() -> KeyBlocks:
-        return KeyBlocks.from_mask(grid.seen()[None], grid.starts, grid.block_size, grid.block_rows)
-
-    request = grid.request
-    blocks = grid.once((grid.starts,), (request.is_causal, request.sliding_window), find)
-    return blocks, log_thresholds(grid)
 
 
 def log_thresholds(grid: BlockGrid) -> Tensor:
@@ -211,10 +184,14 @@ def _skipped(
         return torch.stack([_log_thresholds(grid, seen, rule) for rule in rules]).to(grid.dtype)
 
     margins = grid.once((grid.starts,), (tuple(rules), request.is_causal, request.sliding_window, grid.dtype), find)
-    excess = skip_excess(grid, None if request.plan.blocks is None else selected)
-    if excess is None:
-        excess = _excess(request, grid, seen, selected)
-    skipped = (excess < margins[:, None, :, None]) & (excess > -torch.inf)
+    chosen = None if request.plan.blocks is None else selected
+    if len(rules) == 1 and tl is not None and bounds.refusal(grid) is None:
+        skipped = ~bounds.kept_blocks(grid, chosen, margins[0])[None]
+    else:
+        excess = skip_excess(grid, chosen)
+        if excess is None:
+            excess = _excess(request, grid, seen, selected)
+        skipped = (excess < margins[:, None, :, None]) & (excess > -torch.inf)
     return skipped & selected & ~grid.is_dense()[:, None]
 
 

@@ -8,10 +8,10 @@ import sys
 import pytest
 import torch
 
-from modelopt_lite.kernels import settings
+from modelopt_lite.kernels import block_launch, settings
 from modelopt_lite.kernels.hopper import backward_launch as hopper_backward_launch
+from modelopt_lite.kernels.hopper import bounds, sparse_cores
 from modelopt_lite.kernels.hopper import forward_launch as hopper_launch
-from modelopt_lite.kernels.hopper import sparse_cores
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the markers
@@ -46,7 +46,7 @@ def absent_gpu(monkeypatch):
     """Have the choice take tensors of type ``OnGpu`` to be on a Hopper GPU; returns how to set its capability."""
 
     def set_capability(capability):
-        for module in (settings, hopper_launch, sparse_cores):
+        for module in (settings, block_launch, hopper_launch, sparse_cores, bounds):
             monkeypatch.setattr(module, "compute_capability", lambda device: capability)
 
     set_capability(90)

@@ -46,7 +46,7 @@ def forgetful(monkeypatch):
 
 
 def test_the_most_special_is_asked_first():
-    assert [kernel.name for kernel in GPU_KERNELS] == ["decode", "hopper_skip", "sparse_cores", "hopper", "portable"]
+    assert [kernel.name for kernel in GPU_KERNELS] == ["decode", "sparse_cores", "hopper", "portable"]
 
 
 def test_backends(absent_gpu):

@@ -151,7 +151,7 @@ def test_choice(absent_gpu, monkeypatch, tokens, dims, dtype, plan, expected):
     assert chosen(request, "hopper") == ("portable" if expected == "portable" else "hopper")
     with pytest.raises(
         ValueError,
-        match="MODELOPT_LITE_KERNEL: 'fast' is not allowed; decode, hopper_skip, sparse_cores, hopper, portable or ",
+        match="MODELOPT_LITE_KERNEL: 'fast' is not allowed; decode, sparse_cores, hopper, portable or ",
     ):
         chosen(request, "fast")
     short = AttentionRequest(*(x[:tokens] for x in request[:3]), *request[3:])._replace(

@@ -21,8 +21,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import modelopt_lite as mtsa
 from modelopt_lite.kernels import KeyBlocks, choice
 from modelopt_lite.kernels.choice import choose
+from modelopt_lite.kernels.hopper import cuda_code, sparse_cores
 from modelopt_lite.kernels.hopper import forward_launch as hopper_launch
-from modelopt_lite.kernels.hopper import sparse_cores
 from modelopt_lite.kernels.reference import kept_scores
 from modelopt_lite.kernels.top_n import top_n_plan
 
@@ -63,7 +63,7 @@ def each_variant(request, monkeypatch):
 @pytest.fixture
 def fresh(monkeypatch):
     """As in a process in which the kernel has not been loaded."""
-    monkeypatch.setattr(sparse_cores, "_kernels", {})
+    monkeypatch.setattr(cuda_code, "_handles", {})
     monkeypatch.setattr(choice, "_prepared", {})
 
 
@@ -90,7 +90,7 @@ def packed(**options):
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_machine_code(variant):
     """No spills and no traffic in the hot loop, which has two tiles of 64 queries and 128 keys."""
-    code, log = sparse_cores.compiled(variant)
+    code, log = variant.kernel.compiled()
     assert not re.search("C75", log), log  # products one after the other
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(code)
@@ -126,7 +126,7 @@ def test_both_languages_lay_out_the_problem_alike():
 )
 def test_when_it_is_chosen(absent_gpu, monkeypatch, changes, refused):
     monkeypatch.setattr(hopper_launch, "HOPPER_TRITON", True)
-    monkeypatch.setattr(sparse_cores, "_kernel", lambda device, variant: ctypes.c_void_p())
+    monkeypatch.setattr(sparse_cores, "handle", lambda device, kernel, without_it: ctypes.c_void_p())
     dim, dtype = changes.get("head_dim", 128), changes.get("dtype", torch.bfloat16)
     plan = top_n_plan(*changes.get("n_of_m", (2, 4)), 0, 64)
 
@@ -219,7 +219,7 @@ class OldDriver(Driver):
 @pytest.fixture
 def without_a_gpu(absent_gpu, monkeypatch, fresh):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(sparse_cores, "_code", sparse_cores._code.__wrapped__)
+    monkeypatch.setattr(cuda_code, "code_of", cuda_code.code_of.__wrapped__)
     q = torch.zeros(8, 4, 128, dtype=torch.bfloat16).as_subclass(OnGpu)
     return functools.partial(sparse_cores.refusal, one_sequence(q, q, q, top_n_plan(2, 4, 0, 64)))
 
@@ -230,7 +230,7 @@ def without_a_gpu(absent_gpu, monkeypatch, fresh):
         ({"nvrtc": None}, "cuda-bindings is not installed (extra sparse-cores)"),
         ({"nvrtc": BrokenBindings}, "no libnvrtc"),
         (
-            {"nvrtc": BrokenBindings, "_code": lambda variant: b"", "_driver": OldDriver},
+            {"nvrtc": BrokenBindings, "code_of": lambda kernel: b"", "driver": OldDriver},
             "kernel: 'sparse_cores' does not run: too new (222)",
         ),
     ],
@@ -238,16 +238,16 @@ def without_a_gpu(absent_gpu, monkeypatch, fresh):
 def test_without_the_kernel(without_a_gpu, monkeypatch, caplog, changes, reason):
     """Others are chosen, and it is said why, once."""
     for name, value in changes.items():
-        monkeypatch.setattr(sparse_cores, name, value)
+        monkeypatch.setattr(cuda_code, name, value)
     assert all("it could not be compiled or loaded" in without_a_gpu() for _ in range(2))
     assert caplog.text.count("2:4 is left to other kernels than sparse_cores, which would be faster: " + reason) == 1
 
 
 def test_it_is_loaded_once_and_not_in_a_graph(without_a_gpu, monkeypatch, caplog):
     codes = []
-    monkeypatch.setattr(sparse_cores, "nvrtc", BrokenBindings)
-    monkeypatch.setattr(sparse_cores, "_code", lambda variant: codes.append(1) or b"")
-    monkeypatch.setattr(sparse_cores, "_driver", Driver)
+    monkeypatch.setattr(cuda_code, "nvrtc", BrokenBindings)
+    monkeypatch.setattr(cuda_code, "code_of", lambda kernel: codes.append(1) or b"")
+    monkeypatch.setattr(cuda_code, "driver", Driver)
     for capturing, can in ((True, False), (False, True), (True, True), (False, True)):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
         assert (without_a_gpu() is None) == can
@@ -260,26 +260,30 @@ def test_what_machine_code_is_kept_by(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     compiled = []
 
-    def compile_variant(variant):
-        compiled.append(variant)
+    def compile_kernel(kernel):
+        compiled.append(kernel)
         return b"code %d" % len(compiled), ""
 
-    monkeypatch.setattr(sparse_cores, "compiled", compile_variant)
+    monkeypatch.setattr(cuda_code.CudaKernel, "compiled", compile_kernel)
 
     def code():
-        return sparse_cores._code.__wrapped__(BF16_128)
+        return cuda_code.code_of.__wrapped__(BF16_128.kernel)
 
     assert [code(), code()] == [b"code 1"] * 2
-    others = {"_source": lambda: b"other", "_compiler": lambda: b"newer", "COMPILER_OPTIONS": (b"-O1",)}
-    for number, (name, value) in enumerate(others.items(), 2):
+    others = (
+        (cuda_code.CudaKernel, "source", lambda kernel: b"other"),
+        (cuda_code, "compiler", lambda: b"newer"),
+        (cuda_code, "COMPILER_OPTIONS", (b"-O1",)),
+    )
+    for number, other in enumerate(others, 2):
         with monkeypatch.context() as changed:
-            changed.setattr(sparse_cores, name, value)
+            changed.setattr(*other)
             assert [code(), code()] == [b"code %d" % number] * 2
     assert code() == b"code 1"
 
 
 def test_the_compiler_names_its_build():
-    assert re.search(rb"release \d+\.\d+, V\d+\.\d+\.\d+", sparse_cores._compiler())
+    assert re.search(rb"release \d+\.\d+, V\d+\.\d+\.\d+", cuda_code.compiler())
 
 
 @pytest.mark.gpu
@@ -447,10 +451,10 @@ class TestOnAGpu:
     def test_loaded_while_another_thread_captures_a_graph(self, monkeypatch, tmp_path, fresh, kept):
         """With the mode of capture that forbids most to other threads: the graph is whole, and the kernel loads."""
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-        monkeypatch.setattr(sparse_cores, "_code", sparse_cores._code.__wrapped__)
+        monkeypatch.setattr(cuda_code, "code_of", cuda_code.code_of.__wrapped__)
         request = packed(plan=top_n_plan(2, 4, 4, 64))
         if kept:
-            sparse_cores._code(sparse_cores.variant_of(request))
+            cuda_code.code_of(sparse_cores.variant_of(request).kernel)
         x = torch.arange(1000.0, device="cuda")
         torch.use_deterministic_algorithms(False)
         refusals = []
@@ -478,11 +482,11 @@ class TestOnAGpu:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             output, _ = run(request)
-        assert not sparse_cores._kernels
+        assert not cuda_code._handles
         graph.replay()
         assert torch.equal(output, expected)
         check(request)
-        assert sparse_cores._kernels
+        assert cuda_code._handles
 
     def test_chosen_by_itself(self, monkeypatch):
         monkeypatch.delenv("MODELOPT_LITE_KERNEL")

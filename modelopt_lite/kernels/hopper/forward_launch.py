@@ -64,14 +64,6 @@ def refusal(request: AttentionRequest) -> str | None:
     r = request
     if (reason := lists_refusal(r)) is not None:
         return reason
-    if (reason := device_refusal(r)) is not None:
-        return reason
-    return _UNCOMPILABLE.get((r.plan.score_hook, r.plan.quick_hook))
-
-
-def device_refusal(request: AttentionRequest) -> str | None:
-    """Say why no Gluon kernel can run on a request's device or with its tensors, or None if each is to be asked."""
-    r = request
     if (reason := gpu_refusal(r)) is not None:
         return reason
     if not r.q.is_cuda or compute_capability(r.q.device) != HOPPER:
@@ -87,7 +79,7 @@ def device_refusal(request: AttentionRequest) -> str | None:
         return "addresses or strides of q, k or v are not multiples of 16 bytes"
     if r.has_positions:
         return "first positions are given, or there is a sliding window without causality"
-    return None
+    return _UNCOMPILABLE.get((r.plan.score_hook, r.plan.quick_hook))
 
 
 def pays(request: AttentionRequest) -> bool:

@@ -1,38 +1,27 @@
 """Runs the kernel of ``sparse_cores.cu``: 2:4 attention on the sparse tensor cores of Hopper GPUs.
 
-Neither Triton nor Gluon has matrix instructions for sparse operands, so the kernel is CUDA C++. NVRTC compiles it in a
-second or two when it is first needed, and the machine code is kept in the user's cache for other processes. NVRTC comes
-with CUDA builds of PyTorch, and ``cuda-bindings`` finds it.
+Neither Triton nor Gluon has matrix instructions for sparse operands, so the kernel is CUDA C++.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import functools
-import logging
 import threading
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...cache import COMPILED_KERNELS, cached
 from ..device import cdiv, compute_capability, current_stream, heads_per_wave, is_aligned, processors
 from ..portable.launch import new_results
 from ..request import AttentionRequest
 from ..settings import distances, gpu_refusal, options_of
 from ..tiles import LOG2E
+from .cuda_code import CudaKernel, check, driver, handle
 from .forward_launch import HOPPER, WorkPreparation, hopper_settings
 from .visits_launch import Schedule, Visits
 from .visits_launch import refusal as lists_refusal
-
-try:
-    from cuda.bindings import nvrtc
-except ImportError:  # an optional extra; newer CUDA builds of PyTorch bring it along
-    nvrtc = None
 
 ROWS, TILE = 64, 128
 """Queries of a warpgroup, and keys of a tile."""
@@ -40,11 +29,9 @@ LONG = 2048
 """Queries of a sequence, on average, above which three warpgroups are faster than two."""
 # Of CUDA's driver interface, cuda.h
 FLOAT16, BFLOAT16, NO_INTERLEAVE, SWIZZLE_128_BYTES, L2_256_BYTES, FILL_WITH_ZEROS = 6, 9, 0, 3, 3, 0
-MAX_DYNAMIC_SHARED_SIZE_BYTES, CAPTURE_MODE_RELAXED = 8, 2
 
-COMPILER_OPTIONS = (b"--gpu-architecture=sm_90a", b"--std=c++17", b"--use_fast_math", b"--ptxas-options=-v")
-
-logger = logging.getLogger(__name__)
+NAME = "sparse_cores"
+WITHOUT_IT = "2:4 is left to other kernels than sparse_cores, which would be faster"
 
 
 class Variant(NamedTuple):
@@ -72,10 +59,11 @@ class Variant(NamedTuple):
         return 2 * self.head_dim * (2 * self.item_rows + 2 * stages * TILE) + 512 + 1023
 
     @property
-    def options(self) -> tuple[bytes, ...]:
-        """What the compiler is told."""
+    def kernel(self) -> CudaKernel:
+        """What is compiled for it."""
         sizes = (b"-DDIM=%d" % self.head_dim, b"-DWARPGROUPS=%d" % self.warpgroups)
-        return (*COMPILER_OPTIONS, *sizes, *((b"-DFP16",) if self.dtype == torch.float16 else ()))
+        types = (b"-DFP16",) if self.dtype == torch.float16 else ()
+        return CudaKernel(NAME, "attend", (b"--use_fast_math", *sizes, *types), self.shared_bytes)
 
 
 def variant_of(request: AttentionRequest) -> Variant:
@@ -87,9 +75,6 @@ def variant_of(request: AttentionRequest) -> Variant:
     r, head_dim = request, request.q.shape[2]
     long = r.q.shape[0] > LONG * r.starts_q.shape[0]
     return Variant(r.q.dtype, head_dim, 3 if head_dim == 64 and long and r.blocks is None else 2)
-
-
-_kernels: dict[tuple[torch.device, Variant], ctypes.c_void_p | None] = {}
 
 
 class _Problem(ctypes.Structure):
@@ -134,7 +119,7 @@ def refusal(request: AttentionRequest) -> str | None:
         return "first positions are given"
     if not all(is_aligned(x) and _width(x) < 2**31 for x in (r.q, r.k, r.v)):
         return "addresses or strides of q, k or v are not multiples of 16 bytes"
-    if _kernel(r.q.device, variant_of(r)) is None:
+    if handle(r.q.device, variant_of(r).kernel, WITHOUT_IT) is None:
         return "it could not be compiled or loaded (a warning says why), or a CUDA graph is being captured"
     return None
 
@@ -217,7 +202,7 @@ class _Launch:
     def __init__(
         self, device: torch.device, variant: Variant, programs: int, numbers: _Problem, maps: list[Any]
     ) -> None:
-        self.device, self.variant, self.numbers, self.maps = device, variant, numbers, maps
+        self.device, self.kernel, self.numbers, self.maps = device, variant.kernel, numbers, maps
         self.lock = threading.Lock()
         arguments = (*maps, numbers)
         self.slots = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
@@ -240,138 +225,20 @@ class _Launch:
             with torch.cuda.device(self.device):
                 self(r, out, lse, counter, key_tail, visits)
             return
-        numbers, driver = self.numbers, _driver()
-        stream = current_stream(self.device)
+        numbers, stream = self.numbers, current_stream(self.device)
         # Launches copy the arguments, so the next one may change them.
         with self.lock:
             for tensor_map, x in zip(self.maps, (r.q, r.k, key_tail, r.v), strict=True):
-                _check(driver.cuTensorMapReplaceAddress(tensor_map, ctypes.c_void_p(x.data_ptr())))
+                check(NAME, driver().cuTensorMapReplaceAddress(tensor_map, ctypes.c_void_p(x.data_ptr())))
             for name in ("starts_q", "lengths_q", "starts_k", "lengths_k"):
                 setattr(numbers, name, getattr(r, name).data_ptr())
             numbers.out, numbers.counter = out.data_ptr(), counter.data_ptr()
             numbers.lse = None if lse is None else lse.data_ptr()
             if visits is not None:
                 numbers.visits, numbers.order = visits.tiles.data_ptr(), visits.order.data_ptr()
-            kernel = _kernel(self.device, self.variant)
-            failed = driver.cuLaunchKernel(kernel, *self.sizes, ctypes.c_void_p(stream), self.slots, None)
-        _check(failed, "; MODELOPT_LITE_KERNEL=hopper chooses another")
-
-
-def compiled(variant: Variant) -> tuple[bytes, str]:
-    """Compile a variant of the kernel for compute capability 9.0, with no need for a GPU.
-
-    Returns:
-        The machine code, and what the compiler says about it.
-
-    Raises:
-        RuntimeError: if it cannot be compiled.
-    """
-    return _compile(_source(), variant.options, "CUBIN")
-
-
-def _compile(source: bytes, options: tuple[bytes, ...], result: str) -> tuple[bytes, str]:
-    """Compile a program, and return its CUBIN or PTX and the compiler's log."""
-    failed, program = nvrtc.nvrtcCreateProgram(source, b"sparse_cores.cu", 0, [], [])
-    _check_compiler(failed)
-    try:
-        (failed,) = nvrtc.nvrtcCompileProgram(program, len(options), list(options))
-        _, size = nvrtc.nvrtcGetProgramLogSize(program)
-        log = b" " * size
-        nvrtc.nvrtcGetProgramLog(program, log)
-        text = log.decode().rstrip("\0 ")
-        _check_compiler(failed, text)
-        _, size = getattr(nvrtc, f"nvrtcGet{result}Size")(program)
-        code = b" " * size
-        (failed,) = getattr(nvrtc, f"nvrtcGet{result}")(program, code)
-        _check_compiler(failed)
-    finally:
-        nvrtc.nvrtcDestroyProgram(program)
-    return code, text
-
-
-def _source() -> bytes:
-    return (Path(__file__).parent / "sparse_cores.cu").read_bytes()
-
-
-def _compiler() -> bytes:
-    """Return what tells builds of the compiler apart, of which it names itself only in what it compiles, to PTX."""
-    return _compile(b"", (b"--gpu-architecture=compute_90a",), "PTX")[0]
-
-
-def _kernel(device: torch.device, variant: Variant) -> ctypes.c_void_p | None:
-    """Return the kernel on a device, or None if it could not be loaded, or can not while a graph is captured."""
-    key = (device, variant)
-    if key not in _kernels:
-        if torch.cuda.is_current_stream_capturing():
-            return None
-        _kernels[key] = _load(device, variant)
-    return _kernels[key]
-
-
-def _load(device: torch.device, variant: Variant) -> ctypes.c_void_p | None:
-    """Load the kernel on a device; warn and return None if that fails."""
-    try:
-        if nvrtc is None:
-            raise RuntimeError("cuda-bindings is not installed (extra sparse-cores)")
-        code, module, kernel = _code(variant), ctypes.c_void_p(), ctypes.c_void_p()
-        with _in_context(device), _beside_captures():
-            _check(_driver().cuModuleLoadData(ctypes.byref(module), ctypes.c_char_p(code)))
-            _check(_driver().cuModuleGetFunction(ctypes.byref(kernel), module, b"attend"))
-            _check(_driver().cuFuncSetAttribute(kernel, MAX_DYNAMIC_SHARED_SIZE_BYTES, variant.shared_bytes))
-    except (RuntimeError, OSError) as error:  # OSError: there is no driver
-        logger.warning("2:4 is left to other kernels than sparse_cores, which would be faster: %s", error)
-        return None
-    return kernel
-
-
-@contextlib.contextmanager
-def _in_context(device: torch.device) -> Iterator[None]:
-    """Make PyTorch's context of a device the current one, also in a thread that has none yet.
-
-    It is held as long as the process runs, as what is loaded is. Nothing is synchronized, which would break a capture.
-    """
-    driver, number, context = _driver(), ctypes.c_int(), ctypes.c_void_p()
-    _check(driver.cuDeviceGet(ctypes.byref(number), device.index))
-    _check(driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), number))
-    _check(driver.cuCtxPushCurrent_v2(context))
-    try:
-        yield
-    finally:
-        _check(driver.cuCtxPopCurrent_v2(ctypes.byref(context)))
-
-
-@contextlib.contextmanager
-def _beside_captures() -> Iterator[None]:
-    """Let this thread load code while others capture CUDA graphs, which would otherwise break their captures."""
-    mode = ctypes.c_int(CAPTURE_MODE_RELAXED)
-    _check(_driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode)))
-    try:
-        yield
-    finally:
-        _check(_driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode)))
-
-
-@functools.cache
-def _driver() -> Any:
-    return ctypes.CDLL("libcuda.so.1")
-
-
-def _check_compiler(failed: Any, log: str = "") -> None:
-    if failed:
-        raise RuntimeError(f"kernel: 'sparse_cores' does not compile: {failed} {log}".rstrip())
-
-
-def _check(failed: int, remedy: str = "") -> None:
-    if failed:
-        text = ctypes.c_char_p()
-        _driver().cuGetErrorString(failed, ctypes.byref(text))
-        raise RuntimeError(f"kernel: 'sparse_cores' does not run: {(text.value or b'').decode()} ({failed}){remedy}")
-
-
-@functools.cache
-def _code(variant: Variant) -> bytes:
-    key = (_source(), _compiler(), *variant.options)
-    return cached(COMPILED_KERNELS, key, lambda: compiled(variant)[0])
+            function = handle(self.device, self.kernel, WITHOUT_IT)
+            failed = driver().cuLaunchKernel(function, *self.sizes, ctypes.c_void_p(stream), self.slots, None)
+        check(NAME, failed, "; MODELOPT_LITE_KERNEL=hopper chooses another")
 
 
 def _width(x: Tensor) -> int:
@@ -401,8 +268,9 @@ def _tensor_map(x: Tensor, sizes: list[int], strides: list[int], box: list[int])
     memory = (ctypes.c_uint64 * 24)()  # 128 bytes, to be aligned to 64
     unaligned = ctypes.addressof(memory) % 64
     tensor_map = (ctypes.c_uint64 * 16).from_buffer(memory, (64 - unaligned) % 64)
-    _check(
-        _driver().cuTensorMapEncodeTiled(
+    check(
+        NAME,
+        driver().cuTensorMapEncodeTiled(
             tensor_map,
             BFLOAT16 if x.dtype == torch.bfloat16 else FLOAT16,
             ctypes.c_uint32(rank),
@@ -415,6 +283,6 @@ def _tensor_map(x: Tensor, sizes: list[int], strides: list[int], box: list[int])
             SWIZZLE_128_BYTES,
             L2_256_BYTES,
             FILL_WITH_ZEROS,
-        )
+        ),
     )
     return tensor_map

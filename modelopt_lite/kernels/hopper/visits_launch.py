@@ -43,13 +43,12 @@ def refusal(request: AttentionRequest) -> str | None:
 class Schedule:
     """Finds the :class:`Visits` of requests with lists, without waiting for their device."""
 
-    def __init__(self, request: AttentionRequest, options: Options, is_sparse: bool | None = None) -> None:
+    def __init__(self, request: AttentionRequest, options: Options) -> None:
         """Prepare for requests of one signature; :func:`refusal` has been asked.
 
         Args:
             request: one of them.
             options: the main kernel's.
-            is_sparse: whether tiles with exempt keys are masked; by default, if the plan has a rule.
 
         Raises:
             ValueError: if there may be more items or tiles than 32 bits count.
@@ -70,8 +69,7 @@ class Schedule:
         sizes = (list_rows, blocks.indices.shape[2], rows_each, batch, width)
         self.numbers = (*sizes, heads, self.heads_per_list, wave, *distances(r))
         self.programs = cdiv(heads, wave) * cdiv(wave * self.rows, RANKED.value) + lists * self.rows
-        is_sparse = r.plan.score_hook is not None if is_sparse is None else is_sparse
-        self.launch = Launch(schedule, r.q.device, is_sparse, options, num_warps=1)
+        self.launch = Launch(schedule, r.q.device, r.plan.score_hook is not None, options, num_warps=1)
 
     def __call__(self, request: AttentionRequest) -> Visits:
         """Launch, and return the visits."""
