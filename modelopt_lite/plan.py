@@ -282,6 +282,11 @@ class AttentionPlan:
         _plans_by_hand[self.name] = self
 
     @property
+    def keeps_diagonal(self) -> bool:
+        """Whether lists made for the plan have all key blocks that hold positions of their query block."""
+        return self.chooses_blocks and (self.blocks is None or self.blocks.recent_blocks > 0)
+
+    @property
     def is_by_hand(self) -> bool:
         """Whether no method made the plan, so that it means something in this process alone."""
         return self.name.startswith(_BY_HAND)

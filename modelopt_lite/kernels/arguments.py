@@ -67,12 +67,13 @@ def check_rule(plan: AttentionPlan, device: torch.device) -> None:
     if plan.keep is None or plan.name in _checked_rules:
         return
     keep = plan.keep
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     heads, queries, groups = 2, 3, 512
-    scores = 3 * torch.randn(heads, queries, groups, plan.group, generator=generator)
+    scores = 3 * torch.randn(heads, queries, groups, plan.group, generator=generator, device="cpu")
     # A group has to be visible in part, too.
-    last_visible = groups * plan.group - torch.tensor([1, plan.group // 2 + 1, 40 * plan.group])[:, None, None]
-    k_pos = torch.arange(groups * plan.group).unflatten(0, (groups, plan.group))
+    behind = torch.tensor([1, plan.group // 2 + 1, 40 * plan.group], device="cpu")
+    last_visible = groups * plan.group - behind[:, None, None]
+    k_pos = torch.arange(groups * plan.group, device="cpu").unflatten(0, (groups, plan.group))
     visible = (k_pos <= last_visible).expand_as(scores).to(device)
     scores, k_pos, q_pos = (
         scores.to(device).masked_fill(~visible, -torch.inf),

@@ -81,7 +81,8 @@ def _prepare_tables(grid: BlockGrid) -> Callable[[BlockGrid], GridTables]:
         r, memory = grid.request, torch.empty(size, dtype=torch.int64, device=device)
         starts = torch.empty(batch, dtype=torch.int32, device=device)
         found = GridTables(starts, *(memory.as_strided(*view) for view in views))
-        packing = (r.starts_q, r.lengths_q, r.starts_k, r.lengths_k, r.first_q, r.first_k)
+        tensors = (r.starts_q, r.lengths_q, r.starts_k, r.lengths_k, r.first_q, r.first_k)
+        packing = tuple([None if x is None else x.contiguous() for x in tensors])
         fill(programs, found.starts, found[1:5], found[5:8], found[8:], packing, batch, blocks, columns)
         return found
 
@@ -109,7 +110,7 @@ def _prepare_marks(
         if seen.numel():
             mark(
                 blocks, seen, forced, grid.sequence, grid.origin_q, grid.low_q, grid.high_q, grid.origin_k, grid.low_k,
-                grid.high_k, grid.request.lengths_q, *numbers,
+                grid.high_k, grid.request.lengths_q.contiguous(), *numbers,
             )  # fmt: skip
         return seen, forced
 

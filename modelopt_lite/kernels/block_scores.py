@@ -52,7 +52,7 @@ def mean_scores(grid: BlockGrid) -> Tensor:
     """Return the scores of each query block's mean query with each key block's mean key, scaled and capped.
 
     Returns:
-        ``[query_heads, query_blocks, key_blocks]``, FP32 (FP64 for FP64 inputs).
+        ``[query_heads, query_blocks, key_blocks]``, FP32 (FP64 for FP64 inputs); anything where nothing is seen.
     """
     if _runs_kernels(grid):
         return block_launch.mean_scores(grid)
@@ -76,7 +76,13 @@ def softmax_mass(grid: BlockGrid, pooled: Tensor | None = None) -> Tensor:
 
     Returns:
         ``[query_heads, query_blocks, key_blocks]``, FP32 (FP64 for FP64 inputs); anything where nothing is seen.
+
+    Raises:
+        ValueError: if ``pooled`` has another shape.
     """
+    shape = (*grid.low_k.shape, *grid.request.k.shape[1:])
+    if pooled is not None and pooled.shape != shape:
+        raise ValueError(f"pooled: {list(pooled.shape)} is not allowed; must be {list(shape)}")
     if _runs_kernels(grid):
         return block_launch.softmax_mass(grid, pooled)
     pooled, found = mean_keys(grid) if pooled is None else pooled, []

@@ -26,6 +26,8 @@ from .selection import select_blocks
 _NAMES = (*SCHEMA, "backend")
 _ARGUMENTS = ", ".join(f"{kind} {name}" for name, kind in {**SCHEMA, "backend": "str"}.items())
 _TENSORS = tuple(name for name, kind in SCHEMA.items() if kind.startswith("Tensor"))
+_PACKING = ("starts_q", "lengths_q", "starts_k", "lengths_k", "first_q", "first_k")
+_NOTHING_SAVED: dict[str, Any] = dict.fromkeys(("q", "k", "v", "s_aux", *_PACKING, "blocks", "grids"))
 
 torch.library.define("modelopt_lite::attention", f"({_ARGUMENTS}) -> (Tensor, Tensor)")
 torch.library.define(
@@ -132,7 +134,7 @@ def _pack(is_first: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     sequence = begins.cumsum(0) - 1
     lengths = torch.zeros_like(sequence).scatter_add(0, sequence, torch.ones_like(sequence))
     if is_first.is_cuda and torch.cuda.is_current_stream_capturing():
-        counts = torch.tensor([is_first.numel(), is_first.shape[1]])
+        counts = torch.tensor([is_first.numel(), is_first.shape[1]], device="cpu")
     else:
         counts = torch.stack([begins.sum(), lengths.max()]).cpu()
     return lengths.cumsum(0) - lengths, lengths, counts
@@ -260,8 +262,11 @@ class _Recorded(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, s_aux: Tensor | None, *rest: Any) -> Any:
         request, backend = rest
         output, lse = choice.run(request, backend)
-        ctx.save_for_backward(output, lse, q, k, v, s_aux)
-        ctx.rest, ctx.backend = request._replace(grids=None)[4:], backend
+        packing, blocks = [getattr(request, name) for name in _PACKING], request.blocks
+        ctx.save_for_backward(output, lse, q, k, v, s_aux, *packing, *(() if blocks is None else blocks[:3]))
+        # Autograd alone holds tensors: it finds out if they change, and drops or moves them as its hooks want.
+        ctx.request = request._replace(**_NOTHING_SAVED)
+        ctx.block_sizes, ctx.backend = request.grid, backend
         ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)
         return output, lse
@@ -270,8 +275,10 @@ class _Recorded(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, _: None) -> Any:
         if grad is None:
             return (None,) * 6
-        output, lse, *tensors = ctx.saved_tensors
-        request = AttentionRequest(*tensors, *ctx.rest)
+        output, lse, q, k, v, s_aux, *tensors = ctx.saved_tensors
+        packing, lists = dict(zip(_PACKING, tensors, strict=False)), tensors[len(_PACKING) :]
+        blocks = KeyBlocks(*lists, *ctx.block_sizes) if lists else None
+        request = ctx.request._replace(q=q, k=k, v=v, s_aux=s_aux, blocks=blocks, **packing)
         # Batched gradients (``is_grads_batched``) have no rules for the operations of a backward pass.
         is_batched = torch._C._functorch.is_legacy_batchedtensor(grad)
         if torch.is_grad_enabled() or is_batched or is_traced(grad):

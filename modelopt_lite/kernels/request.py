@@ -239,7 +239,14 @@ class AttentionRequest(NamedTuple):
     @property
     def may_lack_keys(self) -> bool:
         """Whether a query of a sequence with keys may see or keep none of them."""
-        return self.has_positions or not (self.plan.keep is None or self.plan.keeps_group_max)
+        plan = self.plan
+        if self.has_positions:
+            return True
+        if self.is_causal and plan.dense_window_size > 0:
+            return False
+        if not (plan.keep is None or plan.keeps_group_max):
+            return True
+        return self.blocks is not None and not (self.is_causal and plan.keeps_diagonal)
 
     def first_positions(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """Return the positions of each sequence's first query and first key; without waiting for their device."""
@@ -336,7 +343,7 @@ class AttentionRequest(NamedTuple):
                 )
             counts, indices = blocks.counts[:, start : start + here], blocks.indices[:, start : start + here]
             there = (first_k + len_k - 1) // size - first_k // size + 1 if len_k else 0
-            listed = torch.arange(indices.shape[2]) < counts[..., None]
+            listed = torch.arange(indices.shape[2], device="cpu") < counts[..., None]
             if not bool(((counts >= 0) & (counts <= indices.shape[2])).all()):
                 raise ValueError(f"blocks.counts: of sequence {b}, not all are from 0 to {indices.shape[2]}")
             if not bool(((indices >= 0) & (indices < there) | ~listed).all()):

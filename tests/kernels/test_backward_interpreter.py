@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_forward_interpreter import HOOKS, n_of_m, sequences
 
-from modelopt_lite.kernels import AttentionRequest, attention
+from modelopt_lite.kernels import AttentionRequest, KeyBlocks, attention
 from modelopt_lite.kernels.portable import launch as portable_launch
 from modelopt_lite.kernels.reference import attention_reference
 from modelopt_lite.kernels.request import ForwardResult
@@ -32,6 +32,14 @@ DESCRIPTORS = (
 )
 # FP32 rounding of exponentials, sums and products of numbers of order 1 over at most some hundred keys.
 FP32 = {"rtol": 3e-5, "atol": 3e-5}
+# The first 16 queries see none of the keys that are listed for their block, and the last block has none at all.
+WITHOUT_DIAGONAL = KeyBlocks(
+    torch.tensor([[1, 0]], dtype=torch.int32),
+    torch.tensor([[[1, 0, 2], [0, 1, 2]]], dtype=torch.int32),
+    torch.tensor([0], dtype=torch.int32),
+    block_size=16,
+    block_rows=32,
+)
 
 
 def run(grad, request, kernel_settings, forward_settings=None):
@@ -198,8 +206,9 @@ def test_other_hooks(plan):
         (60, SinkWindow(num_sink_tokens=0, dense_window_size=0).plan(), {}),
         (60, n_of_m(2, 4), {"first_q": torch.tensor([3]), "first_k": torch.tensor([17])}),
         (23, DENSE, {"sliding_window": 4, "is_causal": False}),
+        (45, DENSE, {"blocks": WITHOUT_DIAGONAL}),
     ],
-    ids=["hook", "nothing", "positions", "sliding window"],
+    ids=["hook", "nothing", "positions", "sliding window", "lists"],
 )
 def test_rows_without_keys_may_have_any_gradient(keys, plan, options, backend):
     request = sequences([(45, keys)], plan=plan, **options)

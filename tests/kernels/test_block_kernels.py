@@ -75,6 +75,8 @@ def test_mean_scores(grid):
 def test_softmax_mass(grid):
     pooled = grid.mean_keys()
     check_where_seen(block_launch.softmax_mass(grid, pooled), block_scores.softmax_mass(grid, pooled), grid)
+    with pytest.raises(ValueError, match="pooled"):
+        block_scores.softmax_mass(grid, pooled[..., :1])
 
 
 @given(grids(), st.sampled_from([4, 8, 16]))

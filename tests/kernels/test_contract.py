@@ -1,6 +1,7 @@
 """The contract of ``docs/design.md``, point by point: brute force = oracle = torch backend."""
 
 import dataclasses
+import weakref
 from itertools import pairwise
 
 import pytest
@@ -10,8 +11,17 @@ from cases import SCALE, Case, arguments, cases, one_sequence, oracle, packed_re
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
-from modelopt_lite.kernels import AttentionRequest, attention, attention_statistics, blocked, statistics
+from modelopt_lite.kernels import (
+    AttentionRequest,
+    KeyBlocks,
+    attention,
+    attention_statistics,
+    blocked,
+    compute,
+    statistics,
+)
 from modelopt_lite.kernels.reference import attention_reference, kept_scores
 from modelopt_lite.kernels.top_n import keep_top_n, top_n_plan
 from modelopt_lite.methods import SinkWindow
@@ -138,6 +148,50 @@ def test_what_is_saved_for_the_backward_pass_grows_with_the_length_alone():
     of_a_token = 4 * 8 + 4 + 4 * 8 + 2 * 8 + 2 * 8  # output, logarithms, q, k, v
     for length in (64, 640):
         assert length * of_a_token <= saved(length) <= length * of_a_token + 16
+
+
+def test_a_checkpoint_frees_the_lists_of_blocks():
+    """They grow with the square of the length."""
+    q, k, v = (torch.randn(64, 2, 8, requires_grad=True) for _ in range(3))
+    starts, lengths = torch.tensor([0]), torch.tensor([64])
+    held = []
+
+    def attend(q, k, v):
+        mask = torch.ones(2, 4, 4, dtype=torch.bool).tril()
+        blocks = KeyBlocks.from_mask(mask, starts, 16, 16)
+        held.extend(map(weakref.ref, blocks[:2]))
+        return attention(q, k, v, starts, lengths, 64, blocks=blocks)
+
+    output = checkpoint(attend, q, k, v, use_reentrant=False)
+    assert [x() for x in held] == [None, None]
+    found = torch.autograd.grad(output.sum(), (q, k, v))
+    expected = torch.autograd.grad(attention(q, k, v, starts, lengths, 64).sum(), (q, k, v))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, **FP32)
+
+
+@pytest.mark.parametrize("name", ["starts_q", "lengths_k", "first_q", "counts", "indices"])
+def test_what_changes_before_the_backward_pass_is_found_out(name):
+    q = torch.randn(64, 2, 8, requires_grad=True)
+    blocks = KeyBlocks.from_mask(torch.ones(2, 4, 4, dtype=torch.bool), torch.tensor([0]), 16, 16)
+    request = one_sequence(q, q, q, first_q=torch.tensor([0]), lengths_k=torch.tensor([64]), blocks=blocks)
+    output, _ = compute(request, "torch")
+    getattr(blocks if name in ("counts", "indices") else request, name).add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
+def test_another_default_device_does_not_matter():
+    """Here one that has no memory, so that nothing computes on it by mistake."""
+    plan = top_n_plan(2, 4, 1, 2)
+    q = torch.randn(64, 2, 8, requires_grad=True)
+    blocks = KeyBlocks.from_mask(torch.ones(2, 4, 4, dtype=torch.bool), torch.tensor([0]), 16, 16)
+    request = one_sequence(q, q, q, dataclasses.replace(plan), blocks=blocks)
+    expected, _ = compute(request, "torch")
+    with torch.device("meta"):
+        found, _ = compute(request._replace(plan=dataclasses.replace(plan)), "torch")
+        found.sum().backward()
+    assert torch.equal(found, expected)
 
 
 def test_operator_is_well_formed():

@@ -397,9 +397,14 @@ def test_before_and_after(has_lists, transposed):
             sums[:, begins[number] + tile, place] = right[start + row]
     # [halves, 16 rows, blocks of 8 columns, rows, pairs of columns, row 8 further on, column]
     lines = sums.view(heads, tiles, 4, 2, 8, 2, 8, 4, 2).permute(0, 1, 5, 2, 6, 4, 7, 3, 8).contiguous()
+    turns[:] = 3
+    turns[2, 1] = 0  # without any keys, its rows have learnable sinks alone
+    second = slice(starts[0] + 64 - before, starts[0] + min(128 - before, 100))
+    lines[2, 1], right[second, 2] = torch.nan, 0.0
     round_gradients[(tiles * heads,)](
-        lines, shift, grad_q, found, starts, lengths, 0.5, 3, tiles, 0, heads, grad_q.stride()[:2], dim, transposed
-    )
+        lines, shift, turns, grad_q, found, starts, lengths, 0.5, 3, tiles, 0, heads, grad_q.stride()[:2], dim,
+        transposed,
+    )  # fmt: skip
     torch.testing.assert_close(grad_q, (right * 0.5).masked_fill(~alive[..., None], 0.0).half())
 
 

@@ -99,6 +99,18 @@ def test_layers_of_one_forward_may_differ():
             assert_alone(request)
 
 
+def test_a_packing_may_have_strides():
+    call = sequence(length=140)
+    starts, lengths = torch.tensor([[0, 40], [40, 70], [110, 30]]).T
+    packing = {"starts_q": starts, "lengths_q": lengths, "starts_k": starts, "lengths_k": lengths}
+    packing |= {"first_q": torch.tensor([[0, 9], [0, 9], [3, 9]])[:, 0], "max_q": 70, "max_k": 70}
+    contiguous = {name: x.contiguous() if isinstance(x, torch.Tensor) else x for name, x in packing.items()}
+    found, expected = (select_blocks(call._replace(**x)) for x in (packing, contiguous))
+    assert torch.equal(found.counts, expected.counts)
+    assert torch.equal(found.mask(), expected.mask())
+    assert torch.equal(found.starts, expected.starts)
+
+
 def test_gradients_follow_calls_without_them():
     request = sequence(plan=XAttention(threshold=0.5, stride=4, **SIZES))
     alone, _ = compute(request, "torch")

@@ -201,12 +201,13 @@ def tokens_of(tile, starts_ptr, lengths, sequence, exists):
 
 @triton.jit(do_not_specialize=["batch", "tiles", "first_head"])
 def round_gradients(
-    sums_ptr, shift_ptr, grad_ptr, begins_ptr, starts_ptr, lengths, scale, batch, tiles, first_head, heads, strides,
-    DIM: tl.constexpr, TRANSPOSED: tl.constexpr,
+    sums_ptr, shift_ptr, turns_ptr, grad_ptr, begins_ptr, starts_ptr, lengths, scale, batch, tiles, first_head, heads,
+    strides, DIM: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
     """Scale and round gradients of queries, except those of queries without a key.
 
-    A program takes a tile of one of ``heads`` heads from ``first_head`` on, which the sums are of.
+    A program takes a tile of one of ``heads`` heads from ``first_head`` on, which the sums are of. A tile that nobody
+    has added to has no sums: its queries have learnable sinks alone, and their gradients are 0.
     """
     number, tile = (tl.program_id(0) % heads).to(tl.int64), tl.program_id(0) // heads
     head = first_head + number
@@ -216,7 +217,8 @@ def round_gradients(
     has_keys = tl.load(shift_ptr + places) != float("inf")
     columns = tl.arange(0, DIM)[None, :]
     offsets = order_of(tl.arange(0, ROWS)[:, None], columns, DIM)
-    sums = tl.load(sums_ptr + (number * tiles + tile) * (ROWS * DIM) + offsets, mask=has_keys[:, None], other=0.0)
+    has_sums = has_keys & (tl.load(turns_ptr + head * tiles + tile) > 0)
+    sums = tl.load(sums_ptr + (number * tiles + tile) * (ROWS * DIM) + offsets, mask=has_sums[:, None], other=0.0)
     pointers = grad_ptr + head * strides[1] + (tokens[:, None] * strides[0] + columns)
     tl.store(pointers, (sums * scale).to(grad_ptr.dtype.element_ty), mask=has_keys[:, None])
 

@@ -166,8 +166,8 @@ def prepare(grad: Tensor, request: AttentionRequest) -> Backward:
                 _UNCOMPILABLE[plan.score_hook] = f"Gluon cannot compile the hook {plan.score_hook.__name__}: {error}"
                 raise HookRefusedError(_UNCOMPILABLE[plan.score_hook]) from None
             launch_after(
-                rows_of_launch, sums, shift, grad_q, begins, r.starts_q, lengths, r.softmax_scale, batch, query_tiles,
-                first_head * members, heads * members, query_strides,
+                rows_of_launch, sums, shift, turns, grad_q, begins, r.starts_q, lengths, r.softmax_scale, batch,
+                query_tiles, first_head * members, heads * members, query_strides,
             )  # fmt: skip
         of_sinks = None
         if r.s_aux is not None:
@@ -195,7 +195,7 @@ def heads_of_launch(kv_heads: int, batch: int, tiles: int, members: int, program
     def steps(heads: int) -> int:
         """Return how many steps the program with most of them takes in all launches."""
         waves = cdiv(batch * heads * tiles, programs)
-        items = torch.arange(waves * programs).view(waves, programs)
+        items = torch.arange(waves * programs, device="cpu").view(waves, programs)
         items[1::2] = items[1::2].flip(1)
         left = (tiles - items // (batch * heads)).clamp(min=0)
         work = left if is_causal else left.sign() * tiles
