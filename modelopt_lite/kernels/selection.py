@@ -52,6 +52,8 @@ def _select_blocks(request: AttentionRequest, shared: dict[Any, Any] | None) -> 
             raise ValueError(
                 f"selector.choose: returns {list(chosen.shape)}; must be the shape of the scores, {list(scores.shape)}"
             )
+        if chosen.dtype != torch.bool:
+            raise ValueError(f"selector.choose: returns {chosen.dtype}; must be torch.bool")
         return KeyBlocks.of_choice(chosen, seen, forced, grid)
     selected, skipped = chosen_blocks(request, grid)
     mask = selected if skipped is None else selected & ~skipped

@@ -176,6 +176,7 @@ def test_shapes_that_are_wrong(per_kv_head):
         (BlockSelector(sums, last_blocks, lambda grid: scores(grid)[:1], **options), r"scores: returns \[1, 6, 5\]"),
         (BlockSelector(sums, lambda *_: torch.ones(1, 6, 5) > 0, scores, **options), r"choose: returns \[1, 6, 5\]"),
         (BlockSelector(sums, lambda *_: torch.ones(6, 5) > 0, scores, **options), rf"of the scores, \[{heads}, 6, 5\]"),
+        (BlockSelector(sums, lambda *_: torch.ones(heads, 6, 5), scores, **options), r"returns torch.float32; must be"),
     ):
         with pytest.raises(ValueError, match=message):
             compute(sequence()._replace(plan=AttentionPlan(blocks=selector)), "torch")
