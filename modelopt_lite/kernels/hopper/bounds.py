@@ -192,8 +192,8 @@ def _prepare_quantize(grid: BlockGrid, _: int | None) -> Callable[[BlockGrid, Te
         )  # fmt: skip
         least(
             heads * blocks, r.q, r.k, selected, log_thresholds, found.rows, found.spans, kept, grid.sequence,
-            grid.row_q, grid.origin_q, grid.low_q, grid.high_q, grid.row_k, r.lengths_k, *strides_q, *strides_k,
-            blocks, columns, r.softmax_scale, sinks, recent,
+            grid.row_q, grid.origin_q, grid.low_q, grid.high_q, grid.row_k, r.lengths_k.contiguous(), *strides_q,
+            *strides_k, blocks, columns, r.softmax_scale, sinks, recent,
         )  # fmt: skip
         of_queries(
             heads * blocks, r.q, center, matrix, found.queries, found.rows, found.spans, grid.origin_q, grid.low_q,
