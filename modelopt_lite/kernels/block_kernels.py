@@ -401,8 +401,8 @@ def sum_softmax(
 
 @triton.jit(do_not_specialize=["first_block", "blocks_here", "query_blocks", "columns", "tiles", "window"])
 def antidiagonal_tile(
-    query_ptr, key_ptr, partial_ptr, highest_ptr, sequence_ptr, row_q_ptr, origin_q_ptr, low_q_ptr, high_q_ptr,
-    row_k_ptr, low_k_ptr, high_k_ptr, stride_q, head_stride_q, stride_k, head_stride_k, first_block, blocks_here,
+    query_ptr, key_ptr, partial_ptr, sequence_ptr, row_q_ptr, origin_q_ptr, low_q_ptr, high_q_ptr, row_k_ptr,
+    low_k_ptr, high_k_ptr, stride_q, head_stride_q, stride_k, head_stride_k, first_block, blocks_here,
     query_blocks, columns, tiles, scale, softcap, window,
     HEADS: tl.constexpr, REPEAT: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, CAUSAL: tl.constexpr,
@@ -411,9 +411,10 @@ def antidiagonal_tile(
     """Multiply ``BLOCK_M`` query groups with ``BLOCK_N`` key groups along antidiagonals.
 
     Stores, relative to each query group's largest logit in the tile, the weights summed over the groups of each key
-    block, ``[HEADS, groups, columns]``, and that largest logit, ``[HEADS, groups, tiles]``.
+    block, ``[HEADS, groups, columns]``, and behind them that largest logit, ``[HEADS, groups, tiles]``.
     """
     GROUPS: tl.constexpr = ROWS // STRIDE  # of a query block
+    highest_ptr = partial_ptr + blocks_here.to(tl.int64) * columns * (HEADS * GROUPS)
     BLOCKS: tl.constexpr = BLOCK_M // GROUPS  # query blocks of the tile
     KEY_GROUPS: tl.constexpr = SIZE // STRIDE
     JOINED: tl.constexpr = BLOCK_N // KEY_GROUPS  # key blocks of the tile
@@ -487,13 +488,14 @@ def antidiagonal_tile(
 
 @triton.jit(do_not_specialize=["first_block", "blocks_here", "query_blocks", "columns", "tiles", "window"])
 def join_antidiagonals(
-    partial_ptr, highest_ptr, mass_ptr, sequence_ptr, origin_q_ptr, low_q_ptr, high_q_ptr, low_k_ptr, high_k_ptr,
-    first_block, blocks_here, query_blocks, columns, tiles, window,
+    partial_ptr, mass_ptr, sequence_ptr, origin_q_ptr, low_q_ptr, high_q_ptr, low_k_ptr, high_k_ptr, first_block,
+    blocks_here, query_blocks, columns, tiles, window,
     HEADS: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_J: tl.constexpr, JOINED: tl.constexpr, CAUSAL: tl.constexpr, SLIDING: tl.constexpr,
 ):  # fmt: skip
     """Normalise what :func:`antidiagonal_tile` stored, and sum it over the groups of one query block and head."""
     GROUPS: tl.constexpr = ROWS // STRIDE
+    highest_ptr = partial_ptr + blocks_here.to(tl.int64) * columns * (HEADS * GROUPS)
     head = (tl.program_id(0) % HEADS).to(tl.int64)
     local = tl.program_id(0) // HEADS
     block = first_block + local

@@ -288,16 +288,15 @@ def _prepare_antidiagonal_mass(grid: BlockGrid, stride: int) -> Callable[[BlockG
         q, k = _readable(grid.request.q), _readable(grid.request.k)
         for begin in range(0, blocks, step):
             here = min(step, blocks - begin)
-            partial = mass.new_empty(heads, here * groups, columns)
-            highest = mass.new_empty(heads, here * groups, tiles)
+            partial = mass.new_empty(heads * here * groups * (columns + tiles))
             numbers = (begin, here, blocks, columns, tiles)
             multiply(
-                cdiv(here, of_tile) * tiles * heads, q, k, partial, highest, grid.sequence, grid.row_q, grid.origin_q,
+                cdiv(here, of_tile) * tiles * heads, q, k, partial, grid.sequence, grid.row_q, grid.origin_q,
                 grid.low_q, grid.high_q, grid.row_k, grid.low_k, grid.high_k, *strides, *numbers, scale / stride,
                 softcap, window,
             )  # fmt: skip
             join(
-                here * heads, partial, highest, mass, grid.sequence, grid.origin_q, grid.low_q, grid.high_q,
+                here * heads, partial, mass, grid.sequence, grid.origin_q, grid.low_q, grid.high_q,
                 grid.low_k, grid.high_k, *numbers, window,
             )  # fmt: skip
         return mass
