@@ -170,8 +170,8 @@ def _prepare_means(grid: BlockGrid, of_queries: bool, of_keys: bool, parts: int 
         means = q.new_empty(parts * programs * dim, dtype=dtype)
         if programs:
             means_of_rows(
-                programs, q, k, means, grid.sequence, grid.row_q,
-                grid.origin_q, grid.low_q, grid.high_q, grid.row_k, grid.origin_k, grid.low_k, grid.high_k, *numbers,
+                programs, q, k, means, grid.sequence, grid.row_q, grid.origin_q, grid.low_q, grid.high_q, grid.row_k,
+                grid.origin_k, grid.low_k, grid.high_k, *numbers,
             )  # fmt: skip
         return means
 
@@ -224,7 +224,7 @@ def softmax_mass(grid: BlockGrid, pooled: Tensor | None) -> Tensor:
 
 
 def _prepare_softmax_mass(grid: BlockGrid, *_: object) -> Callable[[BlockGrid, Tensor | None], Tensor]:
-    """Prepare masses by the means of keys, or by other pooled keys, which are alike in what follows the grid."""
+    """Prepare masses by the means of keys; or by other pooled keys, whose type and alignment follow the grid then."""
     request, q, (blocks, columns) = grid.request, _readable(grid.request.q), grid.shape
     (heads, dim), kv_heads, itemsize, device = q.shape[1:], request.k.shape[1], q.element_size(), q.device
     dtype, parts = q.dtype, 2 if itemsize == 2 else 1  # two numbers of 16 bits hold what one of them rounds away

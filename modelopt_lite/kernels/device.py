@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
+"""Triton's version."""
 L2_SHARE = 24 * 2**20
 """Bytes of keys and values of the heads that are computed at one time: half of the L2 cache of an A100 or H100."""
 

@@ -10,14 +10,13 @@ import triton
 from triton.language import constexpr
 
 from ..plan import AttentionPlan
-from .device import compute_capability
+from .device import TRITON, compute_capability
 from .request import AttentionRequest
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 OLDEST = 80
 """Compute capability from which on GPUs have what the kernels need."""
-TRITON, NUMPY = (tuple(map(int, version(name).split(".")[:2])) for name in ("triton", "numpy"))
-INTERPRETER_WORKS = TRITON >= (3, 7) or NUMPY < (2, 4)
+INTERPRETER_WORKS = TRITON >= (3, 7) or tuple(map(int, version("numpy").split(".")[:2])) < (2, 4)
 """Whether kernels run in Triton's interpreter. Before 3.7 it converts an array of one element to a Python integer where
 a loop begins or ends, and NumPy refuses that from 2.4 on."""
 FAR = 2**30

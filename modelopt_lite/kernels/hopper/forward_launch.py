@@ -13,7 +13,7 @@ from triton.compiler.errors import CompilationError
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..device import Launch, cdiv, compute_capability, heads_per_wave, is_aligned, processors, rebased
+from ..device import TRITON, Launch, cdiv, compute_capability, heads_per_wave, is_aligned, processors, rebased
 from ..portable.launch import new_results
 from ..request import AttentionRequest, HookRefusedError
 from ..settings import Options, Settings, SettingsRow, distances, gpu_refusal, hook_arguments, is_short, options_of
@@ -23,7 +23,7 @@ from .visits_launch import Schedule
 from .visits_launch import refusal as lists_refusal
 
 HOPPER = 90
-HOPPER_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
+HOPPER_TRITON = TRITON >= (3, 6)
 """Whether Triton is new enough for the Gluon kernel."""
 
 # block_m is 64 for each warpgroup, and the warps are those of one.
