@@ -225,6 +225,20 @@ def test_nothing_that_is_prepared_holds_tensors(method):
     assert not any(x() is not None for x in held)
 
 
+@pytest.mark.parametrize("method", [METHODS[0], *METHODS[2:], CALIBRATED], ids=lambda method: method.method)
+def test_a_layer_takes_three_launches(method, way, monkeypatch):
+    """Beside what the first layer of a forward finds out for all."""
+    launches, launch = [], block_launch.Launch.__call__
+    monkeypatch.setattr(
+        block_launch.Launch, "__call__", lambda self, *args: launches.append(self) or launch(self, *args)
+    )
+    request = sequence(plan=method, grids={})
+    select_blocks(request)
+    first = len(launches)
+    select_blocks(request)
+    assert (first, len(launches) - first) == ((5, 3) if way == "kernels" else (0, 0))
+
+
 def test_autocast_does_not_choose():
     request = sequence(plan=METHODS[0])
     expected = select_blocks(request).mask()
