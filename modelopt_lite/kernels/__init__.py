@@ -113,8 +113,8 @@ def attention(
 
     Returns:
         The output ``[total_q, query_heads, value_dim]`` in the type of ``q``, and if ``return_lse`` the logarithms
-        ``[total_q, query_heads]`` in FP32 (FP64 for FP64 inputs). A row with no visible key, or in no sequence, is 0
-        with -inf.
+        ``[total_q, query_heads]`` in FP32 (FP64 for FP64 inputs). A row in no sequence is 0 with -inf, and so is one
+        that keeps no key, whose logarithm is ``s_aux`` if it is given.
 
     Raises:
         ValueError: if an argument is wrong; the message names it. Starts and lengths are checked value by value on

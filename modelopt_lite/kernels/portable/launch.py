@@ -107,8 +107,8 @@ def prepare(
 
     Returns:
         A function from a request to the output, ``[tokens, query_heads, value_dim]``, and the logarithms of the softmax
-        denominators, ``[tokens, query_heads]`` in FP32, if they are wanted. Rows without a visible key and rows of no
-        sequence are 0 and -inf. It does not wait for the device.
+        denominators, ``[tokens, query_heads]`` in FP32, if they are wanted. Rows of no sequence are 0 and -inf, and so
+        are rows that keep no key, whose logarithm is ``s_aux`` if it is given. It does not wait for the device.
     """
     r, plan = request, request.plan
     (total, query_heads, head_dim), (kv_heads, value_dim), batch = r.q.shape, r.v.shape[1:], r.starts_q.shape[0]
