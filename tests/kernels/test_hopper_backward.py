@@ -253,6 +253,10 @@ def steps_of(wave, head, tile, members, ranks):
         ([(900, 300), (128, 1280)], 2, 3, Rules(False, False), 0),
         ([(2048, 2048)], 2, 4, Rules(True, True), 1),
         ([(1500, 1900), (700, 700)], 2, 4, Rules(True, True), 300),
+        ([(700, 700), (333, 800), (1500, 1500), (1, 900), (200, 3000)], 2, 2, Rules(True, True), 1),
+        ([(700, 700), (333, 800), (1500, 1500), (1, 900), (200, 3000)], 2, 2, Rules(True, True), 100),
+        ([(700, 700), (333, 800), (1500, 1500), (1, 900), (200, 3000)], 2, 2, Rules(True, False), 0),
+        ([(700, 700), (333, 800), (1500, 1500), (1, 900), (200, 3000)], 2, 2, Rules(False, False), 0),
     ],
 )
 def test_nobody_waits_for_ever(sequences, heads, members, rules, sliding_window, programs):
