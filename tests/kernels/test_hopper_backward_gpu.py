@@ -49,15 +49,13 @@ def test_heads(heads):
     check(make(heads=heads, dims=DIMS, plan=PLANS[1]))
 
 
-@pytest.mark.parametrize("has_lists", [False, True])
-@pytest.mark.parametrize("plan", ["dense", "2:4 exempt"])
-def test_a_head_at_a_time(plan, has_lists, monkeypatch):
+@pytest.mark.parametrize("plan", PLANS[:2], ids=["dense", "2:4"])
+def test_a_head_at_a_time(plan, monkeypatch):
     """Launches compute the heads of keys one by one, in several waves, and their sums lie in the same memory."""
     monkeypatch.setattr(hopper_backward_launch, "processors", lambda device: 5)
     monkeypatch.setattr(hopper_backward_launch, "heads_of_launch", lambda *shape: 1)
     monkeypatch.setattr(choice, "_prepared_backward", {})
-    request = of_128(plan, lengths=((700, 700), (333, 800)), heads=(8, 4))
-    check(listed(request) if has_lists else request)
+    check(make(lengths=((700, 700), (333, 800)), heads=(8, 4), dims=DIMS, plan=plan))
 
 
 @pytest.mark.parametrize(("n", "m"), [(1, 2), (1, 4), (3, 4), (1, 8), (7, 8)])
@@ -264,6 +262,7 @@ class Loss(torch.autograd.Function):
 @pytest.mark.parametrize("keeps_graph", [False, True])
 def test_the_output_is_freed_before_sums_are_allocated(keeps_graph):
     """Unless the graph is kept, which then gives the same gradients again."""
+    torch.cuda.empty_cache()  # a block that is left over may be larger than what is put into it
     request = make(lengths=((4096, 4096),), heads=(8, 2), dims=DIMS, exact=False)
     request = request._replace(q=request.q.requires_grad_())
 

@@ -40,8 +40,8 @@ LONGEST_LISTED = KEYS.value * TILES_FROM.value // 2
 """Tokens of a sequence whose tiles can be numbered in an entry of a list."""
 STEPS_OF_LAUNCH = 14
 """How many steps a program could take in the time that one more launch costs."""
-SLOWER = 1.03
-"""How much longer two launches may take if that saves memory."""
+SLOWER = 1.04
+"""How much longer several launches may take, by their steps, as they save memory."""
 
 _UNCOMPILABLE: dict[Any, str] = {}
 """Why Gluon cannot compile a hook."""
@@ -95,7 +95,9 @@ def prepare(grad: Tensor, request: AttentionRequest) -> Backward:
     options = options_of(r, SETTINGS)._replace(pair=min(r.group, 2))
     tiles = max(1, cdiv(r.max_k, KEYS.value))
     members = query_heads // kv_heads
-    heads = heads_of_launch(kv_heads, batch, tiles, members, processors(device), r.is_causal)
+    heads = kv_heads
+    if r.blocks is None:
+        heads = heads_of_launch(kv_heads, batch, tiles, members, processors(device), r.is_causal)
     # With lists, the first and the last tile of a sequence may both have fewer rows.
     query_tiles = total // ROWS.value + batch * (1 if r.blocks is None else 2)
     rows, columns = query_heads * query_tiles, ROWS.value
@@ -178,10 +180,10 @@ def prepare(grad: Tensor, request: AttentionRequest) -> Backward:
 
 
 def heads_of_launch(kv_heads: int, batch: int, tiles: int, members: int, programs: int, is_causal: bool) -> int:
-    """Return of how many heads of keys a launch computes gradients: of half of them, unless that is slower.
+    """Return of how many heads of keys a launch computes gradients: as few as are hardly slower than any other number.
 
-    There is memory for the sums of these alone, and sums of half of the heads take as much as the output, which may be
-    free by then.
+    There is memory for the sums of these alone. In long sequences few heads are even faster, as more of what programs
+    read is in the L2 cache.
 
     Args:
         kv_heads: how many heads of keys there are.
@@ -202,8 +204,8 @@ def heads_of_launch(kv_heads: int, batch: int, tiles: int, members: int, program
         longest: int = int(work.sum(0).max()) * members * KEYS.value // ROWS.value
         return kv_heads // heads * (longest + STEPS_OF_LAUNCH)
 
-    half = max((heads for heads in range(1, kv_heads) if kv_heads % heads == 0), default=1)
-    return half if steps(half) <= SLOWER * steps(kv_heads) else kv_heads
+    found = {heads: steps(heads) for heads in range(1, kv_heads + 1) if kv_heads % heads == 0}
+    return next(heads for heads in found if found[heads] <= SLOWER * min(found.values()))
 
 
 def _descriptor(shape: list[int], box: list[int], swizzle: int, device: torch.device) -> TensorDescriptor:
