@@ -115,7 +115,7 @@ def prepare_gradients(
     memory accelerator can load them, which wants addresses that are multiples of 16 bytes; rows lie as
     :func:`place_of` says, and deltas are negative, as they are to be added; turns are 0. Then each
     sequence's program finds the number of its first tile. Then come those that clear gradients of queries without a
-    key, which may belong to no sequence. The others clear ``CLEARED`` of the ``size`` numbers of gradients of keys and
+    key or a sequence; the logarithms of the latter may be anything. The others clear ``CLEARED`` of the ``size`` numbers of gradients of keys and
     values each.
     """
     program = tl.program_id(0)
@@ -148,6 +148,7 @@ def prepare_gradients(
         head = (program % heads).to(tl.int64)
         tokens = program.to(tl.int64) // heads * ROWS + tl.arange(0, ROWS)
         dead = tl.load(lse_ptr + tokens * heads + head, mask=tokens < total, other=0.0) == float("-inf")
+        dead = (dead | (belong_to_any(tokens, starts_ptr, lengths, batch) == 0)) & (tokens < total)
         pointers = grad_query_ptr + head * strides[2][1] + (tokens[:, None] * strides[2][0] + columns)
         tl.store(pointers, tl.zeros([ROWS, DIM], grad_query_ptr.dtype.element_ty), mask=dead[:, None])
     else:
@@ -197,6 +198,19 @@ def tokens_of(tile, starts_ptr, lengths, sequence, exists):
     rows = tile * ROWS - before + tl.arange(0, ROWS)
     tokens = tl.load(starts_ptr + sequence, mask=exists, other=0).to(tl.int64) + rows
     return tokens, (rows >= 0) & (rows < length)
+
+
+@triton.jit
+def belong_to_any(tokens, starts_ptr, lengths, batch):
+    """Return which tokens belong to a sequence."""
+    found = tokens < 0
+    for first in range(0, batch, 32):
+        numbers = first + tl.arange(0, 32)
+        begins = tl.load(starts_ptr + numbers, mask=numbers < batch, other=0).to(tl.int64)
+        ends = begins + tl.load(lengths[0] + numbers, mask=numbers < batch, other=0)
+        inside = (tokens[:, None] >= begins[None, :]) & (tokens[:, None] < ends[None, :])
+        found = found | (tl.max(inside.to(tl.int32), 1) > 0)
+    return found
 
 
 @triton.jit(do_not_specialize=["batch", "tiles", "first_head"])
