@@ -7,7 +7,7 @@ from test_backward_gpu import PLANS, check, full_precision, make  # noqa: F401
 from test_forward_interpreter import HOOKS
 from test_lists_gpu import listed, of_128
 
-from modelopt_lite.kernels import AttentionRequest, attention, choice
+from modelopt_lite.kernels import AttentionRequest, attention, choice, gradients
 from modelopt_lite.kernels.hopper import backward_launch as hopper_backward_launch
 from modelopt_lite.kernels.hopper import forward_launch as hopper_launch
 from modelopt_lite.kernels.hopper import sparse_cores
@@ -290,10 +290,29 @@ def test_lists(plan):
     check(listed(of_128(plan)))
 
 
+@pytest.mark.parametrize("s_aux", [False, True])
 @pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("plan", ["dense", "2:4 exempt"])
-def test_empty_and_full_lists(plan, share):
-    check(listed(of_128(plan), share))
+def test_empty_and_full_lists(plan, share, s_aux):
+    check(listed(of_128(plan, s_aux=s_aux), share))
+
+
+def test_a_part_of_the_queries():
+    """As in ring attention, whose logarithms are those of all queries."""
+    request = make(lengths=((700, 700), (333, 800), (400, 400)), dims=DIMS)
+    output, lse = attention(**arguments(request), return_lse=True)
+    grad = torch.randn_like(output)
+    packing = ("starts_q", "lengths_q", "starts_k", "lengths_k")
+    part = request._replace(**{name: getattr(request, name)[::2].contiguous() for name in packing})
+    torch.use_deterministic_algorithms(True)  # so that what is not written is NaN
+    try:
+        whole, found = (gradients(grad, output, lse, x) for x in (request, part))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    queries, keys, _, _ = list(request.sequences())[1]
+    for ours, expected, rows in zip(found[:3], whole[:3], (queries, keys, keys), strict=True):
+        expected[rows] = 0.0
+        torch.testing.assert_close(ours, expected)
 
 
 @pytest.mark.parametrize("plan", ["exempt", "2:4 exempt"])
