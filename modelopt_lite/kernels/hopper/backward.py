@@ -113,10 +113,10 @@ def prepare_gradients(
     First come the programs of tiles. Shifts and deltas are those of
     :func:`~modelopt_lite.kernels.portable.backward.gradient_rows`, but ``[heads, tiles, ROWS]``, so that the tensor
     memory accelerator can load them, which wants addresses that are multiples of 16 bytes; rows lie as
-    :func:`place_of` says, and deltas are negative, as they are to be added; turns are 0. Then each
-    sequence's program finds the number of its first tile. Then come those that clear gradients of queries without a
-    key or a sequence; the logarithms of the latter may be anything. The others clear ``CLEARED`` of the ``size`` numbers of gradients of keys and
-    values each.
+    :func:`place_of` says, and deltas are negative, as they are to be added; turns are 0. Then each sequence's program
+    finds the number of its first tile. Then come those that clear gradients of queries without a key or a sequence; the
+    logarithms of the latter may be anything. The others clear ``CLEARED`` of the ``size`` numbers of gradients of keys
+    and values each.
     """
     program = tl.program_id(0)
     row_programs = tl.cdiv(total, ROWS) * heads
