@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from collections import defaultdict
 
 import parallel_checks
@@ -12,7 +13,7 @@ import torch
 
 from modelopt_lite.kernels import AttentionRequest
 from modelopt_lite.methods import MeanPoolTopK, SinkWindow, SparseSoftmax
-from modelopt_lite.models.parallel import exchange, shards
+from modelopt_lite.models.parallel import ContextParallel, exchange, shards
 from modelopt_lite.plan import DENSE
 
 
@@ -111,3 +112,19 @@ def test_chunks_are_balanced_and_whole_blocks():
         assert [begin for begin, _ in covered] == [0, *(end for _, end in covered[:-1])]
         assert covered[-1][1] == length
         assert all(run.first % 128 == 0 for runs in whole.queries for run in runs)
+
+
+def test_another_default_device_does_not_matter():
+    """Here one that has no memory, so that nothing computes on it by mistake."""
+    inputs, positions = torch.arange(80).view(2, 40), torch.arange(40).remainder(25)[None]
+
+    mesh = types.SimpleNamespace(get_group=lambda: None, get_local_rank=lambda: 0, size=lambda: 2)
+    shard = ContextParallel(mesh, "ring", 1).shard
+
+    def local():
+        found = [shard(inputs, position_ids=positions), shard(inputs, attention_mask=inputs % 80 > 3)]
+        return [x[name] for x in found for name in ("input_ids", "position_ids")]
+
+    expected = local()
+    with torch.device("meta"):
+        assert all(map(torch.equal, local(), expected))

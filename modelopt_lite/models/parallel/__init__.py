@@ -151,10 +151,10 @@ class ContextParallel:
         segments = _segments(sequences_of(attention_mask, position_ids, batch, columns), before)
         shards = self._divide(segments, columns, before)
         if position_ids is None:
-            positions = torch.zeros(batch, columns, dtype=torch.int64)
+            positions = torch.zeros(batch, columns, dtype=torch.int64, device="cpu")
             for row, parts in enumerate(segments):
                 for part in parts:
-                    positions[row, part.columns] = part.first + torch.arange(len(part.columns))
+                    positions[row, part.columns] = part.first + torch.arange(len(part.columns), device="cpu")
             position_ids = positions.to(input_ids.device)
         inputs = {
             "input_ids": shards.local(input_ids, 0),

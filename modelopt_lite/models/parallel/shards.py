@@ -160,8 +160,8 @@ class Shards:
             for sequence, _, _, length in places:
                 starts.setdefault(sequence, total)
                 total += length
-            rows = [torch.arange(row, row + length) for _, _, row, length in places]
-            return torch.cat(rows or [torch.zeros(0, dtype=torch.int64)]).to(device), starts
+            rows = [torch.arange(row, row + length, device="cpu") for _, _, row, length in [(0, 0, 0, 0), *places]]
+            return torch.cat(rows).to(device), starts
 
         return self.remembered(("rows", device), compute)
 
@@ -190,7 +190,7 @@ def cut(
             slot = -(-(slot + len(segment.columns)) // alignment) * alignment
         longest = max(longest, slot)
     chunk = -(-longest // (2 * size * alignment)) * alignment
-    sources = torch.full((len(segments), 2 * size * chunk), -1)
+    sources = torch.full((len(segments), 2 * size * chunk), -1, device="cpu")
     runs: list[list[Run]] = [[] for _ in range(size)]
     for number, (row, slots) in enumerate(zip(segments, starts, strict=True)):
         for segment, start in zip(row, slots, strict=True):
@@ -220,7 +220,7 @@ def sequences_of(mask: Tensor | None, positions: Tensor | None, batch: int, colu
         batch: rows.
         columns: columns.
     """
-    real = torch.ones(batch, columns, dtype=torch.bool) if mask is None else mask.cpu().bool()
+    real = torch.ones(batch, columns, dtype=torch.bool, device="cpu") if mask is None else mask.cpu().bool()
     first = torch.zeros_like(real) if positions is None else (positions.cpu() == 0).expand(batch, -1)
     found: list[list[Tensor]] = []
     for row in range(batch):
@@ -267,7 +267,8 @@ def packing(pairs: Sequence[Pair], slots_q: int, slots_k: int, device: torch.dev
     rows = [
         (q.row * slots_q + q.slot, q.length, q.first, k.row * slots_k + k.slot, k.length, k.first) for q, k in pairs
     ]
-    starts_q, lengths_q, first_q, starts_k, lengths_k, first_k = torch.tensor(rows).T.contiguous().to(device)
+    columns = torch.tensor(rows, device="cpu").T.contiguous().to(device)
+    starts_q, lengths_q, first_q, starts_k, lengths_k, first_k = columns
     return {
         "starts_q": starts_q,
         "lengths_q": lengths_q,
