@@ -91,6 +91,17 @@ def test_decisions(by_interpreter, threshold, sinks, window):
     assert torch.equal(found & selected, selected & ~skipped)
 
 
+@pytest.mark.parametrize(("scale", "product"), [(0.1, 13), (128**-0.5, 7)])
+def test_equal_scores_reach_a_threshold_of_one(by_interpreter, scale, product):
+    """Nothing is skipped, although FP32 rounds ``product * scale / scale`` up."""
+    request = make(AttentionPlan(skip=SkipRule(1.0)), lengths=((300, 300),))._replace(softmax_scale=scale)
+    request.q[:], request.k[:] = 0.0, 1.0
+    request.q[..., 0] = product
+    grid = BlockGrid(request, *request.grid)
+    found = bounds.kept_blocks(grid, None, selection.log_thresholds(grid))
+    assert found[:, grid.seen()].all()
+
+
 def test_with_a_selector(by_interpreter):
     """Of the diagonal blocks it drops some, which then hold no references."""
     plan = dataclasses.replace(MeanPoolTopK(keep=0.5, recent_blocks=0).plan(), skip=SkipRule(2.0), num_sink_tokens=4)
@@ -152,6 +163,11 @@ def on_gpu(plan=PLAN, dim=128, dtype=torch.bfloat16, **options):
     return one_sequence(q, q, q, plan, **options)
 
 
+def grid_of(request, batch=1, columns=3):
+    sizes = dict(zip(("block_size", "block_rows"), request.grid, strict=True))
+    return types.SimpleNamespace(request=request, shape=(3, columns), starts=torch.zeros(batch), **sizes)
+
+
 @pytest.mark.parametrize(
     ("request_of", "reason"),
     [
@@ -172,8 +188,15 @@ def on_gpu(plan=PLAN, dim=128, dtype=torch.bfloat16, **options):
 def test_what_it_runs(absent_gpu, monkeypatch, request_of, reason):
     monkeypatch.setattr(bounds, "handle", lambda device, kernel, without_it: ctypes.c_void_p())
     request = request_of()
-    grid = types.SimpleNamespace(request=request, block_size=request.grid[0], block_rows=request.grid[1])
-    found = bounds.refusal(grid)
+    found = bounds.refusal(grid_of(request))
     assert found is None if reason is None else reason in found
     absent_gpu(100)
-    assert bounds.refusal(grid) is not None
+    assert bounds.refusal(grid_of(request)) is not None
+
+
+@pytest.mark.parametrize(("batch", "columns", "runs"), [(1, 3, True), (100, 3, True), (100, 64, False)])
+def test_memory(absent_gpu, monkeypatch, batch, columns, runs):
+    """Each sequence has room for as many key blocks as the longest one, of which many may be absent."""
+    monkeypatch.setattr(bounds, "handle", lambda device, kernel, without_it: ctypes.c_void_p())
+    found = bounds.refusal(grid_of(on_gpu(), batch, columns))
+    assert found is None if runs else "too much memory" in found

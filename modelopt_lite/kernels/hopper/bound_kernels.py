@@ -21,6 +21,22 @@ SINKS = tl.constexpr(16)
 
 
 @triton.jit
+def rotate_means(mean_ptr, center_ptr, hadamard_ptr, DIM: tl.constexpr):
+    """Rotate the mean of a head's keys, and store the Hadamard matrix, ``[DIM, DIM]``, of up to 256 dimensions."""
+    dims = tl.arange(0, DIM)
+    bits = dims[:, None] & dims[None, :]
+    bits ^= bits >> 4
+    bits ^= bits >> 2
+    bits ^= bits >> 1
+    hadamard = 1.0 - 2.0 * (bits & 1).to(tl.float32)
+    head = tl.program_id(0)
+    mean = tl.load(mean_ptr + head * DIM + dims)
+    tl.store(center_ptr + head * DIM + dims, tl.sum(mean[:, None] * hadamard, 0) * DIM**-0.5)
+    if head == 0:
+        tl.store(hadamard_ptr + dims[:, None] * DIM + dims[None, :], hadamard)
+
+
+@triton.jit
 def _rotated(x, hadamard_ptr, DIM: tl.constexpr):
     """Return rows rotated by the Hadamard matrix, ``[rows, DIM]`` FP32."""
     dims = tl.arange(0, DIM)
@@ -135,7 +151,7 @@ def find_least(
         counts = (distance < recent) | ((k_pos >= origin) & (is_reference != 0))[None, :]
         counts = counts & (distance >= 0) & (k_pos < end)[None, :]
         reference = tl.maximum(reference, tl.max(tl.where(counts, products, float("-inf")), 1))
-    least = tl.where(is_query, (reference * scale + tl.load(margin_ptr + block)) / scale, float("inf"))
+    least = tl.where(is_query, reference + tl.load(margin_ptr + block) / scale, float("inf"))
     tl.store(row_ptr + (place * ROWS + tl.arange(0, ROWS)) * 4 + 3, least)
 
     # Blocks of sinks alone, those of the band with others that reach it or without others, and the diagonal one.

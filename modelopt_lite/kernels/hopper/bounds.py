@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..block_launch import MAX_POSITION, excess_refusal, mean_keys
 from ..device import Launch, cdiv, compute_capability, current_stream, is_aligned
-from .bound_kernels import find_least, quantize_keys, quantize_queries
+from .bound_kernels import find_least, quantize_keys, quantize_queries, rotate_means
 from .cuda_code import CudaKernel, check, driver, handle
 from .forward_launch import HOPPER
 
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 SIZE, HEAD_DIM = 128, 128
 """Keys and positions of a block, and the head dimension that the kernels are made for."""
+FEW_BYTES = 1 << 28
+"""Bytes of rounded blocks that are always spent; more are if they are at most twice those of queries and keys."""
 DECIDE_THREADS = 256
 """Threads of a program of ``decide_open``."""
 WITHOUT_IT = "skip-softmax decides by exact products, which are slower than those in INT8"
@@ -122,20 +124,14 @@ def refusal(grid: BlockGrid) -> str | None:
         return "it is made for GPUs of compute capability 9.0"
     if not all(is_aligned(x) and x.stride(2) == 1 for x in (r.q, r.k)):
         return "addresses or strides of q or k are not multiples of 16 bytes"
+    blocks, columns = grid.shape
+    rounded = SIZE * HEAD_DIM * (r.q.shape[1] * blocks + r.k.shape[1] * grid.starts.shape[0] * columns)
+    if rounded > max(FEW_BYTES, 2 * r.q.element_size() * (r.q.numel() + r.k.numel())):
+        return "lengths differ so much that rounded blocks, of which all sequences get as many, take too much memory"
     kernels = Kernels.of(r.q.dtype, r.q.shape[1] // r.k.shape[1])
     if any(handle(r.q.device, kernel, WITHOUT_IT) is None for kernel in kernels):
         return "it could not be compiled or loaded (a warning says why), or a CUDA graph is being captured"
-    _hadamard(r.q.device, r.q.dtype)  # not first in a capture, whose memory belongs to the graph
     return None
-
-
-@functools.cache
-def _hadamard(device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return a matrix of 1 and -1 whose rows are orthogonal, ``[HEAD_DIM, HEAD_DIM]``."""
-    matrix = torch.ones(1, 1, device=device, dtype=dtype)
-    while matrix.shape[0] < HEAD_DIM:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return matrix
 
 
 def kept_blocks(grid: BlockGrid, selected: Tensor | None, log_thresholds: Tensor) -> Tensor:
@@ -169,10 +165,10 @@ def _prepare_quantize(grid: BlockGrid, _: int | None) -> Callable[[BlockGrid, Te
     (heads, dim), kv_heads, total = r.q.shape[1:], r.k.shape[1], grid.starts.shape[0] * columns
     sinks, recent = (min(x, MAX_POSITION) for x in (r.plan.num_sink_tokens, r.plan.dense_window_size))
     strides_q, strides_k, repeat = r.q.stride()[:2], r.k.stride()[:2], heads // kv_heads
+    rotate = Launch(rotate_means, device, dim, num_warps=8)
     of_keys = Launch(quantize_keys, device, dim, SIZE, num_warps=8)
     least = Launch(find_least, device, heads, repeat, dim, SIZE, SIZE, 32, num_warps=8)
     of_queries = Launch(quantize_queries, device, repeat, dim, SIZE, num_warps=8)
-    matrix = _hadamard(device, r.q.dtype)
 
     def run(grid: BlockGrid, selected: Tensor | None, log_thresholds: Tensor, kept: Tensor) -> Bounded:
         r, new = grid.request, functools.partial(torch.empty, device=device)
@@ -184,10 +180,13 @@ def _prepare_quantize(grid: BlockGrid, _: int | None) -> Callable[[BlockGrid, Te
             new(blocks, 4, dtype=torch.int32),
             new(heads, blocks, cdiv(columns, 32), 3, 4, dtype=torch.int32),
         )
-        # Any vector would do, but this one leaves small numbers. A product with the matrix would need cuBLAS.
-        center = (mean_keys(grid).mean((0, 1))[:, :, None] * matrix).sum(1) * dim**-0.5
+        # The matrix is not kept: what is made first while CUDA graphs warm up belongs to their memory.
+        hadamard = new(dim, dim, dtype=r.q.dtype)
+        means = mean_keys(grid).mean((0, 1))  # any vectors would do, but these leave small numbers
+        center = torch.empty_like(means)
+        rotate(kv_heads, means, center, hadamard)
         of_keys(
-            kv_heads * total, r.k, center, matrix, found.keys, found.tiles, grid.row_k, grid.low_k, grid.high_k,
+            kv_heads * total, r.k, center, hadamard, found.keys, found.tiles, grid.row_k, grid.low_k, grid.high_k,
             *strides_k, columns, total, sinks,
         )  # fmt: skip
         least(
@@ -196,7 +195,7 @@ def _prepare_quantize(grid: BlockGrid, _: int | None) -> Callable[[BlockGrid, Te
             *strides_k, blocks, columns, r.softmax_scale, sinks, recent,
         )  # fmt: skip
         of_queries(
-            heads * blocks, r.q, center, matrix, found.queries, found.rows, found.spans, grid.origin_q, grid.low_q,
+            heads * blocks, r.q, center, hadamard, found.queries, found.rows, found.spans, grid.origin_q, grid.low_q,
             grid.high_q, *strides_q, blocks,
         )  # fmt: skip
         return found
