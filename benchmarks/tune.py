@@ -25,7 +25,8 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from modelopt_lite.kernels.device import compute_capability
-from modelopt_lite.kernels.portable.launch import KEY_SETTINGS, QUERY_SETTINGS, backward
+from modelopt_lite.kernels.portable.launch import KEY_SETTINGS, QUERY_SETTINGS, prepare_backward
+from modelopt_lite.kernels.request import ForwardResult
 from modelopt_lite.kernels.settings import Settings, SettingsRow, block_dim, default_settings
 
 HEADS = (32, 8)
@@ -81,7 +82,8 @@ class Problem(NamedTuple):
         else:
             both = default_settings(*described, QUERY_SETTINGS, True), settings
         out, lse = own_call(request._replace(with_lse=True), "portable")()
-        return functools.partial(backward, torch.randn_like(out), out, lse, request, both)
+        grad = torch.randn_like(out)
+        return functools.partial(prepare_backward(grad, request, both), grad, ForwardResult(out, lse), request)
 
 
 def gpu() -> int:

@@ -1,6 +1,8 @@
 """Benchmarks on the CPU: what is compared, and what is written."""
 
+import importlib
 import json
+from pathlib import Path
 
 import counting
 import model as benchmark
@@ -16,6 +18,12 @@ from modelopt_lite.plan import BLOCK_SIZE
 TINY = ["--model", "tiny", "--device", "cpu"]
 LONG = 96
 """Longer than the dense window, so that something is sparse."""
+
+
+@pytest.mark.parametrize("script", sorted(Path(write_docs.__file__).parent.glob("*.py")), ids=lambda path: path.stem)
+def test_scripts_import_what_there_is(script):
+    pytest.importorskip("triton")
+    importlib.import_module(script.stem)
 
 
 @pytest.fixture
