@@ -203,7 +203,7 @@ def skip_softmax_table() -> str:
             found = {r["method"]: ratio(r["speedup_over_dense"]) for r in group if r["share_skipped"] == share}
             skipped = f"{share:.0%}".replace("%", " %")
             lines.append([str(length), skipped, found["skip_softmax"], found["lists"], milliseconds(dense)])
-    return markdown(["tokens", "skipped", "decided in the loop", "lists given", "time of our dense kernel"], lines)
+    return markdown(["tokens", "skipped", "decided first", "lists given", "time of our dense kernel"], lines)
 
 
 def _speeds(rows: Iterable[Row]) -> dict[tuple[str, str], float | None]:
