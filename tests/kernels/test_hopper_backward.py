@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import re
 import sys
 from typing import NamedTuple
 
@@ -23,6 +24,12 @@ from turns import steps_left
 from modelopt_lite.kernels import choice
 from modelopt_lite.kernels.hopper import backward_launch as hopper_backward_launch
 from modelopt_lite.kernels.hopper.backward import (
+    FREED,
+    SCORES_FULL,
+    SUMS_FULL,
+    THREADS_OF_BOTH,
+    THREADS_OF_ONE,
+    THREADS_OF_STEP,
     attention_backward_hopper,
     descends,
     item_of,
@@ -49,6 +56,7 @@ VARIANTS = [
     (FP16, (2, 4), False, {}),
     (BF16, (2, 4), True, {"softcap": 30.0, "sliding_window": 100}),
 ]
+BARRIER = re.compile(r"\bbar(?:rier)?\.(?:cta\.)?(?:sync|arrive|red)[\w.]*\s+(\d+)(?:,\s*(\d+))?")
 # Accesses to spilled registers in the hot loop, with the Triton of constraints.txt; of 402 to 1318 instructions. With a
 # softcap, scores stay until gradients are there.
 SPILLS = [3, 7, 0, 4, 55]
@@ -438,6 +446,11 @@ def test_kernel_fits_the_gpu(compiled, index):
     # Transposed, a thread reads numbers of 16 rows, four at a time, and hands sums over in every step.
     assert loop["shared memory"] <= (16 if is_dense else 4)
     assert loop["spills"] <= SPILLS[index]
+    # The compiler's own barriers have other numbers than the kernel's, so nobody else comes to these.
+    threads = {(FREED, THREADS_OF_STEP), (SUMS_FULL, THREADS_OF_STEP if is_dense else THREADS_OF_ONE)}
+    threads |= {(tl.constexpr(pair), THREADS_OF_BOTH) for pair in SCORES_FULL.value}
+    expected = {(pair.value + parity, count.value) for pair, count in threads for parity in (0, 1)}
+    assert {tuple(x) for x in found["barriers"] if x[0] >= FREED.value} == expected
 
 
 @pytest.mark.slow
@@ -448,5 +461,6 @@ def test_run_time_numbers_do_not_recompile(compiled):
 if __name__ == "__main__":
     kernels, more = compile_all()
     for kernel in kernels:
-        sys.stdout.write(json.dumps(inspect(kernel)) + "\n")
+        barriers = sorted({(int(number), int(threads or 0)) for number, threads in BARRIER.findall(kernel.asm["ptx"])})
+        sys.stdout.write(json.dumps({**inspect(kernel), "barriers": barriers}) + "\n")
     sys.stdout.write(f"{more}\n")
