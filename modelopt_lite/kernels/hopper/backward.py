@@ -221,7 +221,7 @@ def round_gradients(
     """Scale and round gradients of queries, except those of queries without a key.
 
     A program takes a tile of one of ``heads`` heads from ``first_head`` on, which the sums are of. A tile that nobody
-    has added to has no sums: its queries have learnable sinks alone, and their gradients are 0.
+    has added to has no sums: its queries see no key of this call, and their gradients are 0.
     """
     number, tile = (tl.program_id(0) % heads).to(tl.int64), tl.program_id(0) // heads
     head = first_head + number

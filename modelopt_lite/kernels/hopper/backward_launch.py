@@ -97,7 +97,7 @@ def prepare(grad: Tensor, request: AttentionRequest) -> Backward:
     tiles = max(1, cdiv(r.max_k, KEYS.value))
     members = query_heads // kv_heads
     heads = kv_heads
-    if r.blocks is None:
+    if r.blocks is None:  # else it is not known here how many steps there are
         heads = heads_of_launch(kv_heads, batch, tiles, members, processors(device), r.is_causal)
     # With lists, the first and the last tile of a sequence may both have fewer rows.
     query_tiles = total // ROWS.value + batch * (1 if r.blocks is None else 2)
