@@ -1,15 +1,15 @@
 """Speed of attention that skips key blocks on this GPU, against this project's dense kernel and against peers.
 
-All calls of one problem run in this process and take turns, after heating. ``lists`` is attention with random causal
-lists that are given, each query block with its diagonal; peers get the same lists. ``lists_2:4`` keeps 2 of 4 keys
-inside of them, without a dense window, which would add blocks to the lists. Methods choose their blocks in the
-time that counts, on queries and keys of a real model (``recorded.py``): with their defaults, and with the knob that
-skips each share there. Prints a table and writes JSON, where problems that were measured before, on the same device
-with the same versions, stay unless they are measured again.
+All calls of one problem run in this process and take turns, after heating. ``lists`` is attention with causal lists
+that are given, each query block with its diagonal; peers get the same lists. On random inputs they are random, and on
+those of a real model (``recorded.py``) they are those of ``mean_pool_top_k``. ``lists_2:4`` keeps 2 of 4 keys inside of
+them, without a dense window, which would add blocks to the lists. Methods choose their blocks in the time that counts:
+with their defaults, and with the knob that skips each share there. Prints a table and writes JSON, where problems that
+were measured before, on the same device with the same versions, stay unless they are measured again.
 
     python benchmarks/skip.py                                                  # everything, some minutes
     python benchmarks/skip.py --seq-lens 32768 --methods lists --peers
-    python benchmarks/skip.py --inputs recorded --methods flash_prefill xattention mean_pool_top_k --peers
+    python benchmarks/skip.py --inputs recorded --methods lists flash_prefill xattention mean_pool_top_k
     python benchmarks/skip.py --show benchmarks/results/skip-nvidia-h200.json  # all rows as a table
 """
 
@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from modelopt_lite.experiment.assets import prepare_built_in_model, read_corpus
-from modelopt_lite.kernels import AttentionRequest, KeyBlocks, attention, compute, visited_blocks
+from modelopt_lite.kernels import AttentionRequest, KeyBlocks, attention, compute, select_blocks, visited_blocks
 from modelopt_lite.kernels.top_n import top_n_plan
 from modelopt_lite.methods import FlashPrefill, MeanPoolTopK, SkipSoftmax, XAttention
 from modelopt_lite.plan import BLOCK_SIZE, DENSE, AttentionPlan
@@ -109,9 +109,12 @@ class Problem:
         forward_call = functools.partial(_attend, packing=packing, plan=plan, blocks=blocks)
         return differentiated(forward_call, *(x.flatten(0, 1) for x in (self.q, self.k, self.v)))
 
-    def random_mask(self, share: float) -> Tensor:
-        """Return which key blocks random causal lists name, ``[query_heads, query_blocks, key_blocks]``."""
+    def mask(self, share: float) -> Tensor:
+        """Return which key blocks causal lists name that skip a share, ``[query_heads, query_blocks, key_blocks]``."""
         blocks = self.q.shape[1] // BLOCK_SIZE
+        if self.kind == "recorded":
+            chosen = select_blocks(self.request(MeanPoolTopK(keep=1 - share).shared_plan()))
+            return chosen.mask()[:, :blocks]
         below = blocks * (blocks - 1) / 2
         # Of all visible blocks, the diagonal ones included.
         chance = max(0.0, ((1 - share) * (below + blocks) - blocks) / below)
@@ -138,9 +141,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, packing: tuple[Tensor, Tensor, int]
 
 
 def lists_of(problem: Problem, plan: AttentionPlan = DENSE, method: str = "lists") -> Iterator[Entry]:
-    """Attention with random lists that are given."""
+    """Attention with lists that are given."""
     for share in problem.shares:
-        mask = problem.random_mask(share)
+        mask = problem.mask(share)
         blocks = KeyBlocks.from_mask(mask, packing_of(problem.q)[0], BLOCK_SIZE, BLOCK_SIZE)
         yield Entry(method, skipped(mask), False, problem.call(plan, blocks))
 
@@ -180,7 +183,7 @@ def flex_of(problem: Problem) -> Iterator[Entry]:
     tensors = [x.transpose(1, 2).contiguous() for x in (problem.q, problem.k, problem.v)]
     compiled = torch.compile(flex_attention, dynamic=False)
     for share in problem.shares:
-        mask = problem.random_mask(share)
+        mask = problem.mask(share)
         on_diagonal, full = (_lists(x) for x in _split(mask))
         lists = BlockMask.from_kv_blocks(*on_diagonal, *full, BLOCK_SIZE=BLOCK_SIZE, mask_mod=_sees)
         forward_call = functools.partial(compiled, block_mask=lists, enable_gqa=True)
@@ -198,7 +201,7 @@ def flash_attention_4_of(problem: Problem) -> Iterator[Entry]:
     version = importlib.metadata.version("flash-attn-4")
     forms: dict[str, dict[str, Any]] = {"causal": {"causal": True}, "partial blocks": {"mask_mod": _sees_in_cute}}
     for share, (masked, options) in itertools.product(problem.shares, forms.items()):
-        mask = problem.random_mask(share)
+        mask = problem.mask(share)
         on_diagonal, full = (_lists(x) for x in _split(mask))
         lists = BlockSparseTensorsTorch(*on_diagonal, *full, block_size=(BLOCK_SIZE, BLOCK_SIZE))
         forward_call = functools.partial(flash_attention_4, block_sparse_tensors=lists, pack_gqa=False, **options)
