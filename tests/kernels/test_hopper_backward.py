@@ -105,21 +105,11 @@ def request_on_gpu(plan=DENSE, tokens=2048, dim=128, dtype=BF16, **options):
         ({"plan": top_n_plan(2, 4, 4, 64), "dtype": FP16, "softcap": 30.0, "sliding_window": 100}, None),
         ({"plan": top_n_plan(8, 16, 0, 0)}, "groups have 16 keys, more than 8"),
         ({"plan": SinkWindow().plan()}, "the plan keeps sinks and recent keys alone"),
-        ({"s_aux": torch.zeros(4)}, "there are learnable sinks"),
         ({"dim": 96}, "head dimensions are 96 and 96, not both 64 or both 128"),
         ({"dtype": torch.float32}, "the tensors are torch.float32, not torch.float16 or torch.bfloat16"),
         ({"first_q": torch.tensor([0])}, "first positions are given, or there is a sliding window without causality"),
     ],
-    ids=[
-        "plain",
-        "all options",
-        "groups of 16",
-        "nothing but sinks",
-        "learnable sinks",
-        "head_dim",
-        "dtype",
-        "first_q",
-    ],
+    ids=["plain", "all options", "groups of 16", "nothing but sinks", "head_dim", "dtype", "first_q"],
 )
 def test_refusal(absent_gpu, options, reason):
     assert hopper_backward_launch.refusal(request_on_gpu(**options)) == reason

@@ -76,8 +76,9 @@ def test_sinks_and_window(is_causal, sinks, window):
         {"sliding_window": 1},
         {"sliding_window": 100},
         {"softcap": 2.0},
-        {"sliding_window": 130, "softcap": 5.0},
-        {"is_causal": False, "softcap": 2.0},
+        {"s_aux": True},
+        {"sliding_window": 130, "softcap": 5.0, "s_aux": True},
+        {"is_causal": False, "softcap": 2.0, "s_aux": True},
     ],
     ids=str,
 )
@@ -205,7 +206,8 @@ def test_the_same_keys_as_on_sparse_tensor_cores(is_causal, dtype, dims):
         {},
         {"softcap": 2.0},
         {"sliding_window": 100},
-        {"sliding_window": 130, "softcap": 5.0},
+        {"s_aux": True},
+        {"sliding_window": 130, "softcap": 5.0, "s_aux": True},
     ],
     ids=str,
 )
@@ -288,10 +290,11 @@ def test_lists(plan):
     check(listed(of_128(plan)))
 
 
+@pytest.mark.parametrize("s_aux", [False, True])
 @pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("plan", ["dense", "2:4 exempt"])
-def test_empty_and_full_lists(plan, share):
-    check(listed(of_128(plan), share))
+def test_empty_and_full_lists(plan, share, s_aux):
+    check(listed(of_128(plan, s_aux=s_aux), share))
 
 
 def test_a_part_of_the_queries():
@@ -319,7 +322,7 @@ def test_a_part_of_the_queries():
         {"is_causal": False},
         {"sliding_window": 1},
         {"sliding_window": 200},
-        {"softcap": 2.0},
+        {"softcap": 2.0, "s_aux": True},
     ],
     ids=str,
 )

@@ -12,6 +12,7 @@ from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..device import Launch, cdiv, is_aligned, processors, rebased
+from ..portable.launch import gradient_of_sink_logits
 from ..request import AttentionRequest, ForwardResult, HookRefusedError
 from ..settings import Options, Settings, distances, hook_arguments, options_of
 from . import forward_launch as hopper_launch
@@ -53,8 +54,6 @@ def refusal(request: AttentionRequest) -> str | None:
         return reason
     if r.blocks is not None and max(r.max_q, r.max_k) > LONGEST_LISTED:
         return f"with lists of key blocks, sequences have more than {LONGEST_LISTED} tokens"
-    if r.s_aux is not None:
-        return "there are learnable sinks"
     if r.plan.keeps_nothing:
         return "the plan keeps sinks and recent keys alone"
     if 0 in (r.q.shape[0], r.k.shape[0], r.starts_q.shape[0]):
@@ -172,7 +171,10 @@ def prepare(grad: Tensor, request: AttentionRequest) -> Backward:
                 rows_of_launch, sums, shift, turns, grad_q, begins, r.starts_q, lengths, r.softmax_scale, batch,
                 query_tiles, first_head * members, heads * members, query_strides,
             )  # fmt: skip
-        return grad_q, grad_k, grad_v, None
+        of_sinks = None
+        if r.s_aux is not None:
+            of_sinks = gradient_of_sink_logits(r, shift.view(query_heads, -1), -delta.view(query_heads, -1))
+        return grad_q, grad_k, grad_v, of_sinks
 
     return run
 
