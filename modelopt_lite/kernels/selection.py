@@ -81,24 +81,6 @@ def chosen_blocks(request: AttentionRequest, grid: BlockGrid | None = None) -> t
     return selected, skipped
 
 
-def log_thresholds(grid: BlockGrid) -> Tensor:
-    """Return the natural logarithms of a skip rule's thresholds, ``-inf`` where nothing is skipped.
-
-    Returns:
-        FP32 ``[query_blocks]``.
-    """
-    request, skip = grid.request, grid.request.plan.skip
-    assert skip is not None
-
-    def find() -> Tensor:
-        return _log_thresholds(grid, grid.seen(), skip).masked_fill(grid.is_dense(), -torch.inf).float()
-
-    # They depend on the packing alone.
-    return grid.once(
-        (grid.starts,), (skip, request.is_causal, request.sliding_window, request.plan.sparse_decode), find
-    )
-
-
 @torch.no_grad()
 def count_visited(request: AttentionRequest, plans: Sequence[AttentionPlan]) -> tuple[Tensor, Tensor]:
     """Count the key blocks that each of several plans visits, from one computation of the scores.

@@ -13,7 +13,7 @@ from .blocked import count_blocked
 from .blocks import BlockGrid, KeyBlocks
 from .language import tl
 from .request import AttentionRequest
-from .selection import chosen_blocks, log_thresholds, select_blocks
+from .selection import chosen_blocks, select_blocks
 
 if tl is not None:
     from . import statistics_launch
@@ -89,8 +89,6 @@ def count(request: AttentionRequest) -> Tensor:
         For each query head what :data:`COUNTS` names, FP64 ``[query_heads, 7]``; all but the mass are exact.
     """
     request, skipped = request.without_pages()._replace(s_aux=None), None
-    if (run := _kernel(request)) is not None:
-        return run(request, None, _skip_of(request))
     if request.blocks is None and request.plan.chooses_blocks:
         grid = BlockGrid(request, *request.grid)
         mask, skipping = chosen_blocks(request, grid)
@@ -98,11 +96,11 @@ def count(request: AttentionRequest) -> Tensor:
             mask, skipped = mask & ~skipping, skipping.sum((1, 2))
         request = request._replace(blocks=KeyBlocks.from_mask(mask, grid.starts, *request.grid))
     if (run := _kernel(request)) is not None:
-        counts = run(request, None, None)
+        counts = run(request, None)
     else:
         counts = torch.nn.functional.pad(count_blocked(request), (0, len(COUNTS) - MASS - 1))
         if request.blocks is not None:
-            counts[:, MASS + 1 : SKIPPED] = _count_blocks(request, request.blocks)
+            counts[:, MASS + 1 :] = _count_blocks(request, request.blocks)
     if skipped is not None:
         counts[:, SKIPPED] = skipped
     return counts
@@ -124,12 +122,12 @@ def count_prefill(
         that the whole call visits, if they are known.
     """
     every, plan = 1 if is_exact else sample_interval(request), request.plan
-    # Which blocks are skipped can be found for the sample alone, and some kernels find it out by themselves.
-    if request.blocks is None and plan.blocks is not None and plan.skip is None:
+    # With both a selector and a skip rule, lists do not say which of them left a block out.
+    if request.blocks is None and (plan.blocks is None) != (plan.skip is None):
         check_packing(request)
         request = request._replace(blocks=select_blocks(request))
     if request.page_table is None and (run := _kernel(request, every, is_prefill=True)) is not None:
-        return run(request, totals, _skip_of(request)), every, request.blocks
+        return run(request, totals), every, request.blocks
     check_packing(request)
     with torch.no_grad(), _without_autocast(request):
         if every > 1:
@@ -159,25 +157,18 @@ def _kernel(request: AttentionRequest, every: int = 1, is_prefill: bool = False)
     return statistics_launch.find(request, every, is_prefill)
 
 
-def _skip_of(request: AttentionRequest) -> tuple[Tensor, Tensor] | None:
-    """Return what a kernel needs that applies a skip rule itself, which calls with the same packing share."""
-    if not statistics_launch.needs_skip(request):
-        return None
-    grid = BlockGrid(request, *request.grid)
-    return log_thresholds(grid), grid.starts
-
-
 def _count_blocks(request: AttentionRequest, blocks: KeyBlocks) -> Tensor:
-    """Return how many key blocks are seen and listed, of each query head."""
+    """Return how many key blocks are seen, listed, and skipped by a skip rule alone, of each query head."""
     grid, heads = BlockGrid(request, *request.grid), request.q.shape[1]
     if 0 in blocks.counts.shape:
-        return blocks.counts.new_zeros(heads, 2)
+        return blocks.counts.new_zeros(heads, 3)
     row = (blocks.starts - grid.starts)[grid.sequence] + torch.arange(grid.shape[0], device=blocks.starts.device)
     exists = grid.low_q <= grid.high_q
     listed = blocks.counts[:, row.clamp(0, blocks.counts.shape[1] - 1)].where(exists, 0).sum(1)
     listed = listed.repeat_interleave(heads // len(listed))
     seen = grid.seen().sum().expand(heads)
-    return torch.stack([seen, listed], 1)
+    skips = request.plan.skip is not None and request.plan.blocks is None
+    return torch.stack([seen, listed, (seen - listed) * skips], 1)
 
 
 def sample_interval(request: AttentionRequest) -> int:

@@ -13,7 +13,6 @@ import triton.language as tl
 from .lists import find_block, floor_div, list_of_queries
 from .tiles import (
     BOUNDED_N,
-    LOG2E,
     bounded_span,
     hide_invisible,
     hide_unkept,
@@ -53,50 +52,20 @@ def score_tile(
 
 
 @triton.jit
-def is_reference(k_pos, rules, origin, OPTIONS: tl.constexpr):
-    """Say which keys skip-softmax compares with, if they are visible: exempt ones, and those of the diagonal block."""
-    distance = rules[0][:, None] - k_pos
-    is_exempt = (k_pos < rules[2]) | ((distance >= 0) & (distance < rules[3]))
-    return is_exempt | ((k_pos >= origin) & (k_pos < origin + OPTIONS.block_m))
-
-
-@triton.jit
-def largest_reference(
-    query, first, largest, key, origin, rules, numbers, OPTIONS: tl.constexpr, BLOCK_N: tl.constexpr,
-    BOUNDED: tl.constexpr,
-):  # fmt: skip
-    """Update each query's largest score among the keys that skip-softmax compares with, in log2 space."""
-    visible, to_log2, k_pos = score_tile(query, first, key, rules, numbers, OPTIONS, BLOCK_N, True, BOUNDED)
-    scores = tl.where(is_reference(k_pos, rules, origin, OPTIONS), visible[0], float("-inf"))
-    return tl.maximum(largest, tl.max(scores, 1) * to_log2)
-
-
-@triton.jit
 def count_tile(
-    query, first, state, key, unlisted, skip, rules, numbers, hook_args, SCORE_HOOK: tl.constexpr,
-    OPTIONS: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, BOUNDED: tl.constexpr,
+    query, first, state, key, unlisted, rules, numbers, hook_args, SCORE_HOOK: tl.constexpr, OPTIONS: tl.constexpr,
+    BLOCK_N: tl.constexpr, MASKED: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
     """Count the key tile that begins at position ``first``.
 
     ``state`` is, for each query, the largest visible score, the sum of all weights relative to it, that of the kept
-    ones, and how many are kept; and how many key blocks were skipped. ``unlisted`` is not 0 if there are lists of key
-    blocks and the tile is in none. ``skip`` is None, or of skip-softmax the largest references, by how much scores may
-    be less, both in log2 space, and the first position of the query block; tiles are then whole blocks.
+    ones, and how many are kept. ``unlisted`` is not 0 if there are lists of key blocks and the tile is in none.
     """
     GROUP: tl.constexpr = OPTIONS.group
-    highest, total, kept_total, kept, skipped = state
+    highest, total, kept_total, kept = state
     visible, to_log2, groups = score_tile(query, first, key, rules, numbers, OPTIONS, BLOCK_N, MASKED, BOUNDED)
     # [BLOCK_M]
     largest = tl.max(maximum_of(visible), 1) * to_log2
-    if skip is not None:
-        references, margin, origin = skip
-        others = largest
-        if MASKED:
-            hidden = tl.where(is_reference(groups, rules, origin, OPTIONS), float("-inf"), visible[0])
-            others = tl.max(hidden, 1) * to_log2
-        excess = tl.max(tl.where(others == float("-inf"), others, others - references), 0)
-        unlisted = ((excess < margin) & (excess > float("-inf"))).to(tl.int32)
-        skipped += unlisted
     parts, _, _ = hide_unkept(
         visible, rules[0][:, None], groups, rules, hook_args, SCORE_HOOK, OPTIONS, MASKED, unlisted
     )  # fmt: skip
@@ -118,7 +87,7 @@ def count_tile(
         number += is_kept.to(tl.int32)
     total = total * shrink + tl.sum(weights, 1)
     kept_total = kept_total * shrink + tl.sum(kept_weights, 1)
-    return new, total, kept_total, kept + tl.sum(number, 1), skipped
+    return new, total, kept_total, kept + tl.sum(number, 1)
 
 
 @triton.jit
@@ -204,10 +173,10 @@ def count_blocks(first_query, query_length, length, first_key, sliding_window, l
 
 
 @triton.jit(do_not_specialize=["tiles", "parts", "batch", "sample", "num_sinks", "window", "sliding_window", "lists",
-                               "skip", "hook_args"])  # fmt: skip
+                               "hook_args"])  # fmt: skip
 def count_scores(
     query_ptr, key_ptr, state_ptr, strides, sequences, heads_of, numbers, tiles, parts, batch, sample, num_sinks,
-    window, sliding_window, lists, skip, hook_args, SCORE_HOOK: tl.constexpr, OPTIONS: tl.constexpr,
+    window, sliding_window, lists, hook_args, SCORE_HOOK: tl.constexpr, OPTIONS: tl.constexpr,
 ):  # fmt: skip
     """Count what each program's queries see and keep of a part of the keys.
 
@@ -216,8 +185,7 @@ def count_scores(
         key_ptr: ``[key tokens, kv heads, head_dim]``.
         state_ptr: where to write, FP32 ``[tiles, heads, 4 * parts + 2, BLOCK_M]``: of each part what
             :func:`count_tile` calls a state; then how many keys each query sees, 0 where there is no query; then the
-            two numbers of :func:`count_blocks`, and how many blocks each part skips. Where a query sees no key, its
-            states mean nothing.
+            two numbers of :func:`count_blocks`. Where a query sees no key, its states mean nothing.
         strides: ``(token stride, head stride)`` of query and key.
         sequences: as for :func:`~modelopt_lite.kernels.portable.forward.attention_forward`, as are all that are not
             named here.
@@ -232,9 +200,6 @@ def count_scores(
         sliding_window: most recent keys that are visible, if ``OPTIONS.sliding``.
         lists: lists of key blocks, ``(counts, indices, number of each sequence's first query block, query heads that
             share a list, query blocks, key blocks)``, or None.
-        skip: for skip-softmax, which is causal, without positions, rule and lists, and whose query blocks and key
-            blocks are ``BLOCK_M`` and ``BLOCK_N`` long: ``(natural logarithm of each query block's threshold, number
-            of each sequence's first query block)``; or None.
         hook_args: constants, then numbers, for the hook.
         SCORE_HOOK: which scores to keep, or None.
         OPTIONS: :class:`modelopt_lite.kernels.settings.Options`.
@@ -301,23 +266,7 @@ def count_scores(
     zeros = tl.zeros([BLOCK_M], tl.float32)
     # Before the hot tiles and between them (or, when causal, after them).
     masked = hot_begin - keys_begin + band_end - band_begin
-    skipping = None
-    if skip is not None:
-        references = zeros + float("-inf")
-        origin = block * rows
-        for offset in tl.range(0, masked, BLOCK_N, num_stages=1):
-            first = keys_begin + offset
-            first += tl.where(first >= hot_begin, band_begin - hot_begin, 0)
-            references = largest_reference(
-                query, first, references, key, origin, rules, numbers, OPTIONS, BLOCK_N, BOUNDED=False
-            )  # fmt: skip
-        for first in tl.range(bounded_begin, keys_end, BOUNDED, num_stages=1):
-            references = largest_reference(
-                query, first, references, key, origin, rules, numbers, OPTIONS, BOUNDED, BOUNDED=True
-            )  # fmt: skip
-        row = tl.load(skip[1] + sequence) + block - floor_div(first_query, rows)
-        skipping = (references, tl.load(skip[0] + row) * LOG2E, origin)
-    state = (zeros + float("-inf"), zeros, zeros, tl.zeros([BLOCK_M], tl.int32), part * 0)
+    state = (zeros + float("-inf"), zeros, zeros, tl.zeros([BLOCK_M], tl.int32))
     unlisted = 0
     if part == 0:
         for offset in tl.range(0, masked, BLOCK_N, num_stages=1):
@@ -326,14 +275,14 @@ def count_scores(
             if lists is not None:
                 unlisted = 1 - find_block(blocks, floor_div(first, OPTIONS.block_size))[1].to(tl.int32)
             state = count_tile(
-                query, first, state, key, unlisted, skipping, rules, numbers, hook_args, SCORE_HOOK, OPTIONS, BLOCK_N,
+                query, first, state, key, unlisted, rules, numbers, hook_args, SCORE_HOOK, OPTIONS, BLOCK_N,
                 MASKED=True, BOUNDED=False,
             )  # fmt: skip
         for first in tl.range(bounded_begin, keys_end, BOUNDED, num_stages=1):
             if lists is not None:
                 unlisted = 1 - find_block(blocks, floor_div(first, OPTIONS.block_size))[1].to(tl.int32)
             state = count_tile(
-                query, first, state, key, unlisted, skipping, rules, numbers, hook_args, SCORE_HOOK, OPTIONS, BOUNDED,
+                query, first, state, key, unlisted, rules, numbers, hook_args, SCORE_HOOK, OPTIONS, BOUNDED,
                 MASKED=True, BOUNDED=True,
             )  # fmt: skip
     hot = full_end - (band_end - band_begin) - hot_begin
@@ -358,17 +307,12 @@ def count_scores(
             name = tl.load(pointer + before, mask=before < number, other=-1)
             unlisted = (name != block - origin).to(tl.int32)
         state = count_tile(
-            query, first, state, key, unlisted, skipping, rules, numbers, hook_args, SCORE_HOOK, OPTIONS, BLOCK_N,
+            query, first, state, key, unlisted, rules, numbers, hook_args, SCORE_HOOK, OPTIONS, BLOCK_N,
             MASKED=False, BOUNDED=False,
         )  # fmt: skip
 
     for i in tl.static_range(4):
         tl.store(state_ptr + (4 * part + i) * BLOCK_M, state[i].to(tl.float32))
-    # The last row: both numbers of blocks, and from the third place on what the parts skip.
-    places = tl.arange(0, BLOCK_M)
-    of_blocks = state_ptr + (4 * parts + 1) * BLOCK_M
-    if skip is not None:
-        tl.store(of_blocks, state[4].to(tl.float32) + zeros, mask=places == 2 + part)
     if part == 0:
         exist = (offsets_m >= 0) & (offsets_m < query_length)
         first_seen, behind = visible_keys(first_query + offsets_m, length, sliding_window, first_key, OPTIONS)
@@ -378,8 +322,9 @@ def count_scores(
             seen_blocks, listed_blocks = count_blocks(
                 first_query, query_length, length, first_key, sliding_window, first_position, blocks[1], OPTIONS
             )
+            places = tl.arange(0, BLOCK_M)
             both = tl.where(places == 0, seen_blocks, listed_blocks)
-            tl.store(of_blocks, both.to(tl.float32), mask=places < 2)
+            tl.store(state_ptr + (4 * parts + 1) * BLOCK_M, both.to(tl.float32), mask=places < 2)
 
 
 @triton.jit(do_not_specialize=["tiles", "heads", "parts", "times"])
@@ -400,7 +345,7 @@ def join_parts(
         parts: as for :func:`count_scores`.
         times: by what to multiply all counts.
         ADDS: whether to add to what is there.
-        SKIPS: whether :func:`count_scores` applied a skip rule.
+        SKIPS: whether a skip rule alone made the lists.
         TILES: tiles that are looked at together.
         PARTS: a power of two, at least ``parts``.
         OPTIONS: :class:`modelopt_lite.kernels.settings.Options`.
@@ -414,7 +359,6 @@ def join_parts(
     mass = zero
     seen_blocks = zero
     listed_blocks = zero
-    skipped_blocks = zero
     for first in range(0, tiles, TILES):
         numbers = first + tl.arange(0, TILES)
         exist = numbers < tiles
@@ -441,19 +385,13 @@ def join_parts(
         mass += tl.sum(share.to(tl.float64), 1)
         if OPTIONS.block_size > 0:
             of_blocks = of_tile + (4 * parts + 1) * BLOCK_M
-            seen_here = tl.load(of_blocks, mask=exist, other=0.0)
-            seen_blocks += seen_here.to(tl.float64)
-            if SKIPS:
-                of_parts = of_blocks[:, None] + 2 + tl.arange(0, PARTS)[None, :]
-                mask = (seen_here > 0.0)[:, None] & (tl.arange(0, PARTS) < parts)[None, :]
-                skipped_blocks += tl.sum(tl.load(of_parts, mask=mask, other=0.0), 1).to(tl.float64)
-            else:
-                listed_blocks += tl.load(of_blocks + 1, mask=exist, other=0.0).to(tl.float64)
+            seen_blocks += tl.load(of_blocks, mask=exist, other=0.0).to(tl.float64)
+            listed_blocks += tl.load(of_blocks + 1, mask=exist, other=0.0).to(tl.float64)
     seen_of_head = tl.sum(seen_blocks, 0)
-    skipped_of_head = tl.sum(skipped_blocks, 0)
+    listed_of_head = tl.sum(listed_blocks, 0)
     found = (
-        tl.sum(rows, 0), tl.sum(visible, 0), tl.sum(kept, 0), tl.sum(mass, 0), seen_of_head,
-        seen_of_head - skipped_of_head if SKIPS else tl.sum(listed_blocks, 0), skipped_of_head,
+        tl.sum(rows, 0), tl.sum(visible, 0), tl.sum(kept, 0), tl.sum(mass, 0), seen_of_head, listed_of_head,
+        seen_of_head - listed_of_head if SKIPS else 0.0,
     )  # fmt: skip
     for i in tl.static_range(7):
         number = found[i] * times

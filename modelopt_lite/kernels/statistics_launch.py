@@ -9,16 +9,15 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from . import block_launch
 from .arguments import check_request
 from .choice import MAX_SIGNATURES, signature
 from .device import Launch
 from .portable import launch as portable_launch
 from .request import AttentionRequest
-from .settings import Settings, block_dim, capability_of, default_settings, distances, gpu_refusal, hook_arguments
+from .settings import Settings, block_dim, capability_of, default_settings, distances, hook_arguments
 from .statistics_kernel import count_scores, join_parts
 
-Count: TypeAlias = "Callable[[AttentionRequest, Tensor | None, Skip | None], Tensor]"
+Count: TypeAlias = "Callable[[AttentionRequest, Tensor | None], Tensor]"
 
 PROGRAMS = 4096
 """Programs up to which keys are cut into parts: more than a GPU runs at once, so that none waits for a long one."""
@@ -26,44 +25,17 @@ SHORTEST_PART = 1024
 """Keys of a part, at least, of the last queries; over a causal sequence parts have half as many on average."""
 MOST_PARTS = 8
 """Parts, at most; they have to be joined."""
-MOST_SKIPPED_PARTS = 4
-"""The same with skip-softmax, where each part looks for the references."""
 JOINED = 2048
 """Numbers that a program joins at a time, at least those of one tile."""
-Skip: TypeAlias = "tuple[Tensor, Tensor]"
-"""Natural logarithms of the thresholds of query blocks, and the number of each sequence's first query block."""
 
 _prepared: dict[tuple[object, ...], Count] = {}
-
-
-def refusal(request: AttentionRequest) -> str | None:
-    """Say why the kernels cannot run a request, or None if they can."""
-    if not needs_skip(request):
-        return portable_launch.refusal(request)
-    r, skip = request, request.plan.skip
-    assert skip is not None
-    if (reason := gpu_refusal(r)) is not None:
-        return reason
-    if r.plan.blocks is not None or r.plan.keep is not None or not r.is_causal or r.has_positions:
-        return "the plan has a selector or a rule beside its skip rule, or queries are not the last tokens"
-    size, most = skip.block_size, block_launch.MAX_BLOCK
-    if size != skip.block_rows or size > most or size & (size - 1):
-        return f"query blocks and key blocks are not of the same size, a power of two up to {most}"
-    if r.q.element_size() != 2 or r.q.shape[2] > 128:
-        return "whole blocks of more than 16 bits, or of a head_dim above 128, take too many registers"
-    return None
-
-
-def needs_skip(request: AttentionRequest) -> bool:
-    """Whether what counts needs the thresholds of a skip rule."""
-    return request.blocks is None and request.plan.skip is not None
 
 
 def find(request: AttentionRequest, every: int = 1, is_prefill: bool = False) -> Count | None:
     """Return what counts requests like one, as :func:`prepare` does, or None if the kernels cannot run it."""
     key = (signature(request, "triton"), every, is_prefill)
     known = _prepared.get(key)
-    if known is None and refusal(request) is None:
+    if known is None and portable_launch.refusal(request) is None:
         check_request(request)
         if len(_prepared) >= MAX_SIGNATURES:
             _prepared.clear()
@@ -72,14 +44,11 @@ def find(request: AttentionRequest, every: int = 1, is_prefill: bool = False) ->
 
 
 def settings_for(request: AttentionRequest) -> Settings:
-    """Return tiles and warps: those of the portable forward, which holds more at a time, or whole blocks.
+    """Return tiles and warps: those of the portable forward, which holds more at a time.
 
     Two stages are enough: where the forward has three, more programs fit into the shared memory with two.
     """
     r, block_d = request, block_dim(request.q.shape[2])
-    if needs_skip(r):
-        size, rows = r.grid
-        return Settings(rows, size, num_warps=8, num_stages=2, descriptors=False, frozen=False)
     settings = default_settings(
         capability_of(r.q.device), r.q.dtype, block_d, r.group, r.is_causal, portable_launch.SETTINGS
     )
@@ -97,18 +66,18 @@ def prepare(
     """Compute what requests of one signature have in common.
 
     Args:
-        request: one of them, with its lists if the plan chooses blocks; :func:`refusal` has been asked.
+        request: one of them, with its lists if the plan chooses blocks; the portable kernel can run it.
         settings: tiles and warps, instead of the usual ones.
         parts: into how many parts the keys of a tile of queries are cut, instead of so many that the GPU is busy.
         every: of how many query blocks one is counted, as of :func:`.statistics.sample`, and stands for so many.
         is_prefill: whether sequences with a single query are left out.
 
     Returns:
-        What counts without waiting for the device: a function of a request, of what to add the counts to in place,
-        None: nothing, and of a :data:`Skip`, None unless :func:`needs_skip`. It returns for each query head how many
-        queries see any key, the keys that they see, those of them that are kept, and the sum over its queries of the
-        share of the dense softmax that is kept; and how many key blocks query blocks see, how many of them are visited
-        and how many are skipped, 0 without lists. FP64 ``[query_heads, 7]``.
+        What counts without waiting for the device: a function of a request and of what to add the counts to in place,
+        None: nothing. It returns for each query head how many queries see any key, the keys that they see, those of
+        them that are kept, and the sum over its queries of the share of the dense softmax that is kept; and how many
+        key blocks query blocks see, how many of them are visited and how many a skip rule alone skips, 0 without
+        lists. FP64 ``[query_heads, 7]``.
     """
     is_readable = request.readable() is request
     r = request.readable()
@@ -117,15 +86,11 @@ def prepare(
     settings = settings._replace(block_m=math.gcd(settings.block_m, rows))
     heads, batch = r.q.shape[1], r.starts_q.shape[0]
     tiles = _most_tiles(r, every, rows) * (rows // settings.block_m)
-    skips = needs_skip(r)
-    options = portable_launch.options_for(r, settings)._replace(
-        keeps_group_max=False, unlisted=skips or r.blocks is not None
-    )
-    if skips:
-        options = options._replace(block_size=r.grid[0], block_rows=r.grid[1])
+    skips = r.plan.skip is not None and r.plan.blocks is None
+    options = portable_launch.options_for(r, settings)._replace(keeps_group_max=False, unlisted=r.blocks is not None)
     if parts is None:
-        keys, most = min(r.max_k, r.k.shape[0]), MOST_SKIPPED_PARTS if skips else MOST_PARTS
-        parts = max(1, min(PROGRAMS // max(1, tiles * heads), keys // SHORTEST_PART, most))
+        keys = min(r.max_k, r.k.shape[0])
+        parts = max(1, min(PROGRAMS // max(1, tiles * heads), keys // SHORTEST_PART, MOST_PARTS))
     padded = 1 << (parts - 1).bit_length()
     together = max(1, min(1 << (tiles - 1).bit_length(), JOINED // (padded * settings.block_m)))
     device, strides = r.q.device, (r.q.stride()[:2], r.k.stride()[:2])
@@ -140,7 +105,7 @@ def prepare(
     heads_of, hook_args = (heads, heads // r.k.shape[1]), hook_arguments(r.plan)
     size = tiles * heads * (4 * parts + 2) * settings.block_m
 
-    def run(request: AttentionRequest, totals: Tensor | None = None, skip: Skip | None = None) -> Tensor:
+    def run(request: AttentionRequest, totals: Tensor | None = None) -> Tensor:
         r = request if is_readable else request.readable()
         if tiles == 0:
             return torch.zeros(heads, 7, dtype=torch.float64, device=device) if totals is None else totals
@@ -154,8 +119,7 @@ def prepare(
         if totals is None:
             totals = torch.empty(heads, 7, dtype=torch.float64, device=device)
         counts(
-            tiles * heads * parts, r.q, r.k, states, strides, sequences, heads_of, numbers, *rest, lists, skip,
-            hook_args,
+            tiles * heads * parts, r.q, r.k, states, strides, sequences, heads_of, numbers, *rest, lists, hook_args,
         )  # fmt: skip
         joins[adds](heads, states, totals, tiles, heads, parts, every)
         return totals

@@ -14,7 +14,6 @@ from test_lists_interpreter import plans
 
 from modelopt_lite.kernels import select_blocks, statistics_launch
 from modelopt_lite.kernels.blocks import BlockGrid
-from modelopt_lite.kernels.selection import log_thresholds
 from modelopt_lite.kernels.settings import Settings
 from modelopt_lite.kernels.statistics import COUNTS, count, sample, sample_interval
 from modelopt_lite.methods import SinkWindow
@@ -134,7 +133,7 @@ def test_kernel_samples(request, every):
 
 @st.composite
 def skip_plans(draw):
-    """A plan with a skip rule alone, whose threshold no exact score meets, and blocks that the kernel takes."""
+    """A plan with a skip rule alone, whose threshold no exact score meets."""
     size = draw(st.sampled_from([16, 32]))
     rule = SkipRule(draw(st.sampled_from([0.01, 0.2, 0.7])), size, size, draw(st.none() | st.just(0.3)))
     sinks, window = draw(st.integers(0, 20)), draw(st.sampled_from([0, 1, 3, 16, 40]))
@@ -145,25 +144,17 @@ def skip_plans(draw):
 
 @interpreted
 @pytest.mark.usefixtures("poison")
-@given(
-    skip_plans().flatmap(lambda plan: requests(plan=plan, **CAUSAL)),
-    st.integers(1, 3),
-    st.integers(0, 2),
-    st.booleans(),
-)
-@settings(max_examples=40, deadline=None)
-def test_kernel_with_a_skip_rule(request, parts, exponent, is_prefill):
-    request, every = request._replace(first_q=None, first_k=None), 1 << exponent
-    grid = BlockGrid(request, *request.grid)
-    run = statistics_launch.prepare(request, None, parts, every=every, is_prefill=is_prefill)
-    found = run(request, None, (log_thresholds(grid), grid.starts))
-    if every == 1:
-        lengths = request.lengths_q
-        expected = count(request._replace(lengths_q=lengths.masked_fill(lengths == 1, 0)) if is_prefill else request)
-    else:
-        assume(min(request.max_q, request.q.shape[0]) > 0)
-        expected = count(sample(request, every)._replace(v=request.k)) * every
-    assert_same_counts(found, expected)
+@given(skip_plans().flatmap(lambda plan: requests(plan=plan, **CAUSAL)), SIZES, st.integers(1, 3), st.integers(0, 2))
+@settings(max_examples=25, deadline=None)
+def test_kernel_with_a_skip_rule(request, sizes, parts, exponent):
+    """What is not in the lists that a skip rule alone has made was skipped."""
+    listed = request._replace(blocks=select_blocks(request))
+    tiles = Settings(*sizes, num_warps=4, num_stages=1, descriptors=False, frozen=False)
+    found = statistics_launch.prepare(listed, tiles, parts)(listed)
+    assert_same_counts(found, counts_by_oracle(request))
+    assert_same_counts(found, count(request))
+    assert_same_counts(found, count(listed))
+    check_sample(listed, sizes, parts, 1 << exponent)
 
 
 def test_states_take_as_much_as_the_queries():
