@@ -163,6 +163,13 @@ def test_heads_of_a_launch(kv_heads, batch, tiles, heads):
     assert hopper_backward_launch.heads_of_launch(kv_heads, batch, tiles, 4, 132, is_causal=True) == heads
 
 
+@pytest.mark.parametrize(
+    ("items", "members", "copies"), [(3 * 2 * 64, 3, 3), (8 * 128, 4, 4), (8 * 256, 4, 1), (8, 1, 1)]
+)
+def test_copies_of_keys(items, members, copies):
+    assert hopper_backward_launch.copies_of_keys(items, members, 132) == copies
+
+
 class Rules(NamedTuple):
     """Those of the kernel's options that say which queries see a key."""
 

@@ -285,8 +285,12 @@ def test_the_output_is_freed_before_sums_are_allocated(keeps_graph):
     assert needed <= peak < needed + of_queries // 2
 
 
+@pytest.mark.parametrize("copies", [1, 2])
 @pytest.mark.parametrize("plan", LISTED)
-def test_lists(plan):
+def test_lists(plan, copies, monkeypatch):
+    """An item has both heads of queries that share its keys, or one."""
+    monkeypatch.setattr(hopper_backward_launch, "copies_of_keys", lambda items, members, programs: copies)
+    monkeypatch.setattr(choice, "_prepared_backward", {})
     check(listed(of_128(plan)))
 
 

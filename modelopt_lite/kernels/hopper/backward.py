@@ -455,8 +455,9 @@ def load_items(work, OPTIONS: gl.constexpr):
             mbarrier.wait(keys_freed, (turn & 1) ^ 1)
             mbarrier.expect(keys_loaded, 2 * WARPGROUPS * BYTES)
             for w in gl.static_range(WARPGROUPS):
-                load_rows(keys, first_key + w * ROWS, kv_head, keys_loaded, key_memory.index(w), OPTIONS)
-                load_rows(values, first_key + w * ROWS, kv_head, keys_loaded, value_memory.index(w), OPTIONS)
+                place = first_key + w * ROWS
+                load_rows(keys, place, kv_head // heads_of[3], keys_loaded, key_memory.index(w), OPTIONS)
+                load_rows(values, place, kv_head // heads_of[3], keys_loaded, value_memory.index(w), OPTIONS)
             turn += 1
             for member in range(heads_of[1]):
                 head = kv_head * heads_of[1] + member
@@ -910,7 +911,8 @@ def attention_backward_hopper(
 ):  # fmt: skip
     """Compute gradients of packed queries, keys and values; see :mod:`.backward_launch`.
 
-    It does so for ``heads_of[0]`` heads of keys from ``first_head`` on, and the heads of queries that share them.
+    It does so for ``heads_of[0]`` heads of keys from ``first_head`` on, and ``heads_of[1]`` heads of queries of each.
+    With lists, each head of keys may count as ``heads_of[2]`` heads, whose gradients are to be added up; else it is 1.
     Gradients of keys and values of no sequence are left as they are. Those of queries are added up in FP32, unscaled,
     ``[heads of the launch, tiles_of_queries, ROWS * dim]`` in lines, through a descriptor. Of each head, tiles of all
     sequences follow each other, and begin at ``begins_ptr``, ``[batch]``. Turns are ``[heads, tiles_of_queries]``, 0 at
@@ -954,7 +956,7 @@ def attention_backward_hopper(
 
     keys = (key_descriptor, key_tail_descriptor, tail_start)
     values = (value_descriptor, value_tail_descriptor, tail_start)
-    heads_of = (heads_of[0], heads_of[1], first_head)
+    heads_of = (heads_of[0], heads_of[1], first_head, heads_of[2])
     problem = (sequences, heads_of, batch, tiles_per_head, (num_sinks, window, sliding_window), lists)
     tiles = (query_memory, grad_memory, shift_memory, delta_memory, key_memory, value_memory)
     loading = (query_loaded, grad_loaded, keys_loaded, keys_freed)

@@ -40,6 +40,8 @@ LONGEST_LISTED = KEYS.value * TILES_FROM.value // 2
 """Tokens of a sequence whose tiles can be numbered in an entry of a list."""
 STEPS_OF_LAUNCH = 14
 """How many steps a program could take in the time that one more launch costs."""
+FEW_ITEMS = 8
+"""Items of a program below which a long one keeps others waiting."""
 SLOWER = 1.04
 """How much longer several launches may take, by their steps, as they save memory."""
 
@@ -95,7 +97,9 @@ def prepare(grad: Tensor, request: AttentionRequest) -> Backward:
     options = options_of(r, SETTINGS)._replace(pair=min(r.group, 2))
     tiles = max(1, cdiv(r.max_k, KEYS.value))
     members = query_heads // kv_heads
-    heads = kv_heads
+    copies = 1 if r.blocks is None else copies_of_keys(batch * kv_heads * tiles, members, processors(device))
+    members, key_heads = members // copies, kv_heads * copies
+    heads = key_heads
     if r.blocks is None:  # else it is not known here how many steps there are
         heads = heads_of_launch(kv_heads, batch, tiles, members, processors(device), r.is_causal)
     # With lists, the first and the last tile of a sequence may both have fewer rows.
@@ -117,9 +121,9 @@ def prepare(grad: Tensor, request: AttentionRequest) -> Backward:
     grad_strides, query_strides, key_strides = (
         grad.stride()[:2],
         (query_heads * head_dim, head_dim),
-        (kv_heads * head_dim, head_dim),
+        (key_heads * head_dim, head_dim),
     )
-    size = r.k.numel()
+    size = r.k.numel() * copies
     before = (query_tiles + cdiv(total, ROWS.value)) * query_heads + batch + cdiv(size, CLEARED.value)
     launch_before = Launch(prepare_gradients, device, head_dim, plan.score_hook is None)
     launch = Launch(
@@ -138,7 +142,8 @@ def prepare(grad: Tensor, request: AttentionRequest) -> Backward:
             for dims, dtype in (((columns,), torch.float32), ((columns,), torch.float32), ((), torch.int32))
         )
         begins = torch.empty(batch, dtype=torch.int32, device=device)
-        grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in (r.q, r.k, r.v))
+        grad_q = r.q.new_empty(r.q.shape)
+        grad_k, grad_v = (x.new_empty(x.shape[0], key_heads, head_dim) for x in (r.k, r.v))
         lengths = (r.lengths_q, None if prepare_entries is None else r.lengths_k)
         out = result.output
         assert out is not None
@@ -153,14 +158,14 @@ def prepare(grad: Tensor, request: AttentionRequest) -> Backward:
         sums = torch.empty(lines, LINE.value, dtype=torch.float32, device=device)
         tails = [None, None] if tail_rows == 0 else [_tail(x, tail_rows, tail_start) for x in (r.k, r.v)]
         entries = None if prepare_entries is None else prepare_entries(r)
-        for first_head in range(0, kv_heads, heads):
+        for first_head in range(0, key_heads, heads):
             try:
                 launch(
                     programs, rebased(of_queries, r.q), rebased(of_grad, grad), rebased(of_keys, r.k),
                     rebased(of_values, r.v), *(rebased(of_tail, x) for x in tails), tail_start, rebased(of_sums, sums),
                     rebased(of_rows, shift), rebased(of_rows, delta), grad_k, grad_v, turns, begins, query_tiles,
-                    key_strides, (r.starts_q, r.lengths_q, r.starts_k, r.lengths_k), (heads, members), first_head,
-                    *rest, entries, hook_args,
+                    key_strides, (r.starts_q, r.lengths_q, r.starts_k, r.lengths_k), (heads, members, copies),
+                    first_head, *rest, entries, hook_args,
                 )  # fmt: skip
             except CompilationError as error:
                 if plan.score_hook is None:
@@ -171,12 +176,28 @@ def prepare(grad: Tensor, request: AttentionRequest) -> Backward:
                 rows_of_launch, sums, shift, turns, grad_q, begins, r.starts_q, lengths, r.softmax_scale, batch,
                 query_tiles, first_head * members, heads * members, query_strides,
             )  # fmt: skip
+        if copies > 1:
+            grad_k, grad_v = (x.unflatten(1, (kv_heads, copies)).sum(2) for x in (grad_k, grad_v))
         of_sinks = None
         if r.s_aux is not None:
             of_sinks = gradient_of_sink_logits(r, shift.view(query_heads, -1), -delta.view(query_heads, -1))
         return grad_q, grad_k, grad_v, of_sinks
 
     return run
+
+
+def copies_of_keys(items: int, members: int, programs: int) -> int:
+    """Return over how many items the heads of queries that share a tile of keys are divided, with lists.
+
+    Every query may list the same keys, for example the first ones. That one long item would take longer than all others
+    together if there are few.
+
+    Args:
+        items: tiles of keys of all heads.
+        members: how many heads of queries share a head of keys.
+        programs: how many items are computed at the same time.
+    """
+    return members if items < FEW_ITEMS * programs else 1
 
 
 def heads_of_launch(kv_heads: int, batch: int, tiles: int, members: int, programs: int, is_causal: bool) -> int:
