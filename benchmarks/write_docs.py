@@ -159,20 +159,21 @@ def time_to_first_token() -> str:
 
 def lists_table(which: str = "forward") -> str:
     """Return how much faster a pass of attention with lists of key blocks is than that of dense attention."""
-    rows = rows_of("skip-nvidia-h200", head_dim=128, inputs="random", **{"pass": which})
+    rows = rows_of("skip-nvidia-h200", head_dim=128, **{"pass": which})
     names = {"lists": "our kernels", "lists_2:4": "our kernels with 2:4", "flex_attention": "FlexAttention"}
     names |= {"flash_attention_4": "FlashAttention-4"}
     names = {key: name for key, name in names.items() if any(row["method"] == key for row in rows)}
     lines = []
-    for (length,), group in by_problem(rows, "seq_len"):
+    for (length, inputs), group in by_problem(rows, "seq_len", "inputs"):
         dense = next(row["ms"] for row in group if row["method"] == "dense")
+        lists = {"random": "random", "recorded": "chosen"}[inputs]
         for share in sorted({round(row["share_skipped"], 2) for row in group if row["method"] in names}):
             same = [row for row in group if round(row["share_skipped"], 2) == share]
             # Of several forms of a kernel the fastest.
             found = {row["method"]: row["speedup_over_dense"] for row in sorted(same, key=lambda row: -row["ms"])}
-            cells = [str(length), f"{share:.0%}".replace("%", " %"), *(ratio(found.get(key)) for key in names)]
+            cells = [str(length), lists, f"{share:.0%}".replace("%", " %"), *(ratio(found.get(key)) for key in names)]
             lines.append([*cells, milliseconds(dense)])
-    return markdown(["tokens", "skipped", *names.values(), "time of our dense kernel"], lines)
+    return markdown(["tokens", "lists", "skipped", *names.values(), "time of our dense kernel"], lines)
 
 
 def chosen_table() -> str:
