@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, distributed, nn
 
-from .kernels import COUNTS, AttentionRequest, count_kept, count_prefill
+from .kernels import COUNTS, AttentionRequest, count_kept, count_prefill, with_lists
 from .models.module import count, sparse_modules
 
 _lock = threading.Lock()
@@ -40,15 +40,14 @@ class LayerStatistics:
 
         A sequence with a single query is a decode step.
         """
+        request = with_lists(request)
         without_values = request._replace(v=request.k, s_aux=None)
         if request.max_q > 1:
             device = request.q.device
             with _lock:
                 counts = self._by_device.get(device)
-                self._by_device[device], times, blocks = count_prefill(without_values, counts, is_exact=self.is_exact)
+                self._by_device[device], times = count_prefill(without_values, counts, is_exact=self.is_exact)
                 self.is_estimate = self.is_estimate or times > 1
-            if blocks is not None:
-                request = request._replace(blocks=blocks)
         if request.plan.sparse_decode:
             is_single = request.lengths_q == 1
             decode = without_values._replace(lengths_q=request.lengths_q.masked_fill(~is_single, 0), max_q=1)

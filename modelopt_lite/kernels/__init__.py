@@ -17,7 +17,7 @@ from .operator import compute, gradients, is_traced, pack
 from .request import MAX_QUERIES, AttentionRequest
 from .sdpa import sdpa, sdpa_call
 from .selection import count_visited, select_blocks
-from .statistics import COUNTS, AttentionStatistics, check_packing, count, count_prefill
+from .statistics import COUNTS, AttentionStatistics, check_packing, count, count_prefill, with_lists
 from .top_n import top_n_plan
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "sdpa_call",
     "select_blocks",
     "visited_blocks",
+    "with_lists",
 ]
 
 

@@ -107,9 +107,23 @@ def count(request: AttentionRequest) -> Tensor:
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator] # a graph would hold every tile
-def count_prefill(
-    request: AttentionRequest, totals: Tensor | None = None, *, is_exact: bool
-) -> tuple[Tensor, int, KeyBlocks | None]:
+def with_lists(request: AttentionRequest) -> AttentionRequest:
+    """Return a request with the blocks that its plan chooses, for attention and for counting.
+
+    It comes back as it is where attention makes no lists, and where both a selector and a skip rule choose: lists do
+    not say which of them left a block out.
+    """
+    plan = request.plan
+    if request.blocks is not None or (plan.blocks is None) == (plan.skip is None):
+        return request
+    if not request.without_needless_choice().plan.chooses_blocks:
+        return request
+    check_packing(request)
+    return request._replace(blocks=select_blocks(request))
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator] # a graph would hold every tile
+def count_prefill(request: AttentionRequest, totals: Tensor | None = None, *, is_exact: bool) -> tuple[Tensor, int]:
     """Count what a request keeps of all sequences with more than one query, as :func:`count`.
 
     Args:
@@ -118,16 +132,11 @@ def count_prefill(
         is_exact: whether to count all query blocks, and not a sample of them; see :func:`sample`.
 
     Returns:
-        The counts, with the totals if given; of how many query blocks one was counted, 1 if all were; and the blocks
-        that the whole call visits, if they are known.
+        The counts, with the totals if given; and of how many query blocks one was counted, 1 if all were.
     """
-    every, plan = 1 if is_exact else sample_interval(request), request.plan
-    # With both a selector and a skip rule, lists do not say which of them left a block out.
-    if request.blocks is None and (plan.blocks is None) != (plan.skip is None):
-        check_packing(request)
-        request = request._replace(blocks=select_blocks(request))
+    every = 1 if is_exact else sample_interval(request)
     if request.page_table is None and (run := _kernel(request, every, is_prefill=True)) is not None:
-        return run(request, totals), every, request.blocks
+        return run(request, totals), every
     check_packing(request)
     with torch.no_grad(), _without_autocast(request):
         if every > 1:
@@ -136,7 +145,7 @@ def count_prefill(
             lengths = request.lengths_q
             counts = count(request._replace(lengths_q=lengths.masked_fill(lengths == 1, 0)))
         totals = counts * every if totals is None else torch.add(totals, counts, alpha=every)
-    return totals, every, request.blocks
+    return totals, every
 
 
 def check_packing(request: AttentionRequest) -> None:

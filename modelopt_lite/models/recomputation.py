@@ -39,6 +39,14 @@ class Observer(Protocol):
         """Look at a call that has not been computed yet, and return the one to compute."""
 
 
+class _Silent:
+    """The observer of what is run again: it counts nothing, and calls take the way of observed ones."""
+
+    def observe(self, request: AttentionRequest) -> AttentionRequest:
+        """Return the call."""
+        return request
+
+
 class Decision(NamedTuple):
     """What one call of an attention module does.
 
@@ -120,8 +128,9 @@ def record(module: nn.Module, decision: Decision, around: list[Checkpoint]) -> l
     The second run counts no statistics, as the first one has.
     """
     runs = [checkpoint.run for checkpoint in around if not checkpoint.is_repeated]
+    again = decision if decision.statistics is None else decision._replace(statistics=_Silent())
     for run in runs:
-        vars(run).setdefault(_RECORD, _Record()).decisions[module].append(decision._replace(statistics=None))
+        vars(run).setdefault(_RECORD, _Record()).decisions[module].append(again)
     return runs
 
 

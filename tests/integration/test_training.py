@@ -1,5 +1,6 @@
 """Training as people do it: checkpointing, autocast, compile, LoRA, Trainer, FSDP2, and the fine-tuning example."""
 
+import contextlib
 import copy
 import functools
 import importlib.util
@@ -114,6 +115,28 @@ def test_gradient_checkpointing(target, use_reentrant, monkeypatch):
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     assert error(gradients_of(model, ids), wanted) < ROUNDING
     assert len(calls) == 2 * len(model.model.layers)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("method", ["mean_pool_top_k", "skip_softmax"])
+@pytest.mark.parametrize("padding", [0, 5])
+@pytest.mark.parametrize("length", [64, 300])  # fewer keys than a block has, and more
+def test_gradient_checkpointing_with_statistics(method, padding, length):
+    """What runs again takes the way of what was counted."""
+    model = FAMILIES["llama"].make()
+    mtsa.sparsify(model, {"sparse_cfg": {"*": {"method": method}}})
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    ids = torch.randint(model.config.vocab_size, (2, length))
+    mask = torch.ones_like(ids)
+    mask[0, :padding] = 0
+    found = []
+    for context in (contextlib.nullcontext(), mtsa.collect_statistics(model)):
+        model.zero_grad()
+        with context:
+            model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False).loss.backward()
+        found.append(gradients(model))
+    assert error(*found) < ROUNDING
 
 
 def softened(model):

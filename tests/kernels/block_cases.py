@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from modelopt_lite.kernels import AttentionRequest, KeyBlocks
+from modelopt_lite.kernels.blocks import BlockGrid
 from modelopt_lite.kernels.reference import kept_scores, listed_blocks
+from modelopt_lite.kernels.selection import _log_thresholds
 from modelopt_lite.kernels.statistics import COUNTS, MASS
 from modelopt_lite.kernels.top_n import top_n_plan
 from modelopt_lite.plan import DENSE, AttentionPlan
@@ -203,6 +205,12 @@ def counts_by_oracle(request: AttentionRequest, counted: Tensor | None = None) -
         mass = scores.softmax(-1).where(kept, 0.0).sum((1, 2))
         counts += torch.stack([seen.any(-1).sum(-1), seen.sum((1, 2)), kept.sum((1, 2)), mass], 1)
     return counts
+
+
+def log_thresholds(grid: BlockGrid) -> Tensor:
+    """Return the logarithms of a skip rule's thresholds, ``-inf`` where nothing is skipped, FP32 ``[query_blocks]``."""
+    found = _log_thresholds(grid, grid.seen(), grid.request.plan.skip)
+    return found.masked_fill(grid.is_dense(), -torch.inf).float()
 
 
 def assert_same_counts(found: Tensor, expected: Tensor) -> None:

@@ -5,7 +5,15 @@ import torch
 from block_cases import assert_same_counts
 from cases import packed_request
 
-from modelopt_lite.kernels import block_launch, block_scores, count_kept, count_prefill, statistics, statistics_launch
+from modelopt_lite.kernels import (
+    block_launch,
+    block_scores,
+    count_kept,
+    count_prefill,
+    statistics,
+    statistics_launch,
+    with_lists,
+)
 from modelopt_lite.kernels.blocks import BlockGrid, KeyBlocks
 from modelopt_lite.kernels.selection import _excess, select_blocks
 from modelopt_lite.methods import (
@@ -147,10 +155,11 @@ def test_statistics(method, dtype, shortest_part, monkeypatch):
     monkeypatch.setattr(statistics, "WHOLE_BLOCKS", 4)
 
     def count():
-        sampled, times, _ = count_prefill(request, is_exact=False)
+        listed = with_lists(request)
+        sampled, times = count_prefill(listed, is_exact=False)
         assert times > 1
-        exact = count_prefill(request, is_exact=True)[0]
-        twice = count_prefill(request, exact.clone(), is_exact=True)[0]
+        exact = count_prefill(listed, is_exact=True)[0]
+        twice = count_prefill(listed, exact.clone(), is_exact=True)[0]
         return count_kept(request), sampled, exact, twice
 
     count()

@@ -13,6 +13,7 @@ from collections import Counter
 
 import pytest
 import torch
+from block_cases import log_thresholds
 from cases import OnGpu, one_sequence, packed_request
 from machine_code import run_tool
 
@@ -86,7 +87,7 @@ def test_decisions(by_interpreter, threshold, sinks, window):
     plan = AttentionPlan(skip=SkipRule(threshold), num_sink_tokens=sinks, dense_window_size=window)
     request = make(plan)
     grid = BlockGrid(request, *request.grid)
-    found = bounds.kept_blocks(grid, None, selection.log_thresholds(grid))
+    found = bounds.kept_blocks(grid, None, log_thresholds(grid))
     selected, skipped = selection.chosen_blocks(request, grid)
     assert torch.equal(found & selected, selected & ~skipped)
 
@@ -98,7 +99,7 @@ def test_equal_scores_reach_a_threshold_of_one(by_interpreter, scale, product):
     request.q[:], request.k[:] = 0.0, 1.0
     request.q[..., 0] = product
     grid = BlockGrid(request, *request.grid)
-    found = bounds.kept_blocks(grid, None, selection.log_thresholds(grid))
+    found = bounds.kept_blocks(grid, None, log_thresholds(grid))
     assert found[:, grid.seen()].all()
 
 
@@ -108,7 +109,7 @@ def test_with_a_selector(by_interpreter):
     request = make(plan, heads=(3, 3))
     grid = BlockGrid(request, *request.grid)
     selected, skipped = selection.chosen_blocks(request, grid)
-    found = bounds.kept_blocks(grid, selected, selection.log_thresholds(grid))
+    found = bounds.kept_blocks(grid, selected, log_thresholds(grid))
     assert torch.equal(found & selected, selected & ~skipped)
 
 
@@ -117,7 +118,7 @@ def test_bounds_are_tight(by_interpreter):
     request = make(AttentionPlan(skip=SkipRule(6.0), num_sink_tokens=4), lengths=((1500, 1500),))
     grid = BlockGrid(request, *request.grid)
     kept = torch.empty(2, *grid.shape, dtype=torch.bool)
-    bounded = bounds.quantize(grid, None, selection.log_thresholds(grid), kept)
+    bounded = bounds.quantize(grid, None, log_thresholds(grid), kept)
     bound(grid, bounded)
     sure, may = (x[:, :, : grid.shape[1]] for x in decoded(bounded))
     seen = torch.zeros(grid.shape, dtype=torch.bool)

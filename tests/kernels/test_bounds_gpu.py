@@ -5,13 +5,14 @@ import math
 
 import pytest
 import torch
+from block_cases import log_thresholds
 from cases import packed_request
 from test_gpu import check, poison, run
 
 from modelopt_lite.kernels import AttentionRequest, select_blocks
 from modelopt_lite.kernels.blocks import BlockGrid
 from modelopt_lite.kernels.hopper import bounds
-from modelopt_lite.kernels.selection import _excess, log_thresholds
+from modelopt_lite.kernels.selection import _excess
 from modelopt_lite.methods import FlashPrefill, MeanPoolTopK
 from modelopt_lite.plan import AttentionPlan, LengthCurve, SkipRule
 

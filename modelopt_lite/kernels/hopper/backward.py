@@ -1,12 +1,12 @@
 """The attention backward for Hopper GPUs (compute capability 9.0), in Gluon: all gradients in one pass.
 
 As many programs as multiprocessors compute items one after the other, an item each in every *wave*. An item is a tile
-of 128 keys of one head, whose gradients stay in registers while queries and gradients of the output of all query heads
-that share it stream through shared memory, 64 rows a step. The first keys of all heads come first, as under causal
-attention most queries see them; and in every other wave programs come in the reverse order, so that all have about as
-much to do. In a program, one warp loads, two warpgroups compute, for 64 keys each, and two
-warps add up gradients of queries. A step is five matrix products where two passes need seven, because scores are
-computed and keys selected once.
+of 128 keys of one head, whose gradients stay in registers. Queries and gradients of the output of all query heads that
+share it, or of some of these, stream through shared memory, 64 rows a step. The first keys of all heads come first, as
+under causal attention most queries see them; and in every other wave programs come in the reverse order, so that all
+have about as much to do. In a program, one warp loads, two warpgroups compute, for 64 keys each, and two warps add up
+gradients of queries. A step is five matrix products where two passes need seven, because scores are computed and keys
+selected once.
 
 With a hook, scores are computed in the orientation of the forward, so that all scores of a group are in one thread and
 hooks see the same numbers. Weights and gradients of scores then pass through shared memory, where matrix instructions
@@ -299,8 +299,8 @@ def find_tile(wave, problem):
     """Return what this program's item of a wave is: the first items are the first tiles of keys of all heads.
 
     Returns:
-        ``(kv_head, sequence, tile, exists, lengths)``: the tile's number in its head; whether there is any, with keys;
-        and how many queries and keys the sequence has.
+        ``(kv_head, sequence, tile, exists, lengths)``: the head, which may be one of several copies; the tile's number
+        in it; whether there is any, with keys; and how many queries and keys the sequence has.
     """
     sequences, heads_of, batch, tiles_per_head, _, _ = problem
     item = item_of(wave, gl.program_id(0), gl.num_programs(0))
@@ -912,7 +912,7 @@ def attention_backward_hopper(
     """Compute gradients of packed queries, keys and values; see :mod:`.backward_launch`.
 
     It does so for ``heads_of[0]`` heads of keys from ``first_head`` on, and ``heads_of[1]`` heads of queries of each.
-    With lists, each head of keys may count as ``heads_of[2]`` heads, whose gradients are to be added up; else it is 1.
+    With lists, each head of keys may stand there in ``heads_of[2]`` copies, whose gradients are to be added up.
     Gradients of keys and values of no sequence are left as they are. Those of queries are added up in FP32, unscaled,
     ``[heads of the launch, tiles_of_queries, ROWS * dim]`` in lines, through a descriptor. Of each head, tiles of all
     sequences follow each other, and begin at ``begins_ptr``, ``[batch]``. Turns are ``[heads, tiles_of_queries]``, 0 at

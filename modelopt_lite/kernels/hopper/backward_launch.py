@@ -97,8 +97,13 @@ def prepare(grad: Tensor, request: AttentionRequest) -> Backward:
     options = options_of(r, SETTINGS)._replace(pair=min(r.group, 2))
     tiles = max(1, cdiv(r.max_k, KEYS.value))
     members = query_heads // kv_heads
-    copies = 1 if r.blocks is None else copies_of_keys(batch * kv_heads * tiles, members, processors(device))
+    copies = 1
+    if r.blocks is not None:
+        items = kv_heads * min(batch * tiles, r.k.shape[0] // KEYS.value + batch)
+        copies = copies_of_keys(items, members, processors(device))
     members, key_heads = members // copies, kv_heads * copies
+    # The sum of parts may fit into FP16 where they do not.
+    of_parts = torch.float32 if copies > 1 and r.k.dtype == torch.float16 else r.k.dtype
     heads = key_heads
     if r.blocks is None:  # else it is not known here how many steps there are
         heads = heads_of_launch(kv_heads, batch, tiles, members, processors(device), r.is_causal)
@@ -143,7 +148,7 @@ def prepare(grad: Tensor, request: AttentionRequest) -> Backward:
         )
         begins = torch.empty(batch, dtype=torch.int32, device=device)
         grad_q = r.q.new_empty(r.q.shape)
-        grad_k, grad_v = (x.new_empty(x.shape[0], key_heads, head_dim) for x in (r.k, r.v))
+        grad_k, grad_v = (x.new_empty(x.shape[0], key_heads, head_dim, dtype=of_parts) for x in (r.k, r.v))
         lengths = (r.lengths_q, None if prepare_entries is None else r.lengths_k)
         out = result.output
         assert out is not None
@@ -176,8 +181,9 @@ def prepare(grad: Tensor, request: AttentionRequest) -> Backward:
                 rows_of_launch, sums, shift, turns, grad_q, begins, r.starts_q, lengths, r.softmax_scale, batch,
                 query_tiles, first_head * members, heads * members, query_strides,
             )  # fmt: skip
+        del sums, entries
         if copies > 1:
-            grad_k, grad_v = (x.unflatten(1, (kv_heads, copies)).sum(2) for x in (grad_k, grad_v))
+            grad_k, grad_v = (x.unflatten(1, (kv_heads, copies)).sum(2).to(r.k.dtype) for x in (grad_k, grad_v))
         of_sinks = None
         if r.s_aux is not None:
             of_sinks = gradient_of_sink_logits(r, shift.view(query_heads, -1), -delta.view(query_heads, -1))
