@@ -287,6 +287,20 @@ def tensors_of(request):
     return {name: x for name in ("q", "k", "v", "s_aux") if (x := getattr(request, name)) is not None}
 
 
+def check_in_a_graph(run, request):
+    """Check that a run gives the same bits in a CUDA graph."""
+    torch.use_deterministic_algorithms(False)  # or filling would be captured
+    expected = run(request)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output, lse = run(request)
+    output.fill_(7.0)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(output, expected[0])
+    assert torch.equal(lse, expected[1])
+
+
 def oracle(request):
     """Return the output of the oracle."""
     return attention_reference(request)[0]

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from block_cases import log_thresholds
-from cases import packed_request
+from cases import check_in_a_graph, packed_request
 from test_gpu import check, poison, run
 
 from modelopt_lite.kernels import AttentionRequest, select_blocks
@@ -164,17 +164,7 @@ def test_batch_mates_and_chunks_do_not_matter():
 
 
 def test_cuda_graph():
-    request = make(exact=False)
-    torch.use_deterministic_algorithms(False)
-    expected = run(request)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output, lse = run(request)
-    output.fill_(7.0)
-    graph.replay()
-    torch.cuda.synchronize()
-    assert torch.equal(output, expected[0])
-    assert torch.equal(lse, expected[1])
+    check_in_a_graph(run, make(exact=False))
 
 
 def test_strides():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import arguments, error_bound, gradients, one_sequence, oracle, pytorch_attention
+from cases import arguments, check_in_a_graph, error_bound, gradients, one_sequence, oracle, pytorch_attention
 from cases import packed_request as make
 
 from modelopt_lite import UnsupportedError
@@ -329,17 +329,7 @@ def test_batch_mates_and_chunks_do_not_matter():
 
 
 def test_cuda_graph():
-    request = make(plan=top_n_plan(2, 4, 4, 64), exact=False)
-    torch.use_deterministic_algorithms(False)
-    expected = run(request)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output, lse = run(request)
-    output.fill_(7.0)
-    graph.replay()
-    torch.cuda.synchronize()
-    assert torch.equal(output, expected[0])
-    assert torch.equal(lse, expected[1])
+    check_in_a_graph(run, make(plan=top_n_plan(2, 4, 4, 64), exact=False))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 from block_cases import shape_of_lists
+from cases import check_in_a_graph
 from cases import packed_request as make
 from test_gpu import check, poison, run
 
@@ -150,17 +151,7 @@ def test_batch_mates_and_chunks_do_not_matter():
 
 
 def test_cuda_graph():
-    request = listed(of_128("2:4 exempt", exact=False))
-    torch.use_deterministic_algorithms(False)
-    expected = run(request)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output, lse = run(request)
-    output.fill_(7.0)
-    graph.replay()
-    torch.cuda.synchronize()
-    assert torch.equal(output, expected[0])
-    assert torch.equal(lse, expected[1])
+    check_in_a_graph(run, listed(of_128("2:4 exempt", exact=False)))
 
 
 def test_strides_and_lists_that_are_not_contiguous():

@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 import test_gpu
 import torch
-from cases import RAGGED, OnGpu, one_sequence
+from cases import RAGGED, OnGpu, check_in_a_graph, one_sequence
 from cases import packed_request as make
 from machine_code import classify, hot_loop, run_tool
 from test_gpu import check, poison, run
@@ -406,15 +406,7 @@ class TestOnAGpu:
         first = run(request)
         for _ in range(20):
             assert all(torch.equal(x, y) for x, y in zip(first, run(request), strict=True))
-        torch.use_deterministic_algorithms(False)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            output, lse = run(request)
-        output.fill_(7.0)
-        graph.replay()
-        torch.cuda.synchronize()
-        assert torch.equal(output, first[0])
-        assert torch.equal(lse, first[1])
+        check_in_a_graph(run, request)
 
     def test_chunks_alone(self):
         lengths, plan = ((900, 900), (700, 700), (37, 37)), top_n_plan(2, 4, 4, 64)
