@@ -287,6 +287,11 @@ class AttentionPlan:
         return self.chooses_blocks and (self.blocks is None or self.blocks.recent_blocks > 0)
 
     @property
+    def only_skips(self) -> bool:
+        """Whether a skip rule alone chooses key blocks, so that what lists leave out was skipped."""
+        return self.skip is not None and self.blocks is None
+
+    @property
     def is_by_hand(self) -> bool:
         """Whether no method made the plan, so that it means something in this process alone."""
         return self.name.startswith(_BY_HAND)

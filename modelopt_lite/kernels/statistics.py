@@ -176,8 +176,7 @@ def _count_blocks(request: AttentionRequest, blocks: KeyBlocks) -> Tensor:
     listed = blocks.counts[:, row.clamp(0, blocks.counts.shape[1] - 1)].where(exists, 0).sum(1)
     listed = listed.repeat_interleave(heads // len(listed))
     seen = grid.seen().sum().expand(heads)
-    skips = request.plan.skip is not None and request.plan.blocks is None
-    return torch.stack([seen, listed, (seen - listed) * skips], 1)
+    return torch.stack([seen, listed, (seen - listed) * request.plan.only_skips], 1)
 
 
 def sample_interval(request: AttentionRequest) -> int:

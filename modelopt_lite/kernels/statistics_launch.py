@@ -86,7 +86,6 @@ def prepare(
     settings = settings._replace(block_m=math.gcd(settings.block_m, rows))
     heads, batch = r.q.shape[1], r.starts_q.shape[0]
     tiles = _most_tiles(r, every, rows) * (rows // settings.block_m)
-    skips = r.plan.skip is not None and r.plan.blocks is None
     options = portable_launch.options_for(r, settings)._replace(keeps_group_max=False, unlisted=r.blocks is not None)
     if parts is None:
         keys = min(r.max_k, r.k.shape[0])
@@ -98,7 +97,8 @@ def prepare(
         count_scores, device, r.plan.score_hook, options, num_warps=settings.num_warps, num_stages=settings.num_stages
     )
     joins = {
-        adds: Launch(join_parts, device, adds, skips, together, padded, options, num_warps=8) for adds in (False, True)
+        adds: Launch(join_parts, device, adds, r.plan.only_skips, together, padded, options, num_warps=8)
+        for adds in (False, True)
     }
     numbers = (r.softmax_scale, r.softcap or 0.0)
     rest = (tiles, parts, batch, (every, rows, 2 if is_prefill else 1), *distances(r))

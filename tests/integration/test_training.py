@@ -130,13 +130,16 @@ def test_gradient_checkpointing_with_statistics(method, padding, length):
     ids = torch.randint(model.config.vocab_size, (2, length))
     mask = torch.ones_like(ids)
     mask[0, :padding] = 0
+    with torch.no_grad(), mtsa.collect_statistics(model) as once:
+        model(input_ids=ids, attention_mask=mask, use_cache=False)
     found = []
     for context in (contextlib.nullcontext(), mtsa.collect_statistics(model)):
         model.zero_grad()
-        with context:
+        with context as statistics:
             model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False).loss.backward()
         found.append(gradients(model))
     assert error(*found) < ROUNDING
+    assert statistics.total.visible == once.total.visible > 0
 
 
 def softened(model):

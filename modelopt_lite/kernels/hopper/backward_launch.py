@@ -195,8 +195,8 @@ def prepare(grad: Tensor, request: AttentionRequest) -> Backward:
 def copies_of_keys(items: int, members: int, programs: int) -> int:
     """Return over how many items the heads of queries that share a tile of keys are divided, with lists.
 
-    Every query may list the same keys, for example the first ones. That one long item would take longer than all others
-    together if there are few.
+    All queries may list the same keys, for example the first ones. Where items are few, programs would have nothing to
+    do but to wait for that long one.
 
     Args:
         items: tiles of keys of all heads.
