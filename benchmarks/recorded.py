@@ -50,7 +50,7 @@ class Recorder:
         return output.transpose(1, 2), None
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def recorded(seq_len: int, folder: Path, text: str, device: str = "cuda") -> tuple[Tensor, Tensor, Tensor]:
     """Return query, key and value, ``[1, seq, heads, 128]`` in BF16.
 

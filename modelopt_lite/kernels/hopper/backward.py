@@ -43,7 +43,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from ..lists import floor_mod
 from ..portable.backward import query_spans
 from ..tiles import LOG2E, join_groups, key_of_row, scale_scores, select_scores, split_groups, weigh
-from .forward import PIECE, load_rows, spread, synchronize
+from .forward import PIECE, SLOTS, load_rows, read_number, spread, synchronize, write_number
 from .visits import TILES_FROM, sequence_of
 
 ROWS = tl.constexpr(64)
@@ -114,7 +114,7 @@ def prepare_gradients(
     :func:`~modelopt_lite.kernels.portable.backward.gradient_rows`, but ``[heads, tiles, ROWS]``, so that the tensor
     memory accelerator can load them, which wants addresses that are multiples of 16 bytes; rows lie as
     :func:`place_of` says, and deltas are negative, as they are to be added; turns are 0. Then each sequence's program
-    finds the number of its first tile. Then come those that clear gradients of queries without a key or a sequence; the
+    finds the number of its first tile, and sets the counter of items to 0, which lies behind the turns. Then come those that clear gradients of queries without a key or a sequence; the
     logarithms of the latter may be anything. The others clear ``CLEARED`` of the ``size`` numbers of gradients of keys
     and values each.
     """
@@ -143,6 +143,7 @@ def prepare_gradients(
             numbers = first + tl.arange(0, 32)
             begin += tl.sum(tiles_of(lengths, numbers, numbers < sequence), 0)
         tl.store(begins_ptr + sequence, begin)
+        tl.store(turns_ptr + heads * tiles, 0)
     elif program < tiles * heads + batch + row_programs:
         program -= tiles * heads + batch
         head = (program % heads).to(tl.int64)
@@ -288,26 +289,59 @@ def item_of(wave, program, programs):
 
 
 @gluon.jit
-def count_waves(problem):
-    """Return how many items a program computes at most."""
-    _, heads_of, batch, tiles_per_head, _, _ = problem
-    return (batch * heads_of[0] * tiles_per_head + gl.num_programs(0) - 1) // gl.num_programs(0)
+def count_items(problem):
+    """Return how many items there are for all programs."""
+    _, heads_of, batch, tiles_per_head, _, _, _ = problem
+    return batch * heads_of[0] * tiles_per_head
 
 
 @gluon.jit
-def find_tile(wave, problem):
-    """Return what this program's item of a wave is: the first items are the first tiles of keys of all heads.
+def post_item(wave, problem):
+    """Take this program's item of a wave for all its warps, and return it: the part of the warp that loads.
+
+    With lists, items come from a common counter, as they differ in length.
+    """
+    mail = problem[6]
+    if mail is None:
+        item = item_of(wave, gl.program_id(0), gl.num_programs(0))
+    else:
+        counter_ptr, items, posted, taken = mail
+        slot = wave % SLOTS
+        mbarrier.wait(taken.index(slot), (wave // SLOTS & 1) ^ 1)
+        item = gl.atomic_add(counter_ptr, 1, sem="relaxed")
+        write_number(items.index(slot), item)
+        mbarrier.arrive(posted.index(slot), count=1)
+    return item
+
+
+@gluon.jit
+def take_item(wave, problem):
+    """Return this program's item of a wave: the part of all warps but the one that loads."""
+    mail = problem[6]
+    if mail is None:
+        item = item_of(wave, gl.program_id(0), gl.num_programs(0))
+    else:
+        _, items, posted, taken = mail
+        slot = wave % SLOTS
+        mbarrier.wait(posted.index(slot), wave // SLOTS & 1)
+        item = read_number(items.index(slot))
+        mbarrier.arrive(taken.index(slot), count=1)
+    return item
+
+
+@gluon.jit
+def find_tile(item, problem):
+    """Return what an item is: the first items are the first tiles of keys of all heads.
 
     Returns:
         ``(kv_head, sequence, tile, exists, lengths)``: the head, which may be one of several copies; the tile's number
-        in it; whether there is any, with keys; and how many queries and keys the sequence has.
+        in it; whether it has keys; and how many queries and keys the sequence has.
     """
-    sequences, heads_of, batch, tiles_per_head, _, _ = problem
-    item = item_of(wave, gl.program_id(0), gl.num_programs(0))
+    sequences, heads_of, batch, _, _, _, _ = problem
     head, tile = item % (batch * heads_of[0]), item // (batch * heads_of[0])
     sequence = head // heads_of[0]
     lengths = (gl.load(sequences[1] + sequence).to(gl.int32), gl.load(sequences[3] + sequence).to(gl.int32))
-    exists = (tile < tiles_per_head) & (tile * KEYS < lengths[1])
+    exists = tile * KEYS < lengths[1]
     return heads_of[2] + head % heads_of[0], sequence, tile, exists, lengths
 
 
@@ -317,7 +351,7 @@ def entries_of(head, sequence, tile, problem):
 
     See :func:`modelopt_lite.kernels.hopper.visits.gather_tiles`.
     """
-    _, _, batch, tiles_per_head, _, lists = problem
+    _, _, batch, tiles_per_head, _, lists, _ = problem
     entries_ptr, numbers_ptr, starts_ptr, rows, rows_each, heads_per_list = lists
     column = (head // heads_per_list * tiles_per_head + tile).to(gl.int64)
     numbers_ptr += 2 * (column * batch + sequence)
@@ -441,12 +475,14 @@ def load_items(work, OPTIONS: gl.constexpr):
     query_descriptor, grad_descriptor, shift_descriptor, delta_descriptor, keys, values = descriptors
     query_memory, grad_memory, shift_memory, delta_memory, key_memory, value_memory = buffers
     query_loaded, grad_loaded, keys_loaded, keys_freed = barriers
-    sequences, heads_of, _, _, _, lists = problem
+    sequences, heads_of, _, _, _, lists, _ = problem
     BYTES: gl.constexpr = ROWS * OPTIONS.block_d * 2
     step = 0
     turn = 0
-    for wave in range(count_waves(problem)):
-        kv_head, sequence, tile, exists, lengths = find_tile(wave, problem)
+    wave = 0
+    item = post_item(wave, problem)
+    while item < count_items(problem):
+        kv_head, sequence, tile, exists, lengths = find_tile(item, problem)
         if exists:
             begin, end = tiles_that_see(tile, lengths, problem[4][2], OPTIONS)
             first_query = gl.load(sequences[0] + sequence).to(gl.int32) - rows_before(lengths, problem)
@@ -488,6 +524,8 @@ def load_items(work, OPTIONS: gl.constexpr):
                         delta_descriptor, [line, 0], grad_loaded.index(stage), delta_memory.index(stage)
                     )
                     step += 1
+        wave += 1
+        item = post_item(wave, problem)
 
 
 @gluon.jit
@@ -497,11 +535,13 @@ def add_items(work, ADDER: gl.constexpr, TRANSPOSED: gl.constexpr, OPTIONS: gl.c
     They take turns: what passes until others may add takes longer than a step.
     """
     descriptor, memory, empty, turns_ptr, begins_ptr, tiles_of_queries, problem = work
-    _, heads_of, batch, _, _, lists = problem
+    _, heads_of, batch, _, _, lists, _ = problem
     LINES: gl.constexpr = memory.shape[1]
     step = 0
-    for wave in range(count_waves(problem)):
-        kv_head, sequence, tile, exists, lengths = find_tile(wave, problem)
+    wave = 0
+    item = take_item(wave, problem)
+    while item < count_items(problem):
+        kv_head, sequence, tile, exists, lengths = find_tile(item, problem)
         if exists:
             begin, end = tiles_that_see(tile, lengths, problem[4][2], OPTIONS)
             begin_of_sequence = gl.load(begins_ptr + sequence)
@@ -541,6 +581,8 @@ def add_items(work, ADDER: gl.constexpr, TRANSPOSED: gl.constexpr, OPTIONS: gl.c
                         gl.inline_asm_elementwise(AWAIT_SUMS, "=r,r", [rank], dtype=gl.int32, is_pure=False, pack=1)
                         gl.atomic_add(turn_ptr, 1, sem="release")
                     step += 1
+        wave += 1
+        item = take_item(wave, problem)
 
 
 @gluon.jit
@@ -821,15 +863,17 @@ def differentiate_items(work, hook_args, WARPGROUP: gl.constexpr, SCORE_HOOK: gl
     """Compute the gradients of keys and values, and parts of those of queries: the part of a warpgroup."""
     buffers, barriers, key_barriers, pointers, strides, problem, numbers = work
     grad_key_ptr, grad_value_ptr = pointers
-    sequences, heads_of, _, _, distances, lists = problem
+    sequences, heads_of, _, _, distances, lists, _ = problem
     num_sinks, window, sliding_window = distances
     OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, OPTIONS.block_d, 16])
     RUNS: gl.constexpr = 3 if lists is None else 1
     step = 0
     turn = 0
     clearings = 0
-    for wave in range(count_waves(problem)):
-        kv_head, sequence, tile, exists, lengths = find_tile(wave, problem)
+    wave = 0
+    item = take_item(wave, problem)
+    while item < count_items(problem):
+        kv_head, sequence, tile, exists, lengths = find_tile(item, problem)
         if exists:
             query_length, length = lengths
             first_key = gl.load(sequences[2] + sequence).to(gl.int64)
@@ -895,6 +939,8 @@ def differentiate_items(work, hook_args, WARPGROUP: gl.constexpr, SCORE_HOOK: gl
             mbarrier.arrive(key_barriers[1], count=1)
             store_keys(grad_key * numbers[0], grad_key_ptr, strides, kv_head, first_key, first, length, OPTIONS)
             store_keys(grad_value, grad_value_ptr, strides, kv_head, first_key, first, length, OPTIONS)
+        wave += 1
+        item = take_item(wave, problem)
 
 
 @gluon.jit(
@@ -951,13 +997,23 @@ def attention_backward_hopper(
     for adder in gl.static_range(ADDERS):
         mbarrier.init(sums_empty.index(adder), count=1)
     mbarrier.init(cleared, count=WARPGROUPS)
+    mail: gl.constexpr = None
+    if lists is not None:
+        items = gl.allocate_shared_memory(gl.int32, [SLOTS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        posted = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIER)
+        taken = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIER)
+        for slot in gl.static_range(SLOTS):
+            mbarrier.init(posted.index(slot), count=1)
+            mbarrier.init(taken.index(slot), count=WARPGROUPS + ADDERS)
+        # The number behind those of all turns is the counter.
+        mail = (turns_ptr + heads_of[0] * heads_of[1] * tiles_of_queries, items, posted, taken)
     fence_async_shared()
     synchronize()
 
     keys = (key_descriptor, key_tail_descriptor, tail_start)
     values = (value_descriptor, value_tail_descriptor, tail_start)
     heads_of = (heads_of[0], heads_of[1], first_head, heads_of[2])
-    problem = (sequences, heads_of, batch, tiles_per_head, (num_sinks, window, sliding_window), lists)
+    problem = (sequences, heads_of, batch, tiles_per_head, (num_sinks, window, sliding_window), lists, mail)
     tiles = (query_memory, grad_memory, shift_memory, delta_memory, key_memory, value_memory)
     loading = (query_loaded, grad_loaded, keys_loaded, keys_freed)
     descriptors = (query_descriptor, grad_descriptor, shift_descriptor, delta_descriptor, keys, values)

@@ -142,10 +142,8 @@ def prepare(grad: Tensor, request: AttentionRequest) -> Backward:
     hook_args = hook_arguments(plan)
 
     def run(grad: Tensor, result: ForwardResult, r: AttentionRequest) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        shift, delta, turns = (
-            torch.empty(rows, *dims, dtype=dtype, device=device)
-            for dims, dtype in (((columns,), torch.float32), ((columns,), torch.float32), ((), torch.int32))
-        )
+        shift, delta = (torch.empty(rows, columns, dtype=torch.float32, device=device) for _ in range(2))
+        turns = torch.empty(rows + 1, dtype=torch.int32, device=device)  # and a counter of items
         begins = torch.empty(batch, dtype=torch.int32, device=device)
         grad_q = r.q.new_empty(r.q.shape)
         grad_k, grad_v = (x.new_empty(x.shape[0], key_heads, head_dim, dtype=of_parts) for x in (r.k, r.v))
