@@ -30,6 +30,7 @@ from modelopt_lite.kernels.hopper.backward import (
     THREADS_OF_BOTH,
     THREADS_OF_ONE,
     THREADS_OF_STEP,
+    add_parts,
     attention_backward_hopper,
     descends,
     item_of,
@@ -38,6 +39,7 @@ from modelopt_lite.kernels.hopper.backward import (
     rank_of,
     round_gradients,
     runs_of,
+    share_of,
     tiles_that_see,
 )
 from modelopt_lite.kernels.portable import launch as portable_launch
@@ -75,7 +77,7 @@ def compile_all():
         lse = torch.zeros(request.q.shape[:2])
         hopper_backward_launch.prepare(request.q, request)(request.q, ForwardResult(request.q, lse), request)
 
-    kernels = (attention_backward_hopper, prepare_gradients, round_gradients)
+    kernels = (attention_backward_hopper, prepare_gradients, round_gradients, add_parts)
     found = []
     pretend_gpu(hopper_backward_launch, *kernels, compiled=found)
     hopper_backward_launch.processors = lambda device: 132
@@ -163,13 +165,6 @@ def test_heads_of_a_launch(kv_heads, batch, tiles, heads):
     assert hopper_backward_launch.heads_of_launch(kv_heads, batch, tiles, 4, 132, is_causal=True) == heads
 
 
-@pytest.mark.parametrize(
-    ("items", "members", "copies"), [(3 * 2 * 64, 3, 3), (8 * 128, 4, 4), (8 * 256, 4, 1), (8, 1, 1)]
-)
-def test_copies_of_keys(items, members, copies):
-    assert hopper_backward_launch.copies_of_keys(items, members, 132) == copies
-
-
 class Rules(NamedTuple):
     """Those of the kernel's options that say which queries see a key."""
 
@@ -242,6 +237,52 @@ def test_all_take_turns(query_length, length, longest, rules, sliding_window, pr
     padded = torch.nn.functional.pad(visible, (0, -length % 128, 0, -query_length % 64))
     needed = padded.unflatten(1, (-1, 128)).unflatten(0, (-1, 64)).any(3).any(1).T
     assert (ranks[:, : needed.shape[0]] >= 0)[:, needed].all()
+
+
+@triton.jit
+def write_shares(found_ptr, heads, members, shares):
+    """Store what each item is: ``[items, 4]``."""
+    item = tl.program_id(0)
+    head, tile, first, end = share_of(item, heads, members, shares)
+    tl.store(found_ptr + 4 * item, head)
+    tl.store(found_ptr + 4 * item + 1, tile)
+    tl.store(found_ptr + 4 * item + 2, first)
+    tl.store(found_ptr + 4 * item + 3, end)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
+@pytest.mark.parametrize(("heads", "members", "shares"), [(3, 4, 4), (3, 4, 1), (1, 1, 1), (2, 3, 3)])
+def test_shares_of_first_tiles(heads, members, shares):
+    """With lists, each tile of keys meets each head of queries once, and no item comes before one it waits for."""
+    tiles = 5
+    found = torch.empty(heads * (tiles + 2 * (shares - 1)), 4, dtype=torch.int32)
+    write_shares[(found.shape[0],)](found, heads, members, shares)
+    met = [(head, tile, x) for head, tile, first, end in found.tolist() for x in range(first, end)]
+    assert sorted(met) == list(itertools.product(range(heads), range(tiles), range(members)))
+    numbers = found[:, 1].tolist()
+    assert numbers == sorted(numbers)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
+@pytest.mark.parametrize("members", [1, 3])
+@pytest.mark.parametrize("dtype", [FP16, torch.float32])
+def test_parts_are_added(dtype, members):
+    """Parts of keys that do not exist are not read, and no other gradient is written."""
+    heads, dim, lengths = 2, 64, [300, 0, 130, 50]
+    starts = torch.tensor([3, 303, 303, 433])
+    parts = torch.randn(2, len(lengths), heads, 2, members, 128, dim)
+    grads = [torch.full((490, heads, dim), 7.0, dtype=dtype) for _ in range(2)]
+    wanted = [grad.clone() for grad in grads]
+    for (sequence, length), tile in itertools.product(enumerate(lengths), range(2)):
+        rows, first = min(128, max(0, length - 128 * tile)), starts[sequence] + 128 * tile
+        for grad, of_kind in zip(wanted, parts, strict=True):
+            total = of_kind[sequence, :, tile, :, :rows].double().sum(1).to(dtype)
+            grad[first : first + rows] = total.transpose(0, 1)
+        parts[:, sequence, :, tile, :, rows:] = float("nan")
+    programs = len(lengths) * heads * 2
+    add_parts[(programs,)](parts, *grads, starts, torch.tensor(lengths), (heads * dim, dim), heads, members, dim)
+    for grad, want in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(grad, want, rtol=torch.finfo(dtype).eps, atol=1e-6)
 
 
 def steps_of(wave, head, tile, members, ranks):

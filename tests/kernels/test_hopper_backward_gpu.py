@@ -285,14 +285,14 @@ def test_the_output_is_freed_before_sums_are_allocated(keeps_graph):
     assert needed <= peak < needed + of_queries // 2
 
 
-@pytest.fixture(params=[True, False], ids=["items of a group", "items of a head"])
-def whole_groups(request, monkeypatch):
-    """With lists, items have all heads of queries that share keys, or one."""
-    monkeypatch.setattr(hopper_backward_launch, "FEW_ITEMS", 0 if request.param else 1 << 20)
+@pytest.fixture(params=[False, True], ids=["whole", "divided"])
+def first_tiles(request, monkeypatch):
+    """With lists, the first tile of keys of a sequence is one item, or one for each head of queries that shares it."""
+    monkeypatch.setattr(hopper_backward_launch, "DIVIDED_FROM", 0 if request.param else 1 << 20)
     monkeypatch.setattr(choice, "_prepared_backward", {})
 
 
-@pytest.mark.usefixtures("whole_groups")
+@pytest.mark.usefixtures("first_tiles")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("plan", LISTED)
 def test_lists(plan, dtype):
@@ -350,13 +350,13 @@ def test_grids(rows, per_kv_head):
     check(listed(of_128("2:4 exempt", heads=(6, 2)), 0.5, rows, per_kv_head))
 
 
-@pytest.mark.usefixtures("whole_groups")
+@pytest.mark.usefixtures("first_tiles")
 @pytest.mark.parametrize("plan", ["dense", "2:4 exempt"])
 def test_long_lists(plan):
     check(listed(of_128(plan, lengths=((1500, 1500), (333, 3000)), heads=(8, 2)), 0.25))
 
 
-@pytest.mark.usefixtures("whole_groups")
+@pytest.mark.usefixtures("first_tiles")
 @pytest.mark.parametrize("plan", ["dense", "2:4"])
 def test_the_same_bits_every_time_with_lists(plan):
     """With so many items that programs take several, and wait for each other."""

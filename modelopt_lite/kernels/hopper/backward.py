@@ -4,9 +4,9 @@ As many programs as multiprocessors compute items one after the other, an item e
 of 128 keys of one head, whose gradients stay in registers. Queries and gradients of the output of all query heads that
 share it, or of some of these, stream through shared memory, 64 rows a step. The first keys of all heads come first, as
 under causal attention most queries see them; and in every other wave programs come in the reverse order, so that all
-have about as much to do. In a program, one warp loads, two warpgroups compute, for 64 keys each, and two warps add up
-gradients of queries. A step is five matrix products where two passes need seven, because scores are computed and keys
-selected once.
+have about as much to do. With lists of key blocks, items differ more, and programs take them from a counter. In a
+program, one warp loads, two warpgroups compute, for 64 keys each, and two warps add up gradients of queries. A step is
+five matrix products where two passes need seven, because scores are computed and keys selected once.
 
 With a hook, scores are computed in the orientation of the forward, so that all scores of a group are in one thread and
 hooks see the same numbers. Weights and gradients of scores then pass through shared memory, where matrix instructions
@@ -61,6 +61,8 @@ LINE = tl.constexpr(32)
 """Numbers of a line of sums: 128 bytes."""
 CLEARED = tl.constexpr(8192)
 """Numbers that a program clears."""
+DIVIDED = tl.constexpr(2)
+"""The first tiles of keys of a sequence, which all queries may list, and of which several items may compute a share."""
 EARLY = tl.constexpr(4)
 """Selection from groups of more keys needs the registers of a product that could run beside it."""
 
@@ -114,9 +116,9 @@ def prepare_gradients(
     :func:`~modelopt_lite.kernels.portable.backward.gradient_rows`, but ``[heads, tiles, ROWS]``, so that the tensor
     memory accelerator can load them, which wants addresses that are multiples of 16 bytes; rows lie as
     :func:`place_of` says, and deltas are negative, as they are to be added; turns are 0. Then each sequence's program
-    finds the number of its first tile, and sets the counter of items to 0, which lies behind the turns. Then come those that clear gradients of queries without a key or a sequence; the
-    logarithms of the latter may be anything. The others clear ``CLEARED`` of the ``size`` numbers of gradients of keys
-    and values each.
+    finds the number of its first tile, and sets the counter of items to 0, which lies behind the turns. Then come those
+    that clear gradients of queries without a key or a sequence; the logarithms of the latter may be anything. The
+    others clear ``CLEARED`` of the ``size`` numbers of gradients of keys and values each.
     """
     program = tl.program_id(0)
     row_programs = tl.cdiv(total, ROWS) * heads
@@ -238,6 +240,29 @@ def round_gradients(
     tl.store(pointers, (sums * scale).to(grad_ptr.dtype.element_ty), mask=has_keys[:, None])
 
 
+@triton.jit(do_not_specialize=["heads", "members"])
+def add_parts(
+    parts_ptr, grad_key_ptr, grad_value_ptr, starts_ptr, lengths_ptr, strides, heads, members, DIM: tl.constexpr
+):  # fmt: skip
+    """Add up and round gradients of one of the ``DIVIDED`` first tiles of keys, of one sequence and head a program.
+
+    Parts are ``[2, batch, heads, DIVIDED, members, KEYS, DIM]``, where 2 are keys and values.
+    """
+    program = tl.program_id(0)
+    sequence, head, tile = program // (heads * DIVIDED), program // DIVIDED % heads, program % DIVIDED
+    rows, columns = tl.arange(0, KEYS)[:, None], tl.arange(0, DIM)[None, :]
+    tokens = tile * KEYS + rows
+    exist = tokens < tl.load(lengths_ptr + sequence)
+    places = (tl.load(starts_ptr + sequence).to(tl.int64) + tokens) * strides[0] + head * strides[1] + columns
+    for which in tl.static_range(2):
+        first = (which * tl.num_programs(0) + program).to(tl.int64) * members * KEYS
+        total = tl.zeros([KEYS, DIM], tl.float32)
+        for member in range(members):
+            total += tl.load(parts_ptr + (first + member * KEYS + rows) * DIM + columns, mask=exist, other=0.0)
+        grad_ptr = grad_key_ptr if which == 0 else grad_value_ptr
+        tl.store(grad_ptr + places, total.to(grad_ptr.dtype.element_ty), mask=exist)
+
+
 @triton.jit
 def place_of(row, TRANSPOSED: tl.constexpr):
     """Return where the shift and the delta of a row of a tile lie: transposed, four that a thread needs together."""
@@ -290,9 +315,12 @@ def item_of(wave, program, programs):
 
 @gluon.jit
 def count_items(problem):
-    """Return how many items there are for all programs."""
-    _, heads_of, batch, tiles_per_head, _, _, _ = problem
-    return batch * heads_of[0] * tiles_per_head
+    """Return how many items there are for all programs; see :func:`find_tile`."""
+    _, heads_of, batch, tiles_per_head, _, lists, _ = problem
+    tiles = tiles_per_head
+    if lists is not None:
+        tiles += (heads_of[3] - 1) * DIVIDED
+    return batch * heads_of[0] * tiles
 
 
 @gluon.jit
@@ -329,20 +357,46 @@ def take_item(wave, problem):
     return item
 
 
-@gluon.jit
-def find_tile(item, problem):
+@triton.jit
+def share_of(item, heads, members, shares):
     """Return what an item is: the first items are the first tiles of keys of all heads.
 
+    Args:
+        item: its number.
+        heads: heads of keys, of all sequences.
+        members: how many heads of queries share one.
+        shares: how many items each of the ``DIVIDED`` first tiles of keys of a head is, of as many heads of queries.
+
     Returns:
-        ``(kv_head, sequence, tile, exists, lengths)``: the head, which may be one of several copies; the tile's number
-        in it; whether it has keys; and how many queries and keys the sequence has.
+        The head of keys, its tile, and of the heads of queries the first one and the one behind the last one.
     """
-    sequences, heads_of, batch, _, _, _, _ = problem
-    head, tile = item % (batch * heads_of[0]), item // (batch * heads_of[0])
+    head, number = item % heads, item // heads
+    divided = number < shares * DIVIDED
+    tile = tl.where(divided, number // shares, number - (shares - 1) * DIVIDED)
+    each = tl.where(divided, members // shares, members)
+    first = tl.where(divided, number % shares * each, 0)
+    return head, tile, first, first + each
+
+
+@gluon.jit
+def find_tile(item, problem):
+    """Return what an item is.
+
+    Returns:
+        ``(kv_head, sequence, tile, exists, lengths, members)``: the head; the tile's number in it; whether it has keys;
+        how many queries and keys the sequence has; and which heads of queries, as in :func:`share_of`.
+    """
+    sequences, heads_of, batch, _, _, lists, _ = problem
+    heads = batch * heads_of[0]
+    if lists is None:
+        head, tile = item % heads, item // heads
+        members = (0, heads_of[1])
+    else:
+        head, tile, first, end = share_of(item, heads, heads_of[1], heads_of[3])
+        members = (first, end)
     sequence = head // heads_of[0]
     lengths = (gl.load(sequences[1] + sequence).to(gl.int32), gl.load(sequences[3] + sequence).to(gl.int32))
-    exists = tile * KEYS < lengths[1]
-    return heads_of[2] + head % heads_of[0], sequence, tile, exists, lengths
+    return heads_of[2] + head % heads_of[0], sequence, tile, tile * KEYS < lengths[1], lengths, members
 
 
 @gluon.jit
@@ -482,7 +536,7 @@ def load_items(work, OPTIONS: gl.constexpr):
     wave = 0
     item = post_item(wave, problem)
     while item < count_items(problem):
-        kv_head, sequence, tile, exists, lengths = find_tile(item, problem)
+        kv_head, sequence, tile, exists, lengths, members = find_tile(item, problem)
         if exists:
             begin, end = tiles_that_see(tile, lengths, problem[4][2], OPTIONS)
             first_query = gl.load(sequences[0] + sequence).to(gl.int32) - rows_before(lengths, problem)
@@ -492,10 +546,10 @@ def load_items(work, OPTIONS: gl.constexpr):
             mbarrier.expect(keys_loaded, 2 * WARPGROUPS * BYTES)
             for w in gl.static_range(WARPGROUPS):
                 place = first_key + w * ROWS
-                load_rows(keys, place, kv_head // heads_of[3], keys_loaded, key_memory.index(w), OPTIONS)
-                load_rows(values, place, kv_head // heads_of[3], keys_loaded, value_memory.index(w), OPTIONS)
+                load_rows(keys, place, kv_head, keys_loaded, key_memory.index(w), OPTIONS)
+                load_rows(values, place, kv_head, keys_loaded, value_memory.index(w), OPTIONS)
             turn += 1
-            for member in range(heads_of[1]):
+            for member in range(members[0], members[1]):
                 head = kv_head * heads_of[1] + member
                 if lists is not None:
                     entries_ptr, _masked, end = entries_of(head, sequence, tile, problem)
@@ -541,11 +595,11 @@ def add_items(work, ADDER: gl.constexpr, TRANSPOSED: gl.constexpr, OPTIONS: gl.c
     wave = 0
     item = take_item(wave, problem)
     while item < count_items(problem):
-        kv_head, sequence, tile, exists, lengths = find_tile(item, problem)
+        kv_head, sequence, tile, exists, lengths, members = find_tile(item, problem)
         if exists:
             begin, end = tiles_that_see(tile, lengths, problem[4][2], OPTIONS)
             begin_of_sequence = gl.load(begins_ptr + sequence)
-            for member in range(heads_of[1]):
+            for member in range(members[0], members[1]):
                 head = kv_head * heads_of[1] + member
                 first_tile = head * tiles_of_queries + begin_of_sequence
                 first_sum = first_tile - heads_of[2] * heads_of[1] * tiles_of_queries
@@ -848,13 +902,12 @@ def differentiate(
 
 
 @gluon.jit
-def store_keys(grad, pointer, strides, head, first_key, first, length, OPTIONS: gl.constexpr):
-    """Store the gradient of a warpgroup's keys or values, as far as they exist."""
+def store_keys(grad, pointer, stride, first, length, OPTIONS: gl.constexpr):
+    """Store the gradient of a warpgroup's keys or values, as far as they exist, where the sequence's rows begin."""
     LAYOUT: gl.constexpr = grad.type.layout
     positions = first + key_of_row(gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT)), ROWS, OPTIONS.group, OPTIONS.pair)
-    rows = (first_key + positions)[:, None]
     columns = gl.arange(0, OPTIONS.block_d, gl.SliceLayout(0, LAYOUT))[None, :]
-    pointers = pointer + head.to(gl.int64) * strides[1] + (rows * strides[0] + columns)
+    pointers = pointer + (positions[:, None].to(gl.int64) * stride + columns)
     gl.store(pointers, grad.to(pointer.dtype.element_ty), mask=(positions < length)[:, None])
 
 
@@ -862,8 +915,8 @@ def store_keys(grad, pointer, strides, head, first_key, first, length, OPTIONS: 
 def differentiate_items(work, hook_args, WARPGROUP: gl.constexpr, SCORE_HOOK: gl.constexpr, OPTIONS: gl.constexpr):
     """Compute the gradients of keys and values, and parts of those of queries: the part of a warpgroup."""
     buffers, barriers, key_barriers, pointers, strides, problem, numbers = work
-    grad_key_ptr, grad_value_ptr = pointers
-    sequences, heads_of, _, _, distances, lists, _ = problem
+    grad_key_ptr, grad_value_ptr, parts_ptr = pointers
+    sequences, heads_of, batch, _, distances, lists, _ = problem
     num_sinks, window, sliding_window = distances
     OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, OPTIONS.block_d, 16])
     RUNS: gl.constexpr = 3 if lists is None else 1
@@ -873,7 +926,7 @@ def differentiate_items(work, hook_args, WARPGROUP: gl.constexpr, SCORE_HOOK: gl
     wave = 0
     item = take_item(wave, problem)
     while item < count_items(problem):
-        kv_head, sequence, tile, exists, lengths = find_tile(item, problem)
+        kv_head, sequence, tile, exists, lengths, members = find_tile(item, problem)
         if exists:
             query_length, length = lengths
             first_key = gl.load(sequences[2] + sequence).to(gl.int64)
@@ -896,7 +949,7 @@ def differentiate_items(work, hook_args, WARPGROUP: gl.constexpr, SCORE_HOOK: gl
                 clear_beyond(buffers[3].index(WARPGROUP), first, length, OPTIONS, OPTIONS.group, 1, 0)
             first_step = step
             before = rows_before(lengths, problem)
-            for run in range(RUNS * heads_of[1]):
+            for run in range(RUNS * members[0], RUNS * members[1]):
                 entry = 0
                 descending = False
                 if lists is None:
@@ -937,8 +990,21 @@ def differentiate_items(work, hook_args, WARPGROUP: gl.constexpr, SCORE_HOOK: gl
                 hand_over(sums, step - 1, buffers[6], barriers[2], WARPGROUP, OPTIONS)
             synchronize()
             mbarrier.arrive(key_barriers[1], count=1)
-            store_keys(grad_key * numbers[0], grad_key_ptr, strides, kv_head, first_key, first, length, OPTIONS)
-            store_keys(grad_value, grad_value_ptr, strides, kv_head, first_key, first, length, OPTIONS)
+            grad_key *= numbers[0]
+            own = first_key * strides[0] + kv_head.to(gl.int64) * strides[1]
+            if lists is not None:
+                # Either here or there: stores in a branch are more than Triton's compiler can do.
+                is_part = (tile < DIVIDED) & (heads_of[3] > 1)
+                end_of_part = gl.where(is_part, length, 0)
+                length = gl.where(is_part, 0, length)
+                of_head = ((sequence * heads_of[0] + kv_head) * DIVIDED + tile) * heads_of[1] + members[0]
+                of_values = batch * heads_of[0] * DIVIDED * heads_of[1]
+                part = parts_ptr + of_head.to(gl.int64) * (KEYS * OPTIONS.block_d) - tile * (KEYS * OPTIONS.block_d)
+                store_keys(grad_key, part, OPTIONS.block_d, first, end_of_part, OPTIONS)
+                part += of_values.to(gl.int64) * (KEYS * OPTIONS.block_d)
+                store_keys(grad_value, part, OPTIONS.block_d, first, end_of_part, OPTIONS)
+            store_keys(grad_key, grad_key_ptr + own, strides[0], first, length, OPTIONS)
+            store_keys(grad_value, grad_value_ptr + own, strides[0], first, length, OPTIONS)
         wave += 1
         item = take_item(wave, problem)
 
@@ -951,14 +1017,15 @@ def differentiate_items(work, hook_args, WARPGROUP: gl.constexpr, SCORE_HOOK: gl
 )  # fmt: skip
 def attention_backward_hopper(
     query_descriptor, grad_descriptor, key_descriptor, value_descriptor, key_tail_descriptor, value_tail_descriptor,
-    tail_start, sums_descriptor, shift_descriptor, delta_descriptor, grad_key_ptr, grad_value_ptr, turns_ptr,
-    begins_ptr, tiles_of_queries, strides, sequences, heads_of, first_head, numbers, batch, tiles_per_head, num_sinks,
-    window, sliding_window, lists, hook_args, SCORE_HOOK: gl.constexpr, OPTIONS: gl.constexpr,
+    tail_start, sums_descriptor, shift_descriptor, delta_descriptor, grad_key_ptr, grad_value_ptr, parts_ptr,
+    turns_ptr, begins_ptr, tiles_of_queries, strides, sequences, heads_of, first_head, numbers, batch, tiles_per_head,
+    num_sinks, window, sliding_window, lists, hook_args, SCORE_HOOK: gl.constexpr, OPTIONS: gl.constexpr,
 ):  # fmt: skip
     """Compute gradients of packed queries, keys and values; see :mod:`.backward_launch`.
 
     It does so for ``heads_of[0]`` heads of keys from ``first_head`` on, and ``heads_of[1]`` heads of queries of each.
-    With lists, each head of keys may stand there in ``heads_of[2]`` copies, whose gradients are to be added up.
+    With lists, ``heads_of[2]`` items, 1 or one for each head of queries, share each of the ``DIVIDED`` first tiles of
+    keys of a head. If they are not 1, their gradients of keys and values are parts that :func:`add_parts` adds up.
     Gradients of keys and values of no sequence are left as they are. Those of queries are added up in FP32, unscaled,
     ``[heads of the launch, tiles_of_queries, ROWS * dim]`` in lines, through a descriptor. Of each head, tiles of all
     sequences follow each other, and begin at ``begins_ptr``, ``[batch]``. Turns are ``[heads, tiles_of_queries]``, 0 at
@@ -1022,7 +1089,7 @@ def attention_backward_hopper(
     of_rows = (shift_memory, delta_memory)
     buffers = (query_memory, grad_memory, key_memory, value_memory, weight_memory, score_memory, sum_memory, of_rows)
     barriers = (query_loaded, grad_loaded, sums_empty, cleared)
-    pointers = (grad_key_ptr, grad_value_ptr)
+    pointers = (grad_key_ptr, grad_value_ptr, parts_ptr)
     work = (buffers, barriers, (keys_loaded, keys_freed), pointers, strides, problem, numbers)
     gl.warp_specialize(
         [

@@ -18,10 +18,12 @@ from ..settings import Options, Settings, distances, hook_arguments, options_of
 from . import forward_launch as hopper_launch
 from .backward import (
     CLEARED,
+    DIVIDED,
     KEYS,
     LINE,
     ROWS,
     WARPGROUPS,
+    add_parts,
     attention_backward_hopper,
     prepare_gradients,
     round_gradients,
@@ -40,8 +42,10 @@ LONGEST_LISTED = KEYS.value * TILES_FROM.value // 2
 """Tokens of a sequence whose tiles can be numbered in an entry of a list."""
 STEPS_OF_LAUNCH = 14
 """How many steps a program could take in the time that one more launch costs."""
-FEW_ITEMS = 8
-"""Items of a program below which a long one keeps others waiting."""
+DIVIDED_FROM = 8
+"""Tiles of keys of a sequence, on average, from which on the first ones are divided by heads of queries, with lists.
+
+All queries may list the first keys. As they are also the first to add to gradients of queries, others would wait."""
 SLOWER = 1.04
 """How much longer several launches may take, by their steps, as they save memory."""
 
@@ -97,16 +101,11 @@ def prepare(grad: Tensor, request: AttentionRequest) -> Backward:
     options = options_of(r, SETTINGS)._replace(pair=min(r.group, 2))
     tiles = max(1, cdiv(r.max_k, KEYS.value))
     members = query_heads // kv_heads
-    copies = 1
-    if r.blocks is not None:
-        items = kv_heads * min(batch * tiles, r.k.shape[0] // KEYS.value + batch)
-        copies = copies_of_keys(items, members, processors(device))
-    members, key_heads = members // copies, kv_heads * copies
-    # The sum of parts may fit into FP16 where they do not.
-    of_parts = torch.float32 if copies > 1 and r.k.dtype == torch.float16 else r.k.dtype
-    heads = key_heads
-    if r.blocks is None:  # else it is not known here how many steps there are
+    heads, shares = kv_heads, 1
+    if r.blocks is None:
         heads = heads_of_launch(kv_heads, batch, tiles, members, processors(device), r.is_causal)
+    elif r.k.shape[0] >= DIVIDED_FROM * KEYS.value * batch:
+        shares = members
     # With lists, the first and the last tile of a sequence may both have fewer rows.
     query_tiles = total // ROWS.value + batch * (1 if r.blocks is None else 2)
     rows, columns = query_heads * query_tiles, ROWS.value
@@ -126,15 +125,17 @@ def prepare(grad: Tensor, request: AttentionRequest) -> Backward:
     grad_strides, query_strides, key_strides = (
         grad.stride()[:2],
         (query_heads * head_dim, head_dim),
-        (key_heads * head_dim, head_dim),
+        (kv_heads * head_dim, head_dim),
     )
-    size = r.k.numel() * copies
+    size = r.k.numel()
     before = (query_tiles + cdiv(total, ROWS.value)) * query_heads + batch + cdiv(size, CLEARED.value)
     launch_before = Launch(prepare_gradients, device, head_dim, plan.score_hook is None)
     launch = Launch(
         attention_backward_hopper, device, plan.score_hook, options,
         num_warps=SETTINGS.num_warps, enable_fp_fusion=True, launch_cooperative_grid=True,
     )  # fmt: skip
+    parts_size = 2 * batch * query_heads * DIVIDED.value * KEYS.value * head_dim if shares > 1 else 0
+    launch_parts = Launch(add_parts, device, head_dim, num_warps=8)
     launch_after = Launch(round_gradients, device, head_dim, plan.score_hook is None)
     prepare_entries = None if r.blocks is None else Entries(r, tiles, options)
     programs = min(batch * heads * tiles, processors(device))
@@ -146,7 +147,7 @@ def prepare(grad: Tensor, request: AttentionRequest) -> Backward:
         turns = torch.empty(rows + 1, dtype=torch.int32, device=device)  # and a counter of items
         begins = torch.empty(batch, dtype=torch.int32, device=device)
         grad_q = r.q.new_empty(r.q.shape)
-        grad_k, grad_v = (x.new_empty(x.shape[0], key_heads, head_dim, dtype=of_parts) for x in (r.k, r.v))
+        grad_k, grad_v = (x.new_empty(x.shape) for x in (r.k, r.v))
         lengths = (r.lengths_q, None if prepare_entries is None else r.lengths_k)
         out = result.output
         assert out is not None
@@ -160,14 +161,17 @@ def prepare(grad: Tensor, request: AttentionRequest) -> Backward:
         del out
         sums = torch.empty(lines, LINE.value, dtype=torch.float32, device=device)
         tails = [None, None] if tail_rows == 0 else [_tail(x, tail_rows, tail_start) for x in (r.k, r.v)]
-        entries = None if prepare_entries is None else prepare_entries(r)
-        for first_head in range(0, key_heads, heads):
+        entries, parts = None, None
+        if prepare_entries is not None:
+            entries = prepare_entries(r)
+            parts = torch.empty(parts_size, dtype=torch.float32, device=device)
+        for first_head in range(0, kv_heads, heads):
             try:
                 launch(
                     programs, rebased(of_queries, r.q), rebased(of_grad, grad), rebased(of_keys, r.k),
                     rebased(of_values, r.v), *(rebased(of_tail, x) for x in tails), tail_start, rebased(of_sums, sums),
-                    rebased(of_rows, shift), rebased(of_rows, delta), grad_k, grad_v, turns, begins, query_tiles,
-                    key_strides, (r.starts_q, r.lengths_q, r.starts_k, r.lengths_k), (heads, members, copies),
+                    rebased(of_rows, shift), rebased(of_rows, delta), grad_k, grad_v, parts, turns, begins, query_tiles,
+                    key_strides, (r.starts_q, r.lengths_q, r.starts_k, r.lengths_k), (heads, members, shares),
                     first_head, *rest, entries, hook_args,
                 )  # fmt: skip
             except CompilationError as error:
@@ -179,29 +183,18 @@ def prepare(grad: Tensor, request: AttentionRequest) -> Backward:
                 rows_of_launch, sums, shift, turns, grad_q, begins, r.starts_q, lengths, r.softmax_scale, batch,
                 query_tiles, first_head * members, heads * members, query_strides,
             )  # fmt: skip
-        del sums, entries
-        if copies > 1:
-            grad_k, grad_v = (x.unflatten(1, (kv_heads, copies)).sum(2).to(r.k.dtype) for x in (grad_k, grad_v))
+        if parts is not None and shares > 1:
+            launch_parts(
+                batch * kv_heads * DIVIDED.value, parts, grad_k, grad_v, r.starts_k, r.lengths_k, key_strides, kv_heads,
+                shares,
+            )  # fmt: skip
+        del sums, entries, parts
         of_sinks = None
         if r.s_aux is not None:
             of_sinks = gradient_of_sink_logits(r, shift.view(query_heads, -1), -delta.view(query_heads, -1))
         return grad_q, grad_k, grad_v, of_sinks
 
     return run
-
-
-def copies_of_keys(items: int, members: int, programs: int) -> int:
-    """Return over how many items the heads of queries that share a tile of keys are divided, with lists.
-
-    All queries may list the same keys, for example the first ones. Where items are few, programs would have nothing to
-    do but to wait for that long one.
-
-    Args:
-        items: tiles of keys of all heads.
-        members: how many heads of queries share a head of keys.
-        programs: how many items are computed at the same time.
-    """
-    return members if items < FEW_ITEMS * programs else 1
 
 
 def heads_of_launch(kv_heads: int, batch: int, tiles: int, members: int, programs: int, is_causal: bool) -> int:
