@@ -27,7 +27,7 @@ from typing import Any, TypeAlias
 
 import recording
 import torch
-from attention import Call, differentiated, inputs, measure, packing_of
+from attention import Call, differentiated, inputs, measure, packing_of, peak_memory
 from recorded import recorded
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
@@ -252,6 +252,10 @@ def measure_problem(
     entries = [Entry(DENSE_CALL, 0.0, False, problem.call())]
     entries += itertools.chain.from_iterable(maker(problem) for maker in makers)
     times = measure({index: entry.call for index, entry in enumerate(entries)}, heat, rounds, graphs=False)
+    peaks: dict[int, dict[str, int]] = {index: {} for index in times}
+    if problem.which == "forward_backward":  # where nobody but autograd holds the output, as in a model
+        for index in peaks:
+            peaks[index]["peak_mib"] = peak_memory(functools.partial(entries[index].call, holds_output=False))
     return [
         {
             "method": entry.method,
@@ -264,6 +268,7 @@ def measure_problem(
             "settings": entry.settings,
             "ms": round(times[index], 4),
             "speedup_over_dense": round(times[0] / times[index], 3),
+            **peaks[index],
         }
         for index, entry in enumerate(entries)
         if index in times

@@ -173,7 +173,13 @@ def lists_table(which: str = "forward") -> str:
             found = {row["method"]: row["speedup_over_dense"] for row in sorted(same, key=lambda row: -row["ms"])}
             cells = [str(length), lists, f"{share:.0%}".replace("%", " %"), *(ratio(found.get(key)) for key in names)]
             lines.append([*cells, milliseconds(dense)])
-    return markdown(["tokens", "lists", "skipped", *names.values(), "time of our dense kernel"], lines)
+            if which == "forward_backward":
+                peaks = {row["method"]: str(row["peak_mib"]) for row in (*group, *same)}
+                lines[-1] += [peaks["lists"], peaks["dense"]]
+    columns = ["tokens", "lists", "skipped", *names.values(), "time of our dense kernel"]
+    if which == "forward_backward":
+        columns += ["peak memory, MiB", "that of our dense kernel"]
+    return markdown(columns, lines)
 
 
 def chosen_table() -> str:
@@ -294,7 +300,7 @@ def training_table(head_dim: int) -> str:
 
 
 def trained_models_table() -> str:
-    """Return how fast whole models train: tokens a second, and speeds relative to Transformers' own attention."""
+    """Return how fast whole models train, relative to Transformers' own attention, and the peak memory of all."""
     names = {name: PEERS.get(name, VARIANTS.get(name, name)) for name in TRAINED}
     lines = []
     for (model, layers, length, batch), group in by_problem(
@@ -303,8 +309,10 @@ def trained_models_table() -> str:
         found = {row["variant"]: row for row in group}
         shape = {"llama-3.1-8b": f"Llama-8B's, {layers} layers", "smollm2-135m": "SmolLM2-135M's"}[model]
         cells = [ratio(found[name]["speed_to_sdpa"]) if name in found else MISSING for name in names]
-        lines.append([shape, f"{batch} x {length}", str(found["sdpa"]["tokens_per_second"]), *cells])
-    return markdown(["shape", "tokens", "sdpa, tokens/s", *names.values()], lines, left=1)
+        peaks = sorted({f"{row['peak_gib']:.2f}" for row in group}, key=float)
+        peak = " to ".join(dict.fromkeys([peaks[0], peaks[-1]]))
+        lines.append([shape, f"{batch} x {length}", str(found["sdpa"]["tokens_per_second"]), *cells, peak])
+    return markdown(["shape", "tokens", "sdpa, tokens/s", *names.values(), "peak memory, GiB"], lines, left=1)
 
 
 def training_memory_table() -> str:
