@@ -15,11 +15,14 @@ L2_SHARE = 24 * 2**20
 """Bytes of keys and values of the heads that are computed at one time: half of the L2 cache of an A100 or H100."""
 
 
-@functools.cache
 def compute_capability(device: torch.device) -> int:
     """Return a GPU's compute capability as ``10 * major + minor``."""
-    major, minor = torch.cuda.get_device_capability(device)
+    # While it traces, PyTorch knows what a GPU is, and warns of functions that remember.
+    major, minor = (torch.cuda.get_device_capability if torch.compiler.is_compiling() else _capability)(device)
     return 10 * major + minor
+
+
+_capability = functools.cache(torch.cuda.get_device_capability)
 
 
 @functools.cache

@@ -207,7 +207,7 @@ def attention_forward(
         type(attention_mask) is Layout
         and attention_mask.whole
         and isinstance(module, SparseAttentionModule)
-        and (kwargs.keys() <= _PLAIN_ARGUMENTS or all(kwargs[x] is None for x in kwargs.keys() - _PLAIN_ARGUMENTS))
+        and (kwargs.keys() <= _PLAIN_ARGUMENTS or all(x in _PLAIN_ARGUMENTS or kwargs[x] is None for x in kwargs))
         and not (dropout or module.sparse_attention.is_sharded)
     ):
         layout = attention_mask

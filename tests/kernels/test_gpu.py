@@ -246,8 +246,8 @@ def test_sinks_and_window_alone(dtype, is_causal, sinks, window):
 
 
 def test_nothing_is_compiled_again_for_other_numbers(kernel):
-    """Whether there are sink tokens is known at compile time, how many is not."""
-    function, dim = (attention_forward_hopper, 64) if kernel == "hopper" else (attention_forward, 32)
+    """Whether there are sink tokens is known at compile time, how many is not; short calls have their own variant."""
+    function, dim, variants = (attention_forward_hopper, 64, 1) if kernel == "hopper" else (attention_forward, 32, 2)
 
     def compiled():
         return sum(len(cache[0]) for cache in function.device_caches.values())
@@ -258,7 +258,7 @@ def test_nothing_is_compiled_again_for_other_numbers(kernel):
             plan = top_n_plan(2, 4, sinks, window)
             lengths = [(length, length + number)] * sinks
             run(make(lengths=lengths, heads=(2, 2), dims=(dim, dim), plan=plan, sliding_window=sliding))
-    assert compiled() == before + 1
+    assert compiled() == before + variants
 
 
 def test_a_hook_that_gluon_cannot_compile_is_left_to_the_portable_kernel(kernel, caplog):
@@ -278,7 +278,7 @@ def test_a_hook_that_gluon_cannot_compile_is_left_to_the_portable_kernel(kernel,
 
 
 def test_what_the_kernel_cannot_run_is_refused():
-    request = make(lengths=((4, 4),))
+    request = make(lengths=((40, 40),))  # more queries than the decode kernel takes, which takes a head_dim of 300
     doubles = {name: getattr(request, name).double() for name in ("q", "k", "v")}
 
     def refused(message, **changes):
