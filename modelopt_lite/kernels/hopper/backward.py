@@ -324,36 +324,34 @@ def count_items(problem):
 
 
 @gluon.jit
-def post_item(wave, problem):
-    """Take this program's item of a wave for all its warps, and return it: the part of the warp that loads.
+def count_waves(problem):
+    """Return how many items a program computes at most, without lists."""
+    return (count_items(problem) + gl.num_programs(0) - 1) // gl.num_programs(0)
 
-    With lists, items come from a common counter, as they differ in length.
+
+@gluon.jit
+def post_item(wave, problem):
+    """Take an item from the counter for all warps of this program, and return it: the part of the warp that loads.
+
+    With lists, items differ in length.
     """
-    mail = problem[6]
-    if mail is None:
-        item = item_of(wave, gl.program_id(0), gl.num_programs(0))
-    else:
-        counter_ptr, items, posted, taken = mail
-        slot = wave % SLOTS
-        mbarrier.wait(taken.index(slot), (wave // SLOTS & 1) ^ 1)
-        item = gl.atomic_add(counter_ptr, 1, sem="relaxed")
-        write_number(items.index(slot), item)
-        mbarrier.arrive(posted.index(slot), count=1)
+    counter_ptr, items, posted, taken = problem[6]
+    slot = wave % SLOTS
+    mbarrier.wait(taken.index(slot), (wave // SLOTS & 1) ^ 1)
+    item = gl.atomic_add(counter_ptr, 1, sem="relaxed")
+    write_number(items.index(slot), item)
+    mbarrier.arrive(posted.index(slot), count=1)
     return item
 
 
 @gluon.jit
-def take_item(wave, problem):
-    """Return this program's item of a wave: the part of all warps but the one that loads."""
-    mail = problem[6]
-    if mail is None:
-        item = item_of(wave, gl.program_id(0), gl.num_programs(0))
-    else:
-        _, items, posted, taken = mail
-        slot = wave % SLOTS
-        mbarrier.wait(posted.index(slot), wave // SLOTS & 1)
-        item = read_number(items.index(slot))
-        mbarrier.arrive(taken.index(slot), count=1)
+def posted_item(wave, problem):
+    """Return the item that was posted: the part of all warps but the one that loads."""
+    _, items, posted, taken = problem[6]
+    slot = wave % SLOTS
+    mbarrier.wait(posted.index(slot), wave // SLOTS & 1)
+    item = read_number(items.index(slot))
+    mbarrier.arrive(taken.index(slot), count=1)
     return item
 
 
@@ -383,10 +381,10 @@ def find_tile(item, problem):
     """Return what an item is.
 
     Returns:
-        ``(kv_head, sequence, tile, exists, lengths, members)``: the head; the tile's number in it; whether it has keys;
-        how many queries and keys the sequence has; and which heads of queries, as in :func:`share_of`.
+        ``(kv_head, sequence, tile, exists, lengths, members)``: the head; the tile's number in it; whether there is
+        any, with keys; how many queries and keys the sequence has; and which heads of queries, as in :func:`share_of`.
     """
-    sequences, heads_of, batch, _, _, lists, _ = problem
+    sequences, heads_of, batch, tiles_per_head, _, lists, _ = problem
     heads = batch * heads_of[0]
     if lists is None:
         head, tile = item % heads, item // heads
@@ -396,7 +394,8 @@ def find_tile(item, problem):
         members = (first, end)
     sequence = head // heads_of[0]
     lengths = (gl.load(sequences[1] + sequence).to(gl.int32), gl.load(sequences[3] + sequence).to(gl.int32))
-    return heads_of[2] + head % heads_of[0], sequence, tile, tile * KEYS < lengths[1], lengths, members
+    exists = (tile < tiles_per_head) & (tile * KEYS < lengths[1])
+    return heads_of[2] + head % heads_of[0], sequence, tile, exists, lengths, members
 
 
 @gluon.jit
@@ -523,63 +522,125 @@ def runs_of(number, begin, spans, end, descending):
 
 
 @gluon.jit
-def load_items(work, OPTIONS: gl.constexpr):
-    """Load the keys and values of each tile, then queries and gradients of the output: the part of one warp."""
+def load_item(wave, item, step, turn, work, OPTIONS: gl.constexpr):
+    """Do an item's part of :func:`load_items`, and return how many steps and items are loaded."""
     descriptors, buffers, barriers, begins_ptr, tiles_of_queries, problem = work
     query_descriptor, grad_descriptor, shift_descriptor, delta_descriptor, keys, values = descriptors
     query_memory, grad_memory, shift_memory, delta_memory, key_memory, value_memory = buffers
     query_loaded, grad_loaded, keys_loaded, keys_freed = barriers
     sequences, heads_of, _, _, _, lists, _ = problem
     BYTES: gl.constexpr = ROWS * OPTIONS.block_d * 2
+    kv_head, sequence, tile, exists, lengths, members = find_tile(item, problem)
+    if exists:
+        begin, end = tiles_that_see(tile, lengths, problem[4][2], OPTIONS)
+        first_query = gl.load(sequences[0] + sequence).to(gl.int32) - rows_before(lengths, problem)
+        begin_of_sequence = gl.load(begins_ptr + sequence)
+        first_key = gl.load(sequences[2] + sequence).to(gl.int32) + tile * KEYS
+        mbarrier.wait(keys_freed, (turn & 1) ^ 1)
+        mbarrier.expect(keys_loaded, 2 * WARPGROUPS * BYTES)
+        for w in gl.static_range(WARPGROUPS):
+            place = first_key + w * ROWS
+            load_rows(keys, place, kv_head, keys_loaded, key_memory.index(w), OPTIONS)
+            load_rows(values, place, kv_head, keys_loaded, value_memory.index(w), OPTIONS)
+        turn += 1
+        for member in range(members[0], members[1]):
+            head = kv_head * heads_of[1] + member
+            if lists is not None:
+                entries_ptr, _masked, end = entries_of(head, sequence, tile, problem)
+                begin = end * 0
+            for place in range(end - begin):
+                query_tile = nth_tile(place, begin, end, descends(wave, member, lists))
+                if lists is not None:
+                    query_tile = gl.load(entries_ptr + place) // TILES_FROM
+                row = first_query + query_tile * ROWS
+                line = head * tiles_of_queries + begin_of_sequence + query_tile
+                stage = step % STAGES
+                if step >= STAGES:
+                    meet(step, FREED, THREADS_OF_STEP)
+                mbarrier.expect(query_loaded.index(stage), BYTES + ROWS * 4)
+                tma.async_copy_global_to_shared(
+                    query_descriptor, [row, head, 0], query_loaded.index(stage), query_memory.index(stage)
+                )
+                tma.async_copy_global_to_shared(
+                    shift_descriptor, [line, 0], query_loaded.index(stage), shift_memory.index(stage)
+                )
+                mbarrier.expect(grad_loaded.index(stage), BYTES + ROWS * 4)
+                tma.async_copy_global_to_shared(
+                    grad_descriptor, [row, head, 0], grad_loaded.index(stage), grad_memory.index(stage)
+                )
+                tma.async_copy_global_to_shared(
+                    delta_descriptor, [line, 0], grad_loaded.index(stage), delta_memory.index(stage)
+                )
+                step += 1
+    return step, turn
+
+
+@gluon.jit
+def load_items(work, OPTIONS: gl.constexpr):
+    """Load the keys and values of each tile, then queries and gradients of the output: the part of one warp."""
     step = 0
     turn = 0
-    wave = 0
-    item = post_item(wave, problem)
-    while item < count_items(problem):
-        kv_head, sequence, tile, exists, lengths, members = find_tile(item, problem)
-        if exists:
-            begin, end = tiles_that_see(tile, lengths, problem[4][2], OPTIONS)
-            first_query = gl.load(sequences[0] + sequence).to(gl.int32) - rows_before(lengths, problem)
-            begin_of_sequence = gl.load(begins_ptr + sequence)
-            first_key = gl.load(sequences[2] + sequence).to(gl.int32) + tile * KEYS
-            mbarrier.wait(keys_freed, (turn & 1) ^ 1)
-            mbarrier.expect(keys_loaded, 2 * WARPGROUPS * BYTES)
-            for w in gl.static_range(WARPGROUPS):
-                place = first_key + w * ROWS
-                load_rows(keys, place, kv_head, keys_loaded, key_memory.index(w), OPTIONS)
-                load_rows(values, place, kv_head, keys_loaded, value_memory.index(w), OPTIONS)
-            turn += 1
-            for member in range(members[0], members[1]):
-                head = kv_head * heads_of[1] + member
-                if lists is not None:
-                    entries_ptr, _masked, end = entries_of(head, sequence, tile, problem)
-                    begin = end * 0
-                for place in range(end - begin):
-                    query_tile = nth_tile(place, begin, end, descends(wave, member, lists))
-                    if lists is not None:
-                        query_tile = gl.load(entries_ptr + place) // TILES_FROM
-                    row = first_query + query_tile * ROWS
-                    line = head * tiles_of_queries + begin_of_sequence + query_tile
-                    stage = step % STAGES
-                    if step >= STAGES:
-                        meet(step, FREED, THREADS_OF_STEP)
-                    mbarrier.expect(query_loaded.index(stage), BYTES + ROWS * 4)
-                    tma.async_copy_global_to_shared(
-                        query_descriptor, [row, head, 0], query_loaded.index(stage), query_memory.index(stage)
-                    )
-                    tma.async_copy_global_to_shared(
-                        shift_descriptor, [line, 0], query_loaded.index(stage), shift_memory.index(stage)
-                    )
-                    mbarrier.expect(grad_loaded.index(stage), BYTES + ROWS * 4)
-                    tma.async_copy_global_to_shared(
-                        grad_descriptor, [row, head, 0], grad_loaded.index(stage), grad_memory.index(stage)
-                    )
-                    tma.async_copy_global_to_shared(
-                        delta_descriptor, [line, 0], grad_loaded.index(stage), delta_memory.index(stage)
-                    )
-                    step += 1
-        wave += 1
+    problem = work[5]
+    if problem[6] is None:
+        for wave in range(count_waves(problem)):
+            item = item_of(wave, gl.program_id(0), gl.num_programs(0))
+            step, turn = load_item(wave, item, step, turn, work, OPTIONS)
+    else:
+        wave = 0
         item = post_item(wave, problem)
+        while item < count_items(problem):
+            step, turn = load_item(wave, item, step, turn, work, OPTIONS)
+            wave += 1
+            item = post_item(wave, problem)
+
+
+@gluon.jit
+def add_item(wave, item, step, work, ADDER: gl.constexpr, TRANSPOSED: gl.constexpr, OPTIONS: gl.constexpr):
+    """Do an item's part of :func:`add_items`, and return how many steps are done."""
+    descriptor, memory, empty, turns_ptr, begins_ptr, tiles_of_queries, problem = work
+    _, heads_of, batch, _, _, lists, _ = problem
+    LINES: gl.constexpr = memory.shape[1]
+    kv_head, sequence, tile, exists, lengths, members = find_tile(item, problem)
+    if exists:
+        begin, end = tiles_that_see(tile, lengths, problem[4][2], OPTIONS)
+        begin_of_sequence = gl.load(begins_ptr + sequence)
+        for member in range(members[0], members[1]):
+            head = kv_head * heads_of[1] + member
+            first_tile = head * tiles_of_queries + begin_of_sequence
+            first_sum = first_tile - heads_of[2] * heads_of[1] * tiles_of_queries
+            entry = 0
+            if lists is not None:
+                entries_ptr, _masked, end = entries_of(head, sequence, tile, problem)
+                begin = end * 0
+                entry = gl.load(entries_ptr)
+            for place in range(end - begin):
+                if lists is None:
+                    query_tile = nth_tile(place, begin, end, descends(wave, member, lists))
+                    rank = rank_of(
+                        wave, gl.program_id(0), query_tile, lengths, problem[4][2], batch * heads_of[0],
+                        gl.num_programs(0), OPTIONS,
+                    )  # fmt: skip
+                else:
+                    query_tile, rank = entry // TILES_FROM, entry % TILES_FROM // 2
+                    entry = gl.load(entries_ptr + place + 1)  # ahead, as it takes long
+                if step % ADDERS == ADDER:
+                    turn_ptr = turns_ptr + first_tile + query_tile
+                    gl.inline_asm_elementwise(
+                        AWAIT_TURN, "=r,l,r", [turn_ptr, rank], dtype=gl.int32, is_pure=False, pack=1
+                    )
+                    meet(step, SUMS_FULL, THREADS_OF_STEP if TRANSPOSED else THREADS_OF_ONE)
+                    for w in gl.static_range(WARPGROUPS):
+                        line = ((first_sum + query_tile) * WARPGROUPS + w) * LINES
+                        if rank == 0:
+                            tma.async_copy_shared_to_global(descriptor, [line, 0], memory.index(w))
+                        else:
+                            add_to_global(descriptor, [line, 0], memory.index(w))
+                    tma.store_wait(0)
+                    mbarrier.arrive(empty.index(ADDER), count=1)
+                    gl.inline_asm_elementwise(AWAIT_SUMS, "=r,r", [rank], dtype=gl.int32, is_pure=False, pack=1)
+                    gl.atomic_add(turn_ptr, 1, sem="release")
+                step += 1
+    return step
 
 
 @gluon.jit
@@ -588,55 +649,19 @@ def add_items(work, ADDER: gl.constexpr, TRANSPOSED: gl.constexpr, OPTIONS: gl.c
 
     They take turns: what passes until others may add takes longer than a step.
     """
-    descriptor, memory, empty, turns_ptr, begins_ptr, tiles_of_queries, problem = work
-    _, heads_of, batch, _, _, lists, _ = problem
-    LINES: gl.constexpr = memory.shape[1]
     step = 0
-    wave = 0
-    item = take_item(wave, problem)
-    while item < count_items(problem):
-        kv_head, sequence, tile, exists, lengths, members = find_tile(item, problem)
-        if exists:
-            begin, end = tiles_that_see(tile, lengths, problem[4][2], OPTIONS)
-            begin_of_sequence = gl.load(begins_ptr + sequence)
-            for member in range(members[0], members[1]):
-                head = kv_head * heads_of[1] + member
-                first_tile = head * tiles_of_queries + begin_of_sequence
-                first_sum = first_tile - heads_of[2] * heads_of[1] * tiles_of_queries
-                entry = 0
-                if lists is not None:
-                    entries_ptr, _masked, end = entries_of(head, sequence, tile, problem)
-                    begin = end * 0
-                    entry = gl.load(entries_ptr)
-                for place in range(end - begin):
-                    if lists is None:
-                        query_tile = nth_tile(place, begin, end, descends(wave, member, lists))
-                        rank = rank_of(
-                            wave, gl.program_id(0), query_tile, lengths, problem[4][2], batch * heads_of[0],
-                            gl.num_programs(0), OPTIONS,
-                        )  # fmt: skip
-                    else:
-                        query_tile, rank = entry // TILES_FROM, entry % TILES_FROM // 2
-                        entry = gl.load(entries_ptr + place + 1)  # ahead, as it takes long
-                    if step % ADDERS == ADDER:
-                        turn_ptr = turns_ptr + first_tile + query_tile
-                        gl.inline_asm_elementwise(
-                            AWAIT_TURN, "=r,l,r", [turn_ptr, rank], dtype=gl.int32, is_pure=False, pack=1
-                        )
-                        meet(step, SUMS_FULL, THREADS_OF_STEP if TRANSPOSED else THREADS_OF_ONE)
-                        for w in gl.static_range(WARPGROUPS):
-                            line = ((first_sum + query_tile) * WARPGROUPS + w) * LINES
-                            if rank == 0:
-                                tma.async_copy_shared_to_global(descriptor, [line, 0], memory.index(w))
-                            else:
-                                add_to_global(descriptor, [line, 0], memory.index(w))
-                        tma.store_wait(0)
-                        mbarrier.arrive(empty.index(ADDER), count=1)
-                        gl.inline_asm_elementwise(AWAIT_SUMS, "=r,r", [rank], dtype=gl.int32, is_pure=False, pack=1)
-                        gl.atomic_add(turn_ptr, 1, sem="release")
-                    step += 1
-        wave += 1
-        item = take_item(wave, problem)
+    problem = work[6]
+    if problem[6] is None:
+        for wave in range(count_waves(problem)):
+            item = item_of(wave, gl.program_id(0), gl.num_programs(0))
+            step = add_item(wave, item, step, work, ADDER, TRANSPOSED, OPTIONS)
+    else:
+        wave = 0
+        item = posted_item(wave, problem)
+        while item < count_items(problem):
+            step = add_item(wave, item, step, work, ADDER, TRANSPOSED, OPTIONS)
+            wave += 1
+            item = posted_item(wave, problem)
 
 
 @gluon.jit
@@ -912,101 +937,129 @@ def store_keys(grad, pointer, stride, first, length, OPTIONS: gl.constexpr):
 
 
 @gluon.jit
-def differentiate_items(work, hook_args, WARPGROUP: gl.constexpr, SCORE_HOOK: gl.constexpr, OPTIONS: gl.constexpr):
-    """Compute the gradients of keys and values, and parts of those of queries: the part of a warpgroup."""
+def differentiate_item(
+    wave,
+    item,
+    step,
+    turn,
+    clearings,
+    work,
+    hook_args,
+    WARPGROUP: gl.constexpr,
+    SCORE_HOOK: gl.constexpr,
+    OPTIONS: gl.constexpr,
+):
+    """Do an item's part of :func:`differentiate_items`, and return how many steps, items and clearings are done."""
     buffers, barriers, key_barriers, pointers, strides, problem, numbers = work
     grad_key_ptr, grad_value_ptr, parts_ptr = pointers
     sequences, heads_of, batch, _, distances, lists, _ = problem
     num_sinks, window, sliding_window = distances
     OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, OPTIONS.block_d, 16])
     RUNS: gl.constexpr = 3 if lists is None else 1
+    kv_head, sequence, tile, exists, lengths, members = find_tile(item, problem)
+    if exists:
+        query_length, length = lengths
+        first_key = gl.load(sequences[2] + sequence).to(gl.int64)
+        exempt = window
+        if not OPTIONS.sparse_decode:
+            exempt = gl.where(query_length == 1, length, window)
+        rules = (length - query_length, length, num_sinks, exempt, sliding_window)
+        begin, end = tiles_that_see(tile, lengths, problem[4][2], OPTIONS)
+        spans = query_spans(
+            tile * KEYS, query_length, length - query_length, rules, SCORE_HOOK is not None, OPTIONS
+        )  # fmt: skip
+        spans = (spans[1] // ROWS, spans[2] // ROWS, spans[3] // ROWS, spans[4] // ROWS)
+        grad_key = gl.full([ROWS, OPTIONS.block_d], 0, gl.float32, OUTPUT)
+        grad_value = gl.full([ROWS, OPTIONS.block_d], 0, gl.float32, OUTPUT)
+        first = tile * KEYS + WARPGROUP * ROWS
+        mbarrier.wait(key_barriers[0], turn & 1)
+        turn += 1
+        if first + ROWS > length:
+            clear_beyond(buffers[2].index(WARPGROUP), first, length, OPTIONS, OPTIONS.group, 1, 0)
+            clear_beyond(buffers[3].index(WARPGROUP), first, length, OPTIONS, OPTIONS.group, 1, 0)
+        first_step = step
+        before = rows_before(lengths, problem)
+        for run in range(RUNS * members[0], RUNS * members[1]):
+            entry = 0
+            descending = False
+            if lists is None:
+                descending = descends(wave, run // RUNS, lists)
+                masked_begin, masked_end, hot_end = runs_of(run % RUNS, begin, spans, end, descending)
+            else:
+                head = kv_head * heads_of[1] + run
+                entries_ptr, masked_end, hot_end = entries_of(head, sequence, tile, problem)
+                masked_begin = masked_end * 0
+                entry = gl.load(entries_ptr)
+            for place in range(masked_begin, masked_end):
+                query_tile, unlisted = nth_tile(place, begin, end, descending), 0
+                if lists is not None:
+                    query_tile, unlisted = entry // TILES_FROM, entry % 2
+                    entry = gl.load(entries_ptr + place + 1)  # ahead, as it takes long
+                grad_key, grad_value, clearings = differentiate(
+                    step, query_tile * ROWS - before, first, grad_key, grad_value, clearings,
+                    step > first_step, lengths, rules, numbers, hook_args, buffers, barriers,
+                    WARPGROUP, SCORE_HOOK, OPTIONS, True, unlisted,
+                )  # fmt: skip
+                step += 1
+            for place in range(masked_end, hot_end):
+                query_tile = nth_tile(place, begin, end, descending)
+                if lists is not None:
+                    query_tile = entry // TILES_FROM
+                    entry = gl.load(entries_ptr + place + 1)
+                grad_key, grad_value, clearings = differentiate(
+                    step, query_tile * ROWS - before, first, grad_key, grad_value, clearings,
+                    step > first_step, lengths, rules, numbers, hook_args, buffers, barriers,
+                    WARPGROUP, SCORE_HOOK, OPTIONS, False,
+                )  # fmt: skip
+                step += 1
+        if step > first_step:
+            await_scores(step - 1, WARPGROUP)
+        if (step > first_step) & hands_over(step - 1, WARPGROUP, SCORE_HOOK is None):
+            sums = begin_sums(step - 1, buffers[5], buffers[2], WARPGROUP, SCORE_HOOK is None, OPTIONS)
+            sums = warpgroup_mma_wait(0, deps=[sums])
+            hand_over(sums, step - 1, buffers[6], barriers[2], WARPGROUP, OPTIONS)
+        synchronize()
+        mbarrier.arrive(key_barriers[1], count=1)
+        grad_key *= numbers[0]
+        own = first_key * strides[0] + kv_head.to(gl.int64) * strides[1]
+        if lists is not None:
+            # Either here or there: stores in a branch are more than Triton's compiler can do.
+            is_part = (tile < DIVIDED) & (heads_of[3] > 1)
+            end_of_part = gl.where(is_part, length, 0)
+            length = gl.where(is_part, 0, length)
+            of_head = ((sequence * heads_of[0] + kv_head) * DIVIDED + tile) * heads_of[1] + members[0]
+            of_values = batch * heads_of[0] * DIVIDED * heads_of[1]
+            part = parts_ptr + of_head.to(gl.int64) * (KEYS * OPTIONS.block_d) - tile * (KEYS * OPTIONS.block_d)
+            store_keys(grad_key, part, OPTIONS.block_d, first, end_of_part, OPTIONS)
+            part += of_values.to(gl.int64) * (KEYS * OPTIONS.block_d)
+            store_keys(grad_value, part, OPTIONS.block_d, first, end_of_part, OPTIONS)
+        store_keys(grad_key, grad_key_ptr + own, strides[0], first, length, OPTIONS)
+        store_keys(grad_value, grad_value_ptr + own, strides[0], first, length, OPTIONS)
+    return step, turn, clearings
+
+
+@gluon.jit
+def differentiate_items(work, hook_args, WARPGROUP: gl.constexpr, SCORE_HOOK: gl.constexpr, OPTIONS: gl.constexpr):
+    """Compute the gradients of keys and values, and parts of those of queries: the part of a warpgroup."""
     step = 0
     turn = 0
     clearings = 0
-    wave = 0
-    item = take_item(wave, problem)
-    while item < count_items(problem):
-        kv_head, sequence, tile, exists, lengths, members = find_tile(item, problem)
-        if exists:
-            query_length, length = lengths
-            first_key = gl.load(sequences[2] + sequence).to(gl.int64)
-            exempt = window
-            if not OPTIONS.sparse_decode:
-                exempt = gl.where(query_length == 1, length, window)
-            rules = (length - query_length, length, num_sinks, exempt, sliding_window)
-            begin, end = tiles_that_see(tile, lengths, problem[4][2], OPTIONS)
-            spans = query_spans(
-                tile * KEYS, query_length, length - query_length, rules, SCORE_HOOK is not None, OPTIONS
-            )  # fmt: skip
-            spans = (spans[1] // ROWS, spans[2] // ROWS, spans[3] // ROWS, spans[4] // ROWS)
-            grad_key = gl.full([ROWS, OPTIONS.block_d], 0, gl.float32, OUTPUT)
-            grad_value = gl.full([ROWS, OPTIONS.block_d], 0, gl.float32, OUTPUT)
-            first = tile * KEYS + WARPGROUP * ROWS
-            mbarrier.wait(key_barriers[0], turn & 1)
-            turn += 1
-            if first + ROWS > length:
-                clear_beyond(buffers[2].index(WARPGROUP), first, length, OPTIONS, OPTIONS.group, 1, 0)
-                clear_beyond(buffers[3].index(WARPGROUP), first, length, OPTIONS, OPTIONS.group, 1, 0)
-            first_step = step
-            before = rows_before(lengths, problem)
-            for run in range(RUNS * members[0], RUNS * members[1]):
-                entry = 0
-                descending = False
-                if lists is None:
-                    descending = descends(wave, run // RUNS, lists)
-                    masked_begin, masked_end, hot_end = runs_of(run % RUNS, begin, spans, end, descending)
-                else:
-                    head = kv_head * heads_of[1] + run
-                    entries_ptr, masked_end, hot_end = entries_of(head, sequence, tile, problem)
-                    masked_begin = masked_end * 0
-                    entry = gl.load(entries_ptr)
-                for place in range(masked_begin, masked_end):
-                    query_tile, unlisted = nth_tile(place, begin, end, descending), 0
-                    if lists is not None:
-                        query_tile, unlisted = entry // TILES_FROM, entry % 2
-                        entry = gl.load(entries_ptr + place + 1)  # ahead, as it takes long
-                    grad_key, grad_value, clearings = differentiate(
-                        step, query_tile * ROWS - before, first, grad_key, grad_value, clearings,
-                        step > first_step, lengths, rules, numbers, hook_args, buffers, barriers,
-                        WARPGROUP, SCORE_HOOK, OPTIONS, True, unlisted,
-                    )  # fmt: skip
-                    step += 1
-                for place in range(masked_end, hot_end):
-                    query_tile = nth_tile(place, begin, end, descending)
-                    if lists is not None:
-                        query_tile = entry // TILES_FROM
-                        entry = gl.load(entries_ptr + place + 1)
-                    grad_key, grad_value, clearings = differentiate(
-                        step, query_tile * ROWS - before, first, grad_key, grad_value, clearings,
-                        step > first_step, lengths, rules, numbers, hook_args, buffers, barriers,
-                        WARPGROUP, SCORE_HOOK, OPTIONS, False,
-                    )  # fmt: skip
-                    step += 1
-            if step > first_step:
-                await_scores(step - 1, WARPGROUP)
-            if (step > first_step) & hands_over(step - 1, WARPGROUP, SCORE_HOOK is None):
-                sums = begin_sums(step - 1, buffers[5], buffers[2], WARPGROUP, SCORE_HOOK is None, OPTIONS)
-                sums = warpgroup_mma_wait(0, deps=[sums])
-                hand_over(sums, step - 1, buffers[6], barriers[2], WARPGROUP, OPTIONS)
-            synchronize()
-            mbarrier.arrive(key_barriers[1], count=1)
-            grad_key *= numbers[0]
-            own = first_key * strides[0] + kv_head.to(gl.int64) * strides[1]
-            if lists is not None:
-                # Either here or there: stores in a branch are more than Triton's compiler can do.
-                is_part = (tile < DIVIDED) & (heads_of[3] > 1)
-                end_of_part = gl.where(is_part, length, 0)
-                length = gl.where(is_part, 0, length)
-                of_head = ((sequence * heads_of[0] + kv_head) * DIVIDED + tile) * heads_of[1] + members[0]
-                of_values = batch * heads_of[0] * DIVIDED * heads_of[1]
-                part = parts_ptr + of_head.to(gl.int64) * (KEYS * OPTIONS.block_d) - tile * (KEYS * OPTIONS.block_d)
-                store_keys(grad_key, part, OPTIONS.block_d, first, end_of_part, OPTIONS)
-                part += of_values.to(gl.int64) * (KEYS * OPTIONS.block_d)
-                store_keys(grad_value, part, OPTIONS.block_d, first, end_of_part, OPTIONS)
-            store_keys(grad_key, grad_key_ptr + own, strides[0], first, length, OPTIONS)
-            store_keys(grad_value, grad_value_ptr + own, strides[0], first, length, OPTIONS)
-        wave += 1
-        item = take_item(wave, problem)
+    problem = work[5]
+    if problem[6] is None:
+        for wave in range(count_waves(problem)):
+            item = item_of(wave, gl.program_id(0), gl.num_programs(0))
+            step, turn, clearings = differentiate_item(
+                wave, item, step, turn, clearings, work, hook_args, WARPGROUP, SCORE_HOOK, OPTIONS
+            )
+    else:
+        wave = 0
+        item = posted_item(wave, problem)
+        while item < count_items(problem):
+            step, turn, clearings = differentiate_item(
+                wave, item, step, turn, clearings, work, hook_args, WARPGROUP, SCORE_HOOK, OPTIONS
+            )
+            wave += 1
+            item = posted_item(wave, problem)
 
 
 @gluon.jit(
