@@ -174,8 +174,8 @@ def lists_table(which: str = "forward") -> str:
             cells = [str(length), lists, f"{share:.0%}".replace("%", " %"), *(ratio(found.get(key)) for key in names)]
             lines.append([*cells, milliseconds(dense)])
             if which == "forward_backward":
-                peaks = {row["method"]: str(row["peak_mib"]) for row in (*group, *same)}
-                lines[-1] += [peaks["lists"], peaks["dense"]]
+                own = next((str(row["peak_mib"]) for row in same if row["method"] == "lists"), MISSING)
+                lines[-1] += [own, next(str(row["peak_mib"]) for row in group if row["method"] == "dense")]
     columns = ["tokens", "lists", "skipped", *names.values(), "time of our dense kernel"]
     if which == "forward_backward":
         columns += ["peak memory, MiB", "that of our dense kernel"]

@@ -203,7 +203,7 @@ def _backward(grad: Tensor, output: Tensor, lse: Tensor, *inputs: Any) -> tuple[
 def _differentiate(grad: Tensor, result: ForwardResult, request: AttentionRequest, backend: Backend) -> Gradients:
     if request.may_lack_keys:
         # Nothing depends on these rows, so their gradient may be anything, and 0 * NaN is not 0.
-        grad = grad.masked_fill((result.lse == -torch.inf)[..., None], 0.0)
+        grad = torch.where((result.lse == -torch.inf)[..., None], 0.0, grad)
     if choice.differentiates_on_gpu(request, backend):
         return choice.differentiate(grad, result, request)
     assert result.output is not None

@@ -181,6 +181,7 @@ def test_backward_inside_autocast(target):
     assert error(*found) < 2**-7  # other operations are rounded to BF16 than outside
 
 
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # PyTorch's advice, where it compiles for a GPU
 def test_compiled_training_step(target):
     """Loss and gradients of a compiled step, with the weights that an optimizer changes between two steps."""
     eager, ids = sparse_model(target), tokens(target[1])

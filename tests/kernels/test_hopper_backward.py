@@ -21,7 +21,7 @@ from machine_code import classify, inspect
 from test_forward_compile import BF16, FP16, pretend_gpu, zeros
 from turns import steps_left
 
-from modelopt_lite.kernels import choice
+from modelopt_lite.kernels import KeyBlocks, choice
 from modelopt_lite.kernels.hopper import backward_launch as hopper_backward_launch
 from modelopt_lite.kernels.hopper.backward import (
     FREED,
@@ -42,6 +42,7 @@ from modelopt_lite.kernels.hopper.backward import (
     share_of,
     tiles_that_see,
 )
+from modelopt_lite.kernels.hopper.visits import gather_tiles, mark_tiles
 from modelopt_lite.kernels.portable import launch as portable_launch
 from modelopt_lite.kernels.portable.backward import query_spans
 from modelopt_lite.kernels.request import ForwardResult, HookRefusedError
@@ -57,11 +58,12 @@ VARIANTS = [
     (BF16, (4, 8), True, {}),
     (FP16, (2, 4), False, {}),
     (BF16, (2, 4), True, {"softcap": 30.0, "sliding_window": 100}),
+    (BF16, (2, 4), True, {"blocks": None}),  # lists of all blocks
 ]
 BARRIER = re.compile(r"\bbar(?:rier)?\.(?:cta\.)?(?:sync|arrive|red)[\w.]*\s+(\d+)(?:,\s*(\d+))?")
 # Accesses to spilled registers in the hot loop, with the Triton of constraints.txt; of 402 to 1318 instructions. With a
 # softcap, scores stay until gradients are there.
-SPILLS = [3, 7, 0, 4, 55]
+SPILLS = [3, 7, 0, 4, 55, 7]
 
 
 def compile_all():
@@ -74,13 +76,17 @@ def compile_all():
     def run(lengths, dtype, n_of_m, causal, options, window=64):
         plan = dataclasses.replace(top_n_plan(*(n_of_m or (0, 4)), 0, 0), dense_window_size=window if n_of_m else 0)
         request = zeros(lengths, plan, head_dim=128, dtype=dtype, is_causal=causal, softmax_scale=1.0, **options)
+        if "blocks" in options:
+            masks = [torch.ones(4, -(-length // 128), -(-length // 128), dtype=torch.bool) for length in lengths]
+            request = request._replace(blocks=KeyBlocks.from_masks(masks, 128, 128))
         lse = torch.zeros(request.q.shape[:2])
         hopper_backward_launch.prepare(request.q, request)(request.q, ForwardResult(request.q, lse), request)
 
-    kernels = (attention_backward_hopper, prepare_gradients, round_gradients, add_parts)
+    kernels = (attention_backward_hopper, prepare_gradients, round_gradients, add_parts, mark_tiles, gather_tiles)
     found = []
     pretend_gpu(hopper_backward_launch, *kernels, compiled=found)
     hopper_backward_launch.processors = lambda device: 132
+    hopper_backward_launch.DIVIDED_FROM = 0
     for variant in VARIANTS:
         run([300], *variant)
 
@@ -92,6 +98,7 @@ def compile_all():
     several = ([1], [16], [17], [1000], [5, 6], [16] * 16)
     for lengths, window in zip(several, (0, 1, 16, 64, 100, 2**40), strict=True):
         run(lengths, *VARIANTS[1], window=window)
+        run(lengths, *VARIANTS[-1], window=window)
     return found, number() - before
 
 
@@ -248,6 +255,12 @@ def write_shares(found_ptr, heads, members, shares):
     tl.store(found_ptr + 4 * item + 1, tile)
     tl.store(found_ptr + 4 * item + 2, first)
     tl.store(found_ptr + 4 * item + 3, end)
+
+
+def test_shares_from_a_length_on():
+    shares = [hopper_backward_launch.shares_of(keys, 3, 4) for keys in (3 * 1024 - 1, 3 * 1024, 100000)]
+    assert shares == [1, 4, 4]
+    assert hopper_backward_launch.shares_of(1024, 1, 1) == 1
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
@@ -425,7 +438,7 @@ def test_before_and_after(has_lists, transposed):
     tiles = 4
     shift, delta = torch.full((2, heads, tiles, 64), torch.nan)
     grad_q = torch.full((total, heads, dim), torch.nan).half()
-    turns, found = torch.full((heads, tiles), -1, dtype=torch.int32), torch.full((3,), -1, dtype=torch.int32)
+    turns, found = (torch.full((size,), -1, dtype=torch.int32) for size in (heads * tiles + 1, 3))
     grad_k, grad_v = torch.full((2, 90, kv_heads, dim), torch.nan).half()
     programs = (tiles + 4) * heads + 3 + -(-grad_k.numel() // 8192)
     prepare_gradients[(programs,)](

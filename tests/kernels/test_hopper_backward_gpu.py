@@ -1,5 +1,7 @@
 """The backward kernel for Hopper on a GPU, as the portable ones in ``test_backward_gpu``."""
 
+import gc
+
 import pytest
 import torch
 from cases import arguments
@@ -262,6 +264,7 @@ class Loss(torch.autograd.Function):
 @pytest.mark.parametrize("keeps_graph", [False, True])
 def test_the_output_is_freed_before_sums_are_allocated(keeps_graph):
     """Unless the graph is kept, which then gives the same gradients again."""
+    gc.collect()  # or what is freed meanwhile would count
     torch.cuda.empty_cache()  # a block that is left over may be larger than what is put into it
     request = make(lengths=((4096, 4096),), heads=(8, 2), dims=DIMS, exact=False)
     request = request._replace(q=request.q.requires_grad_())
@@ -287,7 +290,7 @@ def test_the_output_is_freed_before_sums_are_allocated(keeps_graph):
 
 @pytest.fixture(params=[False, True], ids=["whole", "divided"])
 def first_tiles(request, monkeypatch):
-    """With lists, the first tile of keys of a sequence is one item, or one for each head of queries that shares it."""
+    """With lists, each of the first tiles of keys is one item, or one for each head of queries that shares it."""
     monkeypatch.setattr(hopper_backward_launch, "DIVIDED_FROM", 0 if request.param else 1 << 20)
     monkeypatch.setattr(choice, "_prepared_backward", {})
 
@@ -299,6 +302,7 @@ def test_lists(plan, dtype):
     check(listed(of_128(plan, dtype=dtype)))
 
 
+@pytest.mark.usefixtures("first_tiles")
 @pytest.mark.parametrize("s_aux", [False, True])
 @pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("plan", ["dense", "2:4 exempt"])
@@ -324,6 +328,7 @@ def test_a_part_of_the_queries():
         torch.testing.assert_close(ours, expected)
 
 
+@pytest.mark.usefixtures("first_tiles")
 @pytest.mark.parametrize("plan", ["exempt", "2:4 exempt"])
 @pytest.mark.parametrize(
     "options",
@@ -332,6 +337,8 @@ def test_a_part_of_the_queries():
         {"sliding_window": 1},
         {"sliding_window": 200},
         {"softcap": 2.0, "s_aux": True},
+        {"dims": (64, 64)},
+        {"lengths": ((100, 100), (1, 30), (0, 5), (64, 128))},
     ],
     ids=str,
 )
@@ -345,6 +352,7 @@ def test_a_head_dimension_of_64(plan, is_causal):
     check(make(heads=(6, 2), dims=(64, 64), plan=plan, is_causal=is_causal))
 
 
+@pytest.mark.usefixtures("first_tiles")
 @pytest.mark.parametrize(("rows", "per_kv_head"), [(256, False), (128, True), (384, True)])
 def test_grids(rows, per_kv_head):
     check(listed(of_128("2:4 exempt", heads=(6, 2)), 0.5, rows, per_kv_head))
@@ -359,7 +367,7 @@ def test_long_lists(plan):
 @pytest.mark.usefixtures("first_tiles")
 @pytest.mark.parametrize("plan", ["dense", "2:4"])
 def test_the_same_bits_every_time_with_lists(plan):
-    """With so many items that programs take several, and wait for each other."""
+    """With so many items that programs take several, and wait for each other; in a CUDA graph, too."""
     request = listed(of_128(plan, lengths=((9000, 9000), (3000, 5000)), heads=(16, 4), exact=False), 0.25)
     assert hopper_backward_launch.refusal(request) is None
     out, lse = hopper_launch.prepare(request)(request)
@@ -367,4 +375,13 @@ def test_the_same_bits_every_time_with_lists(plan):
     first = choice.differentiate(grad, ForwardResult(out, lse), request)[:3]
     for _ in range(3):
         again = choice.differentiate(grad, ForwardResult(out, lse), request)[:3]
+        assert all(map(torch.equal, first, again))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        again = choice.differentiate(grad, ForwardResult(out, lse), request)[:3]
+    for _ in range(2):
+        for x in again:
+            x.fill_(7.0)
+        graph.replay()
+        torch.cuda.synchronize()
         assert all(map(torch.equal, first, again))

@@ -104,8 +104,8 @@ def prepare(grad: Tensor, request: AttentionRequest) -> Backward:
     heads, shares = kv_heads, 1
     if r.blocks is None:
         heads = heads_of_launch(kv_heads, batch, tiles, members, processors(device), r.is_causal)
-    elif r.k.shape[0] >= DIVIDED_FROM * KEYS.value * batch:
-        shares = members
+    else:
+        shares = shares_of(r.k.shape[0], batch, members)
     # With lists, the first and the last tile of a sequence may both have fewer rows.
     query_tiles = total // ROWS.value + batch * (1 if r.blocks is None else 2)
     rows, columns = query_heads * query_tiles, ROWS.value
@@ -138,7 +138,7 @@ def prepare(grad: Tensor, request: AttentionRequest) -> Backward:
     launch_parts = Launch(add_parts, device, head_dim, num_warps=8)
     launch_after = Launch(round_gradients, device, head_dim, plan.score_hook is None)
     prepare_entries = None if r.blocks is None else Entries(r, tiles, options)
-    programs = min(batch * heads * tiles, processors(device))
+    programs = min(batch * heads * (tiles + (shares - 1) * DIVIDED.value), processors(device))
     rest = ((r.softmax_scale, r.softcap or 0.0), batch, tiles, *distances(r))
     hook_args = hook_arguments(plan)
 
@@ -195,6 +195,17 @@ def prepare(grad: Tensor, request: AttentionRequest) -> Backward:
         return grad_q, grad_k, grad_v, of_sinks
 
     return run
+
+
+def shares_of(keys: int, batch: int, members: int) -> int:
+    """Return how many items, with lists, each of the first tiles of keys of a head is: one, or one for each member.
+
+    Args:
+        keys: how many keys all sequences have.
+        batch: how many sequences.
+        members: how many heads of queries share a head of keys.
+    """
+    return members if keys >= DIVIDED_FROM * KEYS.value * batch else 1
 
 
 def heads_of_launch(kv_heads: int, batch: int, tiles: int, members: int, programs: int, is_causal: bool) -> int:
