@@ -1065,14 +1065,15 @@ def differentiate_items(work, hook_args, WARPGROUP: gl.constexpr, SCORE_HOOK: gl
 @gluon.jit(
     do_not_specialize=[
         "tail_start", "tiles_of_queries", "first_head", "batch", "tiles_per_head", "num_sinks", "window",
-        "sliding_window", "lists", "hook_args",
+        "sliding_window", "list_rows", "rows_each", "heads_per_list", "hook_args",
     ]
 )  # fmt: skip
 def attention_backward_hopper(
     query_descriptor, grad_descriptor, key_descriptor, value_descriptor, key_tail_descriptor, value_tail_descriptor,
     tail_start, sums_descriptor, shift_descriptor, delta_descriptor, grad_key_ptr, grad_value_ptr, parts_ptr,
     turns_ptr, begins_ptr, tiles_of_queries, strides, sequences, heads_of, first_head, numbers, batch, tiles_per_head,
-    num_sinks, window, sliding_window, lists, hook_args, SCORE_HOOK: gl.constexpr, OPTIONS: gl.constexpr,
+    num_sinks, window, sliding_window, entries, list_rows, rows_each, heads_per_list, hook_args,
+    SCORE_HOOK: gl.constexpr, OPTIONS: gl.constexpr,
 ):  # fmt: skip
     """Compute gradients of packed queries, keys and values; see :mod:`.backward_launch`.
 
@@ -1117,8 +1118,10 @@ def attention_backward_hopper(
     for adder in gl.static_range(ADDERS):
         mbarrier.init(sums_empty.index(adder), count=1)
     mbarrier.init(cleared, count=WARPGROUPS)
+    lists: gl.constexpr = None
     mail: gl.constexpr = None
-    if lists is not None:
+    if entries is not None:
+        lists = (entries[0], entries[1], entries[2], list_rows, rows_each, heads_per_list)
         items = gl.allocate_shared_memory(gl.int32, [SLOTS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
         posted = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIER)
         taken = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIER)

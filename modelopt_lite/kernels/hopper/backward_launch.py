@@ -137,7 +137,10 @@ def prepare(grad: Tensor, request: AttentionRequest) -> Backward:
     parts_size = 2 * batch * query_heads * DIVIDED.value * KEYS.value * head_dim if shares > 1 else 0
     launch_parts = Launch(add_parts, device, head_dim, num_warps=8)
     launch_after = Launch(round_gradients, device, head_dim, plan.score_hook is None)
-    prepare_entries = None if r.blocks is None else Entries(r, tiles, options)
+    prepare_entries, list_numbers = None, (0, 0, 0)
+    if r.blocks is not None:
+        prepare_entries = Entries(r, tiles, options)
+        list_numbers = prepare_entries.of_lists
     programs = min(batch * heads * (tiles + (shares - 1) * DIVIDED.value), processors(device))
     rest = ((r.softmax_scale, r.softcap or 0.0), batch, tiles, *distances(r))
     hook_args = hook_arguments(plan)
@@ -172,7 +175,7 @@ def prepare(grad: Tensor, request: AttentionRequest) -> Backward:
                     rebased(of_values, r.v), *(rebased(of_tail, x) for x in tails), tail_start, rebased(of_sums, sums),
                     rebased(of_rows, shift), rebased(of_rows, delta), grad_k, grad_v, parts, turns, begins, query_tiles,
                     key_strides, (r.starts_q, r.lengths_q, r.starts_k, r.lengths_k), (heads, members, shares),
-                    first_head, *rest, entries, hook_args,
+                    first_head, *rest, entries, *list_numbers, hook_args,
                 )  # fmt: skip
             except CompilationError as error:
                 if plan.score_hook is None:
@@ -268,7 +271,7 @@ class Entries:
         rows_each, batch = blocks.block_rows // ROWS.value, r.starts_q.shape[0]
         self.shape = (lists, tiles, list_rows * rows_each)
         self.numbers = (list_rows, blocks.indices.shape[2], rows_each, batch, tiles, *distances(r))
-        self.rest = (list_rows * rows_each, rows_each, r.q.shape[1] // lists)
+        self.of_lists = (list_rows * rows_each, rows_each, r.q.shape[1] // lists)
         self.mark = Launch(mark_tiles, r.q.device, r.plan.score_hook is not None, options, num_warps=4)
         self.gather = Launch(gather_tiles, r.q.device, num_warps=1)
 
@@ -285,4 +288,4 @@ class Entries:
         lengths = (r.lengths_q, r.lengths_k)
         self.mark(lists * rows, marks, counts, indices, starts, lengths, *self.numbers)
         self.gather(lists * tiles * batch, entries, numbers, marks, starts, lengths, list_rows, rows_each, batch, tiles)
-        return (entries, numbers, starts, *self.rest)
+        return entries, numbers, starts
