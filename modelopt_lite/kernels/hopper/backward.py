@@ -6,8 +6,8 @@ share it, or of some of these, stream through shared memory, 64 rows a step. The
 under causal attention most queries see them; and in every other wave programs come in the reverse order, so that all
 have about as much to do. With lists of key blocks, items differ more, and programs take them from a counter. The first
 tiles of a sequence, which all queries may list, are then an item for each head of queries, whose gradients of keys and
-values are added up afterwards. In a program, one warp loads, two warpgroups compute, for 64 keys each, and two warps add
-up gradients of queries. A step is five matrix products where two passes need seven, because scores are computed and
+values are added up afterwards. In a program, one warp loads, two warpgroups compute, for 64 keys each, and two warps
+add up gradients of queries. A step is five matrix products where two passes need seven, because scores are computed and
 keys selected once.
 
 With a hook, scores are computed in the orientation of the forward, so that all scores of a group are in one thread and
