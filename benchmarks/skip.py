@@ -7,9 +7,10 @@ them, without a dense window, which would add blocks to the lists. Methods choos
 with their defaults, and with the knob that skips each share there. Prints a table and writes JSON, where problems that
 were measured before, on the same device with the same versions, stay unless they are measured again.
 
-    python benchmarks/skip.py                                                  # everything, some minutes
+    python benchmarks/skip.py                                                  # the forward, with random lists
     python benchmarks/skip.py --seq-lens 32768 --methods lists --peers
     python benchmarks/skip.py --inputs recorded --methods lists flash_prefill xattention mean_pool_top_k
+    python benchmarks/skip.py --passes forward_backward --seq-lens 8192 16384 32768 --methods lists --peers
     python benchmarks/skip.py --show benchmarks/results/skip-nvidia-h200.json  # all rows as a table
 """
 

@@ -17,7 +17,7 @@ L2_SHARE = 24 * 2**20
 
 def compute_capability(device: torch.device) -> int:
     """Return a GPU's compute capability as ``10 * major + minor``."""
-    # While it traces, PyTorch knows what a GPU is, and warns of functions that remember.
+    # torch.compile knows PyTorch's function itself, and warns of cached ones.
     major, minor = (torch.cuda.get_device_capability if torch.compiler.is_compiling() else _capability)(device)
     return 10 * major + minor
 

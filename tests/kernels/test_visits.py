@@ -1,7 +1,9 @@
 """What the kernels for Hopper GPUs visit, run by Triton's interpreter: with the oracle as the judge of every key."""
 
 import dataclasses
+import itertools
 import os
+from random import Random
 
 import pytest
 import torch
@@ -187,7 +189,8 @@ def entries_of(request):
     options = options_of(request, hopper_backward_launch.SETTINGS)
     tiles = max(1, -(-request.max_k // TILE.value))
     prepared = hopper_backward_launch.Entries(request, tiles, options)
-    entries, numbers, starts, rows, rows_each, heads_per_list = prepared(request)
+    entries, numbers, starts = prepared(request)
+    rows, rows_each, heads_per_list = prepared.of_lists
     return entries[:-1].view(*numbers.shape[:2], rows), numbers, starts * rows_each, heads_per_list
 
 
@@ -238,20 +241,22 @@ def test_visits_of_the_backward(request):
 @given(listed_requests(), st.sampled_from([1, 2, 5, 132]))
 @settings(max_examples=20, deadline=None)
 def test_nobody_waits_for_ever(request, programs):
-    """As in test_hopper_backward.py, with lists of key blocks: an item is a tile of keys, the first ones first."""
+    """As in test_hopper_backward.py, with lists: whoever takes the next item, a tile of keys or a share of one."""
     if request.plan.keeps_nothing:
         return
     entries, numbers, starts, heads_per_list = entries_of(request)
     kv_heads = request.k.shape[1]
     members = request.q.shape[1] // kv_heads
     heads, tiles = len(starts) * kv_heads, entries.shape[1]
-    work = [[] for _ in range(programs)]
-    for item in range(heads * tiles):
-        tile, (sequence, kv_head) = item // heads, divmod(item % heads, kv_heads)
-        for head in range(kv_head * members, (kv_head + 1) * members):
+    shares = [(tile, [member]) for tile in range(min(2, tiles)) for member in range(members)]
+    shares += [(tile, range(members)) for tile in range(2, tiles)]
+    work, random = [[] for _ in range(programs)], Random(programs)
+    for (tile, share), item in itertools.product(shares, range(heads)):
+        sequence, kv_head = divmod(item, kv_heads)
+        steps = []
+        for head in (kv_head * members + member for member in share):
             number = head // heads_per_list
             found = entries[number, tile, starts[sequence] :][: numbers[number, tile, sequence, 1]].tolist()
-            work[item % programs] += [
-                ((sequence, head, entry // TILES_FROM.value), entry % TILES_FROM.value // 2) for entry in found
-            ]
+            steps += [((sequence, head, entry // TILES_FROM.value), entry % TILES_FROM.value // 2) for entry in found]
+        random.choice(work).extend(steps)
     assert steps_left(work) == 0

@@ -5,10 +5,10 @@ of 128 keys of one head, whose gradients stay in registers. Queries and gradient
 share it, or of some of these, stream through shared memory, 64 rows a step. The first keys of all heads come first, as
 under causal attention most queries see them; and in every other wave programs come in the reverse order, so that all
 have about as much to do. With lists of key blocks, items differ more, and programs take them from a counter. The first
-tiles of a sequence, which all queries may list, are then an item for each head of queries, whose gradients of keys and
-values are added up afterwards. In a program, one warp loads, two warpgroups compute, for 64 keys each, and two warps
-add up gradients of queries. A step is five matrix products where two passes need seven, because scores are computed and
-keys selected once.
+tiles of a sequence, which all queries may list, are then divided into an item for each head of queries, and
+:func:`add_parts` adds up their gradients of keys and values. In a program, one warp loads, two warpgroups compute, for
+64 keys each, and two warps add up gradients of queries. A step is five matrix products where two passes need seven,
+because scores are computed and keys selected once.
 
 With a hook, scores are computed in the orientation of the forward, so that all scores of a group are in one thread and
 hooks see the same numbers. Weights and gradients of scores then pass through shared memory, where matrix instructions
@@ -64,7 +64,7 @@ LINE = tl.constexpr(32)
 CLEARED = tl.constexpr(8192)
 """Numbers that a program clears."""
 DIVIDED = tl.constexpr(2)
-"""The first tiles of keys of a sequence, which all queries may list, and of which several items may compute a share."""
+"""How many tiles of keys of a sequence, the first ones, may be divided by heads of queries, as all may list them."""
 EARLY = tl.constexpr(4)
 """Selection from groups of more keys needs the registers of a product that could run beside it."""
 
@@ -118,8 +118,8 @@ def prepare_gradients(
     :func:`~modelopt_lite.kernels.portable.backward.gradient_rows`, but ``[heads, tiles, ROWS]``, so that the tensor
     memory accelerator can load them, which wants addresses that are multiples of 16 bytes; rows lie as
     :func:`place_of` says, and deltas are negative, as they are to be added; turns are 0. Then each sequence's program
-    finds the number of its first tile, and sets the counter of items to 0, which lies behind the turns. Then come those
-    that clear gradients of queries without a key or a sequence; the logarithms of the latter may be anything. The
+    finds the number of its first tile, and sets the counter of items, which lies behind the turns, to 0. Then come
+    those that clear gradients of queries without a key or a sequence; the logarithms of the latter may be anything. The
     others clear ``CLEARED`` of the ``size`` numbers of gradients of keys and values each.
     """
     program = tl.program_id(0)
@@ -335,7 +335,7 @@ def count_waves(problem):
 def post_item(wave, problem):
     """Take an item from the counter for all warps of this program, and return it: the part of the warp that loads.
 
-    With lists, items differ in length.
+    With lists, items differ in length, so no program gets a fixed share. Waves only count its items.
     """
     counter_ptr, items, posted, taken = problem[6]
     slot = wave % SLOTS
@@ -365,7 +365,7 @@ def share_of(item, heads, members, shares):
         item: its number.
         heads: heads of keys, of all sequences.
         members: how many heads of queries share one.
-        shares: how many items each of the ``DIVIDED`` first tiles of keys of a head is, of as many heads of queries.
+        shares: into how many items each of the ``DIVIDED`` first tiles of keys is divided, by heads of queries.
 
     Returns:
         The head of keys, its tile, and of the heads of queries the first one and the one behind the last one.
@@ -1121,7 +1121,7 @@ def attention_backward_hopper(
         mbarrier.init(sums_empty.index(adder), count=1)
     mbarrier.init(cleared, count=WARPGROUPS)
     lists: gl.constexpr = None
-    mail: gl.constexpr = None
+    queue: gl.constexpr = None
     if entries is not None:
         lists = (entries[0], entries[1], entries[2], list_rows, rows_each, heads_per_list)
         items = gl.allocate_shared_memory(gl.int32, [SLOTS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
@@ -1131,14 +1131,15 @@ def attention_backward_hopper(
             mbarrier.init(posted.index(slot), count=1)
             mbarrier.init(taken.index(slot), count=WARPGROUPS + ADDERS)
         # The number behind those of all turns is the counter.
-        mail = (turns_ptr + heads_of[0] * heads_of[1] * tiles_of_queries, items, posted, taken)
+        queue = (turns_ptr + heads_of[0] * heads_of[1] * tiles_of_queries, items, posted, taken)
     fence_async_shared()
     synchronize()
 
     keys = (key_descriptor, key_tail_descriptor, tail_start)
     values = (value_descriptor, value_tail_descriptor, tail_start)
+    # heads of keys, heads of queries for each, the first head of keys, items of a divided tile
     heads_of = (heads_of[0], heads_of[1], first_head, heads_of[2])
-    problem = (sequences, heads_of, batch, tiles_per_head, (num_sinks, window, sliding_window), lists, mail)
+    problem = (sequences, heads_of, batch, tiles_per_head, (num_sinks, window, sliding_window), lists, queue)
     tiles = (query_memory, grad_memory, shift_memory, delta_memory, key_memory, value_memory)
     loading = (query_loaded, grad_loaded, keys_loaded, keys_freed)
     descriptors = (query_descriptor, grad_descriptor, shift_descriptor, delta_descriptor, keys, values)

@@ -43,7 +43,7 @@ LONGEST_LISTED = KEYS.value * TILES_FROM.value // 2
 STEPS_OF_LAUNCH = 14
 """How many steps a program could take in the time that one more launch costs."""
 DIVIDED_FROM = 8
-"""Tiles of keys of a sequence, on average, from which on the first ones are divided by heads of queries, with lists.
+"""From how many tiles of keys a sequence, on average, the first ones are divided by heads of queries, with lists.
 
 All queries may list the first keys. As they are also the first to add to gradients of queries, others would wait."""
 SLOWER = 1.04
@@ -204,7 +204,7 @@ def shares_of(keys: int, batch: int, members: int) -> int:
     """Return how many items, with lists, each of the first tiles of keys of a head is: one, or one for each member.
 
     Args:
-        keys: how many keys all sequences have.
+        keys: rows of keys, of all sequences.
         batch: how many sequences.
         members: how many heads of queries share a head of keys.
     """
