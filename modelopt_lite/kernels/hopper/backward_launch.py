@@ -186,7 +186,7 @@ def prepare(grad: Tensor, request: AttentionRequest) -> Backward:
                 rows_of_launch, sums, shift, turns, grad_q, begins, r.starts_q, lengths, r.softmax_scale, batch,
                 query_tiles, first_head * members, heads * members, query_strides,
             )  # fmt: skip
-        if parts is not None and shares > 1:
+        if shares > 1:
             launch_parts(
                 batch * kv_heads * DIVIDED.value, parts, grad_k, grad_v, r.starts_k, r.lengths_k, key_strides, kv_heads,
                 shares,
