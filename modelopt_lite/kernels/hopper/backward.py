@@ -335,7 +335,7 @@ def count_waves(problem):
 def post_item(wave, problem):
     """Take an item from the counter for all warps of this program, and return it: the part of the warp that loads.
 
-    With lists, items differ in length, so no program gets a fixed share. Waves only count its items.
+    With lists, items differ in length, so no program gets a fixed share. A wave is the number of items it took before.
     """
     counter_ptr, items, posted, taken = problem[6]
     slot = wave % SLOTS
@@ -1025,7 +1025,7 @@ def differentiate_item(
         grad_key *= numbers[0]
         own = first_key * strides[0] + kv_head.to(gl.int64) * strides[1]
         if lists is not None:
-            # Either here or there: stores in a branch are more than Triton's compiler can do.
+            # Both are stored, one of them masked out: Triton 3.6 cannot compile these stores in a branch.
             is_part = (tile < DIVIDED) & (heads_of[3] > 1)
             end_of_part = gl.where(is_part, length, 0)
             length = gl.where(is_part, 0, length)

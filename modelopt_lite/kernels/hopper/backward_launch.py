@@ -45,7 +45,8 @@ STEPS_OF_LAUNCH = 14
 DIVIDED_FROM = 8
 """From how many tiles of keys a sequence, on average, the first ones are divided by heads of queries, with lists.
 
-All queries may list the first keys. As they are also the first to add to gradients of queries, others would wait."""
+All queries may list the first keys. Their tile is also the first to add to gradients of queries, so others would
+wait."""
 SLOWER = 1.04
 """How much longer several launches may take, by their steps, as they save memory."""
 
