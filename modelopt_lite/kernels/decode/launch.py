@@ -45,7 +45,7 @@ class DecodeSettings(NamedTuple):
         block_n: keys a tile.
         num_warps: warps a program.
         num_stages: tiles that are loaded ahead, and the one in use.
-        programs: how many pieces there are to be on each multiprocessor; together, they should fill it.
+        programs: how many pieces run on each multiprocessor at a time; together, they should fill it.
         least_tiles: tiles that a piece has at least, if its sequence has so many.
         peel: whether tiles that need no masks run in a loop of their own, which is faster for each, but waits once more
             for memory before the others.
@@ -155,13 +155,14 @@ def prepare(
     settings = settings or default_settings(r)
     options = _options(r, settings)
     split = _split(r, settings, options)
+    units = _units(r, options, split)
     # The interpreter counts as one multiprocessor.
-    target = settings.programs * (processors(r.q.device) if r.q.is_cuda else 1)
-    slots = _slots(r, options, split, target, settings.least_tiles)
+    extra = _extra(units, settings.programs * (processors(r.q.device) if r.q.is_cuda else 1))
+    slots = _slots(r, options, units, extra, settings.least_tiles)
     page_stride = 0 if r.page_table is None else r.page_table.stride(0)
     numbers = (r.softmax_scale, r.softcap or 0.0)
     strides = tuple(x.stride()[:2] for x in (r.q, r.k, r.v))
-    work = (batch, slots, target, settings.least_tiles)
+    work = (batch, slots, extra, settings.least_tiles)
     rules = distances(r)
     size = slots * split.rows * (value_dim + 1)
     # The compiler gives the loads of page numbers half of the stages.
@@ -232,19 +233,29 @@ def _split(r: AttentionRequest, settings: DecodeSettings, options: Options) -> S
     )
 
 
-def _slots(r: AttentionRequest, options: Options, split: Split, target: int, least_tiles: int) -> int:
+def _units(r: AttentionRequest, options: Options, split: Split) -> int:
+    """Return how many units there may be."""
+    return r.starts_q.shape[0] * split.kv_heads * cdiv(split.heads_per_kv * r.max_q, options.block_m)
+
+
+def _extra(units: int, programs: int) -> int:
+    """Return how many pieces there may be beside the first one of each unit, if ``programs`` run at a time.
+
+    All pieces run together if that leaves each unit about two. If it does not, the longest would run alone for long,
+    so there are more pieces than run together.
+    """
+    return programs - units if 2 * units <= programs else 2 * programs
+
+
+def _slots(r: AttentionRequest, options: Options, units: int, extra: int, least_tiles: int) -> int:
     """Return how many pieces there may be at most, whatever the lengths."""
-    row_tiles = cdiv(split.heads_per_kv * r.max_q, options.block_m)
-    units = r.starts_q.shape[0] * split.kv_heads * row_tiles
     longest = r.max_k
     if r.sliding_window is not None:
         longest = min(longest, (1 if r.is_causal else 2) * r.sliding_window + r.max_q)
     # Keys may begin inside a tile.
     begins_inside = r.has_positions or r.sliding_window is not None
     pieces = cdiv(cdiv(longest, options.block_n) + begins_inside, least_tiles)
-    if r.starts_q.shape[0] == 1 and row_tiles == 1:
-        pieces = min(pieces, cdiv(target, units))
-    return min(units * pieces, units + target)
+    return min(units * pieces, units + extra)
 
 
 def _block_m(r: AttentionRequest) -> int:
