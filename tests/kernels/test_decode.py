@@ -256,10 +256,10 @@ def test_a_cache_that_grows():
 
 @jit
 def count_slots(
-    out_ptr, sequences, batch, extra, least, sinks, window, sliding, OPTIONS: tl.constexpr, SPLIT: tl.constexpr
+    out_ptr, sequences, batch, most, least, sinks, window, sliding, OPTIONS: tl.constexpr, SPLIT: tl.constexpr
 ):
     _, _, slots = divide_work(
-        sequences, tl.arange(0, SPLIT.batch_block), batch, extra, least, sinks, window, sliding, OPTIONS, SPLIT
+        sequences, tl.arange(0, SPLIT.batch_block), batch, most, least, sinks, window, sliding, OPTIONS, SPLIT
     )
     tl.store(out_ptr, tl.sum(slots, 0))
 
@@ -288,11 +288,11 @@ def test_there_are_slots_for_all_pieces(data):
     slots = torch.zeros(1, dtype=torch.int32)
     sequences = (None, request.lengths_q, None, request.lengths_k, request.first_q, request.first_k)
     units = decode_launch._units(request, options, split)
-    extra = decode_launch._extra(units, settings.programs)
+    pieces = decode_launch._most(units, settings.programs)
     count_slots[(1,)](
-        slots, sequences, len(lengths), extra, settings.least_tiles, *distances(request), options, split
+        slots, sequences, len(lengths), pieces, settings.least_tiles, *distances(request), options, split
     )  # fmt: skip
-    there_are = decode_launch._slots(request, options, units, extra, settings.least_tiles)
+    there_are = decode_launch._slots(request, options, units, pieces, settings.least_tiles)
     assert slots.item() <= there_are
     if 2 * units <= settings.programs:
         assert there_are <= settings.programs  # they run together

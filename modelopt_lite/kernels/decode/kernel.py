@@ -8,8 +8,8 @@ always in the same order.
 
 Lengths are known on the GPU alone. So the host launches as many programs as there may be pieces, and every program
 finds out from all lengths which piece is its own: pieces have about equally many tiles, whatever the sequences'
-lengths. Where there are few units, there are as many pieces as the GPU runs at a time, or some less; where there are
-many, it runs them in turns. Programs beyond the last piece end at once, and nobody reads their slots.
+lengths. Where there are few units, they are as short as they can be if the GPU is to run all of them at a time; where
+there are many, it runs them in turns. Programs beyond the last piece end at once, and nobody reads their slots.
 
 The second kernel costs less than it seems: on Hopper it starts while the first one ends (programmatic dependent
 launch). Merging in the last program of each unit to finish would save one launch, but that program alone would read
@@ -86,15 +86,18 @@ def tile_span(query_length, first_query, first_key, end, num_sinks, window, slid
 
 @triton.jit
 def divide_work(
-    sequences, index, batch, extra, least_tiles, num_sinks, window, sliding_window, OPTIONS: tl.constexpr,
+    sequences, index, batch, most, least_tiles, num_sinks, window, sliding_window, OPTIONS: tl.constexpr,
     SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Divide the tiles of all sequences into pieces; the same in every program of both kernels.
+
+    Pieces are about as short as they can be if there are to be ``most`` of them at most.
 
     Returns:
         ``(tiles, pieces, slots)``, a vector over the sequences ``index`` each: the tiles that one unit needs, its
         pieces, and the slots of all the sequence's units together.
     """
+    SIZES: tl.constexpr = max(1, min(16, 1024 // SPLIT.batch_block))
     query_length, first_query, first_key, end, num_sinks, window = place_sequences(
         sequences, index, index < batch, num_sinks, window, OPTIONS
     )
@@ -103,8 +106,16 @@ def divide_work(
     )
     tiles = last - begin - (hole_end - hole_begin)
     units = SPLIT.kv_heads * tl.cdiv(query_length * SPLIT.heads_per_kv, OPTIONS.block_m)
-    size = tl.maximum(tl.cdiv(tl.sum(tiles * units, 0), extra), least_tiles)
-    pieces = tl.cdiv(tiles, size)
+    total = tl.sum(tiles * units, 0)
+    room = most - tl.sum(units, 0)
+    # A unit has one piece that may be shorter. So there are few enough of size `enough`, and too many below `low`. The
+    # best of some sizes between them is taken.
+    enough = tl.cdiv(total, tl.maximum(room, 1))
+    low = tl.where(room > 0, tl.cdiv(total, most), enough)
+    # [SIZES]
+    sizes = tl.maximum(enough - (enough - low) * tl.arange(0, SIZES) // SIZES, least_tiles)
+    slots = tl.sum(tl.cdiv(tiles[None, :], sizes[:, None]) * units[None, :], 1)
+    pieces = tl.cdiv(tiles, tl.min(tl.where(slots <= most, sizes, tl.maximum(enough, least_tiles)), 0))
     return tiles, pieces, pieces * units
 
 
@@ -260,7 +271,7 @@ def attend_tile(
     return accumulator, new_max, partial_sum
 
 
-@triton.jit(do_not_specialize=["batch", "slots", "extra", "least_tiles", "page_stride", "num_sinks", "window",
+@triton.jit(do_not_specialize=["batch", "slots", "most", "least_tiles", "page_stride", "num_sinks", "window",
                                "sliding_window", "hook_args"])  # fmt: skip
 def attend_pieces(
     query_ptr,
@@ -273,7 +284,7 @@ def attend_pieces(
     numbers,
     batch,
     slots,
-    extra,
+    most,
     least_tiles,
     page_stride,
     num_sinks,
@@ -299,7 +310,7 @@ def attend_pieces(
         numbers: ``(scale, softcap)``.
         batch: number of sequences.
         slots: how many pieces there may be.
-        extra: how many pieces there are at most beside the first one of each unit.
+        most: how many pieces there are at most, if there are no more units.
         least_tiles: tiles that a piece has at least, if its unit has so many.
         page_stride: row stride of the page table.
         num_sinks: leading keys that are always kept.
@@ -322,7 +333,7 @@ def attend_pieces(
     starts_q = tl.load(sequences[0] + index, mask=index < batch, other=0).to(tl.int64)
     starts_k = tl.load(sequences[2] + index, mask=index < batch, other=0).to(tl.int64)
     tiles_of, pieces_of, slots_of = divide_work(
-        sequences, index, batch, extra, least_tiles, num_sinks, window, sliding_window, OPTIONS, SPLIT
+        sequences, index, batch, most, least_tiles, num_sinks, window, sliding_window, OPTIONS, SPLIT
     )
     sequence = tl.sum((tl.cumsum(slots_of, 0) <= slot).to(tl.int32), 0)
     if sequence >= batch:
@@ -415,7 +426,7 @@ def attend_pieces(
     )
 
 
-@triton.jit(do_not_specialize=["batch", "slots", "extra", "least_tiles", "num_sinks", "window", "sliding_window"])
+@triton.jit(do_not_specialize=["batch", "slots", "most", "least_tiles", "num_sinks", "window", "sliding_window"])
 def merge_pieces(
     partial_ptr,
     out_ptr,
@@ -424,7 +435,7 @@ def merge_pieces(
     sequences,
     batch,
     slots,
-    extra,
+    most,
     least_tiles,
     num_sinks,
     window,
@@ -442,7 +453,7 @@ def merge_pieces(
         sequences: as for :func:`attend_pieces`.
         batch: as for :func:`attend_pieces`.
         slots: as for :func:`attend_pieces`.
-        extra: as for :func:`attend_pieces`.
+        most: as for :func:`attend_pieces`.
         least_tiles: as for :func:`attend_pieces`.
         num_sinks: as for :func:`attend_pieces`.
         window: as for :func:`attend_pieces`.
@@ -457,7 +468,7 @@ def merge_pieces(
     head = tl.program_id(0) % heads
     index = tl.arange(0, SPLIT.batch_block)
     _, pieces_of, slots_of = divide_work(
-        sequences, index, batch, extra, least_tiles, num_sinks, window, sliding_window, OPTIONS, SPLIT
+        sequences, index, batch, most, least_tiles, num_sinks, window, sliding_window, OPTIONS, SPLIT
     )
     starts = tl.load(sequences[0] + index, mask=index < batch, other=0).to(tl.int32)
     lengths = tl.load(sequences[1] + index, mask=index < batch, other=0).to(tl.int32)

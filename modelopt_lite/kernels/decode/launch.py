@@ -157,12 +157,12 @@ def prepare(
     split = _split(r, settings, options)
     units = _units(r, options, split)
     # The interpreter counts as one multiprocessor.
-    extra = _extra(units, settings.programs * (processors(r.q.device) if r.q.is_cuda else 1))
-    slots = _slots(r, options, units, extra, settings.least_tiles)
+    most = _most(units, settings.programs * (processors(r.q.device) if r.q.is_cuda else 1))
+    slots = _slots(r, options, units, most, settings.least_tiles)
     page_stride = 0 if r.page_table is None else r.page_table.stride(0)
     numbers = (r.softmax_scale, r.softcap or 0.0)
     strides = tuple(x.stride()[:2] for x in (r.q, r.k, r.v))
-    work = (batch, slots, extra, settings.least_tiles)
+    work = (batch, slots, most, settings.least_tiles)
     rules = distances(r)
     size = slots * split.rows * (value_dim + 1)
     # The compiler gives the loads of page numbers half of the stages.
@@ -238,16 +238,16 @@ def _units(r: AttentionRequest, options: Options, split: Split) -> int:
     return r.starts_q.shape[0] * split.kv_heads * cdiv(split.heads_per_kv * r.max_q, options.block_m)
 
 
-def _extra(units: int, programs: int) -> int:
-    """Return how many pieces there may be beside the first one of each unit, if ``programs`` run at a time.
+def _most(units: int, programs: int) -> int:
+    """Return how many pieces there are to be at most, if ``programs`` run at a time.
 
-    All pieces run together if that leaves each unit about two. If it does not, the longest would run alone for long,
-    so there are more pieces than run together.
+    All of them run together if each unit can have two. If not, some would be twice as long as others and run alone in
+    the end, so there are more and shorter ones, which run in turns.
     """
-    return programs - units if 2 * units <= programs else 2 * programs
+    return programs if 2 * units <= programs else 4 * programs
 
 
-def _slots(r: AttentionRequest, options: Options, units: int, extra: int, least_tiles: int) -> int:
+def _slots(r: AttentionRequest, options: Options, units: int, most: int, least_tiles: int) -> int:
     """Return how many pieces there may be at most, whatever the lengths."""
     longest = r.max_k
     if r.sliding_window is not None:
@@ -255,7 +255,7 @@ def _slots(r: AttentionRequest, options: Options, units: int, extra: int, least_
     # Keys may begin inside a tile.
     begins_inside = r.has_positions or r.sliding_window is not None
     pieces = cdiv(cdiv(longest, options.block_n) + begins_inside, least_tiles)
-    return min(units * pieces, units + extra)
+    return min(units * pieces, max(units, most))
 
 
 def _block_m(r: AttentionRequest) -> int:
