@@ -120,10 +120,10 @@ ROOM = 64
 TURN_MS = 50
 """How long a variant runs at a time if its calls are shorter. What else the machine does comes and goes within seconds,
 and should meet all variants."""
-COPIES = 5
-"""How often the models are made anew. Where the objects of one lie in memory changes by up to 3 % how long Python takes
-with it, also beside another one that is the same."""
-WARM_UPS = 4
+COPIES = 20
+"""How often the models are made anew. Where the objects of one lie in memory changes by several percent how long Python
+takes with it, also beside another one that is the same."""
+WARM_UPS = {"eager": 2, "compiled": 4}
 """Calls before any is timed: the first compiles, and CUDA graphs are recorded in the second and third."""
 LONG_PREFILL = 16384
 """Tokens from which on a prefill is warmed up once, because it keeps the GPU busy for a second or more."""
@@ -150,7 +150,7 @@ class Problem:
     restore: Call = field(default=lambda: None)
     count: int = 1
     waits: bool = True
-    warm_ups: int = WARM_UPS
+    warm_ups: int = WARM_UPS["eager"]
 
 
 class Bench:
@@ -258,7 +258,7 @@ class Bench:
             run = self.compiled(model, "default") if mode == "compiled" else model
             calls[variant] = functools.partial(first_token, run, tokens, padding)
         is_long = tokens.numel() >= LONG_PREFILL and mode == "eager"
-        return Problem(calls, warm_ups=1 if is_long else WARM_UPS)
+        return Problem(calls, warm_ups=1 if is_long else WARM_UPS[mode])
 
     def decode_problem(self, mode: str, batch: int, seq_len: int) -> Problem:
         """Return steps of one token after ``seq_len`` tokens, all with the same cache."""
@@ -272,7 +272,7 @@ class Bench:
         for variant, model in self.models.items():
             run = self.compiled(model, self.arguments.compile_mode) if mode == "compiled" else model
             calls[variant] = functools.partial(next_token, run, tokens, padding, cache)
-        return Problem(calls, functools.partial(shorten, cache, seq_len))
+        return Problem(calls, functools.partial(shorten, cache, seq_len), warm_ups=WARM_UPS[mode])
 
     def generate_problem(self, mode: str, seq_len: int) -> Problem:
         """Return calls of ``generate``."""
@@ -287,7 +287,8 @@ class Bench:
         if mode == "compiled":
             options["cache_implementation"] = "static"
         return Problem(
-            {variant: functools.partial(model.generate, tokens, **options) for variant, model in self.models.items()}
+            {variant: functools.partial(model.generate, tokens, **options) for variant, model in self.models.items()},
+            warm_ups=WARM_UPS[mode],
         )
 
     def filled_cache(self, mode: str, batch: int, seq_len: int) -> DynamicCache | StaticCache:
@@ -516,7 +517,7 @@ def profile(bench: Bench) -> None:
         f"decode step after {PROFILED['context']} tokens": bench.decode_problem("eager", 1, PROFILED["context"]),
     }
     for (name, problem), variant in itertools.product(problems.items(), PROFILED["variants"]):
-        for _ in range(WARM_UPS):
+        for _ in range(WARM_UPS["eager"]):
             bench.run_once(problem, variant)
         profiler = cProfile.Profile()
         for _ in range(PROFILED["calls"]):
