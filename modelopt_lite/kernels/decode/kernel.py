@@ -106,16 +106,20 @@ def divide_work(
     )
     tiles = last - begin - (hole_end - hole_begin)
     units = SPLIT.kv_heads * tl.cdiv(query_length * SPLIT.heads_per_kv, OPTIONS.block_m)
-    total = tl.sum(tiles * units, 0)
-    room = most - tl.sum(units, 0)
-    # A unit has one piece that may be shorter. So there are few enough of size `enough`, and too many below `low`. The
-    # best of some sizes between them is taken.
-    enough = tl.cdiv(total, tl.maximum(room, 1))
-    low = tl.where(room > 0, tl.cdiv(total, most), enough)
-    # [SIZES]
-    sizes = tl.maximum(enough - (enough - low) * tl.arange(0, SIZES) // SIZES, least_tiles)
-    slots = tl.sum(tl.cdiv(tiles[None, :], sizes[:, None]) * units[None, :], 1)
-    pieces = tl.cdiv(tiles, tl.min(tl.where(slots <= most, sizes, tl.maximum(enough, least_tiles)), 0))
+    if SPLIT.batch_block == 2:  # a single sequence
+        size = tl.cdiv(tiles, tl.maximum(most // tl.maximum(units, 1), 1))
+    else:
+        total = tl.sum(tiles * units, 0)
+        room = most - tl.sum(units, 0)
+        # A unit has one piece that may be shorter. So there are few enough of size `enough`, and too many below `low`.
+        # The best of some sizes between them is taken.
+        enough = tl.cdiv(total, tl.maximum(room, 1))
+        low = tl.where(room > 0, tl.cdiv(total, most), enough)
+        # [SIZES]
+        sizes = tl.maximum(enough - (enough - low) * tl.arange(0, SIZES) // SIZES, least_tiles)
+        slots = tl.sum(tl.cdiv(tiles[None, :], sizes[:, None]) * units[None, :], 1)
+        size = tl.min(tl.where(slots <= most, sizes, enough), 0)
+    pieces = tl.cdiv(tiles, tl.maximum(size, least_tiles))
     return tiles, pieces, pieces * units
 
 
