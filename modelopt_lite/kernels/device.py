@@ -27,7 +27,9 @@ _capability = functools.cache(torch.cuda.get_device_capability)
 
 @functools.cache
 def processors(device: torch.device) -> int:
-    """Return a GPU's number of multiprocessors."""
+    """Return a GPU's number of multiprocessors; the interpreter on a CPU counts as one."""
+    if device.type == "cpu":
+        return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 

@@ -284,18 +284,17 @@ def test_there_are_slots_for_all_pieces(data):
     )
     settings = DecodeSettings(16, 4, 1, data.draw(st.integers(1, 300)), data.draw(st.integers(1, 9)), True)
     options = decode_launch._options(request, settings)
-    split = decode_launch._split(request, settings, options)
-    slots = torch.zeros(1, dtype=torch.int32)
+    units, programs = decode_launch._units(request, options), settings.programs
+    most = decode_launch._most(units, programs)
+    split = decode_launch._split(request, settings, options, run_together=most <= programs)
+    there_are = torch.zeros(1, dtype=torch.int32)
     sequences = (None, request.lengths_q, None, request.lengths_k, request.first_q, request.first_k)
-    units = decode_launch._units(request, options, split)
-    pieces = decode_launch._most(units, settings.programs)
-    count_slots[(1,)](
-        slots, sequences, len(lengths), pieces, settings.least_tiles, *distances(request), options, split
-    )  # fmt: skip
-    there_are = decode_launch._slots(request, options, units, pieces, settings.least_tiles)
-    assert slots.item() <= there_are
-    if 2 * units <= settings.programs:
-        assert there_are <= settings.programs  # they run together
+    rule = (len(lengths), most, settings.least_tiles, *distances(request))
+    count_slots[(1,)](there_are, sequences, *rule, options, split)
+    slots = decode_launch._slots(request, options, units, most, settings.least_tiles)
+    assert there_are.item() <= slots
+    if 2 * units <= programs:
+        assert slots <= programs  # they run together
 
 
 def test_what_is_refused():

@@ -18,23 +18,26 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024}
 """Bytes that a GPU offers a program; 8.0 offers more, but 8.6, 8.9 and 12.0 run the same rows."""
 VARIANTS = [
-    # capability, dtype, heads, (head_dim, value_dim), queries, (n, m), page size
-    (90, BF16, (32, 8), (64, 64), 1, None, 0),
-    (90, BF16, (32, 8), (128, 128), 1, None, 0),
-    (90, BF16, (32, 8), (128, 128), 1, None, 256),
-    (90, BF16, (32, 8), (128, 128), 16, None, 0),
-    (90, BF16, (32, 8), (128, 128), 4, (2, 4), 0),
-    (90, BF16, (32, 8), (128, 128), 16, (2, 4), 0),
-    (90, BF16, (16, 8), (256, 256), 1, None, 0),
-    (90, BF16, (16, 16), (192, 128), 1, None, 0),
-    (90, BF16, (16, 1), (576, 512), 1, None, 0),
-    (90, FP32, (32, 8), (128, 128), 1, None, 0),
-    (80, BF16, (32, 8), (128, 128), 1, None, 0),
-    (80, BF16, (32, 8), (128, 128), 4, (2, 4), 0),
+    # capability, dtype, heads, (head_dim, value_dim), queries, (n, m), page size, sequences
+    (90, BF16, (32, 8), (64, 64), 1, None, 0, 1),
+    (90, BF16, (32, 8), (128, 128), 1, None, 0, 1),
+    (90, BF16, (32, 8), (128, 128), 1, None, 0, 16),
+    (90, BF16, (32, 8), (128, 128), 1, None, 0, 100),
+    (90, BF16, (32, 8), (128, 128), 1, None, 256, 1),
+    (90, BF16, (32, 8), (128, 128), 16, None, 0, 1),
+    (90, BF16, (32, 8), (128, 128), 4, (2, 4), 0, 1),
+    (90, BF16, (32, 8), (128, 128), 16, (2, 4), 0, 1),
+    (90, BF16, (16, 8), (256, 256), 1, None, 0, 1),
+    (90, BF16, (16, 16), (192, 128), 1, None, 0, 1),
+    (90, BF16, (16, 1), (576, 512), 1, None, 0, 1),
+    (90, BF16, (16, 1), (576, 512), 1, None, 0, 16),
+    (90, FP32, (32, 8), (128, 128), 1, None, 0, 1),
+    (80, BF16, (32, 8), (128, 128), 1, None, 0, 1),
+    (80, BF16, (32, 8), (128, 128), 4, (2, 4), 0, 1),
 ]
 
 
-def compile_variant(capability, dtype, heads, dims, queries, n_of_m, page_size):
+def compile_variant(capability, dtype, heads, dims, queries, n_of_m, page_size, sequences):
     """Return what is worth knowing of the kernel that computes pieces."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
@@ -64,17 +67,18 @@ def compile_variant(capability, dtype, heads, dims, queries, n_of_m, page_size):
 
     driver.set_active(AbsentGpu())
     decode_launch.Launch, decode_launch.capability_of = CompileOnly, lambda device: capability
-    one, slots = torch.zeros(1, dtype=torch.int64), 1024
+    decode_launch.processors = lambda device: 132
+    starts, slots = torch.zeros(sequences, dtype=torch.int64), 1024
     fields = {
         "q": torch.zeros(queries, heads[0], dims[0], dtype=dtype),
         "k": torch.zeros(slots, heads[1], dims[0], dtype=dtype),
         "v": torch.zeros(slots, heads[1], dims[1], dtype=dtype),
         "s_aux": torch.zeros(heads[0]),
-        "starts_q": one,
-        "lengths_q": one,
+        "starts_q": starts,
+        "lengths_q": starts,
         "max_q": queries,
-        "starts_k": one,
-        "lengths_k": one,
+        "starts_k": starts,
+        "lengths_k": starts,
         "max_k": slots,
         "is_causal": True,
         "softmax_scale": 0.1,
@@ -83,7 +87,7 @@ def compile_variant(capability, dtype, heads, dims, queries, n_of_m, page_size):
         "plan": top_n_plan(*(n_of_m or (0, 4)), 0, 64),
     }
     if page_size:
-        table = torch.zeros(1, slots // page_size, dtype=torch.int32)
+        table = torch.zeros(sequences, slots // page_size, dtype=torch.int32)
         request = AttentionRequest(**fields, page_table=table, page_size=page_size)
     else:
         request = AttentionRequest(**fields)

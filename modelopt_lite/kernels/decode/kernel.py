@@ -97,7 +97,6 @@ def divide_work(
         ``(tiles, pieces, slots)``, a vector over the sequences ``index`` each: the tiles that one unit needs, its
         pieces, and the slots of all the sequence's units together.
     """
-    SIZES: tl.constexpr = max(1, min(16, 1024 // SPLIT.batch_block))
     query_length, first_query, first_key, end, num_sinks, window = place_sequences(
         sequences, index, index < batch, num_sinks, window, OPTIONS
     )
@@ -107,18 +106,18 @@ def divide_work(
     tiles = last - begin - (hole_end - hole_begin)
     units = SPLIT.kv_heads * tl.cdiv(query_length * SPLIT.heads_per_kv, OPTIONS.block_m)
     if SPLIT.batch_block == 2:  # a single sequence
-        size = tl.cdiv(tiles, tl.maximum(most // tl.maximum(units, 1), 1))
+        size = tl.cdiv(tiles, most // tl.maximum(units, 1))
     else:
+        # Each unit has one piece that may be shorter. So there are few enough of this size.
         total = tl.sum(tiles * units, 0)
-        room = most - tl.sum(units, 0)
-        # A unit has one piece that may be shorter. So there are few enough of size `enough`, and too many below `low`.
-        # The best of some sizes between them is taken.
-        enough = tl.cdiv(total, tl.maximum(room, 1))
-        low = tl.where(room > 0, tl.cdiv(total, most), enough)
-        # [SIZES]
-        sizes = tl.maximum(enough - (enough - low) * tl.arange(0, SIZES) // SIZES, least_tiles)
-        slots = tl.sum(tl.cdiv(tiles[None, :], sizes[:, None]) * units[None, :], 1)
-        size = tl.min(tl.where(slots <= most, sizes, enough), 0)
+        size = tl.cdiv(total, most - tl.sum(units, 0))
+        if SPLIT.sizes > 1:
+            # Below this size there are too many. The best of some between both is taken.
+            low = tl.cdiv(total, most)
+            # [SPLIT.sizes]
+            sizes = tl.maximum(size - (size - low) * tl.arange(0, SPLIT.sizes) // SPLIT.sizes, least_tiles)
+            slots = tl.sum(tl.cdiv(tiles[None, :], sizes[:, None]) * units[None, :], 1)
+            size = tl.min(tl.where(slots <= most, sizes, size), 0)
     pieces = tl.cdiv(tiles, tl.maximum(size, least_tiles))
     return tiles, pieces, pieces * units
 
@@ -314,7 +313,7 @@ def attend_pieces(
         numbers: ``(scale, softcap)``.
         batch: number of sequences.
         slots: how many pieces there may be.
-        most: how many pieces there are at most, if there are no more units.
+        most: how many pieces there are at most; more than there are units.
         least_tiles: tiles that a piece has at least, if its unit has so many.
         page_stride: row stride of the page table.
         num_sinks: leading keys that are always kept.

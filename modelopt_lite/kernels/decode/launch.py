@@ -98,6 +98,7 @@ class Split(NamedTuple):
         kv_heads: heads of the keys.
         heads_per_kv: query heads that share one.
         batch_block: 2 for a single sequence; else sequences, rounded up to a power of two, and at least 16.
+        sizes: how many sizes of pieces are tried.
         rows: rows of a slot.
         block_tail: width of the part of ``head_dim`` behind ``block_d``, or 0.
         page_size: see :class:`~modelopt_lite.kernels.request.AttentionRequest`.
@@ -109,6 +110,7 @@ class Split(NamedTuple):
     kv_heads: int
     heads_per_kv: int
     batch_block: int
+    sizes: int
     rows: int
     block_tail: int
     page_size: int
@@ -154,10 +156,10 @@ def prepare(
     (total, query_heads, _), value_dim, batch = r.q.shape, r.v.shape[2], r.starts_q.shape[0]
     settings = settings or default_settings(r)
     options = _options(r, settings)
-    split = _split(r, settings, options)
-    units = _units(r, options, split)
-    # The interpreter counts as one multiprocessor.
-    most = _most(units, settings.programs * (processors(r.q.device) if r.q.is_cuda else 1))
+    units = _units(r, options)
+    programs = settings.programs * processors(r.q.device)
+    most = _most(units, programs)
+    split = _split(r, settings, options, run_together=most <= programs)
     slots = _slots(r, options, units, most, settings.least_tiles)
     page_stride = 0 if r.page_table is None else r.page_table.stride(0)
     numbers = (r.softmax_scale, r.softcap or 0.0)
@@ -217,14 +219,17 @@ def _options(r: AttentionRequest, settings: DecodeSettings) -> Options:
     return options._replace(block_d=_blocks_d(r.q.shape[2])[0])
 
 
-def _split(r: AttentionRequest, settings: DecodeSettings, options: Options) -> Split:
+def _split(r: AttentionRequest, settings: DecodeSettings, options: Options, run_together: bool) -> Split:
     batch, kv_heads = r.starts_q.shape[0], r.k.shape[1]
     heads_per_kv = r.q.shape[1] // kv_heads
+    # With 1 instead of 2, a head_dim of 576 has no registers left.
+    batch_block = 2 if batch == 1 else max(16, 1 << max(0, batch - 1).bit_length())
     return Split(
         kv_heads=kv_heads,
         heads_per_kv=heads_per_kv,
-        # With 1 instead of 2, a head_dim of 576 has no registers left.
-        batch_block=2 if batch == 1 else max(16, 1 << max(0, batch - 1).bit_length()),
+        batch_block=batch_block,
+        # Where pieces run in turns, their size matters little, and each program spends time on finding it.
+        sizes=max(1, min(16, 1024 // batch_block)) if run_together else 1,
         rows=min(options.block_m, heads_per_kv * max(1, r.max_q)),
         block_tail=_blocks_d(r.q.shape[2])[1],
         page_size=r.page_size,
@@ -234,9 +239,10 @@ def _split(r: AttentionRequest, settings: DecodeSettings, options: Options) -> S
     )
 
 
-def _units(r: AttentionRequest, options: Options, split: Split) -> int:
+def _units(r: AttentionRequest, options: Options) -> int:
     """Return how many units there may be."""
-    return r.starts_q.shape[0] * split.kv_heads * cdiv(split.heads_per_kv * r.max_q, options.block_m)
+    kv_heads = r.k.shape[1]
+    return r.starts_q.shape[0] * kv_heads * cdiv(r.q.shape[1] // kv_heads * r.max_q, options.block_m)
 
 
 def _most(units: int, programs: int) -> int:
@@ -246,7 +252,7 @@ def _most(units: int, programs: int) -> int:
     the end, so there are more and shorter ones, which run in turns. With the last few programs everything takes 1 %
     longer, as measured, so they are left out.
     """
-    return programs - programs // 64 if 2 * units <= programs else 4 * programs
+    return programs - programs // 64 if 2 * units <= programs else units + 4 * programs
 
 
 def _slots(r: AttentionRequest, options: Options, units: int, most: int, least_tiles: int) -> int:
@@ -257,7 +263,7 @@ def _slots(r: AttentionRequest, options: Options, units: int, most: int, least_t
     # Keys may begin inside a tile.
     begins_inside = r.has_positions or r.sliding_window is not None
     pieces = cdiv(cdiv(longest, options.block_n) + begins_inside, least_tiles)
-    return min(units * pieces, max(units, most))
+    return min(units * pieces, most)
 
 
 def _block_m(r: AttentionRequest) -> int:
