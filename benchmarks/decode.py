@@ -68,7 +68,7 @@ class Case:
     @property
     def code(self) -> tuple[object, ...]:
         """What the kernels' machine code depends on, beside settings."""
-        batch = max(4, (len(self.lengths) - 1).bit_length())
+        batch = 1 if len(self.lengths) == 1 else max(16, 2 ** (len(self.lengths) - 1).bit_length())
         return batch, self.queries, self.heads, self.head_dim, self.sliding_window is None, self.sinks, self.n_of_m
 
     @property
@@ -255,7 +255,7 @@ def candidates(arguments: argparse.Namespace) -> list[DecodeSettings]:
 
 def code_of(settings: DecodeSettings) -> DecodeSettings:
     """Return settings with the same machine code, the same for all that share it."""
-    return settings._replace(programs=1, least_tiles=1)
+    return settings._replace(least_tiles=1)
 
 
 def fits(name: str, settings: DecodeSettings) -> bool:
@@ -272,7 +272,7 @@ def fits(name: str, settings: DecodeSettings) -> bool:
 def tune(names: list[str], arguments: argparse.Namespace) -> None:
     """Print the fastest candidates of each case, and the table's settings."""
     every = candidates(arguments)
-    # All machine code is made first, in parallel; programs and least_tiles do not change it.
+    # All machine code is made first, in parallel; least_tiles does not change it.
     codes = dict.fromkeys(code_of(x) for x in every)
     with ProcessPoolExecutor(arguments.jobs, multiprocessing.get_context("spawn")) as pool:
         pairs = list(itertools.product({CASES[name].code: name for name in names}.items(), codes))

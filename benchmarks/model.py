@@ -124,7 +124,8 @@ COPIES = 20
 """How often the models are made anew. Where the objects of one lie in memory changes by several percent how long Python
 takes with it, also beside another one that is the same."""
 WARM_UPS = {"eager": 2, "compiled": 4}
-"""Calls before any is timed: the first compiles, and CUDA graphs are recorded in the second and third."""
+"""Calls before any is timed. The first compiles. The last one's time says how many calls there are in a turn. CUDA
+graphs, where a compiled model has them, are recorded in the second and third."""
 LONG_PREFILL = 16384
 """Tokens from which on a prefill is warmed up once, because it keeps the GPU busy for a second or more."""
 DEPTHS = range(0, 112, 14)
@@ -159,6 +160,7 @@ class Bench:
     Attributes:
         arguments: what the command line says.
         order: of variants, random.
+        depths: those of the next calls.
         device: where everything runs.
         dtype: BF16, or FP32 on a CPU.
     """
@@ -166,6 +168,7 @@ class Bench:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
         self.order = random.Random(0)
+        self.depths = itertools.cycle(DEPTHS)
         self.device = torch.device(arguments.device)
         self.dtype = torch.bfloat16 if arguments.device == "cuda" else torch.float32
         if arguments.weights is None:
@@ -363,17 +366,17 @@ class Bench:
         turn = max(1, int(TURN_MS / (problem.count * max(last.values(), default=TURN_MS))))
         order = list(last)
         times: dict[str, list[float]] = {variant: [] for variant in order}
-        for i in range(rounds):
+        for _ in range(rounds):
             self.order.shuffle(order)
-            depths = [DEPTHS[j % len(DEPTHS)] for j in range(i * turn, (i + 1) * turn)]
+            depths = list(itertools.islice(self.depths, turn))
             for variant in order:
                 times[variant].append(statistics.median(self.run_once(problem, variant, depth) for depth in depths))
         return {variant: statistics.median(taken) for variant, taken in times.items()}, peaks
 
     def rows(self, what: str, mode: str, seq_len: int) -> list[dict[str, Any]]:
         """Measure one problem in all variants, and in several copies of the models if Python's time may matter."""
-        is_short = what not in CALLS and mode == "eager" and seq_len < LONG_PREFILL
-        copies = min(COPIES, self.arguments.rounds) if is_short else 1
+        is_short = seq_len < LONG_PREFILL if what in ("ttft", "batch") else what not in CALLS
+        copies = min(COPIES, self.arguments.rounds) if is_short and mode == "eager" else 1
         found: dict[str, list[float]] = {}
         peaks: dict[str, float | None] = {}
         for _ in range(copies):

@@ -31,6 +31,7 @@ MANY = DecodeSettings(16, 4, 1, programs=20, least_tiles=1, peel=True)
 # FP32 rounding of exponentials, sums and products of numbers of order 1 over at most some hundred keys.
 FP32 = {"rtol": 2e-5, "atol": 2e-5}
 # The interpreter takes about a tenth of a second a program, and there is one for each query and head.
+HOLE = SinkWindow(num_sink_tokens=20, dense_window_size=40).plan()
 RAGGED = ((1, 40), (0, 9), (1, 1), (1, 90))
 STEPS = ((3, 50), (1, 33), (0, 0))
 
@@ -256,10 +257,10 @@ def test_a_cache_that_grows():
 
 @jit
 def count_slots(
-    out_ptr, sequences, batch, most, least, sinks, window, sliding, OPTIONS: tl.constexpr, SPLIT: tl.constexpr
+    out_ptr, sequences, batch, max_pieces, least, sinks, window, sliding, OPTIONS: tl.constexpr, SPLIT: tl.constexpr
 ):
     _, _, slots = divide_work(
-        sequences, tl.arange(0, SPLIT.batch_block), batch, most, least, sinks, window, sliding, OPTIONS, SPLIT
+        sequences, tl.arange(0, SPLIT.batch_block), batch, max_pieces, least, sinks, window, sliding, OPTIONS, SPLIT
     )
     tl.store(out_ptr, tl.sum(slots, 0))
 
@@ -270,7 +271,9 @@ def count_slots(
 def test_there_are_slots_for_all_pieces(data):
     most, longest = data.draw(st.sampled_from([1, 4, 16])), data.draw(st.integers(0, 500))
     pairs = st.tuples(st.integers(0, most), st.integers(0, longest))
-    lengths = data.draw(st.lists(pairs, min_size=1, max_size=data.draw(st.sampled_from([1, 4, 20]))))
+    count = data.draw(st.sampled_from([1, 4, 20, 70, 300]))
+    lengths = data.draw(st.lists(pairs, min_size=1, max_size=min(count, 20)))
+    lengths = (lengths * count)[:count]
     request = make([(0, 0)] * len(lengths), heads=data.draw(st.sampled_from([(1, 1), (6, 1), (4, 2), (12, 3)])))
     lengths_q, lengths_k = torch.tensor(lengths).T
     request = request._replace(
@@ -279,22 +282,25 @@ def test_there_are_slots_for_all_pieces(data):
         max_q=most,
         max_k=longest,
         is_causal=data.draw(st.booleans()),
+        plan=data.draw(st.sampled_from([DENSE, HOLE])),
         sliding_window=data.draw(st.none() | st.integers(1, 100)),
         first_k=data.draw(st.none() | st.just(torch.randint(0, 50, (len(lengths),)))),
     )
-    settings = DecodeSettings(16, 4, 1, data.draw(st.integers(1, 300)), data.draw(st.integers(1, 9)), True)
+    settings = DecodeSettings(16, 4, 1, data.draw(st.integers(1, 4)), data.draw(st.integers(1, 9)), True)
     options = decode_launch._options(request, settings)
+    multiprocessors = data.draw(st.sampled_from([1, 10, 132]))
     units, programs = decode_launch._units(request, options), settings.programs
-    most = decode_launch._most(units, programs)
-    split = decode_launch._split(request, settings, options, run_together=most <= programs)
-    there_are = torch.zeros(1, dtype=torch.int32)
+    run_together = 2 * units <= programs * multiprocessors
+    split = decode_launch._split(request, settings, options, run_together)
+    max_pieces = decode_launch._max_pieces(units, programs, multiprocessors, run_together)
+    pieces = torch.zeros(1, dtype=torch.int32)
     sequences = (None, request.lengths_q, None, request.lengths_k, request.first_q, request.first_k)
-    rule = (len(lengths), most, settings.least_tiles, *distances(request))
-    count_slots[(1,)](there_are, sequences, *rule, options, split)
-    slots = decode_launch._slots(request, options, units, most, settings.least_tiles)
-    assert there_are.item() <= slots
-    if 2 * units <= programs:
-        assert slots <= programs  # they run together
+    rule = (len(lengths), max_pieces, settings.least_tiles, *distances(request))
+    count_slots[(1,)](pieces, sequences, *rule, options, split)
+    slots = decode_launch._slots(request, options, units, max_pieces, settings.least_tiles)
+    assert pieces.item() <= slots
+    if run_together:
+        assert slots <= programs * multiprocessors
 
 
 def test_what_is_refused():

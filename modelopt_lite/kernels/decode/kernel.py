@@ -8,7 +8,7 @@ always in the same order.
 
 Lengths are known on the GPU alone. So the host launches as many programs as there may be pieces, and every program
 finds out from all lengths which piece is its own: pieces have about equally many tiles, whatever the sequences'
-lengths. Where there are few units, they are as short as they can be if the GPU is to run all of them at a time; where
+lengths. Where there are few units, pieces are as short as they can be if the GPU is to run all of them together; where
 there are many, it runs them in turns. Programs beyond the last piece end at once, and nobody reads their slots.
 
 The second kernel costs less than it seems: on Hopper it starts while the first one ends (programmatic dependent
@@ -86,12 +86,12 @@ def tile_span(query_length, first_query, first_key, end, num_sinks, window, slid
 
 @triton.jit
 def divide_work(
-    sequences, index, batch, most, least_tiles, num_sinks, window, sliding_window, OPTIONS: tl.constexpr,
+    sequences, index, batch, max_pieces, least_tiles, num_sinks, window, sliding_window, OPTIONS: tl.constexpr,
     SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Divide the tiles of all sequences into pieces; the same in every program of both kernels.
 
-    Pieces are about as short as they can be if there are to be ``most`` of them at most.
+    Pieces are about as short as they can be if there are to be ``max_pieces`` of them at most.
 
     Returns:
         ``(tiles, pieces, slots)``, a vector over the sequences ``index`` each: the tiles that one unit needs, its
@@ -105,19 +105,20 @@ def divide_work(
     )
     tiles = last - begin - (hole_end - hole_begin)
     units = SPLIT.kv_heads * tl.cdiv(query_length * SPLIT.heads_per_kv, OPTIONS.block_m)
-    if SPLIT.batch_block == 2:  # a single sequence
-        size = tl.cdiv(tiles, most // tl.maximum(units, 1))
+    if SPLIT.single:
+        size = tl.cdiv(tiles, max_pieces // tl.maximum(units, 1))
     else:
         # Each unit has one piece that may be shorter. So there are few enough of this size.
         total = tl.sum(tiles * units, 0)
-        size = tl.cdiv(total, most - tl.sum(units, 0))
+        size = tl.cdiv(total, max_pieces - tl.sum(units, 0))
         if SPLIT.sizes > 1:
-            # Below this size there are too many. The best of some between both is taken.
-            low = tl.cdiv(total, most)
+            # Below this size there are too many. The best of some from one to the other is taken.
+            low = tl.cdiv(total, max_pieces)
             # [SPLIT.sizes]
-            sizes = tl.maximum(size - (size - low) * tl.arange(0, SPLIT.sizes) // SPLIT.sizes, least_tiles)
+            sizes = size - (size - low) * tl.arange(0, SPLIT.sizes) // (SPLIT.sizes - 1)
+            sizes = tl.maximum(sizes, least_tiles)
             slots = tl.sum(tl.cdiv(tiles[None, :], sizes[:, None]) * units[None, :], 1)
-            size = tl.min(tl.where(slots <= most, sizes, size), 0)
+            size = tl.min(tl.where(slots <= max_pieces, sizes, size), 0)
     pieces = tl.cdiv(tiles, tl.maximum(size, least_tiles))
     return tiles, pieces, pieces * units
 
@@ -274,7 +275,7 @@ def attend_tile(
     return accumulator, new_max, partial_sum
 
 
-@triton.jit(do_not_specialize=["batch", "slots", "most", "least_tiles", "page_stride", "num_sinks", "window",
+@triton.jit(do_not_specialize=["batch", "slots", "max_pieces", "least_tiles", "page_stride", "num_sinks", "window",
                                "sliding_window", "hook_args"])  # fmt: skip
 def attend_pieces(
     query_ptr,
@@ -287,7 +288,7 @@ def attend_pieces(
     numbers,
     batch,
     slots,
-    most,
+    max_pieces,
     least_tiles,
     page_stride,
     num_sinks,
@@ -312,8 +313,8 @@ def attend_pieces(
             first query and the first key, which may be None; ``[batch]`` each.
         numbers: ``(scale, softcap)``.
         batch: number of sequences.
-        slots: how many pieces there may be.
-        most: how many pieces there are at most; more than there are units.
+        slots: programs that are launched, and places in the workspace.
+        max_pieces: how many pieces there may be; more than there are units.
         least_tiles: tiles that a piece has at least, if its unit has so many.
         page_stride: row stride of the page table.
         num_sinks: leading keys that are always kept.
@@ -336,7 +337,7 @@ def attend_pieces(
     starts_q = tl.load(sequences[0] + index, mask=index < batch, other=0).to(tl.int64)
     starts_k = tl.load(sequences[2] + index, mask=index < batch, other=0).to(tl.int64)
     tiles_of, pieces_of, slots_of = divide_work(
-        sequences, index, batch, most, least_tiles, num_sinks, window, sliding_window, OPTIONS, SPLIT
+        sequences, index, batch, max_pieces, least_tiles, num_sinks, window, sliding_window, OPTIONS, SPLIT
     )
     sequence = tl.sum((tl.cumsum(slots_of, 0) <= slot).to(tl.int32), 0)
     if sequence >= batch:
@@ -429,7 +430,7 @@ def attend_pieces(
     )
 
 
-@triton.jit(do_not_specialize=["batch", "slots", "most", "least_tiles", "num_sinks", "window", "sliding_window"])
+@triton.jit(do_not_specialize=["batch", "slots", "max_pieces", "least_tiles", "num_sinks", "window", "sliding_window"])
 def merge_pieces(
     partial_ptr,
     out_ptr,
@@ -438,7 +439,7 @@ def merge_pieces(
     sequences,
     batch,
     slots,
-    most,
+    max_pieces,
     least_tiles,
     num_sinks,
     window,
@@ -456,7 +457,7 @@ def merge_pieces(
         sequences: as for :func:`attend_pieces`.
         batch: as for :func:`attend_pieces`.
         slots: as for :func:`attend_pieces`.
-        most: as for :func:`attend_pieces`.
+        max_pieces: as for :func:`attend_pieces`.
         least_tiles: as for :func:`attend_pieces`.
         num_sinks: as for :func:`attend_pieces`.
         window: as for :func:`attend_pieces`.
@@ -471,7 +472,7 @@ def merge_pieces(
     head = tl.program_id(0) % heads
     index = tl.arange(0, SPLIT.batch_block)
     _, pieces_of, slots_of = divide_work(
-        sequences, index, batch, most, least_tiles, num_sinks, window, sliding_window, OPTIONS, SPLIT
+        sequences, index, batch, max_pieces, least_tiles, num_sinks, window, sliding_window, OPTIONS, SPLIT
     )
     starts = tl.load(sequences[0] + index, mask=index < batch, other=0).to(tl.int32)
     lengths = tl.load(sequences[1] + index, mask=index < batch, other=0).to(tl.int32)

@@ -33,6 +33,8 @@ MAX_HEAD_DIM = 576
 MAX_PROGRAMS = 2**31 - 1
 LEAST_KEYS = 256
 """Keys of the longest sequence from which on splitting them pays; below, merging costs as much as it saves."""
+IN_TURNS = 8
+"""Pieces on each multiprocessor, beside one of each unit, where they run in turns."""
 MERGED_ELEMENTS = 8192
 """Elements of pieces that a program merges at one time: 64 registers a thread."""
 MERGE_WARPS = 4
@@ -45,7 +47,7 @@ class DecodeSettings(NamedTuple):
         block_n: keys a tile.
         num_warps: warps a program.
         num_stages: tiles that are loaded ahead, and the one in use.
-        programs: how many pieces run on each multiprocessor at a time; together, they should fill it.
+        programs: how many pieces there are to be on each multiprocessor, if all run together.
         least_tiles: tiles that a piece has at least, if its sequence has so many.
         peel: whether tiles that need no masks run in a loop of their own, which is faster for each, but waits once more
             for memory before the others.
@@ -71,7 +73,8 @@ class DecodeRow(NamedTuple):
 
 
 # The first row that fits. For capability 90 and up to 16 rows, a head_dim of 128 is what benchmarks/decode.py --tune
-# found fastest on an H200 with BF16; the others fit the GPU, and have not been tuned.
+# found fastest on an H200 with BF16, when batches were divided in another way; the others fit the GPU, and have not
+# been tuned.
 # settings: block_n, num_warps, num_stages, programs, least_tiles, peel
 SETTINGS = (
     DecodeRow(90, 2, 64, 16, 1, DecodeSettings(128, 4, 3, 2, 2, False)),
@@ -97,7 +100,8 @@ class Split(NamedTuple):
     Attributes:
         kv_heads: heads of the keys.
         heads_per_kv: query heads that share one.
-        batch_block: 2 for a single sequence; else sequences, rounded up to a power of two, and at least 16.
+        single: whether there is one sequence.
+        batch_block: an upper bound of the sequences, a power of two.
         sizes: how many sizes of pieces are tried.
         rows: rows of a slot.
         block_tail: width of the part of ``head_dim`` behind ``block_d``, or 0.
@@ -109,6 +113,7 @@ class Split(NamedTuple):
 
     kv_heads: int
     heads_per_kv: int
+    single: bool
     batch_block: int
     sizes: int
     rows: int
@@ -157,14 +162,15 @@ def prepare(
     settings = settings or default_settings(r)
     options = _options(r, settings)
     units = _units(r, options)
-    programs = settings.programs * processors(r.q.device)
-    most = _most(units, programs)
-    split = _split(r, settings, options, run_together=most <= programs)
-    slots = _slots(r, options, units, most, settings.least_tiles)
+    multiprocessors = processors(r.q.device)
+    run_together = 2 * units <= settings.programs * multiprocessors
+    split = _split(r, settings, options, run_together)
+    max_pieces = _max_pieces(units, settings.programs, multiprocessors, run_together)
+    slots = _slots(r, options, units, max_pieces, settings.least_tiles)
     page_stride = 0 if r.page_table is None else r.page_table.stride(0)
     numbers = (r.softmax_scale, r.softcap or 0.0)
     strides = tuple(x.stride()[:2] for x in (r.q, r.k, r.v))
-    work = (batch, slots, most, settings.least_tiles)
+    work = (batch, slots, max_pieces, settings.least_tiles)
     rules = distances(r)
     size = slots * split.rows * (value_dim + 1)
     # The compiler gives the loads of page numbers half of the stages.
@@ -227,6 +233,7 @@ def _split(r: AttentionRequest, settings: DecodeSettings, options: Options, run_
     return Split(
         kv_heads=kv_heads,
         heads_per_kv=heads_per_kv,
+        single=batch == 1,
         batch_block=batch_block,
         # Where pieces run in turns, their size matters little, and each program spends time on finding it.
         sizes=max(1, min(16, 1024 // batch_block)) if run_together else 1,
@@ -245,25 +252,27 @@ def _units(r: AttentionRequest, options: Options) -> int:
     return r.starts_q.shape[0] * kv_heads * cdiv(r.q.shape[1] // kv_heads * r.max_q, options.block_m)
 
 
-def _most(units: int, programs: int) -> int:
-    """Return how many pieces there are to be at most, if ``programs`` run at a time.
+def _max_pieces(units: int, programs: int, multiprocessors: int, run_together: bool) -> int:
+    """Return how many pieces there may be, all of which run together, or in turns.
 
-    All of them run together if each unit can have two. If not, some would be twice as long as others and run alone in
-    the end, so there are more and shorter ones, which run in turns. With the last few programs everything takes 1 %
-    longer, as measured, so they are left out.
+    They do the former where each unit can have two. Where it cannot, some would be twice as long as others and run
+    alone in the end, so there are more and shorter ones.
     """
-    return programs - programs // 64 if 2 * units <= programs else units + 4 * programs
+    if not run_together:
+        return units + IN_TURNS * multiprocessors
+    # 16 sequences of 8192 keys take 1 % longer on an H200 if the last few programs are launched, too.
+    return programs * multiprocessors - programs * multiprocessors // 64
 
 
-def _slots(r: AttentionRequest, options: Options, units: int, most: int, least_tiles: int) -> int:
-    """Return how many pieces there may be at most, whatever the lengths."""
+def _slots(r: AttentionRequest, options: Options, units: int, max_pieces: int, least_tiles: int) -> int:
+    """Return how many programs are enough, whatever the lengths."""
     longest = r.max_k
     if r.sliding_window is not None:
         longest = min(longest, (1 if r.is_causal else 2) * r.sliding_window + r.max_q)
     # Keys may begin inside a tile.
     begins_inside = r.has_positions or r.sliding_window is not None
     pieces = cdiv(cdiv(longest, options.block_n) + begins_inside, least_tiles)
-    return min(units * pieces, most)
+    return min(units * pieces, max_pieces)
 
 
 def _block_m(r: AttentionRequest) -> int:
