@@ -104,7 +104,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 """The model as it is, twice, so that the noise can be seen, and methods' settings; N of M is this project's own dense
 attention if N = M. Of the methods that choose blocks, this one keeps the same share of them with any weights."""
 SEQ_LENS = {
-    "ttft": [128, 512, 2048, 8192, 32768, 131072],
+    "ttft": [128, 512, 2048, 4096, 8192, 32768, 131072],
     "decode": [2048, 32768, 131072],
     "batch": [512, 2048],
     "generate": [2048],

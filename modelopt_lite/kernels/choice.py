@@ -89,7 +89,7 @@ if tl is not None:
 
 _prepared: dict[tuple[Any, ...], Run] = {}
 _prepared_backward: dict[tuple[Any, ...], Differentiate] = {}
-_reasons_told: set[str] = set()
+_told: set[tuple[str, str]] = set()
 
 
 def prepared(request: AttentionRequest, backend: Backend) -> Run | None:
@@ -202,10 +202,15 @@ def choose(
         if kernel.refusal(request) is None:
             return kernel
     reason = refusal(request)
-    if reason is not None and reason not in _reasons_told:
-        _reasons_told.add(reason)
-        logger.warning("attention on the GPU runs with PyTorch operations, which are slow: %s", reason)
+    if reason is not None:
+        _warn_once("attention on the GPU runs with PyTorch operations, which are slow: %s", reason)
     return BLOCKED
+
+
+def _warn_once(message: str, reason: str) -> None:
+    if (message, reason) not in _told:
+        _told.add((message, reason))
+        logger.warning(message, reason)
 
 
 def refusal(request: AttentionRequest) -> str | None:
@@ -224,10 +229,19 @@ def refusal(request: AttentionRequest) -> str | None:
 
 
 def differentiates_on_gpu(request: AttentionRequest, backend: Backend) -> bool:
-    """Whether a GPU kernel computes the gradients of a request, and not PyTorch operations."""
+    """Whether a GPU kernel computes the gradients of a request, and not PyTorch operations.
+
+    Raises:
+        UnsupportedError: if the backend asked for cannot.
+    """
     if tl is None or backend == "torch" or (backend == "auto" and not request.q.is_cuda):
         return False
-    return portable_launch.refusal(request) is None
+    reason = portable_launch.refusal(request)
+    if reason is not None and backend == "triton":
+        raise UnsupportedError(f"backend: 'triton' cannot compute gradients of this: {reason}")
+    if reason is not None:
+        _warn_once("gradients of attention on the GPU are computed with PyTorch operations, which are slow: %s", reason)
+    return reason is None
 
 
 def differentiate(grad: Tensor, result: ForwardResult, request: AttentionRequest) -> Gradients:

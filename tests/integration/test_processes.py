@@ -25,14 +25,13 @@ LENGTH = 37
 LOAD = """
 import sys
 import torch
-import modelopt_lite
+import modelopt_lite.kernels
 from safetensors.torch import load_file, save_file
-from modelopt_lite.kernels import attention
 folder = sys.argv[1]
+program = torch.export.load(folder + "/program.pt2").module()
 q, one = torch.randn(8, 1, 8), torch.tensor([8])
 for n in (3, 1):
-    attention(q, q, q, one - 8, one, 8, sparsity_n=n, dense_window_size=n)
-program = torch.export.load(folder + "/program.pt2").module()
+    modelopt_lite.kernels.attention(q, q, q, one - 8, one, 8, sparsity_n=n, dense_window_size=n)
 save_file({"output": program(load_file(folder + "/input.safetensors")["input"])}, folder + "/output.safetensors")
 """
 

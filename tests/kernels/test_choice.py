@@ -17,7 +17,7 @@ from modelopt_lite.kernels.choice import BLOCKED, GPU_KERNELS, choose, refusal
 from modelopt_lite.kernels.hopper import forward_launch as hopper_launch
 from modelopt_lite.kernels.portable import launch as portable_launch
 from modelopt_lite.kernels.top_n import top_n_plan
-from modelopt_lite.plan import AttentionPlan
+from modelopt_lite.plan import DENSE, AttentionPlan
 
 HALF = torch.bfloat16
 
@@ -41,7 +41,7 @@ def rule_alone(scores, q_pos, k_pos):
 def forgetful(monkeypatch):
     """As in a process that has computed nothing."""
     monkeypatch.setattr(choice, "_prepared", {})
-    monkeypatch.setattr(choice, "_reasons_told", set())
+    monkeypatch.setattr(choice, "_told", set())
     monkeypatch.delenv("MODELOPT_LITE_KERNEL", raising=False)
 
 
@@ -84,6 +84,20 @@ def test_what_no_gpu_kernel_can_run(absent_gpu, caplog, capability, options, rea
         choice.check_backend(request, "triton")
     assert choose(request, "torch") is BLOCKED
     assert not caplog.text
+
+
+def test_gradients_that_no_gpu_kernel_computes(absent_gpu, caplog):
+    """The decode kernel takes larger heads than the kernels of the backward."""
+    absent_gpu(90)
+    request = on_gpu(tokens=10, dims=(576, 512), plan=DENSE)._replace(max_k=1000)
+    reason = "q has a head_dim of 576, above 256"
+    assert choose(request).name == "decode"
+    assert not any(choice.differentiates_on_gpu(request, "auto") for _ in range(2))
+    (record,) = caplog.records
+    assert record.getMessage().endswith(f"computed with PyTorch operations, which are slow: {reason}")
+    with pytest.raises(UnsupportedError, match=f"backend: 'triton' cannot compute gradients of this: {reason}"):
+        choice.differentiates_on_gpu(request, "triton")
+    assert not choice.differentiates_on_gpu(request, "torch")
 
 
 HOPPER_REFUSES = {
