@@ -112,7 +112,9 @@ def _with_blocks(request: AttentionRequest) -> AttentionRequest:
 
 
 def pack(is_first: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Find the sequences that follow each other in the rows of a batch; an operator, so that a graph has no lengths.
+    """Find the sequences that follow each other in the rows of a batch.
+
+    In a graph an operator does it, so that the graph has no lengths.
 
     It waits for the device, unless a CUDA graph is captured, where there are as many sequences as tokens, nearly all of
     them empty.
@@ -124,11 +126,10 @@ def pack(is_first: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         The first row and the length of each sequence over the flattened batch, ``[batch * length]`` each, those that
         are there coming first; and :attr:`AttentionRequest.counts`.
     """
-    starts, lengths, counts = torch.ops.modelopt_lite.pack(is_first)
+    starts, lengths, counts = (torch.ops.modelopt_lite.pack if is_traced(is_first) else _pack)(is_first)
     return starts, lengths, counts
 
 
-@torch.library.impl("modelopt_lite::pack", "default")
 def _pack(is_first: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     begins = torch.cat([torch.ones_like(is_first[:, :1]), is_first[:, 1:]], dim=1).flatten()
     sequence = begins.cumsum(0) - 1
@@ -138,6 +139,9 @@ def _pack(is_first: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     else:
         counts = torch.stack([begins.sum(), lengths.max()]).cpu()
     return lengths.cumsum(0) - lengths, lengths, counts
+
+
+torch.library.impl("modelopt_lite::pack", "default", _pack)
 
 
 @torch.library.register_fake("modelopt_lite::pack")  # type: ignore[untyped-decorator]

@@ -337,6 +337,17 @@ def test_summary_is_a_table(sparse, ids):
     assert str(mtsa.summary(sparse)).count("yes") == 1
 
 
+@torch.no_grad()
+def test_no_operator_of_this_package_stands_between(sparse, ids):
+    """One costs more Python than the rest of a call."""
+    positions = torch.cat([torch.arange(5), torch.arange(LENGTH - 5)]).expand(2, -1)
+    mask = padded(ids, (LENGTH, 21), "left")["attention_mask"]
+    for options in ({}, {"attention_mask": mask}, {"position_ids": positions, "use_cache": False}):
+        with torch.profiler.profile() as profile:
+            sparse(ids, **options)
+        assert not [event.key for event in profile.key_averages() if "modelopt" in event.key]
+
+
 def test_copies_are_sparse_and_independent(sparse, ids):
     twin = copy.deepcopy(sparse)
     for copied in (twin, copy.copy(sparse)):

@@ -19,6 +19,7 @@ SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "
 RULES = {
     "sparse_softmax": {"method": "sparse_softmax", "sparsity_n": 1, "dense_window_size": 3},
     "sink_window": {"method": "sink_window", "dense_window_size": 3},
+    "mean_pool_top_k": {"method": "mean_pool_top_k", "keep": 0.3, "block_size": 16, "block_rows": 16},
 }
 LENGTH = 37
 # Another rule is used first, so that plans have other numbers than in the process that exported.
@@ -119,6 +120,22 @@ def test_plans_and_methods_reach_another_process():
     assert [name for name, _ in found] == names * 2
     assert [thing for _, thing in found[:2]] == methods
     assert all(back is thing for (_, back), thing in zip(found[2:], things[2:], strict=True))
+
+
+def load_and_run(file, ids):
+    """Run a model that another process has saved."""
+    with torch.no_grad():
+        return torch.load(file, weights_only=False)(ids, use_cache=False).logits  # noqa: TID251
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rule", RULES)
+def test_a_model_saved_whole_is_the_same_elsewhere(rule, ids, tmp_path):
+    model = sparse(rule)
+    torch.save(model, tmp_path / "model.pt")
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        found = pool.submit(load_and_run, tmp_path / "model.pt", ids).result()
+    assert torch.equal(found, model(ids, use_cache=False).logits)
 
 
 @torch.no_grad()
