@@ -391,6 +391,11 @@ def plan_by_name(name: str) -> AttentionPlan:
         )
     if name.startswith(_ALL_BLOCKS):
         return plan_by_name(name.removeprefix(_ALL_BLOCKS)).with_all_blocks
+    if name.startswith("{") and not name.endswith("}"):  # see find_plan
+        raise UnsupportedError(
+            f"this program uses the attention plan {name}, whose method's class had been defined again in the process "
+            "that made the program, so no other process can know which class is meant; make it where it is defined once"
+        )
     try:
         configuration = json.loads(name)
         plan: AttentionPlan = get_sparse_method(configuration["method"]).model_validate(configuration).shared_plan()

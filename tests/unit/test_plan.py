@@ -92,6 +92,7 @@ UNKNOWN = {
     "a bad value": ('{"method":"sparse_softmax","sparsity_m":5}', "sparsity_m"),
     "no method": ("{}", "which this process cannot make"),
     "no configuration": ("17", "which this process cannot make"),
+    "defined again": ('{"method":"sparse_softmax"} 2', "had been defined again in the process that made the program"),
 }
 
 
