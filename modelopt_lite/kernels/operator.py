@@ -69,7 +69,8 @@ def compute(request: AttentionRequest, backend: Backend = "auto") -> tuple[Tenso
     if not is_traced_call:
         if request.page_table is not None:  # a known signature that wants no gradient is not checked again
             check_request(request)
-        recorded: tuple[Tensor, Tensor] = _Recorded.apply(*request[:4], request, backend)  # type: ignore[no-untyped-call]
+        q, k, v, s_aux = request.q, request.k, request.v, request.s_aux
+        recorded: tuple[Tensor, Tensor] = _Recorded.apply(q, k, v, s_aux, request, backend)  # type: ignore[no-untyped-call]
         return recorded
     check_request(request)
     choice.check_backend(request, backend)
@@ -177,8 +178,9 @@ def _(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.library.impl("modelopt_lite::attention", "default")
 def _forward(*inputs: Any) -> tuple[Tensor, Tensor]:
-    request = AttentionRequest.unflatten(inputs[:-1]).present()
-    output, lse = choice.run(request, inputs[-1])
+    *fields, backend = inputs
+    request = AttentionRequest.unflatten(fields).present()
+    output, lse = choice.run(request, backend)
     return output, lse if request.with_lse and lse is not None else _no_lse(request.q)
 
 
@@ -198,7 +200,8 @@ def _no_lse(q: Tensor) -> Tensor:
 
 @torch.library.impl("modelopt_lite::attention_backward", "default")
 def _backward(grad: Tensor, output: Tensor, lse: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    request, backend = AttentionRequest.unflatten(inputs[:-1]).present(), inputs[-1]
+    *fields, backend = inputs
+    request = AttentionRequest.unflatten(fields).present()
     *grads, grad_s_aux = _differentiate(grad, ForwardResult(output, lse), request, backend)
     # An operator returns tensors, so no gradient is an empty one.
     return (*grads, request.q.new_empty(0) if grad_s_aux is None else grad_s_aux)  # type: ignore[return-value]
@@ -217,9 +220,10 @@ def _differentiate(grad: Tensor, result: ForwardResult, request: AttentionReques
 
 @torch.library.register_fake("modelopt_lite::attention_backward")  # type: ignore[untyped-decorator]
 def _(grad: Tensor, output: Tensor, lse: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    q, k, v, s_aux = inputs[:4]
+    fields = dict(zip(_NAMES, inputs, strict=True))
+    q, s_aux = fields["q"], fields["s_aux"]
     grad_s_aux = q.new_empty(0) if s_aux is None else s_aux.new_empty(s_aux.shape)
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), grad_s_aux
+    return (*(fields[name].new_empty(fields[name].shape) for name in ("q", "k", "v")), grad_s_aux)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:
