@@ -375,8 +375,8 @@ class Bench:
 
     def rows(self, what: str, mode: str, seq_len: int) -> list[dict[str, Any]]:
         """Measure one problem in all variants, and in several copies of the models if Python's time may matter."""
-        is_short = seq_len < LONG_PREFILL if what in ("ttft", "batch") else what not in CALLS
-        copies = min(COPIES, self.arguments.rounds) if is_short and mode == "eager" else 1
+        waits_for_python = seq_len < LONG_PREFILL if what in ("ttft", "batch") else what not in CALLS
+        copies = min(COPIES, self.arguments.rounds) if waits_for_python and mode == "eager" else 1
         found: dict[str, list[float]] = {}
         peaks: dict[str, float | None] = {}
         for _ in range(copies):

@@ -394,7 +394,8 @@ def plan_by_name(name: str) -> AttentionPlan:
     if name.startswith("{") and not name.endswith("}"):  # see find_plan
         raise UnsupportedError(
             f"this program uses the attention plan {name}, whose method's class had been defined again in the process "
-            "that made the program, so no other process can know which class is meant; make it where it is defined once"
+            "that made the program, so no other process can know which class is meant; make the program in a process "
+            "that defines the class once"
         )
     try:
         configuration = json.loads(name)

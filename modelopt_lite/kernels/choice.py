@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Callable
@@ -89,7 +90,6 @@ if tl is not None:
 
 _prepared: dict[tuple[Any, ...], Run] = {}
 _prepared_backward: dict[tuple[Any, ...], Differentiate] = {}
-_told: set[tuple[str, str]] = set()
 
 
 def prepared(request: AttentionRequest, backend: Backend) -> Run | None:
@@ -207,10 +207,9 @@ def choose(
     return BLOCKED
 
 
+@functools.cache
 def _warn_once(message: str, reason: str) -> None:
-    if (message, reason) not in _told:
-        _told.add((message, reason))
-        logger.warning(message, reason)
+    logger.warning(message, reason)
 
 
 def refusal(request: AttentionRequest) -> str | None:

@@ -303,6 +303,31 @@ def test_there_are_slots_for_all_pieces(data):
         assert slots <= programs * multiprocessors
 
 
+@interpreted
+@pytest.mark.parametrize(
+    ("keys", "pieces"),
+    # 260 may run together, and 8 heads of keys share them: 32 for each.
+    [([8192] * 16, 32), ([8192] * 12, 24), ([8192] * 8, 32), ([8192] * 4, 32), ([8192], 32), ([8192, *[64] * 15], 31)],
+)
+def test_pieces_are_as_short_as_they_can_be(keys, pieces):
+    """Of the last ones, the long sequence has 16 of 8 tiles: with 7, there would be 34."""
+    request = make([(0, 0)] * len(keys), heads=(8, 8))._replace(
+        lengths_q=torch.ones(len(keys), dtype=torch.int64),
+        lengths_k=torch.tensor(keys),
+        max_q=1,
+        max_k=8192,
+        plan=DENSE,
+    )
+    settings = DecodeSettings(64, 4, 3, programs=2, least_tiles=4, peel=False)
+    options = decode_launch._options(request, settings)
+    max_pieces = decode_launch._max_pieces(decode_launch._units(request, options), 2, 132, run_together=True)
+    split = decode_launch._split(request, settings, options, run_together=True)
+    found = torch.zeros(1, dtype=torch.int32)
+    sequences = (None, request.lengths_q, None, request.lengths_k, request.first_q, request.first_k)
+    count_slots[(1,)](found, sequences, len(keys), max_pieces, 4, *distances(request), options, split)
+    assert found.item() == 8 * pieces
+
+
 def test_what_is_refused():
     assert refusal(make(STEPS)) is None
     assert "17 queries" in refusal(make([(17, 20)]))
