@@ -30,6 +30,7 @@ _PACKING = ("starts_q", "lengths_q", "starts_k", "lengths_k", "first_q", "first_
 _NOTHING_SAVED: dict[str, Any] = dict.fromkeys(("q", "k", "v", "s_aux", *_PACKING, "blocks", "grids"))
 
 torch.library.define("modelopt_lite::attention", f"({_ARGUMENTS}) -> (Tensor, Tensor)")
+torch.library.define("modelopt_lite::attention_without_gradient", f"({_ARGUMENTS}) -> Tensor")
 torch.library.define(
     "modelopt_lite::attention_backward",
     f"(Tensor grad, Tensor output, Tensor lse, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -76,6 +77,8 @@ def compute(request: AttentionRequest, backend: Backend = "auto") -> tuple[Tenso
     choice.check_backend(request, backend)
     inputs = (*request.flatten(), backend)
     if torch.compiler.is_compiling():
+        if not (request.with_lse or torch.compiler.is_exporting() or _is_transformed()):
+            return torch.ops.modelopt_lite.attention_without_gradient(*inputs), None
         output, lse = torch.ops.modelopt_lite.attention(*inputs)
     else:
         output, lse = _Transformed.apply(*inputs)  # type: ignore[no-untyped-call]
@@ -184,13 +187,31 @@ def _forward(*inputs: Any) -> tuple[Tensor, Tensor]:
     return output, lse if request.with_lse and lse is not None else _no_lse(request.q)
 
 
+@torch.library.impl("modelopt_lite::attention_without_gradient", "default")
+def _forward_alone(*inputs: Any) -> Tensor:
+    *fields, backend = inputs
+    output, _ = choice.run(AttentionRequest.unflatten(fields).present(), backend)
+    return output
+
+
+@torch.library.register_fake("modelopt_lite::attention_without_gradient")  # type: ignore[untyped-decorator]
+def _(*inputs: Any) -> Tensor:
+    fields = dict(zip(_NAMES, inputs, strict=True))
+    return _new_output(fields["q"], fields["v"])
+
+
 @torch.library.register_fake("modelopt_lite::attention")  # type: ignore[untyped-decorator]
 def _(*inputs: Any) -> tuple[Tensor, Tensor]:
     fields = dict(zip(_NAMES, inputs, strict=True))
     q, v = fields["q"], fields["v"]
     accumulated = torch.promote_types(q.dtype, torch.float32)
     lse = q.new_empty(q.shape[:2], dtype=accumulated) if fields["with_lse"] else _no_lse(q)
-    return q.new_empty(q.shape[0], q.shape[1], v.shape[2]), lse
+    return _new_output(q, v), lse
+
+
+def _new_output(q: Tensor, v: Tensor) -> Tensor:
+    """Return memory for an output."""
+    return q.new_empty(q.shape[0], q.shape[1], v.shape[2])
 
 
 def _no_lse(q: Tensor) -> Tensor:
@@ -357,6 +378,12 @@ def _needs_gradient(request: AttentionRequest) -> bool:
     return torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (request.q, request.k, request.v, request.s_aux)
     )
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_transformed() -> bool:
+    """Whether a transform of :mod:`torch.func` is active, which may want gradients that no tensor tells of."""
+    return torch._C._are_functorch_transforms_active()
 
 
 def is_traced(x: Tensor | None = None) -> bool:

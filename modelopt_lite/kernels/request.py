@@ -164,10 +164,18 @@ class AttentionRequest(NamedTuple):
         if self.counts is None:
             return self
         number, longest = self.counts.tolist()
-        packing = {name: getattr(self, name)[:number] for name in ("starts_q", "lengths_q", "starts_k", "lengths_k")}
-        if self.blocks is not None:
-            packing["blocks"] = self.blocks._replace(starts=self.blocks.starts[:number])
-        return self._replace(counts=None, max_q=longest, max_k=longest, **packing)
+        starts, lengths, starts_k, lengths_k = self.starts_q, self.lengths_q, self.starts_k, self.lengths_k
+        starts_q, lengths_q = starts[:number], lengths[:number]
+        return self._replace(
+            counts=None,
+            starts_q=starts_q,
+            lengths_q=lengths_q,
+            max_q=longest,
+            starts_k=starts_q if starts_k is starts else starts_k[:number],
+            lengths_k=lengths_q if lengths_k is lengths else lengths_k[:number],
+            max_k=longest,
+            blocks=self.blocks and self.blocks._replace(starts=self.blocks.starts[:number]),
+        )
 
     def readable(self) -> AttentionRequest:
         """Return the request with copies of what kernels could not read: they take any strides but the last ones."""

@@ -23,6 +23,8 @@ FAR = 2**30
 """A distance in tokens beyond all others, with room to add the difference of two positions to it in 32 bits."""
 SHORT = 2**25
 """Scores of all heads up to which :func:`is_short`."""
+LIGHT = 4_000_000_000
+"""Tokens times the square of a layer's width up to which :func:`is_light`, by SmolLM2-135M on an H200."""
 SMALL = 0
 """Compute capability that 8.6, 8.9 and 12.0 or later count as in the tables: these GPUs offer a program 99 KB of shared
 memory, where 8.0 offers 163 KB, and multiply matrices as 8.0 does."""
@@ -184,6 +186,18 @@ def is_short(request: AttentionRequest) -> bool:
     """Whether a launch costs as much as the kernel: up to about 1024 tokens of 32 heads."""
     r = request
     return r.q.shape[0] * r.q.shape[1] * min(r.max_k, r.k.shape[0]) <= SHORT
+
+
+def is_light(request: AttentionRequest) -> bool:
+    """Whether layers of a model with such attention keep the GPU busy for less time than Python.
+
+    Then a kernel that takes Python one launch is faster than one that takes it two, though by itself it is slower. The
+    rest of a layer has as much work as there are tokens times the square of its width, which for a head dimension of 64
+    is about the width of the heads together. So SmolLM2-135M is light up to its 8192 tokens, with twice as many not;
+    Llama-3.2-1B below 1000.
+    """
+    tokens, heads, head_dim = request.q.shape
+    return head_dim == 64 and tokens * (heads * head_dim) ** 2 <= LIGHT
 
 
 def block_dim(dim: int) -> int:

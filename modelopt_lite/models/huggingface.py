@@ -24,7 +24,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import UnsupportedError
-from ..kernels import MAX_QUERIES
+from ..kernels import MAX_QUERIES, is_traced
 from .discovery import ATTENTION_NAME, forward_globals, uses_interface
 from .layout import (
     READABLE_MASKS,
@@ -32,6 +32,7 @@ from .layout import (
     attend,
     layer_name,
     layout_of_mask,
+    likeness,
     refuse_context_parallel,
     remembered,
     whole_call,
@@ -175,30 +176,42 @@ def attention_forward(
         UnsupportedError: if the call asks for something this attention cannot do; names the layer.
     """
     if (
-        # PyTorch's attention has computed a layer of this forward, after all the checks of the longer ways. What these
-        # cannot say of another layer is written out here, because Python's time is the user's in short prefills and
-        # decode steps: what :func:`~.module.present_decision` and :func:`~.layout.whole_call` ask.
+        # A layer of this forward has gone the longer ways, with all their checks. What these cannot say of another
+        # layer is written out here, because Python's time is the user's in short prefills and decode steps: what
+        # :func:`~.module.present_decision` and :func:`~.layout.whole_call` ask.
         not is_dynamo_compiling()
         and type(attention_mask) is Layout
         and (shared := attention_mask.request) is not None
-        and (known := shared.dense) is not None
         and not kwargs
         and not dropout
         and type(query) is Tensor
-        and known.like == (query.shape, key.shape, value.shape, query.dtype, query.device)
         and (flags := (own_state := module.__dict__).get("sparse_attention")) is not None
-        and (
-            flags.leaves_decode
-            if known.is_decode
-            else (flags.leaves_prefill or (flags.leaves_dense and not flags.enabled)) and not is_in_function()
-        )
         and not flags.is_sharded
         and "call_context" not in own_state
         and caller_state.get() is None
         and not torch.is_grad_enabled()
     ):
-        flags.last_call = object()
-        return known.run(query, key, value, scale=scaling).transpose(1, 2), None
+        if (
+            (dense := shared.dense) is not None
+            and dense.like == (query.shape, key.shape, value.shape, query.dtype, query.device)
+            and (
+                flags.leaves_decode
+                if dense.is_decode
+                else (flags.leaves_prefill or (flags.leaves_dense and not flags.enabled)) and not is_in_function()
+            )
+        ):
+            flags.last_call = object()
+            return dense.run(query, key, value, scale=scaling).transpose(1, 2), None
+        if (
+            (last := shared.last) is not None
+            and last.decision == (flags.sparse_decision if flags.enabled else flags.dense_decision)
+            and last.likeness == likeness(query, key, value, scaling)
+            and not (attention_mask.len_q > 1 and is_in_function())
+            and not torch._C._is_any_autocast_enabled()
+            and not is_traced(query)
+        ):
+            flags.last_call = object()
+            return last.call(query, key, value), None
     if position_ids is not None:
         kwargs["position_ids"] = position_ids
     if use_cache is not None:

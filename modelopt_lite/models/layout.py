@@ -60,7 +60,7 @@ class PreparedCall(NamedTuple):
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Compute a call."""
-        return self.run(self.request(query, key, value))[0].view(self.shape)
+        return self.run(self.request(query, key, value))[0].view(*self.shape)
 
     def request(self, query: Tensor, key: Tensor, value: Tensor) -> AttentionRequest:
         """Return the request of a call."""
@@ -68,18 +68,42 @@ class PreparedCall(NamedTuple):
         return AttentionRequest(query.as_strided(*q), key.as_strided(*k), value.as_strided(*v), *self.fields)
 
 
+class LastCall(NamedTuple):
+    """The last call of :func:`whole_call` that a kernel computed, with nothing that observes it and no softcap.
+
+    Attributes:
+        decision: what the layer's flags said.
+        likeness: as :func:`likeness` finds it.
+        call: what computes calls of the same layout that are like it.
+    """
+
+    decision: Decision
+    likeness: tuple[Any, ...]
+    call: PreparedCall
+
+
+def likeness(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> tuple[Any, ...]:
+    """Return what calls of one layout have in common if their tensors differ in contents alone."""
+    return (
+        query.shape, key.shape, value.shape, query.stride(), key.stride(), value.stride(), query.dtype, key.dtype,
+        value.dtype, query.device, (query.data_ptr() | key.data_ptr() | value.data_ptr()) & 15, scaling,
+    )  # fmt: skip
+
+
 class SharedWork:
     """What the layers of one forward pass need besides their layout, found by the first one that needs it.
 
     Attributes:
         dense: the last call that PyTorch's attention computed.
-        prepared: other calls of :func:`whole_call`, by what tells them apart.
+        last: the last one that a kernel computed.
+        prepared: calls of :func:`whole_call` that a kernel computed, by what tells them apart.
         starts_apart: starts of the keys in a cache whose rows lie apart, by their distance and device.
         grids: what is known of blocks, as in :class:`~modelopt_lite.kernels.AttentionRequest`.
     """
 
     def __init__(self) -> None:
         self.dense: DenseCall | None = None
+        self.last: LastCall | None = None
         self.prepared: dict[tuple[Any, ...], PreparedCall] = {}
         self.starts_apart: dict[tuple[int, torch.device], Tensor] = {}
         self.grids: dict[Any, Any] = {}
@@ -552,14 +576,13 @@ def _whole_call(
     if is_traced(query) or (statistics is not None and query.is_cuda and torch.cuda.is_current_stream_capturing()):
         return None
     # With the layout, all that a request depends on, and the choice of a kernel and its preparation.
-    signature = (
-        query.shape, key.shape, value.shape, query.stride(), key.stride(), value.stride(), query.dtype, key.dtype,
-        value.dtype, query.device, (query.data_ptr() | key.data_ptr() | value.data_ptr()) & 15, scaling, softcap,
-        decision.plan.name, decision.backend, statistics is None,
-    )  # fmt: skip
+    like = likeness(query, key, value, scaling)
+    signature = (like, softcap, decision.plan.name, decision.backend, statistics is None)
     shared: SharedWork | None = layout.request
     if shared is not None and (known := shared.prepared.get(signature)) is not None:
         if statistics is None:
+            if softcap is None:
+                shared.last = LastCall(decision, like, known)
             return known(query, key, value)
         request = known.request(query, key, value)
         observed = statistics.observe(request)

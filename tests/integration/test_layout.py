@@ -12,7 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import modelopt_lite as mtsa
 from modelopt_lite.kernels import AttentionRequest, sdpa
 from modelopt_lite.kernels.reference import attention_reference
-from modelopt_lite.models import layout
+from modelopt_lite.kernels.top_n import top_n_plan
+from modelopt_lite.models import huggingface, layout
 from modelopt_lite.models.huggingface import attention_forward
 from modelopt_lite.models.module import count, run_dense
 from modelopt_lite.models.transformers_masks import MaskRequest
@@ -140,6 +141,45 @@ def test_what_layers_of_one_forward_are_told_may_differ(len_q):
     module.sparse_attention.enabled = False
     query.requires_grad_()
     assert call(module).requires_grad
+
+
+@torch.no_grad()
+def test_a_layer_that_a_kernel_computed_does_not_decide_for_others(target, monkeypatch):
+    """Only layers like it are computed as it was, without a look at what decides that."""
+    module, other = sparse_attention(target), sparse_attention(target)
+    flags = other.sparse_attention
+    flags.sparse_decision = flags.sparse_decision._replace(plan=top_n_plan(3, 4, 0, 2))
+    tensors = [torch.randn(1, SLOTS, heads, HEAD_DIM, device=target[1]).transpose(1, 2) for heads in (4, 2, 2)]
+    request = MaskRequest({"q_offset": 0, "attention_mask": None})
+    rows = layout.whole_layout(1, SLOTS, SLOTS, target[1], is_causal=True)._replace(request=request)
+    looks = []
+    monkeypatch.setattr(huggingface, "whole_call", lambda *args: looks.append(args[0]) or layout.whole_call(*args))
+
+    def call(which, *given, **options):
+        found, _ = attention_forward(which, *(given or tensors), rows, **options)
+        assert torch.equal(found, layout.attend(which, *(given or tensors), rows, **options))
+        return found
+
+    sparse = [call(module) for _ in range(3)][-1]
+    assert len(looks) == 2  # at first nothing is known, then it has not been used yet
+    with run_dense([module]):
+        dense = call(module)
+    for _ in range(2):
+        assert torch.equal(call(module), sparse)
+        assert not torch.equal(call(other), sparse)
+        assert not torch.equal(call(module, scaling=0.5), sparse)
+        assert torch.equal(call(module, *(x.contiguous() for x in tensors)), sparse)
+        with torch.autocast(target[1], torch.bfloat16):
+            assert call(module).dtype == torch.bfloat16
+        with run_dense([module]):
+            assert torch.equal(call(module), dense)
+        module.sparse_attention.enabled = False
+        assert torch.equal(call(module), dense)
+        module.sparse_attention.enabled = True
+    assert not torch.equal(dense, sparse)
+    with count({module: (counted := LayerStatistics())}):
+        call(module)
+    assert any(counted.counts())
 
 
 def tiny_model(method):

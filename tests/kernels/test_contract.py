@@ -204,6 +204,45 @@ def test_operator_is_well_formed():
     for s_aux in (None, torch.randn(4, requires_grad=True)):
         inputs = (*request._replace(s_aux=s_aux).flatten(), "torch")
         torch.library.opcheck(torch.ops.modelopt_lite.attention.default, inputs)
+        without = [x.detach() if isinstance(x, torch.Tensor) else x for x in inputs]
+        torch.library.opcheck(torch.ops.modelopt_lite.attention_without_gradient.default, without)
+
+
+@pytest.mark.parametrize(
+    ("needs_gradient", "return_lse", "name"),
+    [(False, False, "attention_without_gradient"), (False, True, "attention"), (True, False, "attention")],
+)
+def test_operators_in_graphs(needs_gradient, return_lse, name):
+    """Autograd takes the host longer than all else of a short call, so it is left out of graphs without gradients."""
+    names = []
+
+    def backend(graph, _):
+        names.extend(str(node.target) for node in graph.graph.nodes if "modelopt_lite" in str(node.target))
+        return graph
+
+    q = torch.randn(11, 4, 8, requires_grad=needs_gradient)
+    given = arguments(one_sequence(q, q, q, top_n_plan(2, 4, 1, 2)))
+    torch.compiler.reset()
+    found = torch.compile(attention, fullgraph=True, backend=backend)(**given, return_lse=return_lse)
+    expected = attention(**given, return_lse=return_lse)
+    torch.testing.assert_close(found, expected)
+    assert names == [f"modelopt_lite.{name}"]
+    assert (found[0] if return_lse else found).requires_grad == needs_gradient
+
+
+def test_programs_exported_without_gradients_refuse_them():
+    """A graph that is only compiled is compiled anew where gradients are wanted; a program cannot be."""
+
+    class Attention(torch.nn.Module):
+        def forward(self, q):
+            return attention(**arguments(one_sequence(q, q, q, top_n_plan(2, 4, 1, 2))))
+
+    q = torch.randn(11, 4, 8)
+    with torch.no_grad():
+        program = torch.export.export(Attention(), (q,)).module()
+    assert torch.equal(program(q), Attention()(q))
+    with pytest.raises(ValueError, match="with_lse: False is not allowed where gradients are wanted"):
+        program(q.requires_grad_()).sum().backward()
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])

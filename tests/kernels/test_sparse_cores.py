@@ -19,7 +19,7 @@ from test_gpu import check, poison, run
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import modelopt_lite as mtsa
-from modelopt_lite.kernels import KeyBlocks, choice
+from modelopt_lite.kernels import KeyBlocks, choice, settings
 from modelopt_lite.kernels.choice import choose
 from modelopt_lite.kernels.hopper import cuda_code, sparse_cores
 from modelopt_lite.kernels.hopper import forward_launch as hopper_launch
@@ -127,6 +127,7 @@ def test_both_languages_lay_out_the_problem_alike():
 def test_when_it_is_chosen(absent_gpu, monkeypatch, changes, refused):
     monkeypatch.setattr(hopper_launch, "HOPPER_TRITON", True)
     monkeypatch.setattr(sparse_cores, "handle", lambda device, kernel, without_it: ctypes.c_void_p())
+    monkeypatch.setattr(settings, "LIGHT", 0)
     dim, dtype = changes.get("head_dim", 128), changes.get("dtype", torch.bfloat16)
     plan = top_n_plan(*changes.get("n_of_m", (2, 4)), 0, 64)
 
@@ -156,6 +157,23 @@ def test_when_it_is_chosen(absent_gpu, monkeypatch, changes, refused):
         assert chosen(64 * 100, "sparse_cores", **extra) == "hopper"
     positions = {"first_k": torch.zeros_like(request_of(64 * 100).starts_k)}
     assert chosen(64 * 100, "sparse_cores", **positions) == "portable"
+
+
+@pytest.mark.parametrize(("n_of_m", "kernel"), [((2, 4), "sparse_cores"), ((4, 8), "hopper")], ids=str)
+def test_light_layers_get_the_kernel_of_one_launch(absent_gpu, monkeypatch, n_of_m, kernel):
+    """Those of SmolLM2-135M up to its 8192 tokens; not layers with lists of blocks, nor twice as many tokens."""
+    monkeypatch.setattr(hopper_launch, "HOPPER_TRITON", True)
+    monkeypatch.setattr(sparse_cores, "handle", lambda device, kernel, without_it: ctypes.c_void_p())
+
+    def chosen(tokens, pinned="", **options):
+        q, k = (torch.empty(tokens, heads, 64, dtype=torch.bfloat16).as_subclass(OnGpu) for heads in (9, 3))
+        return choose(one_sequence(q, k, k, top_n_plan(*n_of_m, 0, 64), **options), pinned=pinned).name
+
+    blocks = KeyBlocks(
+        *(torch.empty(size, dtype=torch.int32).as_subclass(OnGpu) for size in ((9, 64), (9, 64, 64), 1)), 128, 128
+    )
+    assert chosen(8192) == "portable"
+    assert chosen(8192, kernel) == chosen(8192, blocks=blocks) == chosen(16384) == kernel
 
 
 @pytest.mark.parametrize(

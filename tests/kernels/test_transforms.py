@@ -77,6 +77,18 @@ def test_vmap_of_grad(plan):
 
 
 @PLANS
+def test_vmap_that_is_compiled(plan):
+    q, k, v, _ = batch_of(3)
+
+    def attend(q, k, v):
+        return attention(**arguments(one_sequence(q, k, v, plan)))
+
+    torch.compiler.reset()
+    compiled = torch.compile(lambda *each: vmap(attend)(*each), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(q, k, v), torch.stack([attend(*each) for each in zip(q, k, v, strict=True)]))
+
+
+@PLANS
 def test_batched_gradients(plan):
     """Several gradients of one output at once, which do not come from ``torch.func``."""
     q, k, v, _ = (x.requires_grad_() for x in batch_of())

@@ -11,7 +11,7 @@ from triton.compiler.errors import CompilationError
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..device import Launch, cdiv, is_aligned, processors, rebased
+from ..device import Described, Launch, cdiv, is_aligned, processors, rebased
 from ..portable.launch import gradient_of_sink_logits
 from ..request import AttentionRequest, ForwardResult, HookRefusedError
 from ..settings import Options, Settings, distances, hook_arguments, options_of
@@ -164,7 +164,9 @@ def prepare(grad: Tensor, request: AttentionRequest) -> Backward:
             result.output = None
         del out
         sums = torch.empty(lines, LINE.value, dtype=torch.float32, device=device)
-        tails = [None, None] if tail_rows == 0 else [_tail(x, tail_rows, tail_start) for x in (r.k, r.v)]
+        tails: list[Any] = [None, None]
+        if of_tail is not None:
+            tails = [Described(of_tail, _tail(x, tail_rows, tail_start)) for x in (r.k, r.v)]
         entries, parts = None, None
         if prepare_entries is not None:
             entries = prepare_entries(r)
@@ -172,11 +174,12 @@ def prepare(grad: Tensor, request: AttentionRequest) -> Backward:
         for first_head in range(0, kv_heads, heads):
             try:
                 launch(
-                    programs, rebased(of_queries, r.q), rebased(of_grad, grad), rebased(of_keys, r.k),
-                    rebased(of_values, r.v), *(rebased(of_tail, x) for x in tails), tail_start, rebased(of_sums, sums),
-                    rebased(of_rows, shift), rebased(of_rows, delta), grad_k, grad_v, parts, turns, begins, query_tiles,
-                    key_strides, (r.starts_q, r.lengths_q, r.starts_k, r.lengths_k), (heads, members, shares),
-                    first_head, *rest, entries, *list_numbers, hook_args,
+                    programs, Described(of_queries, r.q), Described(of_grad, grad), Described(of_keys, r.k),
+                    Described(of_values, r.v), *tails, tail_start,
+                    Described(of_sums, sums), Described(of_rows, shift), Described(of_rows, delta), grad_k, grad_v,
+                    parts, turns, begins, query_tiles, key_strides,
+                    (r.starts_q, r.lengths_q, r.starts_k, r.lengths_k), (heads, members, shares), first_head, *rest,
+                    entries, *list_numbers, hook_args,
                 )  # fmt: skip
             except CompilationError as error:
                 if plan.score_hook is None:

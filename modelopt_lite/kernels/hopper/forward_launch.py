@@ -13,10 +13,30 @@ from triton.compiler.errors import CompilationError
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..device import TRITON, Launch, cdiv, compute_capability, heads_per_wave, is_aligned, processors, rebased
+from ..device import (
+    TRITON,
+    Described,
+    Launch,
+    cdiv,
+    compute_capability,
+    heads_per_wave,
+    is_aligned,
+    processors,
+    rebased,
+)
 from ..portable.launch import new_results
 from ..request import AttentionRequest, HookRefusedError
-from ..settings import Options, Settings, SettingsRow, distances, gpu_refusal, hook_arguments, is_short, options_of
+from ..settings import (
+    Options,
+    Settings,
+    SettingsRow,
+    distances,
+    gpu_refusal,
+    hook_arguments,
+    is_light,
+    is_short,
+    options_of,
+)
 from .forward import ROWS, attention_forward_hopper
 from .forward import prepare as prepare_kernel
 from .visits_launch import Schedule
@@ -91,7 +111,9 @@ def pays(request: AttentionRequest) -> bool:
     r = request
     mean_length = r.q.shape[0] / max(1, r.starts_q.shape[0])
     limits = PORTABLE_UP_TO.get(r.q.shape[2])
-    return limits is not None and not is_short(r) and mean_length > limits[0 if r.plan.keep is None else r.plan.group]
+    if limits is None or is_short(r) or (is_light(r) and r.blocks is None):
+        return False
+    return mean_length > limits[0 if r.plan.keep is None else r.plan.group]
 
 
 def prepare(request: AttentionRequest) -> Callable[[AttentionRequest], tuple[Tensor, Tensor | None]]:
@@ -115,7 +137,7 @@ def prepare(request: AttentionRequest) -> Callable[[AttentionRequest], tuple[Ten
     keys, values = (key_descriptor(x, options) for x in (r.k, r.v))
     tail_rows, tail_start = tail_of(r.k.shape[0], r.group, settings.block_n)
     tail_shape = (2, tail_rows, *r.k.shape[1:])
-    tail_descriptor = None if tail_rows == 0 else key_descriptor(r.k.new_empty(*tail_shape)[0], options)
+    tail_of_keys = None if tail_rows == 0 else key_descriptor(r.k.new_empty(*tail_shape)[0], options)
     prepare_work = WorkPreparation(r, options, tail_start)
     launch = Launch(
         attention_forward_hopper, r.q.device, plan.score_hook, plan.quick_hook, options, settings.num_stages,
@@ -133,12 +155,12 @@ def prepare(request: AttentionRequest) -> Callable[[AttentionRequest], tuple[Ten
         visits: tuple[Any, ...] = (None,) * 5
         if schedule is not None:
             visits = (*schedule(r), schedule.rows, schedule.shape[2], schedule.heads_per_list)
-        key_tail, value_tail = (None, None) if tail_rows == 0 else r.k.new_empty(*tail_shape).unbind()
-        counter = prepare_work(r, out, lse, key_tail, value_tail)
+        tails = () if tail_of_keys is None else r.k.new_empty(*tail_shape).unbind()
+        counter = prepare_work(r, out, lse, *(tails or (None, None)))
         try:
             launch(
-                programs, rebased(queries, r.q), rebased(keys, r.k), rebased(values, r.v),
-                rebased(tail_descriptor, key_tail), rebased(tail_descriptor, value_tail), tail_start, out, lse, r.s_aux,
+                programs, Described(queries, r.q), Described(keys, r.k), Described(values, r.v),
+                *([Described(tail_of_keys, x) for x in tails] or (None, None)), tail_start, out, lse, r.s_aux,
                 counter, out.stride()[:2], (r.starts_q, r.lengths_q, r.starts_k, r.lengths_k), *rest,
                 *visits, hook_args,
             )  # fmt: skip

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..device import cdiv, compute_capability, current_stream, heads_per_wave, is_aligned, processors
 from ..portable.launch import new_results
 from ..request import AttentionRequest
-from ..settings import distances, gpu_refusal, options_of
+from ..settings import distances, gpu_refusal, is_light, options_of
 from ..tiles import LOG2E
 from .cuda_code import CudaKernel, check, driver, handle
 from .forward_launch import HOPPER, WorkPreparation, hopper_settings
@@ -129,6 +129,8 @@ def pays(request: AttentionRequest) -> bool:
     r = request
     if not r.q.is_cuda:  # Triton's interpreter runs other kernels there
         return False
+    if is_light(r) and r.blocks is None:
+        return False
     items = r.q.shape[0] * r.q.shape[1] / variant_of(r).item_rows
     return r.q.shape[0] > ROWS * r.starts_q.shape[0] and items > 1.5 * processors(r.q.device)
 
@@ -228,10 +230,13 @@ class _Launch:
         numbers, stream = self.numbers, current_stream(self.device)
         # Launches copy the arguments, so the next one may change them.
         with self.lock:
+            replace = driver().cuTensorMapReplaceAddress
+            failed = 0
             for tensor_map, x in zip(self.maps, (r.q, r.k, key_tail, r.v), strict=True):
-                check(NAME, driver().cuTensorMapReplaceAddress(tensor_map, ctypes.c_void_p(x.data_ptr())))
-            for name in ("starts_q", "lengths_q", "starts_k", "lengths_k"):
-                setattr(numbers, name, getattr(r, name).data_ptr())
+                failed = failed or replace(tensor_map, ctypes.c_void_p(x.data_ptr()))
+            check(NAME, failed)
+            numbers.starts_q, numbers.lengths_q = r.starts_q.data_ptr(), r.lengths_q.data_ptr()
+            numbers.starts_k, numbers.lengths_k = r.starts_k.data_ptr(), r.lengths_k.data_ptr()
             numbers.out, numbers.counter = out.data_ptr(), counter.data_ptr()
             numbers.lse = None if lse is None else lse.data_ptr()
             if visits is not None:

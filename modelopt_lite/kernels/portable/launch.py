@@ -11,7 +11,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..blocks import KeyBlocks
-from ..device import Launch, cdiv, heads_per_wave, is_aligned, rebased
+from ..device import Described, Launch, cdiv, heads_per_wave, is_aligned, rebased
 from ..request import AttentionRequest, ForwardResult
 from ..settings import (
     SMALL,
@@ -127,8 +127,8 @@ def prepare(
     numbers = (r.softmax_scale, r.softcap or 0.0)
     rest = (heads, numbers, batch, total, tiles, wave, *distances(r))
     # Tensors are described by their shapes and strides; each call puts its own addresses in.
-    keys = rebased(_key_descriptor(r.k, r.group, block_d, settings), None)
-    values = rebased(_key_descriptor(r.v, r.group, block_dv, settings), None)
+    keys = _key_descriptor(r.k, r.group, block_d, settings)
+    values = _key_descriptor(r.v, r.group, block_dv, settings)
     strides = (*(x.stride()[:2] for x in (r.q, r.k, r.v)), (query_heads * value_dim, value_dim))
     launch = Launch(
         attention_forward, r.q.device, plan.score_hook, options_for(r, settings),
@@ -145,7 +145,7 @@ def prepare(
             firsts = r.first_positions() if has_positions else nothing
             launch(
                 programs, r.q, r.k, r.v, out, lse, r.s_aux,
-                keys and rebased(keys, r.k), values and rebased(values, r.v), strides,
+                keys and Described(keys, r.k), values and Described(values, r.v), strides,
                 (r.starts_q, r.lengths_q, r.starts_k, r.lengths_k, *firsts), *rest,
                 None if r.blocks is None else _lists(r), hook_args,
             )  # fmt: skip
@@ -202,12 +202,8 @@ def prepare_backward(
     query_wave = heads_per_wave(r.max_k, r.k, r.v) * heads_per_kv
     numbers, rules, hook_args = (r.softmax_scale, r.softcap or 0.0), distances(r), hook_arguments(plan)
     # Tensors are described by their shapes and strides; each call puts its own addresses in.
-    queries, grads = (
-        rebased(_query_descriptor(x, block, for_keys), None) for x, block in ((r.q, block_d), (grad, block_dv))
-    )
-    keys, values = (
-        rebased(_key_descriptor(x, r.group, block, for_queries), None) for x, block in ((r.k, block_d), (r.v, block_dv))
-    )
+    queries, grads = (_query_descriptor(x, block, for_keys) for x, block in ((r.q, block_d), (grad, block_dv)))
+    keys, values = (_key_descriptor(x, r.group, block, for_queries) for x, block in ((r.k, block_d), (r.v, block_dv)))
     of_new = [(x.shape[1] * x.shape[2], x.shape[2]) for x in (r.q, r.k, r.v)]
     strides = [x.stride()[:2] for x in (r.q, r.k, r.v, grad)]
     launch_rows = Launch(gradient_rows, device, value_dim, BLOCK_ROWS, block_dv)
@@ -234,13 +230,13 @@ def prepare_backward(
         )  # fmt: skip
         launch_keys(
             batch * kv_heads * key_tiles, r.q, r.k, r.v, grad, shift, delta, grad_k, grad_v,
-            queries and rebased(queries, r.q), grads and rebased(grads, grad), (*strides, *of_new[1:]), sequences,
+            queries and Described(queries, r.q), grads and Described(grads, grad), (*strides, *of_new[1:]), sequences,
             (kv_heads, heads_per_kv), numbers, batch, total, key_tiles, min(key_wave, batch * kv_heads), *rules,
             _transposed_lists(r), hook_args,
         )  # fmt: skip
         launch_queries(
             batch * query_heads * query_tiles, r.q, r.k, r.v, grad, shift, delta, grad_q,
-            keys and rebased(keys, r.k), values and rebased(values, r.v), (*strides, of_new[0]), sequences,
+            keys and Described(keys, r.k), values and Described(values, r.v), (*strides, of_new[0]), sequences,
             (query_heads, heads_per_kv), numbers, batch, total, query_tiles, min(query_wave, batch * query_heads),
             *rules, _lists(r), hook_args,
         )  # fmt: skip
@@ -304,7 +300,7 @@ def _transposed_lists(request: AttentionRequest) -> tuple[Any, ...] | None:
 
 
 def _key_descriptor(x: Tensor, group: int, block_d: int, settings: Settings) -> Any:
-    """Describe keys or values for the tensor memory accelerator, or return None where it cannot read them.
+    """Describe keys or values for the tensor memory accelerator, without their address; None where it cannot read them.
 
     They are ``[key of a group, group, head, dim]``. A sequence may begin anywhere, so there are about twice as many
     keys in a group as the group has: rows overlap, each has several addresses.
@@ -313,12 +309,12 @@ def _key_descriptor(x: Tensor, group: int, block_d: int, settings: Settings) -> 
         return None
     shape = [2 * group - 1, cdiv(x.shape[0], group), *x.shape[1:]]
     strides = [x.stride(0), group * x.stride(0), x.stride(1), 1]
-    return TensorDescriptor(x, shape, strides, [group, settings.block_n // group, 1, block_d])
+    return rebased(TensorDescriptor(x, shape, strides, [group, settings.block_n // group, 1, block_d]), None)
 
 
 def _query_descriptor(x: Tensor, block_d: int, settings: Settings) -> Any:
-    """Describe queries, or gradients laid out alike, as ``[head, token, dim]``, or return None."""
+    """Describe queries, or gradients laid out alike, as ``[head, token, dim]``, as :func:`_key_descriptor` does."""
     if not (settings.descriptors and is_aligned(x)):
         return None
     shape, strides = ([x_of[1], x_of[0], x_of[2]] for x_of in (x.shape, x.stride()))
-    return TensorDescriptor(x, shape, strides, [1, settings.block_m, block_d])
+    return rebased(TensorDescriptor(x, shape, strides, [1, settings.block_m, block_d]), None)
