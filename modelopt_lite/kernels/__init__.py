@@ -12,7 +12,7 @@ from torch import Tensor
 from ..plan import AttentionPlan
 from .arguments import check_request, is_count
 from .blocks import KeyBlocks
-from .choice import Backend, Run, prepared, run
+from .choice import Backend, Prepared, Run, prepared, run
 from .operator import compute, gradients, is_traced, pack
 from .request import MAX_QUERIES, AttentionRequest
 from .sdpa import sdpa, sdpa_call
@@ -27,6 +27,7 @@ __all__ = [
     "AttentionStatistics",
     "Backend",
     "KeyBlocks",
+    "Prepared",
     "Run",
     "attention",
     "attention_statistics",

@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -48,6 +48,8 @@ class Kernel:
         pays: whether it is worth running, of those requests that it can run.
         prepare: computes what requests of one signature have in common, and returns what runs them.
         reads_pages: whether it reads a page table; for others, keys are copied to one place.
+        reads_addresses: whether, on a GPU, what it prepares looks at queries, keys and values for nothing but where
+            they are.
     """
 
     name: str
@@ -55,6 +57,20 @@ class Kernel:
     pays: Callable[[AttentionRequest], bool]
     prepare: Callable[[AttentionRequest], Run]
     reads_pages: bool = False
+    reads_addresses: bool = True
+
+
+class Prepared(NamedTuple):
+    """What runs requests of one signature.
+
+    Attributes:
+        run: computes one of them.
+        reads_addresses: whether it looks at ``q``, ``k`` and ``v`` for nothing but where they are, so that they may
+            have other shapes.
+    """
+
+    run: Run
+    reads_addresses: bool = False
 
 
 def _always(_: AttentionRequest) -> bool:
@@ -77,7 +93,7 @@ def run_blocked(request: AttentionRequest) -> Result:
         return forward_blocked(request)
 
 
-BLOCKED = Kernel("torch", _never_refuses, _always, _prepare_blocked)
+BLOCKED = Kernel("torch", _never_refuses, _always, _prepare_blocked, reads_addresses=False)
 GPU_KERNELS: tuple[Kernel, ...] = ()
 """The first that can and pays runs; if none pays, the last that can."""
 if tl is not None:
@@ -88,11 +104,11 @@ if tl is not None:
         Kernel("portable", portable_launch.refusal, _always, portable_launch.prepare),
     )
 
-_prepared: dict[tuple[Any, ...], Run] = {}
+_prepared: dict[tuple[Any, ...], Prepared] = {}
 _prepared_backward: dict[tuple[Any, ...], Differentiate] = {}
 
 
-def prepared(request: AttentionRequest, backend: Backend) -> Run | None:
+def prepared(request: AttentionRequest, backend: Backend) -> Prepared | None:
     """Return what runs requests like one that :func:`run` has computed, None if that was not kept."""
     return _prepared.get(signature(request, backend))
 
@@ -115,15 +131,15 @@ def run(request: AttentionRequest, backend: Backend = "auto") -> Result:
     key = signature(request, backend)
     known = _prepared.get(key)
     if known is not None:  # so its like was checked
-        return known(request)
+        return known.run(request)
     check_request(request)
-    new: Run | None
+    new: Prepared | None
     if (complete := _completion(request)) is None:
         result, new = _first_run(request, backend)
     else:
         completed = complete(request)
         result, kernel = run(completed, backend), prepared(completed, backend)
-        new = None if kernel is None else lambda request: kernel(complete(request))
+        new = None if kernel is None else Prepared(lambda request: kernel.run(complete(request)))
     # A kernel may refuse for the moment while a graph is captured.
     if new is not None and not (request.q.is_cuda and torch.cuda.is_current_stream_capturing()):
         if len(_prepared) >= MAX_SIGNATURES:
@@ -132,7 +148,7 @@ def run(request: AttentionRequest, backend: Backend = "auto") -> Result:
     return result
 
 
-def _first_run(request: AttentionRequest, backend: Backend) -> tuple[Result, Run]:
+def _first_run(request: AttentionRequest, backend: Backend) -> tuple[Result, Prepared]:
     """Compute a request with the kernel that suits it; return the result, and what runs others like it."""
     check_backend(request, backend)
     check_rule(request.plan, request.q.device)
@@ -142,7 +158,7 @@ def _first_run(request: AttentionRequest, backend: Backend) -> tuple[Result, Run
         kernel = choose(request.readable(), backend, pinned, without=tried)
         new = _prepare(kernel, request)
         try:
-            return new(request), new
+            return new.run(request), new
         except HookRefusedError as error:
             logger.warning("the kernel %s is left out: %s", kernel.name, error)
             tried.append(kernel.name)
@@ -163,14 +179,16 @@ def _completion(request: AttentionRequest) -> Callable[[AttentionRequest], Atten
     return lambda request: request._replace(blocks=select_blocks(request, shared))
 
 
-def _prepare(kernel: Kernel, request: AttentionRequest) -> Run:
+def _prepare(kernel: Kernel, request: AttentionRequest) -> Prepared:
     """Prepare a kernel, and copy what does not lie in memory as kernels read it."""
 
     def adapted(request: AttentionRequest) -> AttentionRequest:
         return (request if kernel.reads_pages else request.without_pages()).readable()
 
-    prepared = kernel.prepare(adapted(request))
-    return prepared if adapted(request) is request else lambda request: prepared(adapted(request))
+    run = kernel.prepare(adapted(request))
+    if adapted(request) is request:
+        return Prepared(run, kernel.reads_addresses and request.q.is_cuda)
+    return Prepared(lambda request: run(adapted(request)))
 
 
 def choose(

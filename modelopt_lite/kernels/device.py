@@ -137,11 +137,13 @@ def _launcher(compiled: Any, arguments: tuple[Any, ...]) -> _Launcher:
         return _Launcher(run, (compiled.function, *rest), rebase)
     # Where a kernel needs no memory, Triton's launcher only adds what is always the same.
     fixed = (compiled.function, run.launch_cooperative_grid, run.launch_pdl, None, None, *rest)
-    layouts = compiled.metadata.tensordesc_meta or []
-    if not descriptors or len(layouts) != len(descriptors) or any(x is None or x["fp4_padded"] for x in layouts):
-        return _Launcher(run.launch, fixed, rebase)
+    if not descriptors:
+        return _Launcher(run.launch, fixed, None)
     # A function around it encodes descriptors, which takes Python longer than all else.
-    launch = inspect.getclosurevars(run.launch).nonlocals["launcher"]
+    launch = inspect.getclosurevars(run.launch).nonlocals.get("launcher")
+    layouts = compiled.metadata.tensordesc_meta or []
+    if launch is None or None in layouts or len(layouts) != len(descriptors):
+        return _Launcher(run.launch, fixed, rebase)
     types = run.launch.__globals__["TMA_DTYPE_DEVICE_TO_HOST"]
     maps = [
         _Map(

@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import UnsupportedError
-from ..kernels import AttentionRequest, Run, compute, is_traced, pack, prepared, run, sdpa, sdpa_call
+from ..kernels import AttentionRequest, Prepared, Run, compute, is_traced, pack, prepared, run, sdpa, sdpa_call
 from ..plan import AttentionPlan
 from .module import SparseAttentionModule, decide, original_class, present_decision
 from .recomputation import Decision, is_in_function
@@ -51,16 +51,23 @@ class PreparedCall(NamedTuple):
         fields: what follows these in a request.
         run: what computes requests like it.
         shape: of the output, ``[batch, len_q, query_heads, value_dim]``.
+        reads_addresses: whether the tensors need not be viewed as kernels take them, which takes Python a third of a
+            short call.
     """
 
     views: tuple[tuple[Sequence[int], Sequence[int]], ...]
     fields: tuple[Any, ...]
     run: Run
     shape: tuple[int, ...]
+    reads_addresses: bool
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Compute a call."""
-        return self.run(self.request(query, key, value))[0].view(*self.shape)
+        if self.reads_addresses:
+            request = AttentionRequest(query, key, value, *self.fields)
+        else:
+            request = self.request(query, key, value)
+        return self.run(request)[0].view(*self.shape)
 
     def request(self, query: Tensor, key: Tensor, value: Tensor) -> AttentionRequest:
         """Return the request of a call."""
@@ -636,12 +643,12 @@ def _whole_call(
         raise UnsupportedError(f"{layer_name(module)}: {error}") from None
     shape = batch, len_q, heads, value_dim
     # Statistics may have listed the blocks, so that the request itself was not run.
-    others = functools.partial(run, backend=decision.backend)
+    others = Prepared(functools.partial(run, backend=decision.backend))
     kernel = prepared(request, decision.backend) if observed is request else others
     if shared is not None and kernel is not None:
         q, k, v, *fields = request
         views = tuple((x.shape, x.stride()) for x in (q, k, v))
-        shared.prepared[signature] = PreparedCall(views, tuple(fields), kernel, shape)
+        shared.prepared[signature] = PreparedCall(views, tuple(fields), kernel.run, shape, kernel.reads_addresses)
     return output.view(shape)
 
 

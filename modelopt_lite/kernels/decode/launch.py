@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...plan import DENSE
 from ..device import Launch, cdiv, processors
-from ..portable.launch import new_results
+from ..portable.launch import results_of
 from ..request import MAX_QUERIES, AttentionRequest
 from ..settings import (
     SMALL,
@@ -181,10 +181,10 @@ def prepare(
     )  # fmt: skip
     overlapping = {"launch_pdl": True} if split.overlaps else {}
     merge = Launch(merge_pieces, r.q.device, options, split, num_warps=MERGE_WARPS, **overlapping)
-    hook_args = hook_arguments(r.plan)
+    hook_args, new_results = hook_arguments(r.plan), results_of(r)
 
     def run(r: AttentionRequest) -> tuple[Tensor, Tensor | None]:
-        out, lse = new_results(r)
+        out, lse = new_results(r.q)
         if total == 0:
             return out, lse
         partial = torch.empty(size, dtype=torch.float32, device=r.q.device)

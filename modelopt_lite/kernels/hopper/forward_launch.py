@@ -24,7 +24,7 @@ from ..device import (
     processors,
     rebased,
 )
-from ..portable.launch import new_results
+from ..portable.launch import results_of
 from ..request import AttentionRequest, HookRefusedError
 from ..settings import (
     Options,
@@ -146,10 +146,10 @@ def prepare(request: AttentionRequest) -> Callable[[AttentionRequest], tuple[Ten
     schedule = None if r.blocks is None else Schedule(r, options)
     if schedule is not None:
         items = query_heads * schedule.rows
-    programs, hook_args = min(items, processors(r.q.device)), hook_arguments(plan)
+    programs, hook_args, new_results = min(items, processors(r.q.device)), hook_arguments(plan), results_of(r)
 
     def run(r: AttentionRequest) -> tuple[Tensor, Tensor | None]:
-        out, lse = new_results(r)
+        out, lse = new_results(r.q)
         if total == 0:
             return out, lse
         visits: tuple[Any, ...] = (None,) * 5

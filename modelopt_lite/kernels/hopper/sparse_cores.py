@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..device import cdiv, compute_capability, current_stream, heads_per_wave, is_aligned, processors
-from ..portable.launch import new_results
+from ..portable.launch import results_of
 from ..request import AttentionRequest
 from ..settings import distances, gpu_refusal, is_light, options_of
 from ..tiles import LOG2E
@@ -143,8 +143,8 @@ def prepare(request: AttentionRequest) -> Callable[[AttentionRequest], tuple[Ten
         ValueError: if there may be more tiles than 32 bits count.
     """
     r, variant = request, variant_of(request)
-    heads, head_dim = r.q.shape[1:]
-    batch, tiles = r.starts_q.shape[0], cdiv(min(r.max_q, r.q.shape[0]), variant.item_rows)
+    total, heads, head_dim = r.q.shape
+    batch, tiles = r.starts_q.shape[0], cdiv(min(r.max_q, total), variant.item_rows)
     options = options_of(r, hopper_settings(r.q.dtype, head_dim, r.group, r.blocks is not None))
     tail_start = max(0, r.k.shape[0] - TILE)
     prepare_work = WorkPreparation(r, options, tail_start)
@@ -184,11 +184,12 @@ def prepare(request: AttentionRequest) -> Callable[[AttentionRequest], tuple[Ten
         _key_map(r.k.new_empty(*tail_shape)),
         _tensor_map(r.v, [r.v.shape[0]], [r.v.stride(0)], [TILE]),
     ]
+    new_results = results_of(r)
     launch = _Launch(r.q.device, variant, min(items, processors(r.q.device)), numbers, maps)
 
     def run(r: AttentionRequest) -> tuple[Tensor, Tensor | None]:
-        out, lse = new_results(r)
-        if r.q.shape[0]:
+        out, lse = new_results(r.q)
+        if total:
             key_tail = r.k.new_empty(*tail_shape)
             counter = prepare_work(r, out, lse, key_tail, None)
             visits = None if schedule is None else schedule(r)

@@ -108,7 +108,8 @@ def prepare(
     Returns:
         A function from a request to the output, ``[tokens, query_heads, value_dim]``, and the logarithms of the softmax
         denominators, ``[tokens, query_heads]`` in FP32, if they are wanted. Rows of no sequence are 0 and -inf, and so
-        are rows that keep no key, whose logarithm is ``s_aux`` if it is given. It does not wait for the device.
+        are rows that keep no key, whose logarithm is ``s_aux`` if it is given. It does not wait for the device. On a
+        GPU it looks at ``q``, ``k`` and ``v`` for nothing but their addresses, so they may have other shapes.
     """
     r, plan = request, request.plan
     (total, query_heads, head_dim), (kv_heads, value_dim), batch = r.q.shape, r.v.shape[1:], r.starts_q.shape[0]
@@ -135,12 +136,12 @@ def prepare(
         num_warps=settings.num_warps, num_stages=settings.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     on_cpu, has_positions, hook_args = r.q.device.type == "cpu", r.has_positions, hook_arguments(plan)
-    nothing = (None, None)
+    nothing, new_results = (None, None), results_of(r)
 
     def run(r: AttentionRequest) -> tuple[Tensor, Tensor | None]:
         if on_cpu:
             r.check_values()  # Triton's interpreter would write to whatever memory they lead to
-        out, lse = new_results(r)
+        out, lse = new_results(r.q)
         if total:
             firsts = r.first_positions() if has_positions else nothing
             launch(
@@ -154,12 +155,19 @@ def prepare(
     return run
 
 
-def new_results(request: AttentionRequest) -> tuple[Tensor, Tensor | None]:
-    """Return memory for a request's output and, if they are wanted, the logarithms of its softmax denominators."""
-    q = request.q
-    tokens, heads, _ = q.shape
-    out = q.new_empty(tokens, heads, request.v.shape[2])  # PyTorch reads a tuple more slowly
-    return out, q.new_empty(tokens, heads, dtype=torch.float32) if request.with_lse else None
+def results_of(request: AttentionRequest) -> Callable[[Tensor], tuple[Tensor, Tensor | None]]:
+    """Return what makes the results of requests of one signature.
+
+    That is a function of any tensor of their type and device. It returns memory for the output and, if they are wanted,
+    for the logarithms of the softmax denominators.
+    """
+    (tokens, heads, _), value_dim, with_lse = request.q.shape, request.v.shape[2], request.with_lse
+
+    def new_results(x: Tensor) -> tuple[Tensor, Tensor | None]:
+        out = x.new_empty(tokens, heads, value_dim)  # PyTorch reads a tuple more slowly
+        return out, x.new_empty(tokens, heads, dtype=torch.float32) if with_lse else None
+
+    return new_results
 
 
 def readable(grad: Tensor) -> Tensor:
