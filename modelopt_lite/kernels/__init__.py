@@ -13,7 +13,7 @@ from ..plan import AttentionPlan
 from .arguments import check_request, is_count
 from .blocks import KeyBlocks
 from .choice import Backend, Prepared, Run, prepared, run
-from .operator import compute, gradients, is_traced, pack
+from .operator import compute, gradients, hold, is_traced, pack
 from .request import MAX_QUERIES, AttentionRequest
 from .sdpa import sdpa, sdpa_call
 from .selection import count_visited, select_blocks
@@ -35,6 +35,7 @@ __all__ = [
     "count_kept",
     "count_prefill",
     "gradients",
+    "hold",
     "is_traced",
     "pack",
     "prepared",

@@ -40,6 +40,7 @@ torch.library.define(
     f"({', '.join(f'{kind} {name}' for name, kind in SCHEMA.items())}) -> (Tensor, Tensor, Tensor)",
 )
 torch.library.define("modelopt_lite::pack", "(Tensor is_first) -> (Tensor, Tensor, Tensor)")
+torch.library.define("modelopt_lite::hold", "(Tensor[] tensors) -> Tensor[]")
 
 
 def compute(request: AttentionRequest, backend: Backend = "auto") -> tuple[Tensor, Tensor | None]:
@@ -152,6 +153,26 @@ torch.library.impl("modelopt_lite::pack", "default", _pack)
 def _(is_first: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     starts = is_first.new_empty(is_first.numel(), dtype=torch.int64)
     return starts, torch.empty_like(starts), torch.empty(2, dtype=torch.int64, device="cpu")
+
+
+def hold(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return copies that a traced graph computes once.
+
+    PyTorch's compiler has small tensors computed again, each by a kernel of its own, for every operator that they go
+    into.
+    """
+    copies: list[Tensor] = torch.ops.modelopt_lite.hold(tensors)
+    return copies
+
+
+@torch.library.impl("modelopt_lite::hold", "default")
+def _hold(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [x.clone() for x in tensors]
+
+
+@torch.library.register_fake("modelopt_lite::hold")  # type: ignore[untyped-decorator]
+def _(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.empty_like(x) for x in tensors]
 
 
 @torch.library.impl("modelopt_lite::select_blocks", "default")

@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import UnsupportedError
-from ..kernels import AttentionRequest, Prepared, Run, compute, is_traced, pack, prepared, run, sdpa, sdpa_call
+from ..kernels import AttentionRequest, Prepared, Run, compute, hold, is_traced, pack, prepared, run, sdpa, sdpa_call
 from ..plan import AttentionPlan
 from .module import SparseAttentionModule, decide, original_class, present_decision
 from .recomputation import Decision, is_in_function
@@ -184,6 +184,21 @@ class Layout(NamedTuple):
         """Return the layout, as Transformers asks of every mask."""
         return self
 
+    def held(self) -> Layout:
+        """Return the layout of a traced graph with small tensors that it computes once for all layers."""
+        names = ("starts_q", "lengths_q", "starts_k", "lengths_k", "first_q", "first_k")
+        given = {name: x for name in names if (x := getattr(self, name)) is not None}
+        distinct: list[Tensor] = []
+        places: dict[str, int] = {}
+        for name, x in given.items():
+            same = [place for place, y in enumerate(distinct) if y is x]
+            places[name] = same[0] if same else len(distinct)
+            if not same:
+                distinct.append(x)
+        copies = hold(distinct)
+        held: dict[str, Any] = {name: copies[place] for name, place in places.items()}
+        return self._replace(**held)
+
     def on(self, device: torch.device) -> Layout:
         """Return the layout with its tensors on a device."""
         if self.starts_q.device == device:
@@ -273,10 +288,16 @@ def padded_layout(
     slots = real_k.shape[1]
     # Keys and queries of self-attention have the same slots.
     is_self = is_causal or (isinstance(q_offset, int) and q_offset + len_q == real.shape[1])
-    slots_q = torch.arange(len_q, device=real.device) + q_offset
-    real_q = real.index_select(1, slots_q) if is_self else real.new_ones(batch, len_q)
+    # And if no cache held any before, the same tensors say where they are.
+    is_whole = is_causal and isinstance(q_offset, int) and q_offset == dropped == 0 and len_q == slots
+    if is_whole:
+        real_q = real_k
+    elif is_self:
+        real_q = real.index_select(1, torch.arange(len_q, device=real.device) + q_offset)
+    else:
+        real_q = real.new_ones(batch, len_q)
     lengths_q = real_q.sum(-1) if is_causal else torch.full_like(rows, len_q)
-    lengths_k = real_k.sum(-1)
+    lengths_k = lengths_q if is_whole else real_k.sum(-1)
     first_k = real[:, :dropped].sum(-1)
     has_window = torch.ones_like(rows, dtype=torch.bool)
     if is_causal and sliding_window is not None:
@@ -293,15 +314,16 @@ def padded_layout(
     elif dropped:
         torch._assert_async(has_window.all(), _DROPPED)
     order_q = restore_q = order_k = first_q = None
-    starts_q, starts_k = rows * len_q, rows * slots
+    starts_q = rows * len_q
+    starts_k = starts_q if is_whole else rows * slots
     if one_run:
         starts_k = starts_k + real_k.int().argmax(-1)
         if is_causal:
-            starts_q = starts_q + real_q.int().argmax(-1)
+            starts_q = starts_k if is_whole else starts_q + real_q.int().argmax(-1)
     else:
         order_k = _real_first(real_k)
         if is_self:
-            order_q = _real_first(real_q)
+            order_q = order_k if is_whole else _real_first(real_q)
             restore_q = order_q.argsort(dim=-1)
     if not is_causal and not (unpadded and is_self):
         first_q = torch.zeros_like(rows) + q_offset

@@ -131,6 +131,8 @@ def attention_mask(
         return RefusedMask(str(error), request)
     if layout is None:
         return RefusedMask(_UNKNOWN_PATTERN, request)
+    if torch.compiler.is_compiling() and layout.counts is None:  # else an operator has computed all
+        layout = layout.held()
     return layout._replace(request=request)
 
 

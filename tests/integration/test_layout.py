@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import modelopt_lite as mtsa
 from modelopt_lite.kernels import AttentionRequest, sdpa
 from modelopt_lite.kernels.reference import attention_reference
+from modelopt_lite.kernels.request import SCHEMA
 from modelopt_lite.kernels.top_n import top_n_plan
 from modelopt_lite.models import huggingface, layout
 from modelopt_lite.models.huggingface import attention_forward
@@ -188,6 +189,34 @@ def tiny_model(method):
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **sizes)).eval()
     return mtsa.sparsify(model, {"sparse_cfg": {"*": method}})
+
+
+@pytest.mark.parametrize(("padded", "use_cache"), [(False, True), (True, False), (False, False)])
+@torch.no_grad()
+def test_layers_of_a_graph_share_starts_and_lengths(padded, use_cache):
+    """Else each layer would compute each of them in a kernel of its own."""
+    model, calls, others = tiny_model({"method": "sparse_softmax", "sparsity_n": 1}), [], []
+
+    def backend(graph, _):
+        for node in graph.graph.nodes:
+            if "modelopt_lite.attention" in str(node.target):
+                calls.append(dict(zip(SCHEMA, node.args, strict=False)))
+            elif "modelopt_lite" in str(node.target):
+                others.append(str(node.target))
+        return graph
+
+    tokens, mask = torch.randint(8, (2, 24)), torch.ones(2, 24, dtype=torch.long)
+    mask[1, :7] = 0
+    given = {"input_ids": tokens, "attention_mask": mask if padded else None, "use_cache": use_cache}
+    torch.compiler.reset()
+    found = torch.compile(model, fullgraph=True, backend=backend)(**given).logits
+    real = mask.bool() if padded else slice(None)
+    torch.testing.assert_close(found[real], model(**given).logits[real], **CLOSE)
+    # Without a mask and a cache, there may be packed sequences.
+    assert others == ["modelopt_lite.hold" if padded or use_cache else "modelopt_lite.pack"]
+    assert len(calls) == 3
+    for start, length in (("starts_q", "lengths_q"), ("starts_k", "lengths_k")):
+        assert {(call[start], call[length]) for call in calls} == {(calls[0]["starts_q"], calls[0]["lengths_q"])}
 
 
 @torch.no_grad()
