@@ -78,7 +78,7 @@ def compute(request: AttentionRequest, backend: Backend = "auto") -> tuple[Tenso
     choice.check_backend(request, backend)
     inputs = (*request.flatten(), backend)
     if torch.compiler.is_compiling():
-        if not (request.with_lse or torch.compiler.is_exporting() or _is_transformed()):
+        if not (request.with_lse or _may_want_gradients_later()):
             return torch.ops.modelopt_lite.attention_without_gradient(*inputs), None
         output, lse = torch.ops.modelopt_lite.attention(*inputs)
     else:
@@ -402,9 +402,9 @@ def _needs_gradient(request: AttentionRequest) -> bool:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _is_transformed() -> bool:
-    """Whether a transform of :mod:`torch.func` is active, which may want gradients that no tensor tells of."""
-    return torch._C._are_functorch_transforms_active()
+def _may_want_gradients_later() -> bool:
+    """Whether a graph may be differentiated though no tensor says so: in transforms, or when it has been exported."""
+    return torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active()
 
 
 def is_traced(x: Tensor | None = None) -> bool:
