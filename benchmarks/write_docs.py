@@ -144,10 +144,9 @@ def by_problem(rows: Iterable[Row], *keys: str) -> Iterator[tuple[tuple[Any, ...
         yield values, list(group)
 
 
-def model_table(what: str, mode: str = "eager", least: int = 0, **wanted: Any) -> str:
+def model_table(what: str, mode: str = "eager", model: str = MODEL, **wanted: Any) -> str:
     """Return how many times as fast as with PyTorch's attention a whole model is, and that time."""
-    rows = rows_of("model-nvidia-h200", what=what, mode=mode, model=MODEL, **wanted)
-    rows = [row for row in rows if row["seq_len"] >= least]
+    rows = rows_of("model-nvidia-h200", what=what, mode=mode, model=model, **wanted)
     variants = [name for name in VARIANTS if any(row["variant"] == name for row in rows)]
     lines = []
     for (length,), group in by_problem(rows, "seq_len"):
@@ -587,7 +586,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "choice": choice_table,
     "time to first token": time_to_first_token,
     "padded batch": functools.partial(model_table, "batch", layers=32),
-    "decode of a model": functools.partial(model_table, "decode", layers=32),
+    "decode of a model": functools.partial(model_table, "decode", layers=32, batch=1),
+    "time to first token, compiled": functools.partial(model_table, "ttft", "compiled", layers=8),
+    "time to first token of a small model": functools.partial(model_table, "ttft", model="smollm2-135m"),
     "lists": lists_table,
     "lists backward": functools.partial(lists_table, "forward_backward"),
     "chosen blocks": chosen_table,
