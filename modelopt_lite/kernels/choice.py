@@ -48,8 +48,8 @@ class Kernel:
         pays: whether it is worth running, of those requests that it can run.
         prepare: computes what requests of one signature have in common, and returns what runs them.
         reads_pages: whether it reads a page table; for others, keys are copied to one place.
-        reads_addresses: whether, on a GPU, what it prepares looks at queries, keys and values for nothing but where
-            they are.
+        reads_only_addresses: whether, on a GPU and without lists of blocks, what it prepares looks at no shapes and
+            strides of queries, keys and values.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Kernel:
     pays: Callable[[AttentionRequest], bool]
     prepare: Callable[[AttentionRequest], Run]
     reads_pages: bool = False
-    reads_addresses: bool = True
+    reads_only_addresses: bool = False
 
 
 class Prepared(NamedTuple):
@@ -65,12 +65,12 @@ class Prepared(NamedTuple):
 
     Attributes:
         run: computes one of them.
-        reads_addresses: whether it looks at ``q``, ``k`` and ``v`` for nothing but where they are, so that they may
-            have other shapes.
+        reads_only_addresses: whether it looks at no shapes and strides of ``q``, ``k`` and ``v``, so that these may
+            have others.
     """
 
     run: Run
-    reads_addresses: bool = False
+    reads_only_addresses: bool = False
 
 
 def _always(_: AttentionRequest) -> bool:
@@ -93,16 +93,23 @@ def run_blocked(request: AttentionRequest) -> Result:
         return forward_blocked(request)
 
 
-BLOCKED = Kernel("torch", _never_refuses, _always, _prepare_blocked, reads_addresses=False)
+BLOCKED = Kernel("torch", _never_refuses, _always, _prepare_blocked)
 GPU_KERNELS: tuple[Kernel, ...] = ()
 """The first that can and pays runs; if none pays, the last that can."""
 if tl is not None:
     GPU_KERNELS = (
-        Kernel("decode", decode_launch.refusal, decode_launch.pays, decode_launch.prepare, reads_pages=True),
-        Kernel("sparse_cores", sparse_cores.refusal, sparse_cores.pays, sparse_cores.prepare),
-        Kernel("hopper", hopper_launch.refusal, hopper_launch.pays, hopper_launch.prepare),
-        Kernel("portable", portable_launch.refusal, _always, portable_launch.prepare),
-    )
+        Kernel(
+            "decode", decode_launch.refusal, decode_launch.pays, decode_launch.prepare,
+            reads_pages=True, reads_only_addresses=True,
+        ),
+        Kernel(
+            "sparse_cores", sparse_cores.refusal, sparse_cores.pays, sparse_cores.prepare, reads_only_addresses=True
+        ),
+        Kernel(
+            "hopper", hopper_launch.refusal, hopper_launch.pays, hopper_launch.prepare, reads_only_addresses=True
+        ),
+        Kernel("portable", portable_launch.refusal, _always, portable_launch.prepare, reads_only_addresses=True),
+    )  # fmt: skip
 
 _prepared: dict[tuple[Any, ...], Prepared] = {}
 _prepared_backward: dict[tuple[Any, ...], Differentiate] = {}
@@ -187,7 +194,7 @@ def _prepare(kernel: Kernel, request: AttentionRequest) -> Prepared:
 
     run = kernel.prepare(adapted(request))
     if adapted(request) is request:
-        return Prepared(run, kernel.reads_addresses and request.q.is_cuda)
+        return Prepared(run, kernel.reads_only_addresses and request.q.is_cuda and request.blocks is None)
     return Prepared(lambda request: run(adapted(request)))
 
 

@@ -155,6 +155,11 @@ def _(is_first: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return starts, torch.empty_like(starts), torch.empty(2, dtype=torch.int64, device="cpu")
 
 
+torch.library.register_vmap(
+    "modelopt_lite::hold", lambda _, in_dims, tensors: (torch.ops.modelopt_lite.hold(tensors), in_dims[0])
+)
+
+
 def hold(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return copies that a traced graph computes once.
 
@@ -210,6 +215,7 @@ def _forward(*inputs: Any) -> tuple[Tensor, Tensor]:
 
 @torch.library.impl("modelopt_lite::attention_without_gradient", "default")
 def _forward_alone(*inputs: Any) -> Tensor:
+    # A graph that somebody keeps, and differentiates all the same, gets PyTorch's warning that this has no gradient.
     *fields, backend = inputs
     output, _ = choice.run(AttentionRequest.unflatten(fields).present(), backend)
     return output

@@ -189,7 +189,7 @@ def is_short(request: AttentionRequest) -> bool:
 
 
 def is_light(request: AttentionRequest) -> bool:
-    """Whether layers of a model with such attention keep the GPU busy for less time than Python.
+    """Whether layers of a model with such attention keep the GPU busy for less time than Python, if none is trained.
 
     Then a kernel that takes Python one launch is faster than one that takes it two, though by itself it is slower. The
     rest of a layer has as much work as there are tokens times the square of its width, which for a head dimension of 64
@@ -197,7 +197,7 @@ def is_light(request: AttentionRequest) -> bool:
     Llama-3.2-1B below 1000.
     """
     tokens, heads, head_dim = request.q.shape
-    return head_dim == 64 and tokens * (heads * head_dim) ** 2 <= LIGHT
+    return head_dim == 64 and not request.with_lse and tokens * (heads * head_dim) ** 2 <= LIGHT
 
 
 def block_dim(dim: int) -> int:

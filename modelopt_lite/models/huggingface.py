@@ -190,6 +190,7 @@ def attention_forward(
         and "call_context" not in own_state
         and caller_state.get() is None
         and not torch.is_grad_enabled()
+        and (position_ids is None or attention_mask.len_q == 1 or getattr(shared, "packed", None) is attention_mask)
     ):
         if (
             (dense := shared.dense) is not None
@@ -205,10 +206,10 @@ def attention_forward(
         if (
             (last := shared.last) is not None
             and last.decision == (flags.sparse_decision if flags.enabled else flags.dense_decision)
-            and last.likeness == likeness(query, key, value, scaling)
             and not (attention_mask.len_q > 1 and is_in_function())
             and not torch._C._is_any_autocast_enabled()
             and not is_traced(query)
+            and last.likeness == likeness(query, key, value, scaling)
         ):
             flags.last_call = object()
             return last.call(query, key, value), None

@@ -51,19 +51,19 @@ class PreparedCall(NamedTuple):
         fields: what follows these in a request.
         run: what computes requests like it.
         shape: of the output, ``[batch, len_q, query_heads, value_dim]``.
-        reads_addresses: whether the tensors need not be viewed as kernels take them, which takes Python a third of a
-            short call.
+        reads_only_addresses: whether the tensors need not be viewed as kernels take them, which takes Python a third of
+            a short call.
     """
 
     views: tuple[tuple[Sequence[int], Sequence[int]], ...]
     fields: tuple[Any, ...]
     run: Run
     shape: tuple[int, ...]
-    reads_addresses: bool
+    reads_only_addresses: bool
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Compute a call."""
-        if self.reads_addresses:
+        if self.reads_only_addresses:
             request = AttentionRequest(query, key, value, *self.fields)
         else:
             request = self.request(query, key, value)
@@ -670,7 +670,7 @@ def _whole_call(
     if shared is not None and kernel is not None:
         q, k, v, *fields = request
         views = tuple((x.shape, x.stride()) for x in (q, k, v))
-        shared.prepared[signature] = PreparedCall(views, tuple(fields), kernel.run, shape, kernel.reads_addresses)
+        shared.prepared[signature] = PreparedCall(views, tuple(fields), kernel.run, shape, kernel.reads_only_addresses)
     return output.view(shape)
 
 

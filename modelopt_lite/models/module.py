@@ -285,7 +285,8 @@ def present_decision(module: nn.Module) -> Decision:
 
 def _observed(flags: SparseAttentionFlags, is_dense: bool, observer: Observer | None) -> Decision:
     decision = flags.sparse_decision if flags.enabled and not is_dense else flags.dense_decision
-    return decision._replace(statistics=observer) if decision.is_on else decision
+    # Where there is nothing to replace, a compiled call would check that replacing is what it was.
+    return decision if observer is None or not decision.is_on else decision._replace(statistics=observer)
 
 
 @contextmanager

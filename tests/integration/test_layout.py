@@ -17,7 +17,7 @@ from modelopt_lite.kernels.top_n import top_n_plan
 from modelopt_lite.models import huggingface, layout
 from modelopt_lite.models.huggingface import attention_forward
 from modelopt_lite.models.module import count, run_dense
-from modelopt_lite.models.transformers_masks import MaskRequest
+from modelopt_lite.models.transformers_masks import MaskRequest, note_positions
 from modelopt_lite.plan import DENSE
 from modelopt_lite.stats import LayerStatistics
 
@@ -169,6 +169,7 @@ def test_a_layer_that_a_kernel_computed_does_not_decide_for_others(target, monke
         assert torch.equal(call(module), sparse)
         assert not torch.equal(call(other), sparse)
         assert not torch.equal(call(module, scaling=0.5), sparse)
+        assert not torch.equal(call(module, softcap=0.5), sparse)
         assert torch.equal(call(module, *(x.contiguous() for x in tensors)), sparse)
         with torch.autocast(target[1], torch.bfloat16):
             assert call(module).dtype == torch.bfloat16
@@ -181,6 +182,42 @@ def test_a_layer_that_a_kernel_computed_does_not_decide_for_others(target, monke
     with count({module: (counted := LayerStatistics())}):
         call(module)
     assert any(counted.counts())
+    packed = torch.cat([torch.arange(8), torch.arange(SLOTS - 8)])[None].to(target[1])
+    note_positions(packed, None)
+    found, _ = attention_forward(module, *tensors, rows, position_ids=packed)
+    parts = [[x[:, :, part] for x in tensors] for part in (slice(8), slice(8, None))]
+    alone = [layout.whole_layout(1, n, n, target[1], is_causal=True) for n in (8, SLOTS - 8)]
+    expected = [layout.attend(module, *part, each) for part, each in zip(parts, alone, strict=True)]
+    torch.testing.assert_close(found, torch.cat(expected, dim=1), **CLOSE)
+
+
+@torch.no_grad()
+def test_a_layer_may_be_vectorized_after_others_were_not():
+    module = sparse_attention(("auto", "cpu"))
+    tensors = [torch.randn(3, 1, heads, SLOTS, HEAD_DIM) for heads in (4, 2, 2)]
+    rows = layout.whole_layout(1, SLOTS, SLOTS, "cpu", is_causal=True)._replace(request=layout.SharedWork())
+
+    def call(*tensors):
+        return attention_forward(module, *tensors, rows)[0]
+
+    expected = torch.stack([call(*each) for each in zip(*tensors, strict=True)])
+    assert rows.request.last is not None
+    torch.testing.assert_close(torch.vmap(call)(*tensors), expected, **CLOSE)
+
+
+@torch.no_grad()
+def test_a_compiled_model_can_be_vectorized_over_masks():
+    model = tiny_model({"method": "sparse_softmax", "sparsity_n": 1, "dense_window_size": 2})
+    tokens, mask = torch.randint(8, (3, 1, 24)), torch.ones(3, 1, 24, dtype=torch.long)
+    mask[1, 0, :5] = 0
+
+    def logits(tokens, mask):
+        return model(tokens, attention_mask=mask, use_cache=False).logits
+
+    expected = torch.stack([logits(*each) for each in zip(tokens, mask, strict=True)])
+    torch.compiler.reset()
+    found = torch.compile(torch.vmap(logits), fullgraph=True, backend="aot_eager")(tokens, mask)
+    torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], **CLOSE)
 
 
 def tiny_model(method):

@@ -109,7 +109,7 @@ def prepare(
         A function from a request to the output, ``[tokens, query_heads, value_dim]``, and the logarithms of the softmax
         denominators, ``[tokens, query_heads]`` in FP32, if they are wanted. Rows of no sequence are 0 and -inf, and so
         are rows that keep no key, whose logarithm is ``s_aux`` if it is given. It does not wait for the device. On a
-        GPU it looks at ``q``, ``k`` and ``v`` for nothing but their addresses, so they may have other shapes.
+        GPU and without lists of blocks it looks at no shapes and strides of ``q``, ``k`` and ``v``.
     """
     r, plan = request, request.plan
     (total, query_heads, head_dim), (kv_heads, value_dim), batch = r.q.shape, r.v.shape[1:], r.starts_q.shape[0]
