@@ -343,7 +343,7 @@ def test_no_operator_of_this_package_stands_between(sparse, ids):
     positions = torch.cat([torch.arange(5), torch.arange(LENGTH - 5)]).expand(2, -1)
     mask = padded(ids, (LENGTH, 21), "left")["attention_mask"]
     for options in ({}, {"attention_mask": mask}, {"position_ids": positions, "use_cache": False}):
-        with torch.profiler.profile() as profile:
+        with torch.profiler.profile(acc_events=True) as profile:
             sparse(ids, **options)
         names = {event.key for event in profile.key_averages()}
         assert "aten::embedding" in names
