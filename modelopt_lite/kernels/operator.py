@@ -155,11 +155,6 @@ def _(is_first: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return starts, torch.empty_like(starts), torch.empty(2, dtype=torch.int64, device="cpu")
 
 
-torch.library.register_vmap(
-    "modelopt_lite::hold", lambda _, in_dims, tensors: (torch.ops.modelopt_lite.hold(tensors), in_dims[0])
-)
-
-
 def hold(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return copies that a traced graph computes once.
 
@@ -178,6 +173,11 @@ def _hold(tensors: Sequence[Tensor]) -> list[Tensor]:
 @torch.library.register_fake("modelopt_lite::hold")  # type: ignore[untyped-decorator]
 def _(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [torch.empty_like(x) for x in tensors]
+
+
+torch.library.register_vmap(
+    "modelopt_lite::hold", lambda _, in_dims, tensors: (torch.ops.modelopt_lite.hold(tensors), in_dims[0])
+)
 
 
 @torch.library.impl("modelopt_lite::select_blocks", "default")

@@ -190,7 +190,7 @@ def attention_forward(
         and "call_context" not in own_state
         and caller_state.get() is None
         and not torch.is_grad_enabled()
-        and (position_ids is None or attention_mask.len_q == 1 or getattr(shared, "packed", None) is attention_mask)
+        and (position_ids is None or attention_mask.len_q == 1 or shared.packed is attention_mask)
     ):
         if (
             (dense := shared.dense) is not None
@@ -225,7 +225,7 @@ def attention_forward(
         and not (dropout or module.sparse_attention.is_sharded)
     ):
         layout = attention_mask
-        if layout.len_q > 1 and getattr(layout.request, "packed", None) is not layout:
+        if layout.len_q > 1 and (layout.request is None or layout.request.packed is not layout):
             layout = _by_positions(module, layout, kwargs.get("position_ids"))
         if layout is attention_mask:
             output = whole_call(module, query, key, value, layout, scaling, kwargs.get("softcap"))

@@ -103,6 +103,7 @@ class SharedWork:
     Attributes:
         dense: the last call that PyTorch's attention computed.
         last: the last one that a kernel computed.
+        packed: the layout with regard to positions that begin again, once these have been looked at.
         prepared: calls of :func:`whole_call` that a kernel computed, by what tells them apart.
         starts_apart: starts of the keys in a cache whose rows lie apart, by their distance and device.
         grids: what is known of blocks, as in :class:`~modelopt_lite.kernels.AttentionRequest`.
@@ -111,6 +112,7 @@ class SharedWork:
     def __init__(self) -> None:
         self.dense: DenseCall | None = None
         self.last: LastCall | None = None
+        self.packed: Layout | None = None
         self.prepared: dict[tuple[Any, ...], PreparedCall] = {}
         self.starts_apart: dict[tuple[int, torch.device], Tensor] = {}
         self.grids: dict[Any, Any] = {}

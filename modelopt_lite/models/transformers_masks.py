@@ -42,7 +42,6 @@ class MaskRequest(SharedWork):
         super().__init__()
         self.arguments = arguments
         self.answers: dict[str, Any] = {}
-        self.packed: Layout | None = None
 
     def answer(self, implementation: str, device: torch.device) -> Any:
         """Return the mask that another attention implementation makes, made at the first time.
