@@ -194,10 +194,13 @@ def is_light(request: AttentionRequest) -> bool:
     Then a kernel that takes Python one launch is faster than one that takes it two, though by itself it is slower. The
     rest of a layer has as much work as there are tokens times the square of its width, which for a head dimension of 64
     is about the width of the heads together. So SmolLM2-135M is light up to its 8192 tokens, with twice as many not;
-    Llama-3.2-1B below 1000.
+    Llama-3.2-1B below 1000. Layers with lists of blocks do not count as light: they have not been timed.
     """
-    tokens, heads, head_dim = request.q.shape
-    return head_dim == 64 and not request.with_lse and tokens * (heads * head_dim) ** 2 <= LIGHT
+    r = request
+    tokens, heads, head_dim = r.q.shape
+    if head_dim != 64 or r.with_lse or r.blocks is not None:
+        return False
+    return tokens * (heads * head_dim) ** 2 <= LIGHT
 
 
 def block_dim(dim: int) -> int:

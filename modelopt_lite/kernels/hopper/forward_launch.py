@@ -111,7 +111,7 @@ def pays(request: AttentionRequest) -> bool:
     r = request
     mean_length = r.q.shape[0] / max(1, r.starts_q.shape[0])
     limits = PORTABLE_UP_TO.get(r.q.shape[2])
-    if limits is None or is_short(r) or (is_light(r) and r.blocks is None):
+    if limits is None or is_short(r) or is_light(r):
         return False
     return mean_length > limits[0 if r.plan.keep is None else r.plan.group]
 

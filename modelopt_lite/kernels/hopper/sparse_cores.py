@@ -127,9 +127,7 @@ def refusal(request: AttentionRequest) -> str | None:
 def pays(request: AttentionRequest) -> bool:
     """Whether the kernel is the fastest: not with 64 queries, which leave half of a program idle, nor few tiles."""
     r = request
-    if not r.q.is_cuda:  # Triton's interpreter runs other kernels there
-        return False
-    if is_light(r) and r.blocks is None:
+    if not r.q.is_cuda or is_light(r):  # on a CPU, Triton's interpreter runs other kernels
         return False
     items = r.q.shape[0] * r.q.shape[1] / variant_of(r).item_rows
     return r.q.shape[0] > ROWS * r.starts_q.shape[0] and items > 1.5 * processors(r.q.device)
