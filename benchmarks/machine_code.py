@@ -89,7 +89,7 @@ def compile_kernel(
     constants: dict[tuple[int, ...], Any] = {}
     for name, place in places.items():
         if (
-            name == "sink_logits_ptr"
+            name in ("sink_logits_ptr", "output_rows_ptr")
             or (name in boxes and not settings.descriptors)
             or (name, listed) == ("lists", False)
         ):

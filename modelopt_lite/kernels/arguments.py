@@ -25,17 +25,21 @@ def check_request(request: AttentionRequest) -> None:
     Raises:
         ValueError: naming the argument of :func:`modelopt_lite.kernels.attention`.
     """
-    r = request
+    r, q = request, request.q
     _check_tensors(r)
-    _check_packing("", r.starts_q, r.lengths_q, r.max_q, r.q)
-    _check_packing("_k", r.starts_k, r.lengths_k, r.max_k, r.q)
+    _check_packing("", r.starts_q, r.lengths_q, r.max_q, q)
+    _check_packing("_k", r.starts_k, r.lengths_k, r.max_k, q)
     if r.starts_q.shape != r.starts_k.shape:
         raise ValueError(f"b_start_loc_k: {r.starts_k.shape[0]} sequences; must be {r.starts_q.shape[0]}")
     for name, first in (("b_first_q", r.first_q), ("b_first_k", r.first_k)):
         if first is not None:
-            _check_integers(name, first, r.q)
+            _check_integers(name, first, q)
             if first.shape != r.starts_q.shape:
                 raise ValueError(f"{name}: {first.shape[0]} sequences; must be {r.starts_q.shape[0]}")
+    if r.output_rows is not None and not (
+        r.output_rows.dtype == torch.int64 and r.output_rows.shape == q.shape[:1] and r.output_rows.device == q.device
+    ):
+        raise ValueError(f"output_rows: {describe(r.output_rows)}; must be int64 [{q.shape[0]}] on {q.device}")
     _check_pages(r)
     if not isinstance(r.is_causal, bool):
         raise ValueError(f"is_causal: {r.is_causal!r} is not allowed; True or False")

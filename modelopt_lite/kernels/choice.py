@@ -48,6 +48,7 @@ class Kernel:
         pays: whether it is worth running, of those requests that it can run.
         prepare: computes what requests of one signature have in common, and returns what runs them.
         reads_pages: whether it reads a page table; for others, keys are copied to one place.
+        places_rows: whether it writes rows where ``output_rows`` says; of others, results are copied there.
         reads_only_addresses: whether, on a GPU and without lists of blocks, what it prepares looks at no shapes and
             strides of queries, keys and values.
     """
@@ -57,6 +58,7 @@ class Kernel:
     pays: Callable[[AttentionRequest], bool]
     prepare: Callable[[AttentionRequest], Run]
     reads_pages: bool = False
+    places_rows: bool = False
     reads_only_addresses: bool = False
 
 
@@ -108,7 +110,10 @@ if tl is not None:
         Kernel(
             "hopper", hopper_launch.refusal, hopper_launch.pays, hopper_launch.prepare, reads_only_addresses=True
         ),
-        Kernel("portable", portable_launch.refusal, _always, portable_launch.prepare, reads_only_addresses=True),
+        Kernel(
+            "portable", portable_launch.refusal, _always, portable_launch.prepare,
+            places_rows=True, reads_only_addresses=True,
+        ),
     )  # fmt: skip
 
 _prepared: dict[tuple[Any, ...], Prepared] = {}
@@ -187,7 +192,17 @@ def _completion(request: AttentionRequest) -> Callable[[AttentionRequest], Atten
 
 
 def _prepare(kernel: Kernel, request: AttentionRequest) -> Prepared:
-    """Prepare a kernel, and copy what does not lie in memory as kernels read it."""
+    """Prepare a kernel, and copy what does not lie in memory as it reads or writes it."""
+    if request.output_rows is not None and not kernel.places_rows:
+        in_order = _prepare(kernel, request._replace(output_rows=None)).run
+
+        def run_and_place(request: AttentionRequest) -> Result:
+            rows, (output, lse) = request.output_rows, in_order(request._replace(output_rows=None))
+            assert rows is not None
+            placed = torch.empty_like(output).index_copy_(0, rows, output)
+            return placed, None if lse is None else torch.empty_like(lse).index_copy_(0, rows, lse)
+
+        return Prepared(run_and_place)
 
     def adapted(request: AttentionRequest) -> AttentionRequest:
         return (request if kernel.reads_pages else request.without_pages()).readable()

@@ -68,6 +68,14 @@ def compute(request: AttentionRequest, backend: Backend = "auto") -> tuple[Tenso
             request = _with_blocks(request)
     if _needs_gradient(request):
         request = request._replace(with_lse=True)
+    has_gradient = request.with_lse or not torch.compiler.is_compiling() or _may_want_gradients_later()
+    if (rows := request.output_rows) is not None and has_gradient:
+        found, found_lse = compute(request._replace(output_rows=None), backend)
+        # Not in place, for which torch.vmap has no rule.
+        placed = torch.empty_like(found).index_copy(0, rows, found)
+        if found_lse is None or not request.with_lse:
+            return placed, None
+        return placed, torch.empty_like(found_lse).index_copy(0, rows, found_lse)
     if not is_traced_call:
         if request.page_table is not None:  # a known signature that wants no gradient is not checked again
             check_request(request)
@@ -77,9 +85,9 @@ def compute(request: AttentionRequest, backend: Backend = "auto") -> tuple[Tenso
     check_request(request)
     choice.check_backend(request, backend)
     inputs = (*request.flatten(), backend)
+    if not has_gradient:
+        return torch.ops.modelopt_lite.attention_without_gradient(*inputs), None
     if torch.compiler.is_compiling():
-        if not (request.with_lse or _may_want_gradients_later()):
-            return torch.ops.modelopt_lite.attention_without_gradient(*inputs), None
         output, lse = torch.ops.modelopt_lite.attention(*inputs)
     else:
         output, lse = _Transformed.apply(*inputs)  # type: ignore[no-untyped-call]
@@ -166,8 +174,8 @@ def hold(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 @torch.library.impl("modelopt_lite::hold", "default")
-def _hold(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [x.clone() for x in tensors]
+def _hold(tensors: list[Tensor]) -> list[Tensor]:
+    return list(torch._foreach_add(tensors, 0))  # copies all in one launch
 
 
 @torch.library.register_fake("modelopt_lite::hold")  # type: ignore[untyped-decorator]

@@ -34,6 +34,7 @@ SCHEMA = {
     "first_q": "Tensor?",
     "first_k": "Tensor?",
     "counts": "Tensor?",
+    "output_rows": "Tensor?",
     "page_table": "Tensor?",
     "page_size": "SymInt",
     "with_lse": "bool",
@@ -48,6 +49,7 @@ blocks by their fields, which come last."""
 MAX_QUERIES = 16
 """Queries of a sequence up to which a call is a step of decode, for which there are kernels of its own."""
 _FIELDS = tuple(SCHEMA)[: -len(KeyBlocks._fields)]
+_PLAN = _FIELDS.index("plan")
 _NO_BLOCKS = (None, None, None, BLOCK_SIZE, BLOCK_SIZE)
 
 
@@ -110,6 +112,8 @@ class AttentionRequest(NamedTuple):
         first_k: position of each sequence's first key; None if 0.
         counts: ``[sequences, longest]``, on the CPU: how many of the sequences are there, and an upper bound of their
             lengths, where :func:`~modelopt_lite.kernels.operator.pack` found them; None if all are.
+        output_rows: where the result of each row of ``q`` goes, a permutation of the rows, ``[total_q]``; None: to the
+            same row.
         page_table: where keys and values lie in pages, which sequences own in any order, the pages of each sequence,
             ``[batch, pages of the longest]``, int32; else None. ``k`` and ``v`` are then all pages, flattened, and key
             ``j`` of sequence ``b`` lies in row ``page_table[b, j // page_size] * page_size + j % page_size``;
@@ -140,6 +144,7 @@ class AttentionRequest(NamedTuple):
     first_q: Tensor | None = None
     first_k: Tensor | None = None
     counts: Tensor | None = None
+    output_rows: Tensor | None = None
     page_table: Tensor | None = None
     page_size: int = 0
     with_lse: bool = False
@@ -154,10 +159,10 @@ class AttentionRequest(NamedTuple):
     @classmethod
     def unflatten(cls, values: Sequence[Any]) -> AttentionRequest:
         """Undo :meth:`flatten`."""
-        values, blocks = values[: len(_FIELDS)], values[len(_FIELDS) :]
-        fields = dict(zip(_FIELDS, values, strict=True))
-        fields["plan"] = plan_by_name(fields["plan"])
-        return cls(**fields, blocks=None if blocks[0] is None else KeyBlocks(*blocks))
+        fields, blocks = list(values[: len(_FIELDS)]), values[len(_FIELDS) :]
+        fields[_PLAN] = plan_by_name(fields[_PLAN])
+        fields.append(None if blocks[0] is None else KeyBlocks(*blocks))
+        return cls(*fields)
 
     def present(self) -> AttentionRequest:
         """Keep only the sequences that ``counts`` says are there."""
@@ -180,7 +185,8 @@ class AttentionRequest(NamedTuple):
     def readable(self) -> AttentionRequest:
         """Return the request with copies of what kernels could not read: they take any strides but the last ones."""
         changes = {name: x.contiguous() for name in ("q", "k", "v") if (x := getattr(self, name)).stride(2) != 1}
-        for name in ("s_aux", "starts_q", "lengths_q", "starts_k", "lengths_k", "first_q", "first_k", "page_table"):
+        packing = ("starts_q", "lengths_q", "starts_k", "lengths_k", "first_q", "first_k", "output_rows")
+        for name in ("s_aux", *packing, "page_table"):
             x = getattr(self, name)
             if x is not None and not x.is_contiguous():
                 changes[name] = x.contiguous()
@@ -217,6 +223,7 @@ class AttentionRequest(NamedTuple):
             _small(starts_q), _small(lengths_q),
             starts_k is starts_q or _small(starts_k), lengths_k is lengths_q or _small(lengths_k),
             first_q if first_q is None else _small(first_q), first_k if first_k is None else _small(first_k),
+            None if self.output_rows is None else _small(self.output_rows),
             None if self.page_table is None else (_small(self.page_table), self.page_size),
             self.max_q, type(self.max_q), self.max_k, type(self.max_k), self.is_causal, type(self.is_causal),
             self.softmax_scale, self.sliding_window, self.softcap, self.plan.name, self.with_lse,

@@ -123,7 +123,7 @@ class Layout(NamedTuple):
 
     Query ``i`` of row ``b`` is row ``b * len_q + i`` of the flattened batch, key slot ``j`` is row ``b * slots + j``.
     A tuple, so that hooks which move a layer's arguments to its device find the tensors, and so that PyTorch's compiler
-    sees into it. All tensors of integers but the three orders are ``[sequences]``.
+    sees into it. All tensors of integers but the two orders and ``output_rows`` are ``[sequences]``.
 
     Attributes:
         batch: rows of the batch.
@@ -142,7 +142,7 @@ class Layout(NamedTuple):
         first_k: position of its first key; None if 0.
         order_q: slots of each row such that its real queries come first, ``[batch, len_q]``; None if they need not be
             moved.
-        restore_q: the inverse of ``order_q``.
+        output_rows: the same as rows of the flattened batch, ``[batch * len_q]``, to which the results go back.
         order_k: the same for the keys, ``[batch, slots]``.
         counts: how many of the sequences are there, where only a traced graph will know; see
             :class:`~modelopt_lite.kernels.AttentionRequest`.
@@ -169,7 +169,7 @@ class Layout(NamedTuple):
     first_q: Tensor | None = None
     first_k: Tensor | None = None
     order_q: Tensor | None = None
-    restore_q: Tensor | None = None
+    output_rows: Tensor | None = None
     order_k: Tensor | None = None
     counts: Tensor | None = None
     whole: bool = False
@@ -188,7 +188,7 @@ class Layout(NamedTuple):
 
     def held(self) -> Layout:
         """Return the layout of a traced graph with small tensors that it computes once for all layers."""
-        names = ("starts_q", "lengths_q", "starts_k", "lengths_k", "first_q", "first_k")
+        names = ("starts_q", "lengths_q", "starts_k", "lengths_k", "first_q", "first_k", "output_rows")
         given = {name: x for name in names if (x := getattr(self, name)) is not None}
         distinct: list[Tensor] = []
         places: dict[str, int] = {}
@@ -315,7 +315,7 @@ def padded_layout(
             raise UnsupportedError(_DROPPED)
     elif dropped:
         torch._assert_async(has_window.all(), _DROPPED)
-    order_q = restore_q = order_k = first_q = None
+    order_q = output_rows = order_k = first_q = None
     starts_q = rows * len_q
     starts_k = starts_q if is_whole else rows * slots
     if one_run:
@@ -324,9 +324,9 @@ def padded_layout(
             starts_q = starts_k if is_whole else starts_q + real_q.int().argmax(-1)
     else:
         order_k = _real_first(real_k)
-        if is_self:
+        if is_self and len_q > 1:
             order_q = order_k if is_whole else _real_first(real_q)
-            restore_q = order_q.argsort(dim=-1)
+            output_rows = (order_q if batch == 1 else order_q + rows[:, None] * len_q).flatten()
     if not is_causal and not (unpadded and is_self):
         first_q = torch.zeros_like(rows) + q_offset
         if is_self:
@@ -348,7 +348,7 @@ def padded_layout(
         first_q,
         first_k if dropped else None,
         order_q,
-        restore_q,
+        output_rows,
         order_k,
         whole=unpadded and isinstance(q_offset, int) and q_offset + len_q == real.shape[1],
     )
@@ -751,10 +751,7 @@ def attend(
         output, _ = compute(request, decision.backend)
     except UnsupportedError as error:
         raise UnsupportedError(f"{layer_name(module)}: {error}") from None
-    output = output.view(layout.batch, layout.len_q, *output.shape[1:])
-    if layout.restore_q is None:
-        return output
-    return output[torch.arange(layout.batch, device=output.device)[:, None], layout.restore_q]
+    return output.view(layout.batch, layout.len_q, *output.shape[1:])
 
 
 def _is_one_block(x: Tensor) -> bool:
@@ -804,6 +801,7 @@ def _request(
         first_q=layout.first_q,
         first_k=None if is_dense and layout.first_q is None else layout.first_k,
         counts=layout.counts,
+        output_rows=layout.output_rows,
         page_table=layout.page_table,
         page_size=layout.page_size,
     )

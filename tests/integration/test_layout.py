@@ -254,6 +254,8 @@ def test_layers_of_a_graph_share_starts_and_lengths(padded, use_cache):
     assert len(calls) == 3
     for start, length in (("starts_q", "lengths_q"), ("starts_k", "lengths_k")):
         assert {(call[start], call[length]) for call in calls} == {(calls[0]["starts_q"], calls[0]["lengths_q"])}
+    assert {call["output_rows"] for call in calls} == {calls[0]["output_rows"]}
+    assert (calls[0]["output_rows"] is not None) == padded
 
 
 @torch.no_grad()

@@ -188,6 +188,15 @@ def test_values_of_other_sequences_do_not_leak():
     assert torch.equal(alone[3:23], beside[3:23])
 
 
+@pytest.mark.parametrize("kernel_settings", [ORDINARY, FROZEN])
+def test_results_go_to_the_rows_that_are_named(kernel_settings):
+    request = sequences([(20, 20), (0, 9), (7, 37)], plan=n_of_m(2, 4, 1, 2))
+    rows = torch.randperm(len(request.q), generator=torch.Generator().manual_seed(0))
+    found, expected = run(request._replace(output_rows=rows), kernel_settings), run(request, kernel_settings)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one[rows], other)
+
+
 @jit
 def near_top_hook(scores, q_pos, k_pos, args):
     """Keep what is less than ``args[1]`` below the group's best, or at a position divisible by ``args[0]``."""

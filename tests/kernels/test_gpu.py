@@ -6,7 +6,7 @@ from cases import arguments, check_in_a_graph, error_bound, gradients, one_seque
 from cases import packed_request as make
 
 from modelopt_lite import UnsupportedError
-from modelopt_lite.kernels import AttentionRequest, attention
+from modelopt_lite.kernels import AttentionRequest, attention, compute
 from modelopt_lite.kernels.hopper.forward import attention_forward_hopper
 from modelopt_lite.kernels.language import jit, tl
 from modelopt_lite.kernels.portable.forward import attention_forward
@@ -235,6 +235,16 @@ def test_strides_that_are_copied():
     for _ in range(2):  # prepared, and from what was prepared
         found = run(AttentionRequest(*apart, *request[3:])._replace(**wide))
         assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_results_go_to_the_rows_that_are_named(backend):
+    request = make(plan=top_n_plan(2, 4, 1, 20))._replace(with_lse=True)
+    rows = torch.randperm(len(request.q), device="cuda")
+    expected = compute(request, backend)
+    for _ in range(2):  # prepared, and from what was prepared
+        found = compute(request._replace(output_rows=rows), backend)
+        assert all(torch.equal(x[rows], y) for x, y in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

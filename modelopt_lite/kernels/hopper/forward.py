@@ -156,7 +156,8 @@ def prepare(
     fillers = tl.cdiv(total, ROWS)
     if program < fillers:
         fill_gap(
-            out_ptr, lse_ptr, out_strides, starts_ptr, lengths_ptr, batch, total, heads, program * ROWS, ROWS, OPTIONS
+            out_ptr, lse_ptr, None, out_strides, starts_ptr, lengths_ptr, batch, total, heads, program * ROWS, ROWS,
+            OPTIONS,
         )  # fmt: skip
     elif key_tail_ptr is not None:
         head = (program - fillers) % kv_heads

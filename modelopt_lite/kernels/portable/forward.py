@@ -185,9 +185,17 @@ def attend_tiles(
 
 
 @triton.jit
+def rows_of_output(rows, mask, output_rows_ptr):
+    """Return where the results of rows go."""
+    if output_rows_ptr is not None:
+        rows = tl.load(output_rows_ptr + rows, mask=mask, other=0)
+    return rows
+
+
+@triton.jit
 def fill_gap(
-    out_ptr, lse_ptr, out_strides, starts_ptr, lengths_ptr, batch, total, heads, first_token, BLOCK_M: tl.constexpr,
-    OPTIONS: tl.constexpr,
+    out_ptr, lse_ptr, output_rows_ptr, out_strides, starts_ptr, lengths_ptr, batch, total, heads, first_token,
+    BLOCK_M: tl.constexpr, OPTIONS: tl.constexpr,
 ):  # fmt: skip
     """Write zeros, and -inf to any LSE, for those of the next ``BLOCK_M`` tokens that belong to no sequence."""
     BLOCK_DV: tl.constexpr = OPTIONS.block_dv
@@ -200,7 +208,7 @@ def fill_gap(
     if tl.max(gap.to(tl.int32), 0) > 0:
         offsets_d = tl.arange(0, BLOCK_DV)
         mask = gap[:, None] & (offsets_d < OPTIONS.value_dim)[None, :]
-        rows = tokens.to(tl.int64)
+        rows = rows_of_output(tokens.to(tl.int64), gap, output_rows_ptr)
         zeros = tl.zeros([BLOCK_M, BLOCK_DV], out_ptr.dtype.element_ty)
         out_pointers = out_ptr + rows[:, None] * out_strides[0] + offsets_d[None, :]
         for head in range(heads):
@@ -222,6 +230,7 @@ def attention_forward(
     value_ptr,
     out_ptr,
     lse_ptr,
+    output_rows_ptr,
     sink_logits_ptr,
     key_descriptor,
     value_descriptor,
@@ -251,6 +260,7 @@ def attention_forward(
         value_ptr: ``[key tokens, kv heads, value_dim]``.
         out_ptr: ``[tokens, heads, value_dim]``.
         lse_ptr: ``[tokens, heads]``, FP32, contiguous, or None.
+        output_rows_ptr: ``[tokens]``, where the results of each token go, or None: to its own row.
         sink_logits_ptr: ``[heads]``, logits that only join the denominator, or None.
         key_descriptor: tensor descriptor ``[group phase, groups, kv heads, head_dim]`` of the keys, or None.
         value_descriptor: the same of the values.
@@ -284,7 +294,8 @@ def attention_forward(
     if program >= batch * heads * tiles_per_head:
         first_token = (program - batch * heads * tiles_per_head) * BLOCK_M
         fill_gap(
-            out_ptr, lse_ptr, out_strides, starts_q, lengths_q, batch, total, heads, first_token, BLOCK_M, OPTIONS
+            out_ptr, lse_ptr, output_rows_ptr, out_strides, starts_q, lengths_q, batch, total, heads, first_token,
+            BLOCK_M, OPTIONS,
         )  # fmt: skip
         return
     wave = program // (tiles_per_head * heads_per_wave)
@@ -375,7 +386,7 @@ def attention_forward(
     total_weight = tl.sum(partial_sum, 1)
     inverse = tl.where(total_weight == 0.0, 0.0, 1.0 / total_weight)
     stored = rows_exist(offsets_m, query_length, OPTIONS)
-    out_rows = start_q + offsets_m
+    out_rows = rows_of_output(start_q + offsets_m, stored, output_rows_ptr)
     if lse_ptr is not None:
         lse = (running_max + tl.math.log2(total_weight)) * LN2
         tl.store(lse_ptr + out_rows * heads + head, lse, mask=stored)

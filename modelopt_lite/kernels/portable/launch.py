@@ -145,7 +145,7 @@ def prepare(
         if total:
             firsts = r.first_positions() if has_positions else nothing
             launch(
-                programs, r.q, r.k, r.v, out, lse, r.s_aux,
+                programs, r.q, r.k, r.v, out, lse, r.output_rows, r.s_aux,
                 keys and Described(keys, r.k), values and Described(values, r.v), strides,
                 (r.starts_q, r.lengths_q, r.starts_k, r.lengths_k, *firsts), *rest,
                 None if r.blocks is None else _lists(r), hook_args,
