@@ -192,7 +192,7 @@ def _completion(request: AttentionRequest) -> Callable[[AttentionRequest], Atten
 
 
 def _prepare(kernel: Kernel, request: AttentionRequest) -> Prepared:
-    """Prepare a kernel, and copy what does not lie in memory as it reads or writes it."""
+    """Prepare a kernel, with copies of what it cannot read where it lies, or cannot write where it goes."""
     if request.output_rows is not None and not kernel.places_rows:
         in_order = _prepare(kernel, request._replace(output_rows=None)).run
 

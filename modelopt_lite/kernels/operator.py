@@ -69,13 +69,11 @@ def compute(request: AttentionRequest, backend: Backend = "auto") -> tuple[Tenso
     if _needs_gradient(request):
         request = request._replace(with_lse=True)
     has_gradient = request.with_lse or not torch.compiler.is_compiling() or _may_want_gradients_later()
-    if (rows := request.output_rows) is not None and has_gradient:
+    if request.output_rows is not None and has_gradient:
+        check_request(request)
         found, found_lse = compute(request._replace(output_rows=None), backend)
-        # Not in place, for which torch.vmap has no rule.
-        placed = torch.empty_like(found).index_copy(0, rows, found)
-        if found_lse is None or not request.with_lse:
-            return placed, None
-        return placed, torch.empty_like(found_lse).index_copy(0, rows, found_lse)
+        # An LSE that is not wanted may be empty.
+        return request.placed(found), request.placed(found_lse) if request.with_lse and found_lse is not None else None
     if not is_traced_call:
         if request.page_table is not None:  # a known signature that wants no gradient is not checked again
             check_request(request)
@@ -264,6 +262,7 @@ def _backward(grad: Tensor, output: Tensor, lse: Tensor, *inputs: Any) -> tuple[
 
 
 def _differentiate(grad: Tensor, result: ForwardResult, request: AttentionRequest, backend: Backend) -> Gradients:
+    assert request.output_rows is None, "the gradient of rows that have been moved"
     if request.may_lack_keys:
         # Nothing depends on these rows, so their gradient may be anything, and 0 * NaN is not 0.
         grad = torch.where((result.lse == -torch.inf)[..., None], 0.0, grad)

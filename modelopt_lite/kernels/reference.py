@@ -25,7 +25,8 @@ def attention_reference(request: AttentionRequest) -> tuple[Tensor, Tensor]:
 
     Returns:
         The output, ``[total_q, query_heads, value_dim]``, FP64 and differentiable, and the logarithms of the softmax
-        denominators, ``[total_q, query_heads]``, FP64. Rows of no sequence are 0 and -inf.
+        denominators, ``[total_q, query_heads]``, FP64. Rows of no sequence are 0 and -inf. Rows are where
+        ``output_rows`` says.
     """
     request = request.without_pages()
     q, k, v = request.q.double(), request.k.double(), request.v.double()
@@ -36,7 +37,7 @@ def attention_reference(request: AttentionRequest) -> tuple[Tensor, Tensor]:
         listed = listed_blocks(request, number)
         scores = kept_scores(q[rows], k[keys], request, sequence.first_q, sequence.first_k, listed)
         output[rows], lse[rows] = _softmax(scores, v[keys], request.s_aux)
-    return output, lse
+    return request.placed(output), request.placed(lse)
 
 
 def kept_scores(

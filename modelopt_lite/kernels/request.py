@@ -112,8 +112,8 @@ class AttentionRequest(NamedTuple):
         first_k: position of each sequence's first key; None if 0.
         counts: ``[sequences, longest]``, on the CPU: how many of the sequences are there, and an upper bound of their
             lengths, where :func:`~modelopt_lite.kernels.operator.pack` found them; None if all are.
-        output_rows: where the result of each row of ``q`` goes, a permutation of the rows, ``[total_q]``; None: to the
-            same row.
+        output_rows: the row that the result of each row of ``q`` goes to, a permutation of all rows, ``[total_q]``,
+            int64; None: the same row.
         page_table: where keys and values lie in pages, which sequences own in any order, the pages of each sequence,
             ``[batch, pages of the longest]``, int32; else None. ``k`` and ``v`` are then all pages, flattened, and key
             ``j`` of sequence ``b`` lies in row ``page_table[b, j // page_size] * page_size + j % page_size``;
@@ -191,6 +191,11 @@ class AttentionRequest(NamedTuple):
             if x is not None and not x.is_contiguous():
                 changes[name] = x.contiguous()
         return self._replace(**changes) if changes else self
+
+    def placed(self, result: Tensor) -> Tensor:
+        """Return a result, which has its rows in the order of ``q``, with each where it goes."""
+        # Not in place, for which torch.vmap has no rule.
+        return result if self.output_rows is None else torch.empty_like(result).index_copy(0, self.output_rows, result)
 
     def without_pages(self) -> AttentionRequest:
         """Return the request with the keys of each sequence in one place, for kernels that read no page table."""
@@ -310,7 +315,7 @@ class AttentionRequest(NamedTuple):
         """Check starts and lengths of every sequence against the rows there are; waits for their device.
 
         Raises:
-            ValueError: naming the sequence.
+            ValueError: naming the sequence, or ``output_rows`` if these are no permutation.
         """
         occupied: list[tuple[int, int]] = []
         for b, (queries, keys, first_q, first_k) in enumerate(self.sequences()):
@@ -338,6 +343,8 @@ class AttentionRequest(NamedTuple):
                 occupied.append((queries.start, queries.stop))
         if self.blocks is not None:
             self._check_lists(self.blocks.on_cpu())
+        if self.output_rows is not None and self.output_rows.sort().values.tolist() != [*range(self.q.shape[0])]:
+            raise ValueError(f"output_rows: not a permutation of the {self.q.shape[0]} rows of q")
         occupied.sort()
         for (_, stop), (start, _) in pairwise(occupied):
             if stop > start:

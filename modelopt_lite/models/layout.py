@@ -142,7 +142,8 @@ class Layout(NamedTuple):
         first_k: position of its first key; None if 0.
         order_q: slots of each row such that its real queries come first, ``[batch, len_q]``; None if they need not be
             moved.
-        output_rows: the same as rows of the flattened batch, ``[batch * len_q]``, to which the results go back.
+        output_rows: the same as rows of the flattened batch, ``[batch * len_q]``: where the result of each moved query
+            goes; None likewise.
         order_k: the same for the keys, ``[batch, slots]``.
         counts: how many of the sequences are there, where only a traced graph will know; see
             :class:`~modelopt_lite.kernels.AttentionRequest`.
