@@ -68,8 +68,8 @@ def compute(request: AttentionRequest, backend: Backend = "auto") -> tuple[Tenso
             request = _with_blocks(request)
     if _needs_gradient(request):
         request = request._replace(with_lse=True)
-    has_gradient = request.with_lse or not torch.compiler.is_compiling() or _may_want_gradients_later()
-    if request.output_rows is not None and has_gradient:
+    may_have_gradient = request.with_lse or not torch.compiler.is_compiling() or _may_want_gradients_later()
+    if request.output_rows is not None and may_have_gradient:
         check_request(request)
         found, found_lse = compute(request._replace(output_rows=None), backend)
         # An LSE that is not wanted may be empty.
@@ -83,7 +83,7 @@ def compute(request: AttentionRequest, backend: Backend = "auto") -> tuple[Tenso
     check_request(request)
     choice.check_backend(request, backend)
     inputs = (*request.flatten(), backend)
-    if not has_gradient:
+    if not may_have_gradient:
         return torch.ops.modelopt_lite.attention_without_gradient(*inputs), None
     if torch.compiler.is_compiling():
         output, lse = torch.ops.modelopt_lite.attention(*inputs)

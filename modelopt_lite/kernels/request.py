@@ -44,8 +44,10 @@ SCHEMA = {
     "block_size": "int",
     "block_rows": "int",
 }
-"""The fields of a request and what PyTorch's operators call their types. A plan travels by its name, the lists of key
-blocks by their fields, which come last."""
+"""The fields of a request, in their order, and what PyTorch's operators call their types.
+
+A plan travels by its name, the lists of key blocks by their fields, which come last.
+"""
 MAX_QUERIES = 16
 """Queries of a sequence up to which a call is a step of decode, for which there are kernels of its own."""
 _FIELDS = tuple(SCHEMA)[: -len(KeyBlocks._fields)]

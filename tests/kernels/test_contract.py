@@ -23,6 +23,7 @@ from modelopt_lite.kernels import (
     statistics,
 )
 from modelopt_lite.kernels.reference import attention_reference, kept_scores
+from modelopt_lite.kernels.request import SCHEMA
 from modelopt_lite.kernels.top_n import keep_top_n, top_n_plan
 from modelopt_lite.methods import SinkWindow
 from modelopt_lite.plan import DENSE, AttentionPlan
@@ -218,6 +219,12 @@ def test_another_default_device_does_not_matter():
         found, _ = compute(request._replace(plan=dataclasses.replace(plan)), "torch")
         found.sum().backward()
     assert torch.equal(found, expected)
+
+
+def test_operators_take_the_fields_of_a_request_in_their_order():
+    lists = ("block_counts", "block_indices", "block_starts", "block_size", "block_rows")
+    assert tuple(SCHEMA)[-len(lists) :] == lists
+    assert (*tuple(SCHEMA)[: -len(lists)], "blocks", "grids") == AttentionRequest._fields
 
 
 def test_operator_is_well_formed():
