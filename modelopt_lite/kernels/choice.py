@@ -199,6 +199,7 @@ def _prepare(kernel: Kernel, request: AttentionRequest) -> Prepared:
         def run_and_place(request: AttentionRequest) -> Result:
             rows, (output, lse) = request.output_rows, in_order(request._replace(output_rows=None))
             assert rows is not None
+            # In place, because request.placed() copies the memory first that it writes over.
             placed = torch.empty_like(output).index_copy_(0, rows, output)
             return placed, None if lse is None else torch.empty_like(lse).index_copy_(0, rows, lse)
 

@@ -208,8 +208,6 @@ def gradient_of_queries(
 ):
     """Compute the gradient of packed queries; rows of no sequence are left as they are.
 
-    Arguments are those of :func:`~modelopt_lite.kernels.portable.forward.attention_forward`, except:
-
     Args:
         query_ptr: ``[tokens, heads, head_dim]``.
         key_ptr: ``[key tokens, kv heads, head_dim]``.
@@ -506,8 +504,6 @@ def gradient_of_keys(
     OPTIONS: tl.constexpr,
 ):
     """Compute the gradients of packed keys and values; rows of no sequence are left as they are.
-
-    Arguments are those of :func:`gradient_of_queries`, except:
 
     Args:
         query_ptr: ``[tokens, heads, head_dim]``.
